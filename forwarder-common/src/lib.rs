@@ -1,0 +1,13 @@
+//! What the kernel program and user space share: the types of the maps' keys and values, the
+//! numbered reasons, and arithmetic without IO. No `std`, no policy.
+//!
+//! Every map type is `#[repr(C)]` and `bytemuck::Pod`, so that a hole between fields is a compile
+//! error. Addresses and ports are in wire order (big endian) unless a name says otherwise.
+#![no_std]
+
+pub mod checksum;
+pub mod flow;
+pub mod limits;
+pub mod publish;
+pub mod reason;
+pub mod tuple;

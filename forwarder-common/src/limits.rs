@@ -1,0 +1,16 @@
+//! Sizes of the maps and bounds of loops.
+
+/// Publishes at once; element 0 of `PUBLISHES` stays empty.
+pub const PUBLISHES: u32 = 65_536;
+/// Published ports on specific addresses.
+pub const FRONTENDS: u32 = 262_144;
+/// Addresses of the host.
+pub const LOCAL_ADDRESSES: u32 = 16_384;
+/// Devices that clients on this machine come in by.
+pub const INTERFACES: u32 = 65_536;
+/// Flows at once. Entries are allocated as they are needed.
+pub const FLOWS: u32 = 1_048_576;
+/// Prefixes of all allow-lists.
+pub const ALLOW: u32 = 65_536;
+/// Source ports tried for a new SNAT flow before it is refused.
+pub const SNAT_TRIES: u32 = 32;

@@ -1,0 +1,157 @@
+//! Published ports: what the program looks up to find a backend.
+
+use bytemuck::{Pod, Zeroable};
+
+use crate::{
+    flow::Hop,
+    tuple::{Address, TCP, UDP},
+};
+
+/// An element of `PORTS`: what is published on one port of one protocol. Zero: nothing.
+///
+/// One array lookup tells nearly all foreign traffic apart, and a range costs eight bytes a port.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Pod, Zeroable)]
+pub struct Port {
+    /// Index in `PUBLISHES` of the publish on every local address; 0 for none.
+    pub wildcard: u32,
+    /// How many entries of `FRONTENDS` have this port; 0 saves the lookup.
+    pub exact: u32,
+}
+
+/// Ports of one protocol in `PORTS`.
+pub const PORTS_PER_PROTOCOL: u32 = 1 << 16;
+/// Protocols in `PORTS`.
+pub const PROTOCOLS: u32 = 2;
+
+/// The element of `PORTS` for a protocol and a port in host order; `None` for a protocol that the
+/// fast path doesn't serve.
+#[inline(always)]
+pub const fn port_index(protocol: u8, port: u16) -> Option<u32> {
+    match protocol {
+        TCP => Some(port as u32),
+        UDP => Some(PORTS_PER_PROTOCOL + port as u32),
+        _ => None,
+    }
+}
+
+/// A key of `FRONTENDS`: a port on one address. An unspecified address of a family stands for
+/// all local addresses of that family alone (`0.0.0.0:80:...` was asked for).
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Pod, Zeroable)]
+pub struct Frontend {
+    pub address: Address,
+    /// Wire order.
+    pub port: u16,
+    /// IANA protocol number.
+    pub protocol: u16,
+}
+
+const _: () = assert!(size_of::<Frontend>() == 20);
+
+/// Bits of [`Publish::flags`].
+pub mod flag {
+    /// All ports of the range go to one backend port.
+    pub const SINGLE_PORT: u16 = 1;
+    /// The backend answers only to addresses of this host: SNAT for every client.
+    pub const REMOTE: u16 = 1 << 1;
+    /// Only sources in `ALLOW` are served.
+    pub const ALLOW_LIST: u16 = 1 << 2;
+    /// No new flows: the publish was taken back, and its flows may end in peace.
+    pub const DRAINING: u16 = 1 << 3;
+}
+
+/// An element of `PUBLISHES`: one publish and how its backend is reached now.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Pod, Zeroable)]
+pub struct Publish {
+    pub backend: Address,
+    /// The host's address on the backend's network, the source after SNAT.
+    pub source: Address,
+    /// How packets get to the backend.
+    pub hop: Hop,
+    /// First frontend port, host order.
+    pub first_port: u16,
+    /// Backend port of `first_port`, host order.
+    pub backend_port: u16,
+    /// Bits of [`flag`].
+    pub flags: u16,
+    pub reserved: u16,
+}
+
+const _: () = assert!(size_of::<Publish>() == 60);
+
+impl Publish {
+    /// The backend's port for a frontend port, both in host order.
+    #[inline(always)]
+    pub const fn backend_port_of(&self, frontend_port: u16) -> u16 {
+        if self.flags & flag::SINGLE_PORT != 0 {
+            self.backend_port
+        } else {
+            self.backend_port.wrapping_add(frontend_port.wrapping_sub(self.first_port))
+        }
+    }
+}
+
+/// The key of `ALLOW`, a longest-prefix trie: the publish, then the source address. The prefix
+/// length counts the 32 bits of the publish.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Pod, Zeroable)]
+pub struct Allowed {
+    /// Index in `PUBLISHES`, wire order.
+    pub publish: u32,
+    pub source: Address,
+}
+
+/// An element of `INTERFACES`: how replies get back out of the device that a client came in by.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Pod, Zeroable)]
+pub struct Interface {
+    /// One of [`crate::flow::delivery`]: `PEER` and `DEVICE` answer to the MAC that the packet came
+    /// from, `NEIGHBOUR` asks the kernel.
+    pub delivery: u32,
+}
+
+#[cfg(feature = "user")]
+mod user {
+    // SAFETY: `#[repr(C)]` and `bytemuck::Pod`: any bytes are a valid value, and there is no padding.
+    unsafe impl aya::Pod for super::Port {}
+    // SAFETY: as above.
+    unsafe impl aya::Pod for super::Frontend {}
+    // SAFETY: as above.
+    unsafe impl aya::Pod for super::Publish {}
+    // SAFETY: as above.
+    unsafe impl aya::Pod for super::Allowed {}
+    // SAFETY: as above.
+    unsafe impl aya::Pod for super::Interface {}
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_range_maps_one_to_one() {
+        let publish = Publish { first_port: 10_000, backend_port: 20_000, ..Publish::default() };
+        assert_eq!(publish.backend_port_of(10_000), 20_000);
+        assert_eq!(publish.backend_port_of(10_099), 20_099);
+    }
+
+    #[test]
+    fn a_range_can_lead_to_one_port() {
+        let publish = Publish {
+            first_port: 10_000,
+            backend_port: 443,
+            flags: flag::SINGLE_PORT,
+            ..Publish::default()
+        };
+        assert_eq!(publish.backend_port_of(10_099), 443);
+    }
+
+    #[test]
+    fn tcp_and_udp_do_not_share_elements() {
+        assert_ne!(port_index(TCP, 53), port_index(UDP, 53));
+        assert_eq!(port_index(UDP, u16::MAX), Some(PORTS_PER_PROTOCOL * PROTOCOLS - 1));
+        assert_eq!(port_index(1, 53), None);
+    }
+}

@@ -1,0 +1,90 @@
+//! Why a packet was handled as it was. Numbered once, counted in `STATS`, shown by `stats` and
+//! `trace`.
+
+macro_rules! reasons {
+    ($($(#[$doc:meta])* $name:ident = $text:literal,)*) => {
+        /// The number is the index in `STATS`.
+        #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+        #[repr(u32)]
+        pub enum Reason { $($(#[$doc])* $name,)* }
+
+        impl Reason {
+            pub const ALL: &[Self] = &[$(Self::$name,)*];
+
+            /// The name in `stats`, in metrics and in traces.
+            pub const fn name(self) -> &'static str {
+                match self { $(Self::$name => $text,)* }
+            }
+        }
+    };
+}
+
+reasons! {
+    /// Translated and delivered, client to backend.
+    ForwardedOriginal = "forwarded_original",
+    /// Translated and delivered, backend to client.
+    ForwardedReply = "forwarded_reply",
+    /// A new flow was made.
+    NewFlow = "new_flow",
+    /// Passed: neither a published port nor a reply of a flow. Not counted, to cost others nothing.
+    NotOurs = "not_ours",
+    /// Passed: a published port's number, but the destination is no address of this host.
+    NotLocal = "not_local",
+    /// Passed: a fragment; the slow path reassembles it.
+    Fragment = "fragment",
+    /// Passed: a TCP packet without a flow that is no SYN.
+    NotSyn = "not_syn",
+    /// Passed: a link-local client, whose address means nothing on the backend's network.
+    LinkLocal = "link_local",
+    /// Passed: the backend is of the other address family; the userland proxy translates.
+    OtherFamily = "other_family",
+    /// Passed: no way to the backend is known.
+    Unresolved = "unresolved",
+    /// Passed: the publish takes no new flows.
+    Draining = "draining",
+    /// Passed: the TTL or hop limit would end here.
+    Expired = "ttl_expired",
+    /// Dropped: a source that cannot be, such as a loopback address from outside.
+    Martian = "martian_source",
+    /// Dropped: the source is not on the allow-list.
+    NotAllowed = "not_allowed",
+    /// Dropped: every source port towards this backend is in use.
+    NoSourcePort = "no_source_port",
+    /// Dropped: the flow table is full.
+    FlowsFull = "flows_full",
+    /// Dropped: the reply of a flow could not be sent back.
+    NoWayBack = "no_way_back",
+    /// Dropped: the headers could not be written.
+    Unwritable = "unwritable",
+}
+
+impl Reason {
+    /// Elements of `STATS`.
+    pub const COUNT: u32 = Self::ALL.len() as u32;
+
+    /// Whether the packet ends here; otherwise the stack has it.
+    pub const fn drops(self) -> bool {
+        matches!(
+            self,
+            Self::Martian
+                | Self::NotAllowed
+                | Self::NoSourcePort
+                | Self::FlowsFull
+                | Self::NoWayBack
+                | Self::Unwritable
+        )
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_are_unique_and_numbers_are_indices() {
+        for (index, reason) in Reason::ALL.iter().enumerate() {
+            assert_eq!(*reason as usize, index);
+            assert_eq!(Reason::ALL.iter().filter(|r| r.name() == reason.name()).count(), 1);
+        }
+    }
+}

@@ -1,0 +1,64 @@
+//! How a rewritten packet leaves: `bpf_redirect_peer`, `bpf_redirect` or `bpf_redirect_neigh`.
+//! Which of them is the loader's decision, kept in the [`Hop`].
+
+use core::ptr;
+
+use aya_ebpf::{
+    bindings::TC_ACT_REDIRECT,
+    helpers::{bpf_redirect, bpf_redirect_neigh, bpf_redirect_peer},
+    programs::TcContext,
+};
+use forwarder_common::{
+    flow::{Hop, delivery},
+    reason::Reason,
+};
+
+use crate::{parse, rewrite};
+
+const PACKET_HOST: u32 = 0;
+const LOOPBACK_IFINDEX: u32 = 1;
+
+/// Sends the packet towards `hop`; the action to return.
+///
+/// # Errors
+/// `Unresolved` if the hop leads nowhere, `Unwritable` if the kernel refuses to change the packet.
+#[inline(always)]
+pub fn deliver(ctx: &TcContext, hop: &Hop, peer_from_lo: bool) -> Result<i32, Reason> {
+    // SAFETY: `skb` is the context that the kernel gave; its fields are readable.
+    let (pkt_type, from) = unsafe { ((*ctx.skb.skb).pkt_type, (*ctx.skb.skb).ifindex) };
+    if pkt_type != PACKET_HOST {
+        // A frame to the bridge's MAC is somebody else's on a bridge port, and the other end would drop it.
+        ctx.change_type(PACKET_HOST).map_err(|_| Reason::Unwritable)?;
+    }
+    let action = match hop.delivery {
+        delivery::PEER if peer_from_lo || from != LOOPBACK_IFINDEX => {
+            rewrite::macs(ctx, hop.mac, hop.source_mac)?;
+            // SAFETY: a helper without pointers.
+            unsafe { bpf_redirect_peer(hop.ifindex, 0) }
+        }
+        delivery::PEER | delivery::DEVICE => {
+            rewrite::macs(ctx, hop.mac, hop.source_mac)?;
+            // SAFETY: a helper without pointers.
+            unsafe { bpf_redirect(hop.ifindex, 0) }
+        }
+        delivery::NEIGHBOUR => {
+            if hop.ifindex == LOOPBACK_IFINDEX {
+                // Back to a client on this host. lo has no MAC, and would take any other for a stranger's.
+                rewrite::macs(ctx, [0; 6], [0; 6])?;
+            }
+            // SAFETY: a null pointer with length 0 asks the helper for its own route lookup.
+            unsafe { bpf_redirect_neigh(hop.ifindex, ptr::null_mut(), 0, 0) }
+        }
+        _ => return Err(Reason::Unresolved),
+    };
+    if action == TC_ACT_REDIRECT as i64 { Ok(action as i32) } else { Err(Reason::Unresolved) }
+}
+
+/// Where replies go to the client of this packet: out of the device that it came in by.
+#[inline(always)]
+pub fn back(ctx: &TcContext, ifindex: u32, delivery: u32) -> Result<Hop, Reason> {
+    let ethernet = parse::header::<parse::Ethernet>(ctx, 0).ok_or(Reason::NotOurs)?;
+    // SAFETY: `header` checked the bounds; packed structs have no alignment.
+    let (mac, source_mac) = unsafe { ((*ethernet).source, (*ethernet).destination) };
+    Ok(Hop { ifindex, mac, source_mac, delivery })
+}

@@ -1,0 +1,158 @@
+//! The pipeline: every packet that enters by a device of this host, from top to bottom.
+
+use core::ptr;
+
+use aya_ebpf::programs::TcContext;
+use forwarder_common::{
+    flow::{Flow, delivery, state},
+    reason::Reason,
+    tuple::Tuple,
+};
+
+use crate::{
+    deliver, flow,
+    maps::count,
+    parse::{self, Packet},
+    publish::{self, Published},
+    rewrite,
+    verdict::{Forwarded, Verdict},
+};
+
+/// Set by the loader: `bpf_redirect_peer` works for packets from `lo` (kernel 6.1 and later).
+#[unsafe(no_mangle)]
+static PEER_FROM_LO: u8 = 1;
+/// Set by the loader: the source ports for SNAT, none of which the kernel gives to sockets.
+#[unsafe(no_mangle)]
+static SNAT_FIRST: u16 = 0;
+#[unsafe(no_mangle)]
+static SNAT_PORTS: u32 = 0;
+
+/// A constant that the loader may have changed.
+#[inline(always)]
+fn setting<T: Copy>(constant: &T) -> T {
+    // SAFETY: a valid reference. Volatile, since the loader changes what the compiler would fold in.
+    unsafe { ptr::read_volatile(constant) }
+}
+
+/// An existing flow in either direction comes first, then a published port may begin one.
+#[inline(always)]
+pub fn ingress(ctx: &TcContext, seen: &mut Option<(Packet, u32)>) -> Verdict {
+    let packet = parse::packet(ctx)?;
+    let published = publish::find(&packet);
+    let verdict = forward(ctx, &packet, published);
+    *seen = Some((packet, published.map_or(0, |published| published.index)));
+    verdict
+}
+
+#[inline(always)]
+fn forward(ctx: &TcContext, packet: &Packet, published: Option<Published>) -> Verdict {
+    if let Some(published) = published {
+        let mut key = publish::dnat(packet, published.publish);
+        if let Some(flow) = original(packet, &published, &mut key) {
+            return to_backend(ctx, packet, &published, flow, &key);
+        }
+    }
+    // Nearly always it is the reply that carries the key of its flow, reversed.
+    if let Some(flow) = flow::get(&packet.tuple.reversed()) {
+        return to_client(ctx, packet, flow);
+    }
+    let published = published.ok_or(Reason::NotOurs)?;
+    publish::admit(packet, &published)?;
+    let mut key = publish::dnat(packet, published.publish);
+    begin(ctx, packet, &published, &mut key)?;
+    count(Reason::NewFlow);
+    let flow = flow::get(&key).ok_or(Reason::FlowsFull)?;
+    to_backend(ctx, packet, &published, flow, &key)
+}
+
+/// The flow of a packet from the client's side. `key` is the tuple after DNAT and becomes the
+/// flow's key.
+#[inline(always)]
+fn original(packet: &Packet, published: &Published, key: &mut Tuple) -> Option<&'static mut Flow> {
+    if !publish::needs_snat(packet, published.publish) {
+        match flow::get(key) {
+            Some(flow) if flow::is_original(flow, packet) => return Some(flow),
+            Some(_) => {} // somebody else's: ours, if it is there, has another source port
+            None => return None,
+        }
+    }
+    *key = flow::alias(&packet.tuple)?;
+    flow::get(key).filter(|flow| flow::is_original(flow, packet))
+}
+
+/// Makes the flow that this packet begins, and leaves its key.
+#[inline(always)]
+fn begin(
+    ctx: &TcContext,
+    packet: &Packet,
+    published: &Published,
+    key: &mut Tuple,
+) -> Result<(), Reason> {
+    let local = packet.from_this_host();
+    let way_back = if local { delivery::NEIGHBOUR } else { publish::way_back(packet.ifindex) };
+    let mut flow = Flow {
+        client: packet.tuple.source,
+        frontend: packet.tuple.destination,
+        client_port: packet.tuple.source_port,
+        frontend_port: packet.tuple.destination_port,
+        publish: published.index,
+        back: deliver::back(ctx, packet.ifindex, way_back)?,
+        state: if local { state::LOCAL_CLIENT } else { 0 },
+        ..Flow::default()
+    };
+    let snat = publish::needs_snat(packet, published.publish);
+    if !snat && flow::insert(key, &flow)? {
+        return Ok(());
+    }
+    if snat {
+        key.source = published.publish.source;
+    }
+    flow.state |= state::ALIASED;
+    flow::insert_with_source_port(
+        &packet.tuple,
+        key,
+        &flow,
+        setting(&SNAT_FIRST),
+        setting(&SNAT_PORTS),
+    )
+}
+
+/// DNAT, and SNAT where the key says so.
+#[inline(always)]
+fn to_backend(
+    ctx: &TcContext,
+    packet: &Packet,
+    published: &Published,
+    flow: &mut Flow,
+    key: &Tuple,
+) -> Verdict {
+    let hop = !packet.from_this_host();
+    if hop && packet.ttl <= 1 {
+        return Err(Reason::Expired);
+    }
+    flow::update(flow, packet, flow::ORIGINAL);
+    rewrite::tuple(ctx, packet, key, hop)?;
+    let action = deliver::deliver(ctx, &published.publish.hop, setting(&PEER_FROM_LO) != 0)?;
+    Ok(Forwarded { action, reason: Reason::ForwardedOriginal })
+}
+
+/// The reverse: from the frontend, to the client.
+#[inline(always)]
+fn to_client(ctx: &TcContext, packet: &Packet, flow: &mut Flow) -> Verdict {
+    let hop = flow.state & state::LOCAL_CLIENT == 0;
+    if hop && packet.ttl <= 1 {
+        return Err(Reason::NoWayBack);
+    }
+    flow::update(flow, packet, flow::REPLY);
+    let new = Tuple {
+        source: flow.frontend,
+        destination: flow.client,
+        source_port: flow.frontend_port,
+        destination_port: flow.client_port,
+        protocol: packet.tuple.protocol,
+    };
+    rewrite::tuple(ctx, packet, &new, hop)?;
+    let action = deliver::deliver(ctx, &flow.back, setting(&PEER_FROM_LO) != 0)
+        .map_err(|_| Reason::NoWayBack)?;
+    Ok(Forwarded { action, reason: Reason::ForwardedReply })
+}

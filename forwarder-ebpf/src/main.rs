@@ -1,0 +1,50 @@
+//! The program's hooks. `bpftool prog` shows these names; each is one call into the pipeline.
+//!
+//! Built for the host, this is an empty `main`, so that its lints and types are checked there too.
+#![cfg_attr(target_arch = "bpf", no_std, no_main)]
+#![cfg_attr(not(target_arch = "bpf"), allow(dead_code, reason = "hooks are called by the kernel"))]
+#![allow(unreachable_pub, reason = "a binary crate: modules compose each other")]
+
+mod deliver;
+mod flow;
+mod ingress;
+mod maps;
+mod parse;
+mod publish;
+mod rewrite;
+mod trace;
+mod verdict;
+
+use aya_ebpf::{macros::classifier, programs::TcContext};
+
+/// tc ingress of every device where packets enter.
+#[classifier]
+pub fn ingress(ctx: TcContext) -> i32 {
+    verdict::action(ingress::ingress(&ctx, &mut None))
+}
+
+/// The same, and a line for each packet.
+#[classifier]
+pub fn ingress_traced(ctx: TcContext) -> i32 {
+    let mut seen = None;
+    let verdict = ingress::ingress(&ctx, &mut seen);
+    if let Some((packet, publish)) = &seen {
+        trace::packet(&ctx, packet, *publish, verdict);
+    }
+    verdict::action(verdict)
+}
+
+#[cfg(not(target_arch = "bpf"))]
+fn main() {}
+
+#[cfg(target_arch = "bpf")]
+#[panic_handler]
+fn panic(_: &core::panic::PanicInfo<'_>) -> ! {
+    loop {}
+}
+
+/// The helpers that the program calls are for GPL-compatible programs; this crate is dual-licensed
+/// MIT OR Apache-2.0, and MIT is compatible.
+#[unsafe(link_section = "license")]
+#[unsafe(no_mangle)]
+static LICENSE: [u8; 13] = *b"Dual MIT/GPL\0";

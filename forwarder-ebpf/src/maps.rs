@@ -1,0 +1,65 @@
+//! The maps, and nothing else. Types and sizes come from `forwarder_common`; user space fills all but
+//! `FLOWS`, `ALIASES` and `STATS`.
+
+use aya_ebpf::{
+    bindings::BPF_F_NO_PREALLOC,
+    macros::map,
+    maps::{Array, HashMap, LpmTrie, PerCpuArray},
+};
+use forwarder_common::{
+    flow::Flow,
+    limits,
+    publish::{Allowed, Frontend, Interface, PORTS_PER_PROTOCOL, PROTOCOLS, Port, Publish},
+    reason::Reason,
+    tuple::{Address, Tuple},
+};
+
+/// What is published on each port, by [`forwarder_common::publish::port_index`].
+#[map]
+pub static PORTS: Array<Port> = Array::with_max_entries(PORTS_PER_PROTOCOL * PROTOCOLS, 0);
+
+/// Ports published on one address, or on one family's addresses: index in `PUBLISHES`.
+#[map]
+pub static FRONTENDS: HashMap<Frontend, u32> =
+    HashMap::with_max_entries(limits::FRONTENDS, BPF_F_NO_PREALLOC);
+
+#[map]
+pub static PUBLISHES: Array<Publish> = Array::with_max_entries(limits::PUBLISHES, 0);
+
+/// The addresses of this host but for loopback ones.
+#[map]
+pub static LOCAL_ADDRESSES: HashMap<Address, u32> =
+    HashMap::with_max_entries(limits::LOCAL_ADDRESSES, BPF_F_NO_PREALLOC);
+
+/// Devices that clients on this machine come in by; any other device is an uplink.
+#[map]
+pub static INTERFACES: HashMap<u32, Interface> =
+    HashMap::with_max_entries(limits::INTERFACES, BPF_F_NO_PREALLOC);
+
+#[map]
+pub static ALLOW: LpmTrie<Allowed, u32> =
+    LpmTrie::with_max_entries(limits::ALLOW, BPF_F_NO_PREALLOC);
+
+/// By the tuple after NAT, from the client's side.
+#[map]
+pub static FLOWS: HashMap<Tuple, Flow> =
+    HashMap::with_max_entries(limits::FLOWS, BPF_F_NO_PREALLOC);
+
+/// Original tuple to the key in `FLOWS`, where that cannot be computed from the packet: SNAT.
+#[map]
+pub static ALIASES: HashMap<Tuple, Tuple> =
+    HashMap::with_max_entries(limits::FLOWS, BPF_F_NO_PREALLOC);
+
+/// Packets, by [`Reason`].
+#[map]
+pub static STATS: PerCpuArray<u64> = PerCpuArray::with_max_entries(Reason::COUNT, 0);
+
+/// Adds one to a reason's counter.
+#[inline(always)]
+pub fn count(reason: Reason) {
+    if let Some(counter) = STATS.get_ptr_mut(reason as u32) {
+        // SAFETY: a pointer that the map gave out is valid until the program ends, and the element
+        // belongs to this CPU; tc programs are not preempted by one another on a CPU.
+        unsafe { *counter += 1 };
+    }
+}

@@ -1,0 +1,136 @@
+//! Which publish a destination belongs to, and whether it takes this client.
+
+use aya_ebpf::maps::lpm_trie::Key;
+use forwarder_common::{
+    flow::delivery,
+    publish::{Allowed, Frontend, Publish, flag, port_index},
+    reason::Reason,
+    tuple::Address,
+};
+
+use crate::{
+    maps::{ALLOW, FRONTENDS, INTERFACES, LOCAL_ADDRESSES, PORTS, PUBLISHES},
+    parse::Packet,
+};
+
+/// A publish and its index.
+#[derive(Clone, Copy)]
+pub struct Published {
+    pub publish: &'static Publish,
+    pub index: u32,
+}
+
+/// The publish of the packet's destination: its exact address first, then its family's addresses, then
+/// every address. Whether the address is local is not looked at here.
+#[inline(always)]
+pub fn find(packet: &Packet) -> Option<Published> {
+    let port = PORTS.get(port_index(
+        packet.protocol,
+        u16::from_be(packet.tuple.destination_port),
+    )?)?;
+    let mut index = port.wildcard;
+    if port.exact != 0 {
+        index = exact(packet).unwrap_or(index);
+    }
+    if index == 0 {
+        return None;
+    }
+    let publish = PUBLISHES.get(index)?;
+    Some(Published { publish, index })
+}
+
+#[inline(always)]
+fn exact(packet: &Packet) -> Option<u32> {
+    let mut frontend = Frontend {
+        address: packet.tuple.destination,
+        port: packet.tuple.destination_port,
+        protocol: packet.protocol as u16,
+    };
+    // SAFETY: values of this map are one word, replaced as a whole.
+    if let Some(index) = unsafe { FRONTENDS.get(&frontend) } {
+        return Some(*index);
+    }
+    frontend.address = if packet.is_v4 { Address::from_v4(0) } else { Address::UNSPECIFIED };
+    // SAFETY: as above.
+    unsafe { FRONTENDS.get(&frontend) }.copied()
+}
+
+/// Whether a new flow may begin with this packet.
+///
+/// # Errors
+/// The reason against it.
+#[inline(always)]
+pub fn admit(packet: &Packet, published: &Published) -> Result<(), Reason> {
+    let (tuple, publish) = (&packet.tuple, published.publish);
+    if packet.from_this_host() {
+        if !tuple.destination.is_unicast() {
+            return Err(Reason::NotLocal);
+        }
+    } else {
+        if !is_local(tuple.destination) {
+            return Err(Reason::NotLocal);
+        }
+        if !tuple.source.is_unicast() || tuple.source.is_loopback() || is_local(tuple.source) {
+            return Err(Reason::Martian);
+        }
+    }
+    if packet.protocol == forwarder_common::tuple::TCP && !packet.opens() {
+        return Err(Reason::NotSyn);
+    }
+    if publish.flags & flag::ALLOW_LIST != 0 && !allowed(published.index, tuple.source) {
+        return Err(Reason::NotAllowed);
+    }
+    if publish.backend.is_v4() != packet.is_v4 {
+        return Err(Reason::OtherFamily);
+    }
+    if tuple.source.is_link_local() {
+        return Err(Reason::LinkLocal);
+    }
+    if publish.flags & flag::DRAINING != 0 {
+        return Err(Reason::Draining);
+    }
+    if publish.hop.delivery == delivery::NONE {
+        return Err(Reason::Unresolved);
+    }
+    Ok(())
+}
+
+#[inline(always)]
+fn is_local(address: Address) -> bool {
+    LOCAL_ADDRESSES.get_ptr(&address).is_some()
+}
+
+#[inline(always)]
+fn allowed(publish: u32, source: Address) -> bool {
+    ALLOW.get(Key::new(32 + 128, Allowed { publish: publish.to_be(), source })).is_some()
+}
+
+/// How replies leave by a device.
+#[inline(always)]
+pub fn way_back(ifindex: u32) -> u32 {
+    // SAFETY: values of this map are one word, replaced as a whole.
+    unsafe { INTERFACES.get(ifindex) }.map_or(delivery::NEIGHBOUR, |interface| interface.delivery)
+}
+
+/// The tuple that the packet gets if only its destination changes.
+#[inline(always)]
+pub fn dnat(packet: &Packet, publish: &Publish) -> forwarder_common::tuple::Tuple {
+    let port = u16::from_be(packet.tuple.destination_port);
+    forwarder_common::tuple::Tuple {
+        destination: publish.backend,
+        destination_port: publish.backend_port_of(port).to_be(),
+        ..packet.tuple
+    }
+}
+
+/// Whether the backend must see an address of this host as the source: a loopback address means
+/// another machine there, its own address would make it answer itself, a remote backend's
+/// answers would go past us, and the address that the kernel itself uses towards the backend
+/// could meet a connection of its own.
+#[inline(always)]
+pub fn needs_snat(packet: &Packet, publish: &Publish) -> bool {
+    let source = packet.tuple.source;
+    publish.flags & flag::REMOTE != 0
+        || source == publish.backend
+        || packet.from_this_host() && (source.is_loopback() || source == publish.source)
+}

@@ -1,0 +1,109 @@
+//! The only writer of packet bytes: addresses, ports, TTL, their checksums, and MACs.
+
+use aya_ebpf::{
+    bindings::{BPF_F_MARK_MANGLED_0, BPF_F_PSEUDO_HDR},
+    helpers::bpf_csum_update,
+    programs::TcContext,
+};
+use forwarder_common::{
+    checksum,
+    reason::Reason,
+    tuple::{TCP, Tuple},
+};
+
+use crate::parse::{Ethernet, Ipv4, Ipv6, L3, L4_V4, L4_V6, Packet, Ports, header};
+
+/// Gives the packet the addresses and ports of `new`, and takes one from the TTL or hop limit if
+/// `hop` is set, as a router does.
+///
+/// # Errors
+/// `Unwritable` if the kernel refuses; nothing sensible can be sent then.
+#[inline(always)]
+pub fn tuple(ctx: &TcContext, packet: &Packet, new: &Tuple, hop: bool) -> Result<(), Reason> {
+    let old = &packet.tuple;
+    let addresses = checksum::add(
+        checksum::address_difference(old.source, new.source),
+        checksum::address_difference(old.destination, new.destination),
+    );
+    let l4 = if packet.is_v4 {
+        ipv4(ctx, new, addresses, hop)?;
+        L4_V4
+    } else {
+        ipv6(ctx, new, hop)?;
+        L4_V6
+    };
+    let ports = header::<Ports>(ctx, l4).ok_or(Reason::Unwritable)?;
+    // SAFETY: `header` checked the bounds; packed structs have no alignment.
+    unsafe {
+        (*ports).source = new.source_port;
+        (*ports).destination = new.destination_port;
+    }
+    let old_ports = old.source_port as u32 | (old.destination_port as u32) << 16;
+    let new_ports = new.source_port as u32 | (new.destination_port as u32) << 16;
+
+    // The field's meaning depends on the packet's checksum state (CHECKSUM_PARTIAL holds the pseudo
+    // header's sum alone), which only the kernel knows: so its helper, not our arithmetic.
+    // A UDP checksum of zero stays zero, and a sum that comes out as zero is sent as 0xffff.
+    let (field, flags) = if packet.protocol == TCP {
+        (l4 + 16, 0)
+    } else {
+        (l4 + 6, BPF_F_MARK_MANGLED_0 as u64)
+    };
+    if addresses != 0 {
+        ctx.l4_csum_replace(field, 0, addresses as u64, flags | BPF_F_PSEUDO_HDR as u64)
+            .map_err(|_| Reason::Unwritable)?;
+        if !packet.is_v4 {
+            // For CHECKSUM_COMPLETE the helper assumes IPv4, where the header's own checksum makes up
+            // for the addresses. IPv6 has none, so the sum over the packet did not change.
+            // SAFETY: the context is valid; the helper ignores packets in any other state.
+            unsafe { bpf_csum_update(ctx.skb.skb, addresses) };
+        }
+    }
+    if old_ports != new_ports {
+        ctx.l4_csum_replace(field, old_ports as u64, new_ports as u64, flags | 4)
+            .map_err(|_| Reason::Unwritable)?;
+    }
+    Ok(())
+}
+
+#[inline(always)]
+fn ipv4(ctx: &TcContext, new: &Tuple, addresses: u32, hop: bool) -> Result<(), Reason> {
+    let ip = header::<Ipv4>(ctx, L3).ok_or(Reason::Unwritable)?;
+    // SAFETY: `header` checked the bounds; packed structs have no alignment.
+    let ip = unsafe { &mut *ip };
+    let mut change = addresses;
+    if hop {
+        ip.ttl -= 1;
+        change = checksum::add(change, checksum::difference(0x0100_u16.to_be() as u32, 0));
+    }
+    ip.source = new.source.v4();
+    ip.destination = new.destination.v4();
+    ip.checksum = checksum::update(ip.checksum, change);
+    Ok(())
+}
+
+#[inline(always)]
+fn ipv6(ctx: &TcContext, new: &Tuple, hop: bool) -> Result<(), Reason> {
+    let ip = header::<Ipv6>(ctx, L3).ok_or(Reason::Unwritable)?;
+    // SAFETY: `header` checked the bounds; packed structs have no alignment.
+    let ip = unsafe { &mut *ip };
+    ip.hop_limit -= hop as u8;
+    ip.source = new.source.0;
+    ip.destination = new.destination.0;
+    Ok(())
+}
+
+/// Sets both MACs.
+///
+/// # Errors
+/// `Unwritable` if the frame is too short, which the parser excludes.
+#[inline(always)]
+pub fn macs(ctx: &TcContext, destination: [u8; 6], source: [u8; 6]) -> Result<(), Reason> {
+    let ethernet = header::<Ethernet>(ctx, 0).ok_or(Reason::Unwritable)?;
+    // SAFETY: `header` checked the bounds; packed structs have no alignment.
+    unsafe {
+        (*ethernet).destination = destination;
+        (*ethernet).source = source;
+    }
+    Ok(())
+}

@@ -1,0 +1,293 @@
+//! Decides, from a snapshot and without IO: how packets get to a backend, which devices the program is
+//! attached to, and how replies leave by each.
+
+use std::net::IpAddr;
+
+use forwarder_common::{
+    flow::{Hop, delivery},
+    tuple::Address,
+};
+
+use crate::interfaces::{Kind, Link, Route, Snapshot};
+
+/// How the fast path reaches a backend.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Resolved {
+    pub hop: Hop,
+    /// This host's address on the way there.
+    pub source: Address,
+    /// Replies don't come back by us unless the source is an address of ours.
+    pub remote: bool,
+}
+
+/// The way to a backend.
+///
+/// # Errors
+/// Why the fast path cannot serve it, in a few words for `list`.
+pub fn resolve(snapshot: &Snapshot, backend: IpAddr) -> Result<Resolved, String> {
+    if backend.is_loopback() || snapshot.addresses.iter().any(|local| local.address == backend) {
+        return Err("the backend is this host".into());
+    }
+    let route = best_route(snapshot, backend).ok_or_else(|| format!("no route to {backend}"))?;
+    let device = snapshot
+        .links
+        .get(&route.ifindex)
+        .ok_or_else(|| format!("no device for the route to {backend}"))?;
+    let source = source(snapshot, &route, backend)
+        .ok_or_else(|| format!("no address of this host to reach {backend} from"))?
+        .into();
+    let neighbour = Hop { ifindex: route.ifindex, delivery: delivery::NEIGHBOUR, ..Hop::default() };
+    let device_mac = device.mac.unwrap_or_default();
+    let remote = !leads_to_local(snapshot, &route, device);
+    if remote {
+        return Ok(Resolved { hop: neighbour, source, remote });
+    }
+    // Until the kernel has resolved the neighbour, it does so itself by `bpf_redirect_neigh`.
+    let hop = snapshot.neighbours.get(&(route.ifindex, backend)).and_then(|&mac| {
+        let port = if device.kind == Kind::Bridge {
+            *snapshot.forwarding.get(&(route.ifindex, mac))?
+        } else {
+            route.ifindex
+        };
+        let delivery = way_to(snapshot.links.get(&port)?)?;
+        Some(Hop { ifindex: port, mac, source_mac: device_mac, delivery })
+    });
+    Ok(Resolved { hop: hop.unwrap_or(neighbour), source, remote })
+}
+
+/// How frames get to what is behind a container's or a virtual machine's device.
+fn way_to(port: &Link) -> Option<u32> {
+    match port.kind {
+        Kind::Veth { peer_elsewhere: true } => Some(delivery::PEER),
+        Kind::Veth { peer_elsewhere: false } | Kind::Tun => Some(delivery::DEVICE),
+        Kind::Other | Kind::Loopback | Kind::Bridge | Kind::Bond => None,
+    }
+}
+
+/// Whether the route ends on this machine: at a bridge all of whose ports do, or at a veth that has
+/// a route of its own for one address, as CNI's ptp and Calico lay them.
+fn leads_to_local(snapshot: &Snapshot, route: &Route, device: &Link) -> bool {
+    if route.gateway {
+        return false;
+    }
+    match device.kind {
+        Kind::Bridge => is_local_bridge(snapshot, route.ifindex),
+        Kind::Veth { .. } | Kind::Tun => is_host_route(route),
+        Kind::Loopback | Kind::Bond | Kind::Other => false,
+    }
+}
+
+fn is_host_route(route: &Route) -> bool {
+    !route.local && route.prefix == if route.destination.is_ipv4() { 32 } else { 128 }
+}
+
+fn is_local_bridge(snapshot: &Snapshot, bridge: u32) -> bool {
+    snapshot
+        .links
+        .values()
+        .filter(|link| link.controller == Some(bridge))
+        .all(|port| way_to(port).is_some())
+}
+
+/// The devices that get the program: every one where packets enter, once.
+pub fn attached(snapshot: &Snapshot) -> impl Iterator<Item = (u32, &Link)> {
+    snapshot.links.iter().filter_map(|(&index, link)| {
+        let behind_bond = link
+            .controller
+            .and_then(|controller| snapshot.links.get(&controller))
+            .is_some_and(|controller| controller.kind == Kind::Bond);
+        // A bridge's frames are seen at its ports, a bond's at the bond.
+        let enters = link.kind != Kind::Bridge && !behind_bond && link.mac.is_some();
+        (enters && link.up).then_some((index, link))
+    })
+}
+
+/// How replies leave by a device to a client that came in by it, for devices with a container or a
+/// virtual machine behind them; the others are uplinks.
+pub fn ways_back(snapshot: &Snapshot) -> impl Iterator<Item = (u32, u32)> {
+    snapshot.links.iter().filter_map(|(&index, link)| {
+        let bridged = link.controller.is_some_and(|bridge| {
+            snapshot.links.get(&bridge).is_some_and(|b| b.kind == Kind::Bridge)
+        });
+        let routed = snapshot
+            .routes
+            .iter()
+            .any(|route| route.ifindex == index && is_host_route(route) && !route.gateway);
+        let delivery = way_to(link)?;
+        (bridged || routed).then_some((index, delivery))
+    })
+}
+
+fn contains(network: IpAddr, prefix: u8, address: IpAddr) -> bool {
+    ipnet::IpNet::new(network, prefix).is_ok_and(|net| net.contains(&address))
+}
+
+fn best_route(snapshot: &Snapshot, address: IpAddr) -> Option<Route> {
+    snapshot
+        .routes
+        .iter()
+        .filter(|route| !route.local && contains(route.destination, route.prefix, address))
+        .max_by_key(|route| (route.prefix, std::cmp::Reverse(route.priority)))
+        .copied()
+}
+
+/// The source address that this host would use, as the kernel chooses it: the route's own, else one
+/// on the device, in the backend's subnet if there is one, else any other of the family.
+fn source(snapshot: &Snapshot, route: &Route, backend: IpAddr) -> Option<IpAddr> {
+    let usable = |address: &IpAddr| {
+        address.is_ipv4() == backend.is_ipv4() && !address.is_loopback() && !is_link_local(*address)
+    };
+    route.preferred_source.or_else(|| {
+        let best = snapshot.addresses.iter().filter(|local| usable(&local.address)).max_by_key(|local| {
+            let here = local.ifindex == route.ifindex;
+            (here && contains(local.address, local.prefix, backend), here)
+        })?;
+        Some(best.address)
+    })
+}
+
+fn is_link_local(address: IpAddr) -> bool {
+    match address {
+        IpAddr::V4(v4) => v4.is_link_local(),
+        IpAddr::V6(v6) => v6.is_unicast_link_local(),
+    }
+}
+
+/// The addresses that count as this host's: all but loopback ones, which only `lo` serves.
+pub fn local_addresses(snapshot: &Snapshot) -> impl Iterator<Item = IpAddr> {
+    snapshot.addresses.iter().map(|local| local.address).filter(|address| !address.is_loopback())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::interfaces::{Local, Mac};
+
+    const MAC_A: Mac = [2, 0, 0, 0, 0, 0xa];
+    const MAC_BR: Mac = [2, 0, 0, 0, 0, 0xb];
+
+    fn link(name: &str, kind: Kind, controller: Option<u32>) -> Link {
+        Link { name: name.into(), kind, mac: Some(MAC_BR), controller, up: true }
+    }
+
+    fn route(destination: &str, prefix: u8, ifindex: u32, gateway: bool) -> Route {
+        Route {
+            destination: destination.parse().expect("a literal"),
+            prefix,
+            ifindex,
+            gateway,
+            preferred_source: None,
+            priority: 0,
+            local: false,
+        }
+    }
+
+    fn ip(text: &str) -> IpAddr {
+        text.parse().expect("a literal")
+    }
+
+    /// lo, an uplink, a bridge with a container, a routed container.
+    fn host() -> Snapshot {
+        let mut snapshot = Snapshot::default();
+        let veth = Kind::Veth { peer_elsewhere: true };
+        snapshot.links.insert(1, link("lo", Kind::Loopback, None));
+        snapshot.links.insert(2, link("eth0", Kind::Other, None));
+        snapshot.links.insert(3, link("br0", Kind::Bridge, None));
+        snapshot.links.insert(4, link("veth0", veth, Some(3)));
+        snapshot.links.insert(5, link("ptp0", veth, None));
+        for (ifindex, address, prefix) in [
+            (2, "198.51.100.2", 24),
+            (3, "172.31.0.1", 24),
+            (5, "10.44.0.1", 32),
+        ] {
+            snapshot.addresses.push(Local { ifindex, address: ip(address), prefix });
+        }
+        snapshot.routes = vec![
+            route("0.0.0.0", 0, 2, true),
+            route("198.51.100.0", 24, 2, false),
+            route("172.31.0.0", 24, 3, false),
+            route("10.44.0.2", 32, 5, false),
+        ];
+        snapshot
+    }
+
+    #[test]
+    fn an_unresolved_container_is_left_to_the_kernels_neighbour_resolution() {
+        let resolved = resolve(&host(), ip("172.31.0.2")).expect("a route");
+        assert_eq!((resolved.hop.delivery, resolved.hop.ifindex), (delivery::NEIGHBOUR, 3));
+        assert!(!resolved.remote);
+        assert_eq!(IpAddr::from(resolved.source), ip("172.31.0.1"));
+    }
+
+    #[test]
+    fn a_bridged_container_is_reached_through_its_veth() {
+        let mut host = host();
+        host.neighbours.insert((3, ip("172.31.0.2")), MAC_A);
+        host.forwarding.insert((3, MAC_A), 4);
+        let hop = resolve(&host, ip("172.31.0.2")).expect("a route").hop;
+        assert_eq!(hop, Hop { ifindex: 4, mac: MAC_A, source_mac: MAC_BR, delivery: delivery::PEER });
+    }
+
+    #[test]
+    fn a_virtual_machine_on_the_bridge_is_reached_through_its_tap() {
+        let mut host = host();
+        host.links.insert(6, link("tap0", Kind::Tun, Some(3)));
+        host.neighbours.insert((3, ip("172.31.0.9")), MAC_A);
+        host.forwarding.insert((3, MAC_A), 6);
+        let hop = resolve(&host, ip("172.31.0.9")).expect("a route").hop;
+        assert_eq!((hop.delivery, hop.ifindex), (delivery::DEVICE, 6));
+    }
+
+    #[test]
+    fn a_routed_container_is_reached_through_its_veth() {
+        let mut host = host();
+        host.neighbours.insert((5, ip("10.44.0.2")), MAC_A);
+        let resolved = resolve(&host, ip("10.44.0.2")).expect("a route");
+        assert_eq!((resolved.hop.delivery, resolved.hop.ifindex), (delivery::PEER, 5));
+        assert!(!resolved.remote);
+        assert_eq!(IpAddr::from(resolved.source), ip("10.44.0.1"));
+    }
+
+    #[test]
+    fn another_machine_is_remote() {
+        for backend in ["198.51.100.77", "203.0.113.5"] {
+            let resolved = resolve(&host(), ip(backend)).expect("a route");
+            assert!(resolved.remote);
+            assert_eq!((resolved.hop.delivery, resolved.hop.ifindex), (delivery::NEIGHBOUR, 2));
+            assert_eq!(IpAddr::from(resolved.source), ip("198.51.100.2"));
+        }
+    }
+
+    #[test]
+    fn a_bridge_with_an_uplink_is_remote() {
+        let mut host = host();
+        host.links.insert(6, link("eth1", Kind::Other, Some(3)));
+        assert!(resolve(&host, ip("172.31.0.2")).expect("a route").remote);
+    }
+
+    #[test]
+    fn what_cannot_be_reached_says_why() {
+        let reason = |backend: &str| resolve(&host(), ip(backend)).expect_err("no fast path");
+        assert_eq!(reason("198.51.100.2"), "the backend is this host");
+        assert_eq!(reason("127.0.0.1"), "the backend is this host");
+        assert_eq!(reason("fd00::1"), "no route to fd00::1");
+    }
+
+    #[test]
+    fn the_program_is_attached_where_packets_enter() {
+        let mut host = host();
+        host.links.insert(7, link("bond0", Kind::Bond, None));
+        host.links.insert(8, link("eth2", Kind::Other, Some(7)));
+        let mut tun = link("tun0", Kind::Tun, None);
+        tun.mac = None;
+        host.links.insert(9, tun);
+        let names: Vec<_> = attached(&host).map(|(_, link)| link.name.as_str()).collect();
+        assert_eq!(names, ["lo", "eth0", "veth0", "ptp0", "bond0"]);
+    }
+
+    #[test]
+    fn only_containers_devices_answer_to_the_mac() {
+        let ways: Vec<_> = ways_back(&host()).collect();
+        assert_eq!(ways, [(4, delivery::PEER), (5, delivery::PEER)]);
+    }
+}

@@ -1,0 +1,365 @@
+//! Loads the eBPF object, attaches it to devices, pins what should outlive the process, and switches
+//! to the traced program and back. What goes into the maps is decided elsewhere.
+
+use std::{
+    collections::BTreeMap,
+    fs,
+    path::{Path, PathBuf},
+};
+
+use anyhow::{Context as _, Result, bail};
+use aya::{
+    Ebpf, EbpfLoader, VerifierLogLevel,
+    programs::{
+        LinkOrder, SchedClassifier, TcAttachType,
+        links::{FdLink, PinnedLink},
+        tc::{NlOptions, SchedClassifierLink, SchedClassifierLinkId, TcAttachOptions},
+    },
+    util::KernelVersion,
+};
+use tokio::io::{Interest, unix::AsyncFd};
+
+use crate::maps::Maps;
+
+static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/forwarder.o"));
+
+/// Part of the pins' path: the layout of what is pinned. Another layout is not adopted.
+const LAYOUT: &str = "v1";
+const PROGRAM: &str = "ingress";
+const TRACED: &str = "ingress_traced";
+/// The maps that a later instance takes over, so that established flows survive a restart.
+const ADOPTED: [&str; 2] = ["FLOWS", "ALIASES"];
+
+/// What the kernel is asked at load.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// This instance's directory under bpffs; `None` where there is no bpffs.
+    pub pins: Option<PathBuf>,
+    /// First source port for SNAT, and how many there are.
+    pub snat: (u16, u32),
+}
+
+/// The loaded programs and where they are attached. Dropping it detaches everything.
+#[derive(Debug)]
+pub struct Datapath {
+    ebpf: Ebpf,
+    pub maps: Maps,
+    pins: Option<PathBuf>,
+    attached: BTreeMap<u32, Attachment>,
+    tcx: bool,
+    traced: bool,
+}
+
+#[derive(Debug)]
+struct Attachment {
+    name: String,
+    link: SchedClassifierLinkId,
+    /// The clsact qdisc is ours to remove.
+    qdisc: bool,
+}
+
+/// Where an instance's pins are.
+pub fn pin_directory(instance: &str) -> PathBuf {
+    Path::new("/sys/fs/bpf/forwarder").join(instance)
+}
+
+/// Whether this binary carries the eBPF object.
+pub fn is_built_in() -> bool {
+    !OBJECT.is_empty()
+}
+
+/// Whether a file system at /sys/fs/bpf can hold pins.
+pub fn has_bpffs() -> bool {
+    nix::sys::statfs::statfs("/sys/fs/bpf")
+        .is_ok_and(|status| status.filesystem_type() == nix::sys::statfs::BPF_FS_MAGIC)
+}
+
+/// Whether links of the kind that can be pinned and replaced exist (6.6).
+pub fn has_tcx() -> bool {
+    kernel_at_least(6, 6)
+}
+
+fn kernel_at_least(major: u8, minor: u8) -> bool {
+    KernelVersion::current().is_ok_and(|version| version >= KernelVersion::new(major, minor, 0))
+}
+
+impl Datapath {
+    /// Loads maps and programs; nothing is attached yet.
+    ///
+    /// # Errors
+    /// Why the fast path is not to be had, and what would change that.
+    pub fn load(options: &Options) -> Result<Self> {
+        if OBJECT.is_empty() {
+            bail!("this binary was built without its eBPF program: build it by `cargo xtask`");
+        }
+        if !kernel_at_least(5, 10) {
+            bail!("the kernel is older than 5.10");
+        }
+        if !nix::unistd::Uid::effective().is_root() && !has_capabilities() {
+            bail!("no privilege for eBPF: run as root or with CAP_BPF and CAP_NET_ADMIN");
+        }
+        let unlimited = nix::sys::resource::RLIM_INFINITY;
+        // Kernels before 5.11 charge maps to this limit; newer ones don't care.
+        let _ = nix::sys::resource::setrlimit(
+            nix::sys::resource::Resource::RLIMIT_MEMLOCK,
+            unlimited,
+            unlimited,
+        );
+        let peer_from_lo = u8::from(kernel_at_least(6, 1));
+        let (snat_first, snat_ports) = options.snat;
+        let mut loader = EbpfLoader::new();
+        loader
+            .verifier_log_level(VerifierLogLevel::DISABLE)
+            .override_global("PEER_FROM_LO", &peer_from_lo, true)
+            .override_global("SNAT_FIRST", &snat_first, true)
+            .override_global("SNAT_PORTS", &snat_ports, true);
+        let pins = options.pins.as_ref().map(|directory| directory.join(LAYOUT));
+        if let Some(pins) = &pins {
+            fs::create_dir_all(pins.join("links"))
+                .with_context(|| format!("create {}", pins.display()))?;
+            for map in ADOPTED {
+                loader.map_pin_path(map, pins.join(map));
+            }
+        }
+        let mut ebpf = loader.load(OBJECT).map_err(explain).context("load the eBPF object")?;
+        let maps = Maps::take(&mut ebpf)?;
+        let mut datapath = Self {
+            ebpf,
+            maps,
+            pins,
+            attached: BTreeMap::new(),
+            tcx: has_tcx(),
+            traced: false,
+        };
+        datapath.program(PROGRAM)?.load().map_err(explain).context("load the program ingress")?;
+        Ok(datapath)
+    }
+
+    fn program(&mut self, name: &str) -> Result<&mut SchedClassifier> {
+        let program = self.ebpf.program_mut(name);
+        Ok(program.with_context(|| format!("the eBPF object has no program {name}"))?.try_into()?)
+    }
+
+    fn current(&self) -> &'static str {
+        if self.traced { TRACED } else { PROGRAM }
+    }
+
+    /// Devices that have the program.
+    pub fn attached(&self) -> impl Iterator<Item = u32> + '_ {
+        self.attached.keys().copied()
+    }
+
+    /// Attaches to a device's tc ingress.
+    ///
+    /// # Errors
+    /// The device has gone, or the kernel refuses.
+    pub fn attach(&mut self, ifindex: u32, name: &str) -> Result<()> {
+        let current = self.current();
+        let tcx = self.tcx;
+        let pin = self.link_pin(ifindex);
+        let program = self.program(current)?;
+        let attach = || format!("attach ingress to {name}");
+        if !tcx {
+            let qdisc = aya::programs::tc::qdisc_add_clsact(name).is_ok();
+            let options = TcAttachOptions::Netlink(NlOptions::default());
+            let link = program
+                .attach_with_options(name, TcAttachType::Ingress, options)
+                .with_context(attach)?;
+            self.attached.insert(ifindex, Attachment { name: name.into(), link, qdisc });
+            return Ok(());
+        }
+        let options = TcAttachOptions::TcxOrder(LinkOrder::default());
+        let mut link = program
+            .attach_with_options(name, TcAttachType::Ingress, options)
+            .with_context(attach)?;
+        if let Some(pin) = pin {
+            // The new link works before an earlier instance's goes with its pin.
+            let _ = fs::remove_file(&pin);
+            let fd_link: FdLink = program.take_link(link)?.try_into()?;
+            let pinned: PinnedLink =
+                fd_link.pin(&pin).with_context(|| format!("pin {}", pin.display()))?;
+            link = program.attach_to_link(FdLink::from(pinned).try_into()?)?;
+        }
+        self.attached.insert(ifindex, Attachment { name: name.into(), link, qdisc: false });
+        Ok(())
+    }
+
+    /// Detaches from a device that may have gone.
+    pub fn detach(&mut self, ifindex: u32) {
+        let Some(attachment) = self.attached.remove(&ifindex) else {
+            return;
+        };
+        if let Some(pin) = self.link_pin(ifindex) {
+            let _ = fs::remove_file(pin);
+        }
+        let current = self.current();
+        if let Ok(program) = self.program(current) {
+            let _ = program.detach(attachment.link);
+        }
+        if attachment.qdisc {
+            remove_clsact(&attachment.name);
+        }
+    }
+
+    /// Makes every attachment log its packets, or stop it: links are replaced atomically.
+    ///
+    /// # Errors
+    /// The kernel refuses the traced program.
+    pub fn trace(&mut self, on: bool) -> Result<()> {
+        if on == self.traced {
+            return Ok(());
+        }
+        let from = self.current();
+        self.traced = on;
+        let to = self.current();
+        if self.program(to)?.fd().is_err() {
+            self.program(to)?.load().context("load the program ingress_traced")?;
+        }
+        for (ifindex, mut attachment) in std::mem::take(&mut self.attached) {
+            let link: SchedClassifierLink = self.program(from)?.take_link(attachment.link)?;
+            attachment.link = self.program(to)?.attach_to_link(link)?;
+            self.attached.insert(ifindex, attachment);
+        }
+        Ok(())
+    }
+
+    /// Hands each line of the traced program to `line`, until the future is dropped.
+    ///
+    /// # Errors
+    /// The kernel has no ring buffer, or stops serving it.
+    pub fn log<F: Fn(String) + Send + Sync + 'static>(
+        &mut self,
+        line: F,
+    ) -> Result<impl Future<Output = Result<()>> + use<F>> {
+        let logger = aya_log::EbpfLogger::init_with_logger(&mut self.ebpf, Lines::boxed(line))?;
+        // SAFETY: the logger owns its ring buffer's descriptor and gives the same one until dropped.
+        let mut logger = unsafe { AsyncFd::register_with_interest(logger, Interest::READABLE)? };
+        Ok(async move {
+            loop {
+                let mut guard = logger.readable_mut().await?;
+                guard.get_inner_mut().flush();
+                guard.clear_ready();
+            }
+        })
+    }
+
+    /// Detaches everything and removes the pins.
+    pub fn remove(mut self) {
+        for ifindex in self.attached.keys().copied().collect::<Vec<_>>() {
+            self.detach(ifindex);
+        }
+        if let Some(directory) = self.pins.as_deref().and_then(Path::parent) {
+            let _ = remove_pins(directory);
+        }
+    }
+
+    /// Removes the attachments that an earlier instance left on devices this one has not.
+    pub fn forget_others(&self) {
+        let Some(links) = self.pins.as_ref().map(|pins| pins.join("links")) else {
+            return;
+        };
+        for entry in fs::read_dir(links).into_iter().flatten().flatten() {
+            let ours = entry.file_name().to_str().and_then(|name| name.parse().ok());
+            if ours.is_none_or(|ifindex| !self.attached.contains_key(&ifindex)) {
+                let _ = fs::remove_file(entry.path());
+            }
+        }
+    }
+
+    fn link_pin(&self, ifindex: u32) -> Option<PathBuf> {
+        self.pins.as_ref().map(|pins| pins.join("links").join(ifindex.to_string()))
+    }
+}
+
+/// Removes an instance's pins, and with them the links and maps that nobody else holds. Returns
+/// whether there were any.
+///
+/// # Errors
+/// A pin cannot be removed.
+pub fn remove_pins(directory: &Path) -> Result<bool> {
+    if !directory.exists() {
+        return Ok(false);
+    }
+    fs::remove_dir_all(directory).with_context(|| format!("remove {}", directory.display()))?;
+    if let Some(parent) = directory.parent() {
+        let _ = fs::remove_dir(parent); // stays while another instance has pins
+    }
+    Ok(true)
+}
+
+/// One line with the remedy, in place of the chain of the loader's errors, for what users meet.
+fn explain(error: impl std::error::Error + Send + Sync + 'static) -> anyhow::Error {
+    let mut cause: Option<&(dyn std::error::Error + 'static)> = Some(&error);
+    while let Some(current) = cause {
+        if let Some(io) = current.downcast_ref::<std::io::Error>() {
+            match io.raw_os_error() {
+                Some(libc::EPERM) => {
+                    return anyhow::anyhow!(
+                        "the kernel refuses eBPF (EPERM): run as root or with CAP_BPF and \
+                         CAP_NET_ADMIN, and without lockdown=confidentiality"
+                    );
+                }
+                Some(libc::ENOSYS) => {
+                    return anyhow::anyhow!("the kernel has no eBPF (CONFIG_BPF_SYSCALL)");
+                }
+                _ => {}
+            }
+        }
+        cause = current.source();
+    }
+    anyhow::Error::new(error)
+}
+
+/// CAP_NET_ADMIN (12) and CAP_BPF (39), from the effective set.
+fn has_capabilities() -> bool {
+    let status = fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let effective = status
+        .lines()
+        .find_map(|line| line.strip_prefix("CapEff:"))
+        .and_then(|set| u64::from_str_radix(set.trim(), 16).ok())
+        .unwrap_or(0);
+    effective & (1 << 12 | 1 << 39) == (1 << 12 | 1 << 39)
+}
+
+/// Removes the qdisc that `attach` added, unless somebody else's filters are on it by now.
+fn remove_clsact(name: &str) {
+    let Ok(index) = nix::net::if_::if_nametoindex(name) else {
+        return;
+    };
+    let remove = async move {
+        let (connection, handle, _) = rtnetlink::new_connection()?;
+        let connection = tokio::spawn(connection);
+        let mut delete = handle.qdisc().del(index.cast_signed());
+        let message = delete.message_mut();
+        // TC_H_CLSACT and its handle (include/uapi/linux/pkt_sched.h).
+        message.header.parent = 0xffff_fff1_u32.into();
+        message.header.handle = 0xffff_0000_u32.into();
+        let result = delete.execute().await;
+        connection.abort();
+        result.map_err(std::io::Error::other)
+    };
+    if let Ok(runtime) = tokio::runtime::Handle::try_current() {
+        runtime.spawn(remove);
+    }
+}
+
+/// `aya_log`'s sink: the text alone.
+struct Lines<F>(F);
+
+impl<F: Fn(String) + Send + Sync + 'static> Lines<F> {
+    fn boxed(line: F) -> Box<dyn log::Log> {
+        Box::new(Self(line))
+    }
+}
+
+impl<F: Fn(String) + Send + Sync> log::Log for Lines<F> {
+    fn enabled(&self, _: &log::Metadata<'_>) -> bool {
+        true
+    }
+
+    fn log(&self, record: &log::Record<'_>) {
+        self.0(record.args().to_string());
+    }
+
+    fn flush(&self) {}
+}

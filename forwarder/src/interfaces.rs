@@ -1,0 +1,333 @@
+//! What the kernel says about this host's network: links, addresses, routes, neighbours and bridges'
+//! forwarding tables, read by netlink as one [`Snapshot`], and a watch that tells when to read again.
+//! What follows from a snapshot is decided in `backends.rs`.
+
+use std::{
+    collections::{BTreeMap, HashMap},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr},
+};
+
+use anyhow::{Context as _, Result};
+use futures_util::{Stream, StreamExt as _};
+use netlink_packet_route::{
+    AddressFamily,
+    address::{AddressAttribute, AddressMessage},
+    link::{InfoKind, LinkAttribute, LinkFlags, LinkInfo, LinkLayerType, LinkMessage},
+    neighbour::{NeighbourAddress, NeighbourAttribute, NeighbourFlags, NeighbourMessage, NeighbourState},
+    route::{RouteAddress, RouteAttribute, RouteHeader, RouteMessage, RouteType},
+};
+use rtnetlink::{Handle, MulticastGroup, RouteMessageBuilder};
+
+pub type Mac = [u8; 6];
+
+/// include/uapi/linux/rtnetlink.h
+const RT_TABLE_LOCAL: u32 = 255;
+
+/// What a device is, as far as delivery cares.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    Loopback,
+    Bridge,
+    /// One end of a pair; whether the other end is in another network namespace.
+    Veth {
+        peer_elsewhere: bool,
+    },
+    /// tun or tap: a virtual machine's end.
+    Tun,
+    /// Carries others: a bond or a team, whose ports are not attached themselves.
+    Bond,
+    /// Everything else that leads off this machine.
+    Other,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Link {
+    pub name: String,
+    pub kind: Kind,
+    /// `None` for devices without Ethernet headers.
+    pub mac: Option<Mac>,
+    /// The bridge or bond that it is a port of.
+    pub controller: Option<u32>,
+    pub up: bool,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Local {
+    pub ifindex: u32,
+    pub address: IpAddr,
+    pub prefix: u8,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Route {
+    pub destination: IpAddr,
+    pub prefix: u8,
+    pub ifindex: u32,
+    pub gateway: bool,
+    pub preferred_source: Option<IpAddr>,
+    pub priority: u32,
+    /// A `local` route: the destination is this host.
+    pub local: bool,
+}
+
+/// One reading. Indices are the kernel's.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Snapshot {
+    pub links: BTreeMap<u32, Link>,
+    pub addresses: Vec<Local>,
+    pub routes: Vec<Route>,
+    /// Device and address to MAC.
+    pub neighbours: HashMap<(u32, IpAddr), Mac>,
+    /// Bridge and MAC to port.
+    pub forwarding: HashMap<(u32, Mac), u32>,
+}
+
+/// A netlink connection that reads snapshots.
+#[derive(Debug)]
+pub struct Reader {
+    handle: Handle,
+    connection: tokio::task::JoinHandle<()>,
+}
+
+impl Drop for Reader {
+    fn drop(&mut self) {
+        self.connection.abort();
+    }
+}
+
+impl Reader {
+    /// Opens a netlink socket in the current network namespace.
+    ///
+    /// # Errors
+    /// The kernel refuses the socket.
+    pub fn open() -> Result<Self> {
+        let (connection, handle, _) =
+            rtnetlink::new_connection().context("open a netlink socket")?;
+        Ok(Self { handle, connection: tokio::spawn(connection) })
+    }
+
+    /// Reads everything. What `previous` knew of a bridge's ports is kept while the port is
+    /// there and the MAC is not known elsewhere: the fast path goes round the bridge, which
+    /// therefore forgets.
+    ///
+    /// # Errors
+    /// The kernel refuses a dump.
+    pub async fn snapshot(&self, previous: &Snapshot) -> Result<Snapshot> {
+        let mut snapshot = Snapshot::default();
+        let links: Vec<_> = collect(self.handle.link().get().execute(), "links").await?;
+        snapshot.links = links.iter().filter_map(link).collect();
+        let addresses: Vec<_> =
+            collect(self.handle.address().get().execute(), "addresses").await?;
+        snapshot.addresses = addresses.iter().filter_map(address).collect();
+        let v4 = RouteMessageBuilder::<Ipv4Addr>::new().build();
+        let v6 = RouteMessageBuilder::<Ipv6Addr>::new().build();
+        for wanted in [v4, v6] {
+            let routes: Vec<_> =
+                collect(self.handle.route().get(wanted).execute(), "routes").await?;
+            snapshot.routes.extend(routes.iter().filter_map(route));
+        }
+        let neighbours: Vec<_> =
+            collect(self.handle.neighbours().get().execute(), "neighbours").await?;
+        snapshot.neighbours = neighbours.iter().filter_map(neighbour).collect();
+        let bridges = self.handle.neighbours().get().set_address_family(AddressFamily::Bridge);
+        let entries: Vec<_> = collect(bridges.execute(), "bridge forwarding tables").await?;
+        let links = &snapshot.links;
+        snapshot.forwarding = entries.iter().filter_map(|e| forwarding(e, links)).collect();
+        for (&(bridge, mac), &port) in &previous.forwarding {
+            if links.get(&port).is_some_and(|link| link.controller == Some(bridge)) {
+                snapshot.forwarding.entry((bridge, mac)).or_insert(port);
+            }
+        }
+        Ok(snapshot)
+    }
+}
+
+impl Reader {
+    /// Has the kernel find out a neighbour's MAC, as if a packet waited for it.
+    pub async fn ask_neighbour(&self, ifindex: u32, address: IpAddr) {
+        let mut request = self.handle.neighbours().add(ifindex, address);
+        request.message_mut().header.flags = NeighbourFlags::Use;
+        request.message_mut().header.state = NeighbourState::None;
+        if let Err(error) = request.execute().await {
+            tracing::debug!("ask for neighbour {address}: {error}");
+        }
+    }
+
+    /// Makes the kernel forget a neighbour's MAC.
+    pub async fn forget_neighbour(&self, ifindex: u32, address: IpAddr, mac: Mac) {
+        let mut message = NeighbourMessage::default();
+        message.header.ifindex = ifindex;
+        message.header.family =
+            if address.is_ipv4() { AddressFamily::Inet } else { AddressFamily::Inet6 };
+        message.attributes.push(NeighbourAttribute::Destination(address.into()));
+        message.attributes.push(NeighbourAttribute::LinkLayerAddress(mac.to_vec()));
+        if let Err(error) = self.handle.neighbours().del(message).execute().await {
+            tracing::debug!("forget neighbour {address}: {error}");
+        }
+    }
+}
+
+/// A stream that yields when something that a snapshot holds has changed.
+///
+/// # Errors
+/// The kernel refuses the socket.
+pub fn changes() -> Result<impl Stream<Item = ()> + Unpin> {
+    let (connection, _, messages) = rtnetlink::new_multicast_connection(&[
+        MulticastGroup::Link,
+        MulticastGroup::Neigh,
+        MulticastGroup::Ipv4Ifaddr,
+        MulticastGroup::Ipv6Ifaddr,
+        MulticastGroup::Ipv4Route,
+        MulticastGroup::Ipv6Route,
+    ])
+    .context("open a netlink socket for events")?;
+    tokio::spawn(connection);
+    Ok(messages.map(|_| ()))
+}
+
+async fn collect<T>(
+    stream: impl Stream<Item = Result<T, rtnetlink::Error>>,
+    what: &str,
+) -> Result<Vec<T>> {
+    let mut stream = std::pin::pin!(stream);
+    let mut all = Vec::new();
+    while let Some(item) = stream.next().await {
+        match item {
+            Ok(item) => all.push(item),
+            // A family that the kernel was built or started without has nothing to list.
+            Err(rtnetlink::Error::NetlinkError(error))
+                if matches!(-error.raw_code(), libc::EAFNOSUPPORT | libc::EOPNOTSUPP) => {}
+            Err(error) => return Err(error).with_context(|| format!("read {what}")),
+        }
+    }
+    Ok(all)
+}
+
+fn link(message: &LinkMessage) -> Option<(u32, Link)> {
+    let mut name = None;
+    let (mut info_kind, mut mac, mut controller, mut elsewhere) = (None, None, None, false);
+    for attribute in &message.attributes {
+        match attribute {
+            LinkAttribute::IfName(value) => name = Some(value.clone()),
+            LinkAttribute::Address(value) => mac = Mac::try_from(value.as_slice()).ok(),
+            LinkAttribute::Controller(value) => controller = Some(*value),
+            LinkAttribute::LinkNetNsId(_) => elsewhere = true,
+            LinkAttribute::LinkInfo(infos) => {
+                info_kind = infos.iter().find_map(|info| match info {
+                    LinkInfo::Kind(kind) => Some(kind.clone()),
+                    _ => None,
+                });
+            }
+            _ => {}
+        }
+    }
+    let kind = match info_kind {
+        _ if message.header.link_layer_type == LinkLayerType::Loopback => Kind::Loopback,
+        Some(InfoKind::Bridge) => Kind::Bridge,
+        Some(InfoKind::Veth) => Kind::Veth { peer_elsewhere: elsewhere },
+        Some(InfoKind::Tun) => Kind::Tun,
+        Some(InfoKind::Bond | InfoKind::Team) => Kind::Bond,
+        _ => Kind::Other,
+    };
+    let ethernet =
+        matches!(message.header.link_layer_type, LinkLayerType::Ether | LinkLayerType::Loopback);
+    let up = message.header.flags.contains(LinkFlags::Up);
+    let mac = mac.filter(|_| ethernet);
+    Some((message.header.index, Link { name: name?, kind, mac, controller, up }))
+}
+
+fn address(message: &AddressMessage) -> Option<Local> {
+    // For IPv4 on a point-to-point link, Address is the far end and Local this one.
+    let find = |pick: fn(&AddressAttribute) -> Option<IpAddr>| message.attributes.iter().find_map(pick);
+    let address = find(|a| match a {
+        AddressAttribute::Local(address) => Some(*address),
+        _ => None,
+    })
+    .or_else(|| {
+        find(|a| match a {
+            AddressAttribute::Address(address) => Some(*address),
+            _ => None,
+        })
+    })?;
+    Some(Local { ifindex: message.header.index, address, prefix: message.header.prefix_len })
+}
+
+fn ip(address: &RouteAddress) -> Option<IpAddr> {
+    match address {
+        RouteAddress::Inet(v4) => Some(IpAddr::V4(*v4)),
+        RouteAddress::Inet6(v6) => Some(IpAddr::V6(*v6)),
+        _ => None,
+    }
+}
+
+fn route(message: &RouteMessage) -> Option<Route> {
+    let header = &message.header;
+    let unspecified = match header.address_family {
+        AddressFamily::Inet => IpAddr::V4(Ipv4Addr::UNSPECIFIED),
+        AddressFamily::Inet6 => IpAddr::V6(Ipv6Addr::UNSPECIFIED),
+        _ => return None,
+    };
+    let mut table = u32::from(header.table);
+    let mut route = Route {
+        destination: unspecified,
+        prefix: header.destination_prefix_length,
+        ifindex: 0,
+        gateway: false,
+        preferred_source: None,
+        priority: 0,
+        local: header.kind == RouteType::Local,
+    };
+    for attribute in &message.attributes {
+        match attribute {
+            RouteAttribute::Destination(address) => route.destination = ip(address)?,
+            RouteAttribute::Oif(index) => route.ifindex = *index,
+            RouteAttribute::Gateway(_) | RouteAttribute::Via(_) => route.gateway = true,
+            RouteAttribute::PrefSource(address) => route.preferred_source = ip(address),
+            RouteAttribute::Priority(priority) => route.priority = *priority,
+            RouteAttribute::Table(number) => table = *number,
+            RouteAttribute::MultiPath(hops) => {
+                route.ifindex = hops.first()?.interface_index;
+                route.gateway = true;
+            }
+            _ => {}
+        }
+    }
+    let main = u32::from(RouteHeader::RT_TABLE_MAIN);
+    let usable = header.kind == RouteType::Unicast && table == main
+        || header.kind == RouteType::Local && table == RT_TABLE_LOCAL;
+    (usable && route.ifindex != 0).then_some(route)
+}
+
+fn mac(message: &NeighbourMessage) -> Option<Mac> {
+    message.attributes.iter().find_map(|attribute| match attribute {
+        NeighbourAttribute::LinkLayerAddress(bytes) => Mac::try_from(bytes.as_slice()).ok(),
+        _ => None,
+    })
+}
+
+fn neighbour(message: &NeighbourMessage) -> Option<((u32, IpAddr), Mac)> {
+    if matches!(
+        message.header.state,
+        NeighbourState::Incomplete | NeighbourState::Failed | NeighbourState::Noarp
+    ) {
+        return None;
+    }
+    let address = message.attributes.iter().find_map(|attribute| match attribute {
+        NeighbourAttribute::Destination(NeighbourAddress::Inet(v4)) => Some(IpAddr::V4(*v4)),
+        NeighbourAttribute::Destination(NeighbourAddress::Inet6(v6)) => Some(IpAddr::V6(*v6)),
+        _ => None,
+    })?;
+    Some(((message.header.ifindex, address), mac(message)?))
+}
+
+fn forwarding(
+    message: &NeighbourMessage,
+    links: &BTreeMap<u32, Link>,
+) -> Option<((u32, Mac), u32)> {
+    let port = message.header.ifindex;
+    let bridge = links.get(&port)?.controller?;
+    // The port's own address is listed as permanent, and is the bridge's.
+    (message.header.state != NeighbourState::Permanent || links[&port].mac != mac(message))
+        .then_some(())?;
+    Some(((bridge, mac(message)?), port))
+}

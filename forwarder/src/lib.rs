@@ -1,0 +1,13 @@
+//! The forwarder: published ports, by an eBPF fast path and a userland proxy behind it.
+
+pub mod backends;
+pub mod cli;
+pub mod control;
+pub mod daemon;
+pub mod datapath;
+pub mod doctor;
+pub mod interfaces;
+pub mod maps;
+pub mod output;
+pub mod proxy;
+pub mod spec;

@@ -1,0 +1,211 @@
+//! The BPF maps seen from user space: typed access, and nothing decided. Together with `datapath.rs`
+//! the only user of `aya`.
+
+use std::{collections::HashMap as StdHashMap, net::IpAddr};
+
+use anyhow::{Context as _, Result};
+use aya::{
+    Ebpf,
+    maps::{
+        Array, HashMap, LpmTrie, MapData, MapError, PerCpuArray,
+        lpm_trie::{Key, LpmTrie as Trie},
+    },
+};
+use forwarder_common::{
+    flow::Flow,
+    publish::{Allowed, Frontend, Interface, Port, Publish, port_index},
+    reason::Reason,
+    tuple::{Address, Tuple},
+};
+use ipnet::IpNet;
+
+/// All maps that user space touches.
+pub struct Maps {
+    ports: Array<MapData, Port>,
+    frontends: HashMap<MapData, Frontend, u32>,
+    publishes: Array<MapData, Publish>,
+    local_addresses: HashMap<MapData, Address, u32>,
+    interfaces: HashMap<MapData, u32, Interface>,
+    allow: Trie<MapData, Allowed, u32>,
+    flows: HashMap<MapData, Tuple, Flow>,
+    aliases: HashMap<MapData, Tuple, Tuple>,
+    stats: PerCpuArray<MapData, u64>,
+}
+
+impl std::fmt::Debug for Maps {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Maps")
+    }
+}
+
+impl Maps {
+    /// Takes the maps out of a loaded object.
+    ///
+    /// # Errors
+    /// The object is not ours: a map is missing or of another type.
+    pub fn take(ebpf: &mut Ebpf) -> Result<Self> {
+        let mut map = |name: &str| {
+            ebpf.take_map(name).with_context(|| format!("the eBPF object has no map {name}"))
+        };
+        Ok(Self {
+            ports: Array::try_from(map("PORTS")?)?,
+            frontends: HashMap::try_from(map("FRONTENDS")?)?,
+            publishes: Array::try_from(map("PUBLISHES")?)?,
+            local_addresses: HashMap::try_from(map("LOCAL_ADDRESSES")?)?,
+            interfaces: HashMap::try_from(map("INTERFACES")?)?,
+            allow: LpmTrie::try_from(map("ALLOW")?)?,
+            flows: HashMap::try_from(map("FLOWS")?)?,
+            aliases: HashMap::try_from(map("ALIASES")?)?,
+            stats: PerCpuArray::try_from(map("STATS")?)?,
+        })
+    }
+
+    /// # Errors
+    /// The kernel refuses the update.
+    pub fn set_publish(&mut self, index: u32, publish: &Publish) -> Result<()> {
+        self.publishes.set(index, publish, 0).context("write PUBLISHES")
+    }
+
+    /// Points a port of one address at a publish, or with index 0 at none.
+    ///
+    /// # Errors
+    /// The map is full, or the kernel refuses the update.
+    pub fn set_frontend(
+        &mut self,
+        address: Option<IpAddr>,
+        protocol: u8,
+        port: u16,
+        index: u32,
+    ) -> Result<()> {
+        let Some(element) = port_index(protocol, port) else {
+            return Ok(());
+        };
+        let mut entry = self.ports.get(&element, 0).context("read PORTS")?;
+        let Some(address) = address else {
+            entry.wildcard = index;
+            return self.ports.set(element, entry, 0).context("write PORTS");
+        };
+        let key =
+            Frontend { address: address.into(), port: port.to_be(), protocol: protocol.into() };
+        let there = self.frontends.get(&key, 0).is_ok();
+        if index == 0 {
+            ignore_missing(self.frontends.remove(&key)).context("write FRONTENDS")?;
+            entry.exact -= u32::from(there);
+        } else {
+            self.frontends.insert(key, index, 0).context("write FRONTENDS")?;
+            entry.exact += u32::from(!there);
+        }
+        self.ports.set(element, entry, 0).context("write PORTS")
+    }
+
+    /// # Errors
+    /// The map is full, or the kernel refuses the update.
+    pub fn set_local(&mut self, address: IpAddr, local: bool) -> Result<()> {
+        let key = Address::from(address);
+        if local {
+            self.local_addresses.insert(key, 1, 0).context("write LOCAL_ADDRESSES")
+        } else {
+            ignore_missing(self.local_addresses.remove(&key)).context("write LOCAL_ADDRESSES")
+        }
+    }
+
+    /// How replies leave by a device; `None` makes it an uplink.
+    ///
+    /// # Errors
+    /// The map is full, or the kernel refuses the update.
+    pub fn set_way_back(&mut self, ifindex: u32, delivery: Option<u32>) -> Result<()> {
+        match delivery {
+            Some(delivery) => self.interfaces.insert(ifindex, Interface { delivery }, 0),
+            None => ignore_missing(self.interfaces.remove(&ifindex)),
+        }
+        .context("write INTERFACES")
+    }
+
+    /// Puts a network on a publish's allow-list, or takes it off.
+    ///
+    /// # Errors
+    /// The map is full, or the kernel refuses the update.
+    pub fn set_allowed(&mut self, index: u32, network: IpNet, allowed: bool) -> Result<()> {
+        let length = match network {
+            IpNet::V4(v4) => 32 + 96 + u32::from(v4.prefix_len()),
+            IpNet::V6(v6) => 32 + u32::from(v6.prefix_len()),
+        };
+        let data = Allowed { publish: index.to_be(), source: network.network().into() };
+        let key = Key::new(length, data);
+        if allowed {
+            self.allow.insert(&key, 1, 0).context("write ALLOW")
+        } else {
+            ignore_missing(self.allow.remove(&key)).context("write ALLOW")
+        }
+    }
+
+    /// Every flow now in the table. One that is deleted meanwhile may make the walk begin
+    /// again, so each is given once.
+    ///
+    /// # Errors
+    /// The kernel refuses the walk.
+    pub fn flows(&self) -> Result<StdHashMap<Tuple, Flow>> {
+        let mut all = StdHashMap::new();
+        for entry in self.flows.iter() {
+            match entry {
+                Ok((key, flow)) => drop(all.insert(key, flow)),
+                Err(MapError::KeyNotFound) => {}
+                Err(error) => return Err(error).context("read FLOWS"),
+            }
+        }
+        Ok(all)
+    }
+
+    /// Overwrites a flow.
+    ///
+    /// # Errors
+    /// The kernel refuses the update.
+    pub fn set_flow(&mut self, key: &Tuple, flow: &Flow) -> Result<()> {
+        self.flows.insert(key, flow, 0).context("write FLOWS")
+    }
+
+    /// Deletes a flow and its alias.
+    ///
+    /// # Errors
+    /// The kernel refuses the update.
+    pub fn remove_flow(&mut self, key: &Tuple, flow: &Flow) -> Result<()> {
+        ignore_missing(self.flows.remove(key)).context("write FLOWS")?;
+        if flow.state & forwarder_common::flow::state::ALIASED != 0 {
+            let original = Tuple {
+                source: flow.client,
+                destination: flow.frontend,
+                source_port: flow.client_port,
+                destination_port: flow.frontend_port,
+                protocol: key.protocol,
+            };
+            ignore_missing(self.aliases.remove(&original)).context("write ALIASES")?;
+        }
+        Ok(())
+    }
+
+    /// Packets by reason, summed over CPUs.
+    ///
+    /// # Errors
+    /// The kernel refuses the read.
+    pub fn stats(&self) -> Result<Vec<(Reason, u64)>> {
+        Reason::ALL
+            .iter()
+            .map(|&reason| {
+                let counters = self.stats.get(&(reason as u32), 0).context("read STATS")?;
+                Ok((reason, counters.iter().sum()))
+            })
+            .collect()
+    }
+}
+
+fn ignore_missing(result: Result<(), MapError>) -> Result<(), MapError> {
+    match result {
+        Err(MapError::KeyNotFound) => Ok(()),
+        Err(MapError::SyscallError(error))
+            if error.io_error.raw_os_error() == Some(libc::ENOENT) =>
+        {
+            Ok(())
+        }
+        other => other,
+    }
+}

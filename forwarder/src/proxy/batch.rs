@@ -1,0 +1,211 @@
+//! Many datagrams with one system call: recvmmsg(2) and sendmmsg(2), with the local address of each by
+//! IP_PKTINFO (ip(7)) and IPV6_PKTINFO (RFC 3542). All of the UDP proxy's `unsafe` is here.
+
+use std::{
+    cell::RefCell,
+    io, mem,
+    net::{IpAddr, SocketAddr},
+    os::fd::{AsRawFd as _, BorrowedFd},
+    ptr,
+};
+
+use socket2::{SockAddr, SockAddrStorage};
+
+/// Datagrams at a time.
+const BATCH: usize = 32;
+/// The longest datagram of either family, and to spare.
+const DATAGRAM: usize = 1 << 16;
+/// Room for one control message of either family, with its header.
+const CONTROL: usize = 64;
+
+/// The address of this host that a datagram came to, and the device for link-local ones.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(super) struct Local {
+    pub(super) address: IpAddr,
+    pub(super) ifindex: u32,
+}
+
+#[repr(C, align(8))]
+struct Control([u8; CONTROL]);
+
+/// Buffers for one batch; one for each worker thread, and not larger than what was ever used of it, since
+/// untouched pages cost nothing.
+struct Batch {
+    data: Vec<u8>,
+    lengths: [usize; BATCH],
+}
+
+thread_local! {
+    static SCRATCH: RefCell<Batch> =
+        RefCell::new(Batch { data: vec![0; BATCH * DATAGRAM], lengths: [0; BATCH] });
+}
+
+/// Receives what is there, at most one batch, and hands each datagram to `each` with its source and,
+/// where the socket asks for it, its local address. Returns how many there were.
+///
+/// # Errors
+/// As recvmmsg(2); `WouldBlock` if there are none.
+pub(super) fn receive(
+    socket: BorrowedFd<'_>,
+    mut each: impl FnMut(&[u8], Option<SocketAddr>, Option<Local>),
+) -> io::Result<usize> {
+    SCRATCH.with_borrow_mut(|batch| {
+        // SAFETY: this C structure is valid when all zero.
+        let mut messages: [libc::mmsghdr; BATCH] = unsafe { mem::zeroed() };
+        let mut names: [SockAddrStorage; BATCH] = std::array::from_fn(|_| SockAddrStorage::zeroed());
+        let mut controls: [Control; BATCH] = std::array::from_fn(|_| Control([0; CONTROL]));
+        let mut vectors: [libc::iovec; BATCH] = std::array::from_fn(|at| libc::iovec {
+            iov_base: batch.data[at * DATAGRAM..].as_mut_ptr().cast(),
+            iov_len: DATAGRAM,
+        });
+        for (at, message) in messages.iter_mut().enumerate() {
+            let header = &mut message.msg_hdr;
+            header.msg_name = ptr::from_mut(&mut names[at]).cast();
+            header.msg_namelen = size_of::<SockAddrStorage>() as libc::socklen_t;
+            header.msg_iov = &raw mut vectors[at];
+            header.msg_iovlen = 1;
+            header.msg_control = controls[at].0.as_mut_ptr().cast();
+            header.msg_controllen = CONTROL;
+        }
+        // SAFETY: every pointer in `messages` leads to a live buffer of the length that stands beside it.
+        let count = unsafe {
+            libc::recvmmsg(
+                socket.as_raw_fd(),
+                messages.as_mut_ptr(),
+                BATCH as libc::c_uint,
+                libc::MSG_DONTWAIT,
+                ptr::null_mut(),
+            )
+        };
+        let count = usize::try_from(count).map_err(|_| io::Error::last_os_error())?;
+        for ((at, message), name) in messages[..count].iter().enumerate().zip(names) {
+            batch.lengths[at] = (message.msg_len as usize).min(DATAGRAM);
+            // SAFETY: the kernel wrote the name and its length, or left the length 0.
+            let source = unsafe { SockAddr::new(name, message.msg_hdr.msg_namelen) };
+            let source = source.as_socket();
+            let data = &batch.data[at * DATAGRAM..][..batch.lengths[at]];
+            each(data, source, local(&message.msg_hdr));
+        }
+        Ok(count)
+    })
+}
+
+/// The local address in a received message's control data.
+fn local(header: &libc::msghdr) -> Option<Local> {
+    // SAFETY: the header and its control buffer are what recvmmsg filled, and still live; the CMSG macros
+    // stay within msg_controllen, and the data of a message is read unaligned, as its type says.
+    unsafe {
+        let mut message = libc::CMSG_FIRSTHDR(header);
+        while !message.is_null() {
+            let data = libc::CMSG_DATA(message);
+            match ((*message).cmsg_level, (*message).cmsg_type) {
+                (libc::IPPROTO_IP, libc::IP_PKTINFO) => {
+                    let info: libc::in_pktinfo = ptr::read_unaligned(data.cast());
+                    // Not ipi_addr: for a broadcast, that is no address to answer from.
+                    let address = u32::from_be(info.ipi_spec_dst.s_addr);
+                    return Some(Local { address: IpAddr::V4(address.into()), ifindex: 0 });
+                }
+                (libc::IPPROTO_IPV6, libc::IPV6_PKTINFO) => {
+                    let info: libc::in6_pktinfo = ptr::read_unaligned(data.cast());
+                    let address = std::net::Ipv6Addr::from(info.ipi6_addr.s6_addr);
+                    let ifindex = info.ipi6_ifindex;
+                    return Some(Local { address: IpAddr::V6(address), ifindex });
+                }
+                _ => message = libc::CMSG_NXTHDR(header, message),
+            }
+        }
+    }
+    None
+}
+
+/// Receives a batch from the connected socket `from` and sends it by `to` to `client`, from the address
+/// `local`. Returns how many datagrams and bytes there were.
+///
+/// # Errors
+/// As recvmmsg(2). What the client's side does not take is dropped, as a network would.
+pub(super) fn answer(
+    from: BorrowedFd<'_>,
+    to: BorrowedFd<'_>,
+    client: SocketAddr,
+    local: Option<Local>,
+) -> io::Result<(usize, usize)> {
+    let mut sizes = [0; BATCH];
+    let mut at = 0;
+    let count = receive(from, |data, _, _| {
+        sizes[at] = data.len();
+        at += 1;
+    })?;
+    let name = SockAddr::from(client);
+    let mut control = Control([0; CONTROL]);
+    let control_length = local.map_or(0, |local| write_local(&mut control, local));
+    SCRATCH.with_borrow_mut(|batch| {
+        let mut vectors: [libc::iovec; BATCH] = std::array::from_fn(|at| libc::iovec {
+            iov_base: batch.data[at * DATAGRAM..].as_mut_ptr().cast(),
+            iov_len: sizes[at],
+        });
+        // SAFETY: this C structure is valid when all zero.
+        let mut messages: [libc::mmsghdr; BATCH] = unsafe { mem::zeroed() };
+        for (message, vector) in messages.iter_mut().zip(&mut vectors) {
+            let header = &mut message.msg_hdr;
+            header.msg_name = name.as_ptr().cast_mut().cast();
+            header.msg_namelen = name.len();
+            header.msg_iov = vector;
+            header.msg_iovlen = 1;
+            header.msg_control = control.0.as_mut_ptr().cast();
+            header.msg_controllen = control_length;
+        }
+        let mut sent = 0;
+        while sent < count {
+            // SAFETY: every pointer in `messages` leads to a live buffer of the length that stands beside it.
+            let more = unsafe {
+                libc::sendmmsg(
+                    to.as_raw_fd(),
+                    messages[sent..].as_mut_ptr(),
+                    (count - sent) as libc::c_uint,
+                    libc::MSG_DONTWAIT,
+                )
+            };
+            // An error is about the first datagram that was not sent.
+            sent += usize::try_from(more).unwrap_or(1).max(1);
+        }
+    });
+    Ok((count, sizes[..count].iter().sum()))
+}
+
+/// Writes the control message that sets a datagram's source; returns its length.
+fn write_local(control: &mut Control, local: Local) -> usize {
+    // SAFETY: `header` points at `control`, which is aligned and has room for a header and either
+    // structure, which are written unaligned.
+    unsafe {
+        let mut header: libc::msghdr = mem::zeroed();
+        header.msg_control = control.0.as_mut_ptr().cast();
+        header.msg_controllen = CONTROL;
+        let message = libc::CMSG_FIRSTHDR(&raw const header);
+        let data = libc::CMSG_DATA(message);
+        let length = match local.address {
+            IpAddr::V4(address) => {
+                let mut info: libc::in_pktinfo = mem::zeroed();
+                info.ipi_spec_dst.s_addr = u32::from(address).to_be();
+                (*message).cmsg_level = libc::IPPROTO_IP;
+                (*message).cmsg_type = libc::IP_PKTINFO;
+                ptr::write_unaligned(data.cast(), info);
+                size_of::<libc::in_pktinfo>() as u32
+            }
+            IpAddr::V6(address) => {
+                let mut info: libc::in6_pktinfo = mem::zeroed();
+                if !address.is_multicast() {
+                    info.ipi6_addr.s6_addr = address.octets();
+                }
+                if address.is_unicast_link_local() || address.is_multicast() {
+                    info.ipi6_ifindex = local.ifindex;
+                }
+                (*message).cmsg_level = libc::IPPROTO_IPV6;
+                (*message).cmsg_type = libc::IPV6_PKTINFO;
+                ptr::write_unaligned(data.cast(), info);
+                size_of::<libc::in6_pktinfo>() as u32
+            }
+        };
+        (*message).cmsg_len = libc::CMSG_LEN(length) as usize;
+        libc::CMSG_SPACE(length) as usize
+    }
+}

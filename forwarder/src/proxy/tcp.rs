@@ -1,0 +1,229 @@
+//! TCP: one backend connection for each client, copied both ways; big transfers by splice(2), so that
+//! bytes stay in the kernel. Half-close and reset go through to the other side.
+
+use std::{
+    io,
+    net::SocketAddr,
+    os::fd::{AsFd as _, OwnedFd},
+    sync::Arc,
+    time::Duration,
+};
+
+use nix::fcntl::{OFlag, SpliceFFlags, splice};
+use socket2::{SockRef, TcpKeepalive};
+use tokio::{
+    io::{AsyncWriteExt as _, Interest},
+    net::{TcpListener, TcpStream},
+    sync::watch,
+};
+use tracing::{debug, warn};
+
+use super::{Shared, Stop, ended, protocol_header};
+
+const BUFFER: usize = 16 << 10;
+/// A direction that filled its buffer this often is worth a pipe.
+const FULL_READS: u32 = 4;
+const PIPE: usize = 1 << 20;
+const KEEPALIVE: Duration = Duration::from_secs(15);
+/// How long no connection is accepted when descriptors have run out.
+const BACK_OFF: Duration = Duration::from_millis(100);
+
+/// Accepts clients until the task is ended.
+pub(super) async fn serve(
+    listener: std::net::TcpListener,
+    port: u16,
+    shared: Arc<Shared>,
+    stopped: watch::Receiver<Option<Stop>>,
+) {
+    let listener = match TcpListener::from_std(listener) {
+        Ok(listener) => listener,
+        Err(error) => return warn!("serve port {port}: {error}"),
+    };
+    let mut warned = false;
+    loop {
+        match listener.accept().await {
+            Ok((client, address)) => {
+                warned = false;
+                let task = connection(client, address, port, shared.clone(), stopped.clone());
+                tokio::spawn(task);
+            }
+            Err(error) if is_exhaustion(&error) => {
+                if !warned {
+                    warn!("port {port} accepts no more for now: {error}");
+                    warned = true;
+                }
+                tokio::time::sleep(BACK_OFF).await;
+            }
+            Err(error) => debug!("accept on port {port}: {error}"), // the client has gone already
+        }
+    }
+}
+
+fn is_exhaustion(error: &io::Error) -> bool {
+    let exhausted = [libc::EMFILE, libc::ENFILE, libc::ENOBUFS, libc::ENOMEM];
+    error.raw_os_error().is_some_and(|code| exhausted.contains(&code))
+}
+
+async fn connection(
+    client: TcpStream,
+    address: SocketAddr,
+    port: u16,
+    shared: Arc<Shared>,
+    mut stopped: watch::Receiver<Option<Stop>>,
+) {
+    if !shared.allows(address.ip()) {
+        return reset(&client);
+    }
+    let _live = shared.flow();
+    // The client believes that it is connected. If the backend refuses, it learns so by a reset.
+    let backend = tokio::select! {
+        backend = connect(&client, address, port, &shared) => backend,
+        _ = ended(&mut stopped) => return reset(&client),
+    };
+    let backend = match backend {
+        Ok(backend) => backend,
+        Err(error) => {
+            debug!("connect to {}: {error}", shared.backend(port));
+            return reset(&client);
+        }
+    };
+    let result = tokio::select! {
+        result = both_ways(&client, &backend, &shared) => result,
+        how = ended(&mut stopped) => match how {
+            Stop::Reset => Err(io::ErrorKind::ConnectionReset.into()),
+            Stop::Cut | Stop::Drain => Ok(()),
+        },
+    };
+    if let Err(error) = result {
+        debug!("{address}: {error}");
+        reset(&client);
+        reset(&backend);
+    }
+}
+
+async fn connect(
+    client: &TcpStream,
+    address: SocketAddr,
+    port: u16,
+    shared: &Shared,
+) -> io::Result<TcpStream> {
+    tune(client)?;
+    let mut backend = TcpStream::connect(shared.backend(port)).await?;
+    tune(&backend)?;
+    if shared.options.proxy_protocol {
+        let header = protocol_header::tcp(address, client.local_addr()?);
+        backend.write_all(&header).await?;
+    }
+    Ok(backend)
+}
+
+fn tune(stream: &TcpStream) -> io::Result<()> {
+    stream.set_nodelay(true)?;
+    let keepalive = TcpKeepalive::new().with_time(KEEPALIVE).with_interval(KEEPALIVE);
+    SockRef::from(stream).set_tcp_keepalive(&keepalive)
+}
+
+/// Makes the close, which follows, a reset.
+fn reset(stream: &TcpStream) {
+    let _ = SockRef::from(stream).set_linger(Some(Duration::ZERO));
+}
+
+/// Both directions until both have ended; an error in one ends the other.
+async fn both_ways(client: &TcpStream, backend: &TcpStream, shared: &Shared) -> io::Result<()> {
+    tokio::try_join!(one_way(client, backend, shared), one_way(backend, client, shared))?;
+    Ok(())
+}
+
+/// Copies until the end of the stream, then half-closes the other side.
+async fn one_way(from: &TcpStream, to: &TcpStream, shared: &Shared) -> io::Result<()> {
+    if copy(from, to, shared).await? == Copied::Bulk {
+        match pipe() {
+            Ok(pipe) => by_splice(from, to, &pipe, shared).await?,
+            Err(_) => while copy(from, to, shared).await? == Copied::Bulk {},
+        }
+    }
+    match SockRef::from(to).shutdown(std::net::Shutdown::Write) {
+        Err(error) if error.kind() != io::ErrorKind::NotConnected => Err(error),
+        _ => Ok(()),
+    }
+}
+
+#[derive(PartialEq, Eq)]
+enum Copied {
+    All,
+    /// So much at a time that splicing pays.
+    Bulk,
+}
+
+async fn copy(from: &TcpStream, to: &TcpStream, shared: &Shared) -> io::Result<Copied> {
+    // Taken when there is something to read, and given back: idle connections hold no buffer.
+    let mut buffer = Vec::new();
+    let mut full = 0;
+    loop {
+        from.readable().await?;
+        buffer.resize(BUFFER, 0);
+        let read = match from.try_read(&mut buffer) {
+            Ok(0) => return Ok(Copied::All),
+            Ok(read) => read,
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                buffer = Vec::new();
+                continue;
+            }
+            Err(error) => return Err(error),
+        };
+        shared.carried(read);
+        let mut rest = &buffer[..read];
+        while !rest.is_empty() {
+            match to.try_write(rest) {
+                Ok(written) => rest = &rest[written..],
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => to.writable().await?,
+                Err(error) => return Err(error),
+            }
+        }
+        full = if read == BUFFER { full + 1 } else { 0 };
+        if full == FULL_READS {
+            return Ok(Copied::Bulk);
+        }
+    }
+}
+
+struct Pipe {
+    read: OwnedFd,
+    write: OwnedFd,
+}
+
+fn pipe() -> io::Result<Pipe> {
+    let (read, write) = nix::unistd::pipe2(OFlag::O_NONBLOCK | OFlag::O_CLOEXEC)?;
+    // More at a time where the limit allows it (fs.pipe-max-size, fs.pipe-user-pages-soft).
+    let size = nix::fcntl::FcntlArg::F_SETPIPE_SZ(PIPE.cast_signed().try_into().unwrap_or(i32::MAX));
+    let _ = nix::fcntl::fcntl(&write, size);
+    Ok(Pipe { read, write })
+}
+
+async fn by_splice(
+    from: &TcpStream,
+    to: &TcpStream,
+    pipe: &Pipe,
+    shared: &Shared,
+) -> io::Result<()> {
+    let flags = SpliceFFlags::SPLICE_F_MOVE | SpliceFFlags::SPLICE_F_NONBLOCK;
+    loop {
+        let moved = from
+            .async_io(Interest::READABLE, || {
+                Ok(splice(from.as_fd(), None, pipe.write.as_fd(), None, PIPE, flags)?)
+            })
+            .await?;
+        if moved == 0 {
+            return Ok(());
+        }
+        shared.carried(moved);
+        let mut rest = moved;
+        while rest > 0 {
+            rest -= to
+                .async_io(Interest::WRITABLE, || {
+                    Ok(splice(pipe.read.as_fd(), None, to.as_fd(), None, rest, flags)?)
+                })
+                .await?;
+        }
+    }
+}

@@ -1,0 +1,198 @@
+//! UDP: for each client address and port, and each address of ours that it uses, a socket connected to the
+//! backend. Datagrams go as they are, empty ones too; replies leave from the address the client used.
+
+use std::{
+    collections::HashMap,
+    io,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
+    os::fd::AsFd as _,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, AtomicU64, Ordering::Relaxed},
+    },
+    time::Duration,
+};
+
+use tokio::{
+    io::Interest,
+    net::UdpSocket,
+    sync::{mpsc, watch},
+    time::Instant,
+};
+use tracing::{debug, warn};
+
+use super::{
+    LiveFlow, Shared, Stop,
+    batch::{self, Local},
+    ended,
+};
+
+/// nf_conntrack's timeouts (Documentation/networking/nf_conntrack-sysctl.rst).
+const UNREPLIED: Duration = Duration::from_secs(30);
+const REPLIED: Duration = Duration::from_secs(120);
+const MAX_FLOWS: usize = 65_536;
+
+type Key = (SocketAddr, Option<Local>);
+
+struct Flow {
+    backend: UdpSocket,
+    /// Milliseconds since `began` of the newest datagram in either direction.
+    seen: AtomicU64,
+    began: Instant,
+    replied: AtomicBool,
+    /// Nothing is read from the backend any more: the next datagram needs another flow.
+    over: AtomicBool,
+    _live: LiveFlow,
+}
+
+impl Flow {
+    fn touch(&self) {
+        let elapsed = u64::try_from(self.began.elapsed().as_millis()).unwrap_or(u64::MAX);
+        self.seen.store(elapsed, Relaxed);
+    }
+
+    fn expires(&self) -> Instant {
+        let timeout = if self.replied.load(Relaxed) { REPLIED } else { UNREPLIED };
+        self.began + Duration::from_millis(self.seen.load(Relaxed)) + timeout
+    }
+}
+
+/// Serves a held port until the task is ended; its flows end with it.
+pub(super) async fn serve(
+    socket: std::net::UdpSocket,
+    port: u16,
+    shared: Arc<Shared>,
+    stopped: watch::Receiver<Option<Stop>>,
+) {
+    let frontend = match UdpSocket::from_std(socket) {
+        Ok(socket) => Arc::new(socket),
+        Err(error) => return warn!("serve port {port}: {error}"),
+    };
+    let mut flows: HashMap<Key, Arc<Flow>> = HashMap::new();
+    let (gone, mut over) = mpsc::unbounded_channel();
+    let mut warned = false;
+    let mut receive = |data: &[u8], flows: &mut HashMap<Key, Arc<Flow>>, key: Key| {
+        if !shared.allows(key.0.ip()) {
+            return;
+        }
+        if flows.get(&key).is_none_or(|flow| flow.over.load(Relaxed)) {
+            match begin(port, &shared, flows.len()) {
+                Ok(flow) => {
+                    let task = replies(frontend.clone(), flow.clone(), key, shared.clone(), gone.clone());
+                    tokio::spawn(until_stopped(task, stopped.clone()));
+                    flows.insert(key, flow);
+                }
+                Err(error) => {
+                    if !warned {
+                        warn!("port {port}/udp takes no more clients for now: {error}");
+                        warned = true;
+                    }
+                    return;
+                }
+            }
+        }
+        let flow = &flows[&key];
+        flow.touch();
+        shared.carried(data.len());
+        // A refusal that an earlier datagram met is reported by the next send, which then was not made.
+        if flow.backend.try_send(data).is_err_and(|e| e.kind() == io::ErrorKind::ConnectionRefused) {
+            let _ = flow.backend.try_send(data);
+        }
+    };
+    loop {
+        tokio::select! {
+            ready = frontend.readable() => {
+                let received = ready.and_then(|()| {
+                    frontend.try_io(Interest::READABLE, || {
+                        batch::receive(frontend.as_fd(), |data, source, local| {
+                            if let Some(source) = source {
+                                receive(data, &mut flows, (source, local));
+                            }
+                        })
+                    })
+                });
+                match received {
+                    Err(error) if error.kind() != io::ErrorKind::WouldBlock => {
+                        debug!("receive on port {port}: {error}");
+                    }
+                    _ => {}
+                }
+            }
+            Some(key) = over.recv() => {
+                if flows.get(&key).is_some_and(|flow| flow.over.load(Relaxed)) {
+                    flows.remove(&key);
+                }
+            }
+        }
+    }
+}
+
+async fn until_stopped(
+    task: impl Future<Output = ()>,
+    mut stopped: watch::Receiver<Option<Stop>>,
+) {
+    tokio::select! {
+        () = task => {}
+        _ = ended(&mut stopped) => {}
+    }
+}
+
+fn begin(port: u16, shared: &Arc<Shared>, flows: usize) -> io::Result<Arc<Flow>> {
+    if flows >= MAX_FLOWS {
+        return Err(io::Error::other(format!("{MAX_FLOWS} flows")));
+    }
+    let backend = shared.backend(port);
+    let any: IpAddr = match backend {
+        SocketAddr::V4(_) => Ipv4Addr::UNSPECIFIED.into(),
+        SocketAddr::V6(_) => Ipv6Addr::UNSPECIFIED.into(),
+    };
+    let socket = std::net::UdpSocket::bind((any, 0))?;
+    socket.set_nonblocking(true)?;
+    socket.connect(backend)?;
+    Ok(Arc::new(Flow {
+        backend: UdpSocket::from_std(socket)?,
+        seen: AtomicU64::new(0),
+        began: Instant::now(),
+        replied: AtomicBool::new(false),
+        over: AtomicBool::new(false),
+        _live: shared.flow(),
+    }))
+}
+
+/// Brings the backend's datagrams to the client, until both have been silent for the timeout.
+async fn replies(
+    frontend: Arc<UdpSocket>,
+    flow: Arc<Flow>,
+    key: Key,
+    shared: Arc<Shared>,
+    gone: mpsc::UnboundedSender<Key>,
+) {
+    let (client, local) = key;
+    loop {
+        tokio::select! {
+            ready = flow.backend.readable() => {
+                let answered = ready.and_then(|()| {
+                    flow.backend.try_io(Interest::READABLE, || {
+                        batch::answer(flow.backend.as_fd(), frontend.as_fd(), client, local)
+                    })
+                });
+                match answered {
+                    Ok((datagrams, bytes)) => {
+                        flow.touch();
+                        flow.replied.store(true, Relaxed);
+                        shared.carried_many(datagrams, bytes);
+                    }
+                    // The backend refused (ICMP): it may be back for the next datagram.
+                    Err(error) => debug!("{client}: {error}"),
+                }
+            }
+            () = tokio::time::sleep_until(flow.expires()) => {
+                if flow.expires() <= Instant::now() {
+                    break;
+                }
+            }
+        }
+    }
+    flow.over.store(true, Relaxed);
+    let _ = gone.send(key);
+}

@@ -1,0 +1,215 @@
+//! What comes and goes: containers, publishes, and the daemon itself.
+
+use std::{collections::BTreeMap, net::SocketAddr, path::Path};
+
+use forwarder_tests::{
+    daemon::{Daemon, Datapath},
+    deadline::wait_for,
+    netns::Netns,
+    topology::{Family, Topology},
+    traffic::{Backend, Protocol, ask},
+};
+
+use crate::scene::{
+    BACKEND_PORT, PORT, on_the_fast_path, packets, served_to_the_client, spec, wait_for_delivery,
+};
+
+#[test]
+fn a_container_that_starts_after_the_publish_is_served() {
+    let mut topology = Topology::new().unwrap();
+    topology.unplug_backend().unwrap();
+    let spec = spec(&topology.backend, Family::V4, Protocol::Tcp);
+    let daemon = Daemon::start(&topology.host, &[&spec], Datapath::Auto).unwrap();
+    topology.plug_backend().unwrap();
+    let _backend = Backend::start(&topology.backend.netns, Protocol::Tcp, BACKEND_PORT).unwrap();
+    wait_for_delivery(&daemon);
+    on_the_fast_path(&daemon, || {
+        served_to_the_client(&topology, Protocol::Tcp, "hello")
+    });
+    daemon.stop().unwrap();
+}
+
+fn served_after_a_restart(protocol: Protocol) {
+    let mut topology = Topology::new().unwrap();
+    let _backend = Backend::start(&topology.backend.netns, protocol, BACKEND_PORT).unwrap();
+    let spec = spec(&topology.backend, Family::V4, protocol);
+    let daemon = Daemon::start(&topology.host, &[&spec], Datapath::Ebpf).unwrap();
+    on_the_fast_path(&daemon, || {
+        served_to_the_client(&topology, protocol, "before")
+    });
+
+    topology.unplug_backend().unwrap();
+    topology.plug_backend().unwrap();
+    // The daemon may not have noticed yet; then a request can be lost, but not for long.
+    let before = packets(&daemon);
+    let frontend = SocketAddr::new(topology.host_address(Family::V4), PORT);
+    wait_for("the restarted container is served by the fast path", || {
+        let answer = ask(&topology.client, protocol, frontend, "after").ok()?;
+        let seen = topology.client_address(Family::V4) == answer.seen.ip();
+        (seen && packets(&daemon) > before).then_some(())
+    })
+    .unwrap();
+    on_the_fast_path(&daemon, || {
+        served_to_the_client(&topology, protocol, "later")
+    });
+    daemon.stop().unwrap();
+}
+
+#[test]
+fn tcp_reaches_a_container_that_came_back_with_another_mac_and_veth() {
+    served_after_a_restart(Protocol::Tcp);
+}
+
+#[test]
+fn udp_reaches_a_container_that_came_back_with_another_mac_and_veth() {
+    served_after_a_restart(Protocol::Udp);
+}
+
+#[test]
+fn a_publish_comes_and_goes_while_it_runs() {
+    let topology = Topology::new().unwrap();
+    let _backend = Backend::start(&topology.backend.netns, Protocol::Tcp, BACKEND_PORT).unwrap();
+    let daemon = Daemon::start(&topology.host, &[], Datapath::Auto).unwrap();
+    assert!(daemon.list().unwrap().is_empty());
+
+    let spec = spec(&topology.backend, Family::V4, Protocol::Tcp);
+    daemon.control(&["publish", &spec]).unwrap();
+    wait_for_delivery(&daemon);
+    on_the_fast_path(&daemon, || {
+        served_to_the_client(&topology, Protocol::Tcp, "hello")
+    });
+
+    daemon.control(&["unpublish", &spec]).unwrap();
+    assert!(daemon.list().unwrap().is_empty());
+    let frontend = SocketAddr::new(topology.host_address(Family::V4), PORT);
+    assert!(ask(&topology.client, Protocol::Tcp, frontend, "hello").is_err());
+    daemon.stop().unwrap();
+}
+
+#[test]
+fn every_port_of_a_range_leads_to_its_own() {
+    let topology = Topology::new().unwrap();
+    let backend = topology.backend.address(Family::V4);
+    let ports = [0, 1, 99].map(|offset| {
+        let started = Backend::start(&topology.backend.netns, Protocol::Udp, 9000 + offset);
+        (offset, started.unwrap())
+    });
+    let spec = format!("7000-7099:{backend}:9000-9099/udp");
+    let daemon = Daemon::start(&topology.host, &[&spec], Datapath::Ebpf).unwrap();
+    on_the_fast_path(&daemon, || {
+        for (offset, server) in &ports {
+            let frontend = SocketAddr::new(topology.host_address(Family::V4), 7000 + offset);
+            let answer = ask(&topology.client, Protocol::Udp, frontend, "hello").unwrap();
+            assert_eq!(answer.seen.ip(), topology.client_address(Family::V4));
+            assert!(
+                server.requests() > 0,
+                "port {offset} of the range led elsewhere"
+            );
+        }
+    });
+    daemon.stop().unwrap();
+}
+
+#[test]
+fn a_range_in_front_of_one_port_leads_there() {
+    let topology = Topology::new().unwrap();
+    let backend = SocketAddr::new(topology.backend.address(Family::V4), BACKEND_PORT);
+    let _backend = Backend::start(&topology.backend.netns, Protocol::Udp, BACKEND_PORT).unwrap();
+    let spec = format!("7000-7099:{backend}/udp");
+    let daemon = Daemon::start(&topology.host, &[&spec], Datapath::Ebpf).unwrap();
+    on_the_fast_path(&daemon, || {
+        for port in [7000, 7050, 7099] {
+            let frontend = SocketAddr::new(topology.host_address(Family::V4), port);
+            let answer = ask(&topology.client, Protocol::Udp, frontend, "hello").unwrap();
+            assert_eq!(answer.payload, "hello");
+        }
+    });
+    daemon.stop().unwrap();
+}
+
+/// Everything in the host's namespace that a forwarder could have left.
+fn traces(netns: &Netns) -> (BTreeMap<String, String>, String) {
+    let mut seen = String::new();
+    for command in [
+        "ip -d link",
+        "ip addr",
+        "ip rule",
+        "tc qdisc show",
+        "nft list ruleset",
+    ] {
+        // Lifetimes and such differ from call to call; what exists does not.
+        seen += &netns.run(command).unwrap();
+    }
+    (netns.enter(|| sysctls(Path::new("/proc/sys/net"))), seen)
+}
+
+/// Every readable sysctl below a folder, but for those that count.
+fn sysctls(folder: &Path) -> BTreeMap<String, String> {
+    let mut values = BTreeMap::new();
+    let Ok(entries) = std::fs::read_dir(folder) else {
+        return values;
+    };
+    for entry in entries.flatten() {
+        let path = entry.path();
+        let name = path.display().to_string();
+        if path.is_dir() {
+            values.extend(sysctls(&path));
+        } else if !name.ends_with("_count")
+            && let Ok(value) = std::fs::read_to_string(&path)
+        {
+            values.insert(name, value);
+        }
+    }
+    values
+}
+
+/// Whether the kernel still has a BPF program of that number.
+fn program_exists(number: u32) -> bool {
+    const BPF_PROG_GET_FD_BY_ID: libc::c_int = 13;
+    let attributes = [number, 0, 0];
+    // SAFETY: the command reads 12 bytes of attributes, which is what there is.
+    let descriptor = unsafe {
+        let size = size_of_val(&attributes);
+        libc::syscall(
+            libc::SYS_bpf,
+            BPF_PROG_GET_FD_BY_ID,
+            attributes.as_ptr(),
+            size,
+        )
+    };
+    if descriptor >= 0 {
+        // SAFETY: the call above opened it and nobody else knows it.
+        unsafe { libc::close(descriptor as libc::c_int) };
+    }
+    descriptor >= 0
+}
+
+#[test]
+fn ctrl_c_leaves_nothing_behind() {
+    let topology = Topology::new().unwrap();
+    let _tcp = Backend::start(&topology.backend.netns, Protocol::Tcp, BACKEND_PORT).unwrap();
+    let before = traces(&topology.host);
+    let spec = spec(&topology.backend, Family::V4, Protocol::Tcp);
+    let daemon = Daemon::start(&topology.host, &[&spec], Datapath::Ebpf).unwrap();
+    served_to_the_client(&topology, Protocol::Tcp, "hello");
+    let during = traces(&topology.host);
+    assert_eq!(before.0, during.0, "a sysctl was changed");
+    let programs = daemon.programs().unwrap();
+    assert!(!programs.is_empty(), "no BPF program is loaded");
+    let pins = format!("/sys/fs/bpf/forwarder/{}", daemon.instance());
+    let socket = format!("/run/forwarder/{}.sock", daemon.instance());
+    assert!(Path::new(&socket).exists(), "no control socket {socket}");
+
+    daemon.stop().unwrap();
+
+    assert!(!Path::new(&pins).exists(), "{pins} is left");
+    assert!(!Path::new(&socket).exists(), "{socket} is left");
+    let after = traces(&topology.host);
+    assert_eq!(before.0, after.0, "a sysctl was left changed");
+    assert_eq!(before.1, after.1, "devices, addresses, qdiscs or rules");
+    // The kernel frees programs a little after their last reference.
+    wait_for("the programs are gone", || {
+        (!programs.iter().any(|number| program_exists(*number))).then_some(())
+    })
+    .unwrap();
+}

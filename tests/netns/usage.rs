@@ -1,0 +1,107 @@
+//! Mistakes: each gets one line that names the thing, and the right exit status.
+
+use std::net::{Ipv4Addr, TcpListener};
+
+use forwarder_tests::{
+    daemon::{Daemon, Datapath, run_to_failure},
+    netns::Netns,
+    topology::{Family, Topology},
+    traffic::Protocol,
+};
+
+use crate::scene::{PORT, spec};
+
+/// The line that begins with `error: `, and that there is only one.
+#[track_caller]
+fn error_line(errors: &str) -> &str {
+    let mut lines = errors.lines().filter(|line| line.starts_with("error: "));
+    let line = lines
+        .next()
+        .unwrap_or_else(|| panic!("no line begins with `error: `:\n{errors}"));
+    assert_eq!(lines.next(), None, "more than one error:\n{errors}");
+    line
+}
+
+fn empty_host() -> Netns {
+    let host = Netns::new("host").unwrap();
+    host.ip("link set lo up").unwrap();
+    host
+}
+
+fn port_held_by_another_process(datapath: &str) {
+    let host = empty_host();
+    let _held = host
+        .enter(|| TcpListener::bind((Ipv4Addr::UNSPECIFIED, PORT)))
+        .unwrap();
+    let spec = format!("{PORT}:172.31.0.2:80");
+    let flags = ["-p", &spec, "--datapath", datapath];
+    let (status, errors) = run_to_failure(&host, &flags).unwrap();
+    let line = error_line(&errors);
+    assert_eq!(status.code(), Some(1), "{line}");
+    assert!(line.contains("address already in use"), "{line}");
+    assert!(
+        line.contains(&format!("pid {}", std::process::id())),
+        "the holder is named: {line}"
+    );
+}
+
+#[test]
+fn a_port_held_by_another_process_is_an_error_that_names_it() {
+    port_held_by_another_process("auto");
+}
+
+#[test]
+fn a_port_held_by_another_process_is_an_error_in_user_space_too() {
+    port_held_by_another_process("userland");
+}
+
+#[test]
+fn a_published_port_is_held() {
+    let topology = Topology::new().unwrap();
+    let spec = spec(&topology.backend, Family::V4, Protocol::Tcp);
+    let daemon = Daemon::start(&topology.host, &[&spec], Datapath::Ebpf).unwrap();
+    let taken = topology
+        .host
+        .enter(|| TcpListener::bind((Ipv4Addr::UNSPECIFIED, PORT)));
+    assert_eq!(taken.unwrap_err().kind(), std::io::ErrorKind::AddrInUse);
+    daemon.stop().unwrap();
+}
+
+fn wrong_usage(flags: &[&str], names: &str) {
+    let (status, errors) = run_to_failure(&empty_host(), flags).unwrap();
+    assert_eq!(status.code(), Some(2), "{errors}");
+    assert!(errors.contains(names), "{names} is not named:\n{errors}");
+}
+
+#[test]
+fn a_spec_without_a_backend_is_wrong_usage() {
+    wrong_usage(&["-p", "8080"], "8080");
+}
+
+#[test]
+fn a_port_that_is_none_is_wrong_usage() {
+    wrong_usage(&["-p", "70000:172.31.0.2:80"], "70000");
+}
+
+#[test]
+fn ranges_of_different_length_are_wrong_usage() {
+    wrong_usage(&["-p", "7000-7009:172.31.0.2:80-81"], "7000-7009");
+}
+
+#[test]
+fn an_unknown_protocol_is_wrong_usage() {
+    wrong_usage(&["-p", "8080:172.31.0.2:80/icmp"], "icmp");
+}
+
+#[test]
+fn publishes_that_overlap_are_refused() {
+    let flags = [
+        "-p",
+        "8080:172.31.0.2:80",
+        "-p",
+        "8000-8100:172.31.0.3:8000-8100",
+    ];
+    let (status, errors) = run_to_failure(&empty_host(), &flags).unwrap();
+    assert!(!status.success());
+    assert!(error_line(&errors).contains("8080"), "{errors}");
+}

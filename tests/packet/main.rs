@@ -1,0 +1,1 @@
+//! Tier 1: packets through the loaded programs.

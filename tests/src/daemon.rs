@@ -1,0 +1,322 @@
+//! The daemon under test: starting it, asking it, ending it.
+
+use std::{
+    io::{BufRead, BufReader, Read},
+    path::PathBuf,
+    process::{Child, Command, ExitStatus, Stdio},
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicU32, Ordering},
+    },
+    thread,
+};
+
+use anyhow::{Context, Result, bail, ensure};
+use nix::{
+    sys::signal::{Signal, kill},
+    unistd::Pid,
+};
+use serde_json::Value;
+
+use crate::{deadline::wait_for, netns::Netns};
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Datapath {
+    Auto,
+    Ebpf,
+    Userland,
+}
+
+impl Datapath {
+    /// As on the command line and in JSON.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Auto => "auto",
+            Self::Ebpf => "ebpf",
+            Self::Userland => "userland",
+        }
+    }
+}
+
+/// A running `forwarder run`; killed when dropped.
+#[derive(Debug)]
+pub struct Daemon {
+    child: Child,
+    netns: Netns,
+    instance: String,
+    output: Output,
+}
+
+/// What it has written so far.
+#[derive(Debug, Clone, Default)]
+struct Output {
+    stdout: Arc<Mutex<String>>,
+    stderr: Arc<Mutex<String>>,
+}
+
+impl Daemon {
+    /// Starts it in `netns` and waits until it says `ready`.
+    ///
+    /// # Errors
+    /// It ends instead, or says nothing in time; with all that it wrote.
+    pub fn start(netns: &Netns, specs: &[&str], datapath: Datapath) -> Result<Self> {
+        Self::start_with(netns, specs, datapath, &[])
+    }
+
+    /// As [`Daemon::start`], with further flags of `run`.
+    ///
+    /// # Errors
+    /// As [`Daemon::start`].
+    pub fn start_with(
+        netns: &Netns,
+        specs: &[&str],
+        datapath: Datapath,
+        flags: &[&str],
+    ) -> Result<Self> {
+        static COUNT: AtomicU32 = AtomicU32::new(0);
+        let number = COUNT.fetch_add(1, Ordering::Relaxed);
+        let instance = format!("test-{}-{number}", std::process::id());
+        let mut command = forwarder(netns);
+        command
+            .args([
+                "run",
+                "--instance",
+                &instance,
+                "--datapath",
+                datapath.name(),
+            ])
+            .args(flags);
+        for spec in specs {
+            command.args(["-p", spec]);
+        }
+        // A Ctrl-C at the terminal is for whoever started us, who then ends the daemon.
+        std::os::unix::process::CommandExt::process_group(&mut command, 0);
+        command
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped());
+        let mut child = command.spawn().context("start forwarder")?;
+
+        let output = Output::default();
+        collect(
+            child.stdout.take().context("piped above")?,
+            Arc::clone(&output.stdout),
+        );
+        collect(
+            child.stderr.take().context("piped above")?,
+            Arc::clone(&output.stderr),
+        );
+        let mut daemon = Self {
+            child,
+            netns: netns.clone(),
+            instance,
+            output,
+        };
+        daemon.wait_until_ready()?;
+        Ok(daemon)
+    }
+
+    fn wait_until_ready(&mut self) -> Result<()> {
+        let outcome = wait_for("`ready` from forwarder", || {
+            if text(&self.output.stdout)
+                .lines()
+                .any(|line| line == "ready")
+            {
+                return Some(Ok(()));
+            }
+            match self.child.try_wait() {
+                Ok(None) => None,
+                Ok(Some(status)) => Some(Err(anyhow::anyhow!("forwarder ended, {status}"))),
+                Err(error) => Some(Err(error.into())),
+            }
+        });
+        outcome.and_then(|inner| inner).with_context(|| self.said())
+    }
+
+    /// Everything that it wrote, for the message of a failure.
+    pub fn said(&self) -> String {
+        format!(
+            "forwarder's output:\n{}forwarder's errors:\n{}",
+            text(&self.output.stdout),
+            text(&self.output.stderr)
+        )
+    }
+
+    pub fn instance(&self) -> &str {
+        &self.instance
+    }
+
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// Runs another command of `forwarder` against this instance, such as `publish SPEC`, and
+    /// returns its standard output.
+    ///
+    /// # Errors
+    /// It fails.
+    pub fn control(&self, arguments: &[&str]) -> Result<String> {
+        let mut command = forwarder(&self.netns);
+        let output = command
+            .args(arguments)
+            .args(["--instance", &self.instance])
+            .output()?;
+        if !output.status.success() {
+            let errors = String::from_utf8_lossy(&output.stderr);
+            bail!(
+                "`forwarder {}`: {}: {}",
+                arguments.join(" "),
+                output.status,
+                errors.trim()
+            );
+        }
+        Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+    }
+
+    /// The entries of `forwarder list --json`.
+    ///
+    /// # Errors
+    /// The daemon does not answer, or not with an array.
+    pub fn list(&self) -> Result<Vec<Value>> {
+        let text = self.control(&["list", "--json"])?;
+        match serde_json::from_str(&text).with_context(|| format!("list --json: {text}"))? {
+            Value::Array(entries) => Ok(entries),
+            other => bail!("list --json is no array: {other}"),
+        }
+    }
+
+    /// The only entry of the list.
+    ///
+    /// # Errors
+    /// There are others, or none.
+    pub fn entry(&self) -> Result<Value> {
+        let mut entries = self.list()?;
+        ensure!(
+            entries.len() == 1,
+            "not one publish but {}: {entries:?}",
+            entries.len()
+        );
+        Ok(entries.remove(0))
+    }
+
+    /// Numbers of the BPF programs that the daemon holds.
+    ///
+    /// # Errors
+    /// It has ended.
+    pub fn programs(&self) -> Result<Vec<u32>> {
+        let mut programs = Vec::new();
+        for entry in std::fs::read_dir(format!("/proc/{}/fdinfo", self.child.id()))? {
+            // A descriptor that was closed meanwhile is none.
+            let Ok(information) = std::fs::read_to_string(entry?.path()) else {
+                continue;
+            };
+            let numbers = information
+                .lines()
+                .filter_map(|line| line.strip_prefix("prog_id:"));
+            programs.extend(numbers.filter_map(|number| number.trim().parse::<u32>().ok()));
+        }
+        programs.sort_unstable();
+        programs.dedup();
+        Ok(programs)
+    }
+
+    /// Ends it as Ctrl-C does.
+    ///
+    /// # Errors
+    /// It does not end in time, or not with exit status 0; with all that it wrote.
+    pub fn stop(mut self) -> Result<()> {
+        kill(Pid::from_raw(self.child.id().cast_signed()), Signal::SIGINT).context("interrupt")?;
+        let child = &mut self.child;
+        let status = wait_for("the end of forwarder", || child.try_wait().ok().flatten())
+            .with_context(|| self.said())?;
+        ensure!(
+            status.success(),
+            "forwarder ended with {status}\n{}",
+            self.said()
+        );
+        Ok(())
+    }
+}
+
+impl Drop for Daemon {
+    fn drop(&mut self) {
+        if matches!(self.child.try_wait(), Ok(Some(_))) {
+            return;
+        }
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+        // Killed, it leaves its pins on purpose.
+        let _ = self.control(&["down"]);
+        if thread::panicking() {
+            eprintln!("{}", self.said());
+        }
+    }
+}
+
+/// Runs `forwarder run` with flags that must make it fail, and returns status and standard error.
+///
+/// # Errors
+/// It does not end in time.
+pub fn run_to_failure(netns: &Netns, flags: &[&str]) -> Result<(ExitStatus, String)> {
+    let mut command = forwarder(netns);
+    command
+        .args([
+            "run",
+            "--instance",
+            &format!("failing-{}", std::process::id()),
+        ])
+        .args(flags);
+    command
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::piped());
+    let mut child = command.spawn().context("start forwarder")?;
+    let ended = wait_for("forwarder ends by itself", || {
+        child.try_wait().ok().flatten()
+    });
+    if ended.is_err() {
+        let _ = child.kill();
+    }
+    let mut errors = String::new();
+    child
+        .stderr
+        .take()
+        .context("piped above")?
+        .read_to_string(&mut errors)?;
+    child.wait()?;
+    Ok((ended?, errors))
+}
+
+/// `forwarder` in a namespace.
+fn forwarder(netns: &Netns) -> Command {
+    netns.command(&binary().to_string_lossy())
+}
+
+/// `FORWARDER_BIN`, else the one in the target folder that we were built into.
+fn binary() -> PathBuf {
+    if let Some(path) = std::env::var_os("FORWARDER_BIN") {
+        return path.into();
+    }
+    let own = std::env::current_exe().unwrap_or_default();
+    let folders = own.ancestors().skip(1).take(2);
+    let mut candidates = folders.map(|folder| folder.join("forwarder"));
+    candidates
+        .find(|path| path.is_file())
+        .unwrap_or_else(|| "forwarder".into())
+}
+
+fn collect(from: impl Read + Send + 'static, into: Arc<Mutex<String>>) {
+    thread::spawn(move || {
+        for line in BufReader::new(from).lines().map_while(Result::ok) {
+            let mut text = into.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+            text.push_str(&line);
+            text.push('\n');
+        }
+    });
+}
+
+fn text(of: &Mutex<String>) -> String {
+    of.lock()
+        .unwrap_or_else(|poisoned| poisoned.into_inner())
+        .clone()
+}

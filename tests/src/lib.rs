@@ -1,0 +1,9 @@
+//! The harness of the tests that need root: namespaces, a machine with containers built of them,
+//! the daemon under test, and traffic. The scenarios are in `packet/` and `netns/`; the
+//! demonstration (`forwarder-demo`) stands on the same harness.
+
+pub mod daemon;
+pub mod deadline;
+pub mod netns;
+pub mod topology;
+pub mod traffic;

@@ -1,0 +1,180 @@
+//! Network namespaces: making them, running code and programs inside.
+//!
+//! A namespace has no name here. It is held by a file descriptor, so it is gone when its owner is,
+//! however that ends, also by SIGKILL. `ip` reaches it by that descriptor's path in `/proc`.
+
+use std::{
+    fs::File,
+    io::Write,
+    os::{
+        fd::{AsRawFd, BorrowedFd},
+        unix::process::CommandExt,
+    },
+    path::PathBuf,
+    process::{Command, Output, Stdio},
+    sync::Arc,
+    thread,
+};
+
+use anyhow::{Context, Result, bail};
+use nix::{
+    sched::{CloneFlags, setns, unshare},
+    sys::signal::{SigSet, Signal},
+};
+
+/// A network namespace; clones stand for the same one.
+#[derive(Debug, Clone)]
+pub struct Netns {
+    label: String,
+    file: Arc<File>,
+}
+
+impl Netns {
+    /// A new, empty namespace whose `lo` is down.
+    ///
+    /// # Errors
+    /// Needs `CAP_SYS_ADMIN`, and says so.
+    pub fn new(label: &str) -> Result<Self> {
+        let file = thread::scope(|scope| {
+            let made = scope.spawn(|| {
+                unshare(CloneFlags::CLONE_NEWNET)?;
+                File::open("/proc/thread-self/ns/net").context("open the new namespace")
+            });
+            made.join().expect("no panic above")
+        });
+        let file = file.context("cannot make a network namespace (run as root)")?;
+        Ok(Self {
+            label: label.to_owned(),
+            file: Arc::new(file),
+        })
+    }
+
+    /// The namespace of the calling thread.
+    ///
+    /// # Errors
+    /// `/proc` is not mounted.
+    pub fn current() -> Result<Self> {
+        let file = File::open("/proc/thread-self/ns/net").context("open the own namespace")?;
+        Ok(Self {
+            label: "here".to_owned(),
+            file: Arc::new(file),
+        })
+    }
+
+    pub fn label(&self) -> &str {
+        &self.label
+    }
+
+    /// A path by which other programs can open the namespace while this process lives.
+    pub fn path(&self) -> String {
+        format!("/proc/{}/fd/{}", std::process::id(), self.file.as_raw_fd())
+    }
+
+    /// Runs `inside` in a thread of its own in the namespace; its panic is passed on.
+    pub fn enter<R: Send>(&self, inside: impl FnOnce() -> R + Send) -> R {
+        let result = thread::scope(|scope| {
+            let thread = scope.spawn(|| {
+                setns(&self.file, CloneFlags::CLONE_NEWNET).expect("enter a namespace of ours");
+                inside()
+            });
+            thread.join()
+        });
+        result.unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+    }
+
+    /// Starts a thread in the namespace.
+    pub fn spawn<R: Send + 'static>(
+        &self,
+        inside: impl FnOnce() -> R + Send + 'static,
+    ) -> thread::JoinHandle<R> {
+        let file = Arc::clone(&self.file);
+        thread::spawn(move || {
+            setns(&file, CloneFlags::CLONE_NEWNET).expect("enter a namespace of ours");
+            inside()
+        })
+    }
+
+    /// A command that will run in the namespace. Only the network changes: `/sys/fs/bpf` stays
+    /// visible, which `ip netns exec` would hide. Ends with the thread that started it.
+    pub fn command(&self, program: &str) -> Command {
+        let file = Arc::clone(&self.file);
+        let mut command = Command::new(program_path(program));
+        let enter = move || {
+            // SAFETY: the descriptor is open for as long as `file` lives, in the child too until
+            // it executes the program.
+            let namespace = unsafe { BorrowedFd::borrow_raw(file.as_raw_fd()) };
+            setns(namespace, CloneFlags::CLONE_NEWNET)?;
+            nix::sys::prctl::set_pdeathsig(Signal::SIGTERM)?;
+            // A program must not inherit that we wait for our signals instead of dying of them.
+            SigSet::empty().thread_set_mask()?;
+            Ok(())
+        };
+        // SAFETY: between fork and exec only system calls are made; nothing allocates.
+        unsafe { command.pre_exec(enter) };
+        command
+    }
+
+    /// Runs a program with arguments separated by spaces and returns its standard output.
+    ///
+    /// # Errors
+    /// It cannot be started or fails; its standard error is part of the error.
+    pub fn run(&self, line: &str) -> Result<String> {
+        let mut words = line.split_whitespace();
+        let output = self
+            .command(words.next().unwrap_or_default())
+            .args(words)
+            .output();
+        finished(line, output.with_context(|| format!("start `{line}`"))?)
+    }
+
+    /// Runs a program with `input` as its standard input.
+    ///
+    /// # Errors
+    /// As [`Netns::run`].
+    pub fn feed(&self, line: &str, input: &str) -> Result<String> {
+        let mut words = line.split_whitespace();
+        let mut command = self.command(words.next().unwrap_or_default());
+        command
+            .args(words)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped());
+        let mut child = command.spawn().with_context(|| format!("start `{line}`"))?;
+        // A program that does not read all of it fails, and its own message is the better one.
+        let _ = child
+            .stdin
+            .take()
+            .context("piped above")?
+            .write_all(input.as_bytes());
+        finished(&format!("{line}\n{input}"), child.wait_with_output()?)
+    }
+
+    /// Runs `ip` commands, one a line, by one process.
+    ///
+    /// # Errors
+    /// The first that fails ends the batch.
+    pub fn ip(&self, commands: &str) -> Result<()> {
+        self.feed("ip -batch -", commands)
+            .with_context(|| format!("in {}", self.label))
+            .map(drop)
+    }
+}
+
+fn finished(what: &str, output: Output) -> Result<String> {
+    if !output.status.success() {
+        let errors = String::from_utf8_lossy(&output.stderr);
+        bail!("`{what}` failed ({}): {}", output.status, errors.trim());
+    }
+    Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+}
+
+/// Where a program is; a user's PATH often lacks the folders where `ip` and `nft` live.
+fn program_path(program: &str) -> PathBuf {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    let usual = ["/usr/sbin", "/sbin", "/usr/bin", "/bin"].map(PathBuf::from);
+    std::env::split_paths(&path)
+        .chain(usual)
+        .map(|folder| folder.join(program))
+        .find(|candidate| candidate.is_file())
+        .unwrap_or_else(|| PathBuf::from(program))
+}

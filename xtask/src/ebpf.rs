@@ -1,0 +1,65 @@
+//! `ebpf`: builds the eBPF object and puts it at `target/ebpf/forwarder.o`, where the build script
+//! of `forwarder` picks it up.
+//!
+//! The object is replaced only when its content changed, so that an unchanged eBPF program does
+//! not rebuild user space.
+
+use std::{fs, path::PathBuf};
+
+use anyhow::{Context, Result};
+
+use crate::{
+    exec::{self, step},
+    setup,
+};
+
+const TARGET: &str = if cfg!(target_endian = "big") {
+    "bpfeb-unknown-none"
+} else {
+    "bpfel-unknown-none"
+};
+
+/// Builds the object and returns its path.
+pub(crate) fn build() -> Result<PathBuf> {
+    let toolchain = setup::toolchain()?;
+    step("building the eBPF program");
+    let folder = exec::workspace().join("target/ebpf-build");
+    let flags = [
+        format!("-Clinker={}", toolchain.linker.display()),
+        // The kernel takes function and map types from BTF, which is made of debug information.
+        "-Cdebuginfo=2".to_owned(),
+        "-Clink-arg=--btf".to_owned(),
+        format!("--cfg=bpf_target_arch=\"{}\"", std::env::consts::ARCH),
+    ];
+    exec::run(
+        exec::rustup_run(&toolchain.nightly, "cargo")
+            .args([
+                "build",
+                "--quiet",
+                "--package",
+                "forwarder-ebpf",
+                "--bins",
+                "--release",
+            ])
+            .args(["--target", TARGET, "-Zbuild-std=core", "--target-dir"])
+            .arg(&folder)
+            .env("CARGO_ENCODED_RUSTFLAGS", flags.join("\x1f"))
+            // bpf-linker links bitcode and optimises the whole; rustc's own LTO is in its way.
+            .env("CARGO_PROFILE_RELEASE_LTO", "off")
+            .env("CARGO_PROFILE_RELEASE_DEBUG", "2")
+            .env("CARGO_PROFILE_RELEASE_CODEGEN_UNITS", "1"),
+    )
+    .context("the eBPF program")?;
+
+    let built = folder.join(TARGET).join("release/forwarder-ebpf");
+    let object = exec::workspace().join("target/ebpf/forwarder.o");
+    let content = fs::read(&built).with_context(|| built.display().to_string())?;
+    if fs::read(&object).ok().as_deref() != Some(&content[..]) {
+        fs::create_dir_all(object.parent().context("target/ebpf")?)?;
+        // By rename: a build that runs at the same time never reads half an object.
+        let partial = object.with_extension("o.partial");
+        fs::write(&partial, &content)?;
+        fs::rename(&partial, &object).with_context(|| object.display().to_string())?;
+    }
+    Ok(object)
+}
