@@ -5,7 +5,7 @@ use std::{
     collections::HashMap,
     io,
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
-    os::fd::AsFd as _,
+    os::fd::{AsFd as _, AsRawFd as _},
     sync::{
         Arc,
         atomic::{AtomicBool, AtomicU64, Ordering::Relaxed},
@@ -13,6 +13,10 @@ use std::{
     time::Duration,
 };
 
+use nix::{
+    errno::Errno,
+    sys::socket::{self, MsgFlags},
+};
 use tokio::{
     io::Interest,
     net::UdpSocket,
@@ -49,6 +53,12 @@ impl Flow {
     fn touch(&self) {
         let elapsed = u64::try_from(self.began.elapsed().as_millis()).unwrap_or(u64::MAX);
         self.seen.store(elapsed, Relaxed);
+    }
+
+    /// Not tokio's `try_send`, which waits for an event that a new socket has not had. What does not
+    /// fit into the socket's buffer is lost, as on a network.
+    fn send(&self, data: &[u8]) -> nix::Result<usize> {
+        socket::send(self.backend.as_raw_fd(), data, MsgFlags::MSG_DONTWAIT)
     }
 
     fn expires(&self) -> Instant {
@@ -95,8 +105,8 @@ pub(super) async fn serve(
         flow.touch();
         shared.carried(data.len());
         // A refusal that an earlier datagram met is reported by the next send, which then was not made.
-        if flow.backend.try_send(data).is_err_and(|e| e.kind() == io::ErrorKind::ConnectionRefused) {
-            let _ = flow.backend.try_send(data);
+        if flow.send(data) == Err(Errno::ECONNREFUSED) {
+            let _ = flow.send(data);
         }
     };
     loop {
