@@ -19,11 +19,19 @@ fn main() -> io::Result<()> {
     // While a file named here is missing, cargo builds the crate anew every time. The folder, which
     // may be empty, is enough to notice the object as soon as there is one.
     let folder = object.parent().unwrap_or(Path::new("."));
-    let watched = if fs::create_dir_all(folder).is_ok() { folder } else { &object };
+    let watched = if fs::create_dir_all(folder).is_ok() {
+        folder
+    } else {
+        &object
+    };
     println!("cargo::rerun-if-changed={}", watched.display());
 
     let embedded = variable("OUT_DIR").unwrap_or_default().join("forwarder.o");
-    let content = if object.exists() { fs::read(&object)? } else { Vec::new() };
+    let content = if object.exists() {
+        fs::read(&object)?
+    } else {
+        Vec::new()
+    };
     replace(&embedded, &content)
 }
 

@@ -23,8 +23,14 @@ pub const fn address_difference(old: Address, new: Address) -> u32 {
     if new.is_v4() {
         difference(old.v4(), new.v4())
     } else {
-        let a = add(difference(old.0[0], new.0[0]), difference(old.0[1], new.0[1]));
-        let b = add(difference(old.0[2], new.0[2]), difference(old.0[3], new.0[3]));
+        let a = add(
+            difference(old.0[0], new.0[0]),
+            difference(old.0[1], new.0[1]),
+        );
+        let b = add(
+            difference(old.0[2], new.0[2]),
+            difference(old.0[3], new.0[3]),
+        );
         add(a, b)
     }
 }

@@ -114,7 +114,11 @@ impl Timeouts {
     /// The silence, in seconds, after which a flow in `state` ends.
     pub const fn of(&self, protocol: u32, state: u32) -> u64 {
         if protocol != crate::tuple::TCP as u32 {
-            return if state & state::REPLIED == 0 { self.udp } else { self.udp_stream };
+            return if state & state::REPLIED == 0 {
+                self.udp
+            } else {
+                self.udp_stream
+            };
         }
         if state & state::RESET != 0 {
             self.tcp_reset

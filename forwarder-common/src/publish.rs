@@ -88,7 +88,8 @@ impl Publish {
         if self.flags & flag::SINGLE_PORT != 0 {
             self.backend_port
         } else {
-            self.backend_port.wrapping_add(frontend_port.wrapping_sub(self.first_port))
+            self.backend_port
+                .wrapping_add(frontend_port.wrapping_sub(self.first_port))
         }
     }
 }
@@ -132,7 +133,11 @@ mod tests {
 
     #[test]
     fn a_range_maps_one_to_one() {
-        let publish = Publish { first_port: 10_000, backend_port: 20_000, ..Publish::default() };
+        let publish = Publish {
+            first_port: 10_000,
+            backend_port: 20_000,
+            ..Publish::default()
+        };
         assert_eq!(publish.backend_port_of(10_000), 20_000);
         assert_eq!(publish.backend_port_of(10_099), 20_099);
     }
@@ -151,7 +156,10 @@ mod tests {
     #[test]
     fn tcp_and_udp_do_not_share_elements() {
         assert_ne!(port_index(TCP, 53), port_index(UDP, 53));
-        assert_eq!(port_index(UDP, u16::MAX), Some(PORTS_PER_PROTOCOL * PROTOCOLS - 1));
+        assert_eq!(
+            port_index(UDP, u16::MAX),
+            Some(PORTS_PER_PROTOCOL * PROTOCOLS - 1)
+        );
         assert_eq!(port_index(1, 53), None);
     }
 }

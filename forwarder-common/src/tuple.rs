@@ -156,7 +156,13 @@ mod tests {
         for text in ["0.0.0.0", "224.0.0.1", "255.255.255.255", "::", "ff02::1"] {
             assert!(!address(text).is_unicast(), "{text}");
         }
-        for text in ["10.0.0.1", "223.255.255.255", "fe80::1", "::1", "2001:db8::1"] {
+        for text in [
+            "10.0.0.1",
+            "223.255.255.255",
+            "fe80::1",
+            "::1",
+            "2001:db8::1",
+        ] {
             assert!(address(text).is_unicast(), "{text}");
         }
     }

@@ -28,7 +28,8 @@ pub fn deliver(ctx: &TcContext, hop: &Hop, peer_from_lo: bool) -> Result<i32, Re
     let (pkt_type, from) = unsafe { ((*ctx.skb.skb).pkt_type, (*ctx.skb.skb).ifindex) };
     if pkt_type != PACKET_HOST {
         // A frame to the bridge's MAC is somebody else's on a bridge port, and the other end would drop it.
-        ctx.change_type(PACKET_HOST).map_err(|_| Reason::Unwritable)?;
+        ctx.change_type(PACKET_HOST)
+            .map_err(|_| Reason::Unwritable)?;
     }
     let action = match hop.delivery {
         delivery::PEER if peer_from_lo || from != LOOPBACK_IFINDEX => {
@@ -51,7 +52,11 @@ pub fn deliver(ctx: &TcContext, hop: &Hop, peer_from_lo: bool) -> Result<i32, Re
         }
         _ => return Err(Reason::Unresolved),
     };
-    if action == TC_ACT_REDIRECT as i64 { Ok(action as i32) } else { Err(Reason::Unresolved) }
+    if action == TC_ACT_REDIRECT as i64 {
+        Ok(action as i32)
+    } else {
+        Err(Reason::Unresolved)
+    }
 }
 
 /// Where replies go to the client of this packet: out of the device that it came in by.
@@ -60,5 +65,10 @@ pub fn back(ctx: &TcContext, ifindex: u32, delivery: u32) -> Result<Hop, Reason>
     let ethernet = parse::header::<parse::Ethernet>(ctx, 0).ok_or(Reason::NotOurs)?;
     // SAFETY: `header` checked the bounds; packed structs have no alignment.
     let (mac, source_mac) = unsafe { ((*ethernet).source, (*ethernet).destination) };
-    Ok(Hop { ifindex, mac, source_mac, delivery })
+    Ok(Hop {
+        ifindex,
+        mac,
+        source_mac,
+        delivery,
+    })
 }

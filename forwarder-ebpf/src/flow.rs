@@ -44,7 +44,7 @@ pub fn alias(original: &Tuple) -> Option<Tuple> {
 pub fn is_original(flow: &Flow, packet: &Packet) -> bool {
     flow.frontend == packet.tuple.destination
         && flow.frontend_port == packet.tuple.destination_port
-        && (flow.state & state::LOCAL_CLIENT != 0) == packet.from_this_host()
+        && (flow.state & state::LOCAL_CLIENT != 0) == packet.is_from_this_host()
 }
 
 /// Follows the conversation: counters, time and state.
@@ -64,7 +64,9 @@ pub fn update(flow: &mut Flow, packet: &Packet, direction: usize) {
     if packet.protocol == TCP {
         let flags = packet.flags;
         if direction == ORIGINAL {
-            if packet.opens() && (before & state::BOTH_FIN == state::BOTH_FIN || before & state::RESET != 0) {
+            if packet.opens()
+                && (before & state::BOTH_FIN == state::BOTH_FIN || before & state::RESET != 0)
+            {
                 after &= !state::PROGRESS; // the tuple is used again
             }
             if flags & ACK != 0 && before & state::REPLIED != 0 {

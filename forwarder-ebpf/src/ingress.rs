@@ -88,8 +88,12 @@ fn begin(
     published: &Published,
     key: &mut Tuple,
 ) -> Result<(), Reason> {
-    let local = packet.from_this_host();
-    let way_back = if local { delivery::NEIGHBOUR } else { publish::way_back(packet.ifindex) };
+    let local = packet.is_from_this_host();
+    let way_back = if local {
+        delivery::NEIGHBOUR
+    } else {
+        publish::way_back(packet.ifindex)
+    };
     let mut flow = Flow {
         client: packet.tuple.source,
         frontend: packet.tuple.destination,
@@ -126,14 +130,17 @@ fn to_backend(
     flow: &mut Flow,
     key: &Tuple,
 ) -> Verdict {
-    let hop = !packet.from_this_host();
+    let hop = !packet.is_from_this_host();
     if hop && packet.ttl <= 1 {
         return Err(Reason::Expired);
     }
     flow::update(flow, packet, flow::ORIGINAL);
     rewrite::tuple(ctx, packet, key, hop)?;
     let action = deliver::deliver(ctx, &published.publish.hop, setting(&PEER_FROM_LO) != 0)?;
-    Ok(Forwarded { action, reason: Reason::ForwardedOriginal })
+    Ok(Forwarded {
+        action,
+        reason: Reason::ForwardedOriginal,
+    })
 }
 
 /// The reverse: from the frontend, to the client.
@@ -154,5 +161,8 @@ fn to_client(ctx: &TcContext, packet: &Packet, flow: &mut Flow) -> Verdict {
     rewrite::tuple(ctx, packet, &new, hop)?;
     let action = deliver::deliver(ctx, &flow.back, setting(&PEER_FROM_LO) != 0)
         .map_err(|_| Reason::NoWayBack)?;
-    Ok(Forwarded { action, reason: Reason::ForwardedReply })
+    Ok(Forwarded {
+        action,
+        reason: Reason::ForwardedReply,
+    })
 }

@@ -93,7 +93,7 @@ pub struct Packet {
 impl Packet {
     /// lo is device 1 in every network namespace (`LOOPBACK_IFINDEX`, include/net/flow.h).
     #[inline(always)]
-    pub fn from_this_host(&self) -> bool {
+    pub fn is_from_this_host(&self) -> bool {
         self.ifindex == 1
     }
 
@@ -109,7 +109,11 @@ impl Packet {
 pub fn header<T>(ctx: &TcContext, offset: usize) -> Option<*mut T> {
     let start = ctx.data() + offset;
     // VERIFIER: the comparison with data_end, of the very pointer that is used, is what allows access.
-    if start + size_of::<T>() > ctx.data_end() { None } else { Some(start as *mut T) }
+    if start + size_of::<T>() > ctx.data_end() {
+        None
+    } else {
+        Some(start as *mut T)
+    }
 }
 
 /// Reads what the pipeline needs.

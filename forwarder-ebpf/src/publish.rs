@@ -5,7 +5,7 @@ use forwarder_common::{
     flow::delivery,
     publish::{Allowed, Frontend, Publish, flag, port_index},
     reason::Reason,
-    tuple::Address,
+    tuple::{Address, TCP, Tuple},
 };
 
 use crate::{
@@ -50,7 +50,11 @@ fn exact(packet: &Packet) -> Option<u32> {
     if let Some(index) = unsafe { FRONTENDS.get(&frontend) } {
         return Some(*index);
     }
-    frontend.address = if packet.is_v4 { Address::from_v4(0) } else { Address::UNSPECIFIED };
+    frontend.address = if packet.is_v4 {
+        Address::from_v4(0)
+    } else {
+        Address::UNSPECIFIED
+    };
     // SAFETY: as above.
     unsafe { FRONTENDS.get(&frontend) }.copied()
 }
@@ -62,7 +66,7 @@ fn exact(packet: &Packet) -> Option<u32> {
 #[inline(always)]
 pub fn admit(packet: &Packet, published: &Published) -> Result<(), Reason> {
     let (tuple, publish) = (&packet.tuple, published.publish);
-    if packet.from_this_host() {
+    if packet.is_from_this_host() {
         if !tuple.destination.is_unicast() {
             return Err(Reason::NotLocal);
         }
@@ -74,7 +78,7 @@ pub fn admit(packet: &Packet, published: &Published) -> Result<(), Reason> {
             return Err(Reason::Martian);
         }
     }
-    if packet.protocol == forwarder_common::tuple::TCP && !packet.opens() {
+    if packet.protocol == TCP && !packet.opens() {
         return Err(Reason::NotSyn);
     }
     if publish.flags & flag::ALLOW_LIST != 0 && !allowed(published.index, tuple.source) {
@@ -102,7 +106,15 @@ fn is_local(address: Address) -> bool {
 
 #[inline(always)]
 fn allowed(publish: u32, source: Address) -> bool {
-    ALLOW.get(Key::new(32 + 128, Allowed { publish: publish.to_be(), source })).is_some()
+    ALLOW
+        .get(Key::new(
+            32 + 128,
+            Allowed {
+                publish: publish.to_be(),
+                source,
+            },
+        ))
+        .is_some()
 }
 
 /// How replies leave by a device.
@@ -114,9 +126,9 @@ pub fn way_back(ifindex: u32) -> u32 {
 
 /// The tuple that the packet gets if only its destination changes.
 #[inline(always)]
-pub fn dnat(packet: &Packet, publish: &Publish) -> forwarder_common::tuple::Tuple {
+pub fn dnat(packet: &Packet, publish: &Publish) -> Tuple {
     let port = u16::from_be(packet.tuple.destination_port);
-    forwarder_common::tuple::Tuple {
+    Tuple {
         destination: publish.backend,
         destination_port: publish.backend_port_of(port).to_be(),
         ..packet.tuple
@@ -132,5 +144,5 @@ pub fn needs_snat(packet: &Packet, publish: &Publish) -> bool {
     let source = packet.tuple.source;
     publish.flags & flag::REMOTE != 0
         || source == publish.backend
-        || packet.from_this_host() && (source.is_loopback() || source == publish.source)
+        || packet.is_from_this_host() && (source.is_loopback() || source == publish.source)
 }

@@ -25,7 +25,12 @@ pub struct Resolved {
 /// # Errors
 /// Why the fast path cannot serve it, in a few words for `list`.
 pub fn resolve(snapshot: &Snapshot, backend: IpAddr) -> Result<Resolved, String> {
-    if backend.is_loopback() || snapshot.addresses.iter().any(|local| local.address == backend) {
+    if backend.is_loopback()
+        || snapshot
+            .addresses
+            .iter()
+            .any(|local| local.address == backend)
+    {
         return Err("the backend is this host".into());
     }
     let route = best_route(snapshot, backend).ok_or_else(|| format!("no route to {backend}"))?;
@@ -36,30 +41,55 @@ pub fn resolve(snapshot: &Snapshot, backend: IpAddr) -> Result<Resolved, String>
     let source = source(snapshot, &route, backend)
         .ok_or_else(|| format!("no address of this host to reach {backend} from"))?
         .into();
-    let neighbour = Hop { ifindex: route.ifindex, delivery: delivery::NEIGHBOUR, ..Hop::default() };
+    let neighbour = Hop {
+        ifindex: route.ifindex,
+        delivery: delivery::NEIGHBOUR,
+        ..Hop::default()
+    };
     let device_mac = device.mac.unwrap_or_default();
     let remote = !leads_to_local(snapshot, &route, device);
     if remote {
-        return Ok(Resolved { hop: neighbour, source, remote });
+        return Ok(Resolved {
+            hop: neighbour,
+            source,
+            remote,
+        });
     }
     // Until the kernel has resolved the neighbour, it does so itself by `bpf_redirect_neigh`.
-    let hop = snapshot.neighbours.get(&(route.ifindex, backend)).and_then(|&mac| {
-        let port = if device.kind == Kind::Bridge {
-            *snapshot.forwarding.get(&(route.ifindex, mac))?
-        } else {
-            route.ifindex
-        };
-        let delivery = way_to(snapshot.links.get(&port)?)?;
-        Some(Hop { ifindex: port, mac, source_mac: device_mac, delivery })
-    });
-    Ok(Resolved { hop: hop.unwrap_or(neighbour), source, remote })
+    let hop = snapshot
+        .neighbours
+        .get(&(route.ifindex, backend))
+        .and_then(|&mac| {
+            let port = if device.kind == Kind::Bridge {
+                *snapshot.forwarding.get(&(route.ifindex, mac))?
+            } else {
+                route.ifindex
+            };
+            let delivery = way_to(snapshot.links.get(&port)?)?;
+            Some(Hop {
+                ifindex: port,
+                mac,
+                source_mac: device_mac,
+                delivery,
+            })
+        });
+    Ok(Resolved {
+        hop: hop.unwrap_or(neighbour),
+        source,
+        remote,
+    })
 }
 
 /// How frames get to what is behind a container's or a virtual machine's device.
 fn way_to(port: &Link) -> Option<u32> {
     match port.kind {
-        Kind::Veth { peer_elsewhere: true } => Some(delivery::PEER),
-        Kind::Veth { peer_elsewhere: false } | Kind::Tun => Some(delivery::DEVICE),
+        Kind::Veth {
+            peer_elsewhere: true,
+        } => Some(delivery::PEER),
+        Kind::Veth {
+            peer_elsewhere: false,
+        }
+        | Kind::Tun => Some(delivery::DEVICE),
         Kind::Other | Kind::Loopback | Kind::Bridge | Kind::Bond => None,
     }
 }
@@ -107,7 +137,10 @@ pub fn attached(snapshot: &Snapshot) -> impl Iterator<Item = (u32, &Link)> {
 pub fn ways_back(snapshot: &Snapshot) -> impl Iterator<Item = (u32, u32)> {
     snapshot.links.iter().filter_map(|(&index, link)| {
         let bridged = link.controller.is_some_and(|bridge| {
-            snapshot.links.get(&bridge).is_some_and(|b| b.kind == Kind::Bridge)
+            snapshot
+                .links
+                .get(&bridge)
+                .is_some_and(|b| b.kind == Kind::Bridge)
         });
         let routed = snapshot
             .routes
@@ -138,10 +171,14 @@ fn source(snapshot: &Snapshot, route: &Route, backend: IpAddr) -> Option<IpAddr>
         address.is_ipv4() == backend.is_ipv4() && !address.is_loopback() && !is_link_local(*address)
     };
     route.preferred_source.or_else(|| {
-        let best = snapshot.addresses.iter().filter(|local| usable(&local.address)).max_by_key(|local| {
-            let here = local.ifindex == route.ifindex;
-            (here && contains(local.address, local.prefix, backend), here)
-        })?;
+        let best = snapshot
+            .addresses
+            .iter()
+            .filter(|local| usable(&local.address))
+            .max_by_key(|local| {
+                let here = local.ifindex == route.ifindex;
+                (here && contains(local.address, local.prefix, backend), here)
+            })?;
         Some(best.address)
     })
 }
@@ -155,7 +192,11 @@ fn is_link_local(address: IpAddr) -> bool {
 
 /// The addresses that count as this host's: all but loopback ones, which only `lo` serves.
 pub fn local_addresses(snapshot: &Snapshot) -> impl Iterator<Item = IpAddr> {
-    snapshot.addresses.iter().map(|local| local.address).filter(|address| !address.is_loopback())
+    snapshot
+        .addresses
+        .iter()
+        .map(|local| local.address)
+        .filter(|address| !address.is_loopback())
 }
 
 #[cfg(test)]
@@ -167,7 +208,13 @@ mod tests {
     const MAC_BR: Mac = [2, 0, 0, 0, 0, 0xb];
 
     fn link(name: &str, kind: Kind, controller: Option<u32>) -> Link {
-        Link { name: name.into(), kind, mac: Some(MAC_BR), controller, up: true }
+        Link {
+            name: name.into(),
+            kind,
+            mac: Some(MAC_BR),
+            controller,
+            up: true,
+        }
     }
 
     fn route(destination: &str, prefix: u8, ifindex: u32, gateway: bool) -> Route {
@@ -189,7 +236,9 @@ mod tests {
     /// lo, an uplink, a bridge with a container, a routed container.
     fn host() -> Snapshot {
         let mut snapshot = Snapshot::default();
-        let veth = Kind::Veth { peer_elsewhere: true };
+        let veth = Kind::Veth {
+            peer_elsewhere: true,
+        };
         snapshot.links.insert(1, link("lo", Kind::Loopback, None));
         snapshot.links.insert(2, link("eth0", Kind::Other, None));
         snapshot.links.insert(3, link("br0", Kind::Bridge, None));
@@ -200,7 +249,11 @@ mod tests {
             (3, "172.31.0.1", 24),
             (5, "10.44.0.1", 32),
         ] {
-            snapshot.addresses.push(Local { ifindex, address: ip(address), prefix });
+            snapshot.addresses.push(Local {
+                ifindex,
+                address: ip(address),
+                prefix,
+            });
         }
         snapshot.routes = vec![
             route("0.0.0.0", 0, 2, true),
@@ -214,7 +267,10 @@ mod tests {
     #[test]
     fn an_unresolved_container_is_left_to_the_kernels_neighbour_resolution() {
         let resolved = resolve(&host(), ip("172.31.0.2")).expect("a route");
-        assert_eq!((resolved.hop.delivery, resolved.hop.ifindex), (delivery::NEIGHBOUR, 3));
+        assert_eq!(
+            (resolved.hop.delivery, resolved.hop.ifindex),
+            (delivery::NEIGHBOUR, 3)
+        );
         assert!(!resolved.remote);
         assert_eq!(IpAddr::from(resolved.source), ip("172.31.0.1"));
     }
@@ -225,7 +281,15 @@ mod tests {
         host.neighbours.insert((3, ip("172.31.0.2")), MAC_A);
         host.forwarding.insert((3, MAC_A), 4);
         let hop = resolve(&host, ip("172.31.0.2")).expect("a route").hop;
-        assert_eq!(hop, Hop { ifindex: 4, mac: MAC_A, source_mac: MAC_BR, delivery: delivery::PEER });
+        assert_eq!(
+            hop,
+            Hop {
+                ifindex: 4,
+                mac: MAC_A,
+                source_mac: MAC_BR,
+                delivery: delivery::PEER
+            }
+        );
     }
 
     #[test]
@@ -243,7 +307,10 @@ mod tests {
         let mut host = host();
         host.neighbours.insert((5, ip("10.44.0.2")), MAC_A);
         let resolved = resolve(&host, ip("10.44.0.2")).expect("a route");
-        assert_eq!((resolved.hop.delivery, resolved.hop.ifindex), (delivery::PEER, 5));
+        assert_eq!(
+            (resolved.hop.delivery, resolved.hop.ifindex),
+            (delivery::PEER, 5)
+        );
         assert!(!resolved.remote);
         assert_eq!(IpAddr::from(resolved.source), ip("10.44.0.1"));
     }
@@ -253,7 +320,10 @@ mod tests {
         for backend in ["198.51.100.77", "203.0.113.5"] {
             let resolved = resolve(&host(), ip(backend)).expect("a route");
             assert!(resolved.remote);
-            assert_eq!((resolved.hop.delivery, resolved.hop.ifindex), (delivery::NEIGHBOUR, 2));
+            assert_eq!(
+                (resolved.hop.delivery, resolved.hop.ifindex),
+                (delivery::NEIGHBOUR, 2)
+            );
             assert_eq!(IpAddr::from(resolved.source), ip("198.51.100.2"));
         }
     }
@@ -281,7 +351,9 @@ mod tests {
         let mut tun = link("tun0", Kind::Tun, None);
         tun.mac = None;
         host.links.insert(9, tun);
-        let names: Vec<_> = attached(&host).map(|(_, link)| link.name.as_str()).collect();
+        let names: Vec<_> = attached(&host)
+            .map(|(_, link)| link.name.as_str())
+            .collect();
         assert_eq!(names, ["lo", "eth0", "veth0", "ptp0", "bond0"]);
     }
 

@@ -143,7 +143,6 @@ pub fn socket_path(instance: &str, root: bool) -> PathBuf {
     directory.join(format!("{instance}.sock"))
 }
 
-
 #[cfg(test)]
 mod tests {
     use clap::CommandFactory as _;

@@ -26,8 +26,14 @@ pub enum Request {
     List,
     Flows,
     Stats,
-    Publish { specs: Vec<String>, allow: Vec<IpNet> },
-    Unpublish { publishes: Vec<Named>, how: Ending },
+    Publish {
+        specs: Vec<String>,
+        allow: Vec<IpNet>,
+    },
+    Unpublish {
+        publishes: Vec<Named>,
+        how: Ending,
+    },
     Trace,
 }
 
@@ -94,7 +100,10 @@ impl Socket {
         if let Ok(Some(group)) = nix::unistd::Group::from_name("forwarder") {
             let _ = nix::unistd::chown(&path, None, Some(group.gid));
         }
-        Ok(Self { path, listener: Some(listener) })
+        Ok(Self {
+            path,
+            listener: Some(listener),
+        })
     }
 
     /// Accepts clients and hands their requests to `calls`, each client in a task of its own.
@@ -182,7 +191,9 @@ pub fn call(
     let mut stream = connect(instance)?;
     let mut line = serde_json::to_vec(request)?;
     line.push(b'\n');
-    stream.write_all(&line).context("write to the control socket")?;
+    stream
+        .write_all(&line)
+        .context("write to the control socket")?;
     for line in BufReader::new(stream).lines() {
         match serde_json::from_str(&line.context("read from the control socket")?)? {
             Response::Done(value) => {
@@ -208,4 +219,3 @@ pub fn ask<T: DeserializeOwned>(instance: &str, request: &Request) -> Result<T> 
     })?;
     answer.context("no answer")
 }
-

@@ -287,7 +287,9 @@ impl Daemon {
                     .neighbours
                     .contains_key(&(entry.hop.ifindex, published.spec.backend));
             if waits {
-                reader.ask_neighbour(entry.hop.ifindex, published.spec.backend).await;
+                reader
+                    .ask_neighbour(entry.hop.ifindex, published.spec.backend)
+                    .await;
             }
         }
     }
@@ -318,7 +320,9 @@ impl Daemon {
         let new: BTreeMap<u32, u32> = backends::ways_back(&self.snapshot).collect();
         for ifindex in old.keys().chain(new.keys()).collect::<BTreeSet<_>>() {
             if old.get(ifindex) != new.get(ifindex) {
-                datapath.maps.set_way_back(*ifindex, new.get(ifindex).copied())?;
+                datapath
+                    .maps
+                    .set_way_back(*ifindex, new.get(ifindex).copied())?;
             }
         }
         Ok(())
@@ -340,15 +344,31 @@ impl Daemon {
             // Without a hop, the program passes packets up to the proxy's socket.
             Err(reason) => {
                 let nowhere = Address::UNSPECIFIED;
-                let resolved = Resolved { hop: Hop::default(), source: nowhere, remote: false };
+                let resolved = Resolved {
+                    hop: Hop::default(),
+                    source: nowhere,
+                    remote: false,
+                };
                 (resolved, Some(reason))
             }
         };
         let mut flags = 0;
-        flags |= if spec.backend_is_single() { flag::SINGLE_PORT } else { 0 };
+        flags |= if spec.backend_is_single() {
+            flag::SINGLE_PORT
+        } else {
+            0
+        };
         flags |= if resolved.remote { flag::REMOTE } else { 0 };
-        flags |= if published.allow.is_empty() { 0 } else { flag::ALLOW_LIST };
-        flags |= if published.draining() { flag::DRAINING } else { 0 };
+        flags |= if published.allow.is_empty() {
+            0
+        } else {
+            flag::ALLOW_LIST
+        };
+        flags |= if published.draining() {
+            flag::DRAINING
+        } else {
+            0
+        };
         let entry = Entry {
             backend: spec.backend.into(),
             source: resolved.source,
@@ -364,7 +384,10 @@ impl Daemon {
             // hop is dropped by its receiver. The backend itself never changes in an entry.
             datapath.maps.set_publish(id, &entry)?;
             published.entry = Some(entry);
-            debug!("publish {id} is delivered by {:?}", delivery_name(entry.hop.delivery));
+            debug!(
+                "publish {id} is delivered by {:?}",
+                delivery_name(entry.hop.delivery)
+            );
         }
         Ok(())
     }
@@ -372,9 +395,18 @@ impl Daemon {
     /// Publishes all of them or none.
     async fn publish(&mut self, specs: &[Spec], allow: &[IpNet]) -> Result<Vec<u32>> {
         for (at, spec) in specs.iter().enumerate() {
-            let others = self.publishes.values().filter(|p| !p.draining()).map(|p| &p.spec);
-            if let Some(other) = others.chain(&specs[..at]).find(|other| other.overlaps(spec)) {
-                bail!("publish {spec}: overlaps with {other}; unpublish that or choose other ports");
+            let others = self
+                .publishes
+                .values()
+                .filter(|p| !p.draining())
+                .map(|p| &p.spec);
+            if let Some(other) = others
+                .chain(&specs[..at])
+                .find(|other| other.overlaps(spec))
+            {
+                bail!(
+                    "publish {spec}: overlaps with {other}; unpublish that or choose other ports"
+                );
             }
         }
         let mut ids = Vec::new();
@@ -447,7 +479,8 @@ impl Daemon {
 
     /// Points the publish's ports at it, or at nothing.
     fn set_frontends(&mut self, id: u32, on: bool) -> Result<()> {
-        let (Some(datapath), Some(published)) = (&mut self.datapath, self.publishes.get(&id)) else {
+        let (Some(datapath), Some(published)) = (&mut self.datapath, self.publishes.get(&id))
+        else {
             return Ok(());
         };
         let spec = &published.spec;
@@ -456,7 +489,9 @@ impl Daemon {
         }
         let index = if on { id } else { 0 };
         for port in spec.ports.first..=spec.ports.last {
-            datapath.maps.set_frontend(spec.address, spec.protocol.number(), port, index)?;
+            datapath
+                .maps
+                .set_frontend(spec.address, spec.protocol.number(), port, index)?;
         }
         Ok(())
     }
@@ -522,7 +557,10 @@ impl Daemon {
             return;
         };
         for (key, mut flow) in flows {
-            let owner = self.publishes.iter().find(|(_, published)| owns(&published.spec, &key, &flow));
+            let owner = self
+                .publishes
+                .iter()
+                .find(|(_, published)| owns(&published.spec, &key, &flow));
             let result = match owner {
                 Some((id, _)) if flow.publish == *id => Ok(()),
                 Some((id, _)) => {
@@ -604,17 +642,34 @@ impl Daemon {
         let _ = call.answer.send(response).await;
     }
 
-    async fn publish_texts(&mut self, texts: &[String], allow: &[IpNet]) -> Result<serde_json::Value> {
-        let specs: Vec<Spec> =
-            texts.iter().map(|text| text.parse()).collect::<Result<_, _>>()?;
-        let allow = if allow.is_empty() { self.options.allow.clone() } else { allow.to_vec() };
+    async fn publish_texts(
+        &mut self,
+        texts: &[String],
+        allow: &[IpNet],
+    ) -> Result<serde_json::Value> {
+        let specs: Vec<Spec> = texts
+            .iter()
+            .map(|text| text.parse())
+            .collect::<Result<_, _>>()?;
+        let allow = if allow.is_empty() {
+            self.options.allow.clone()
+        } else {
+            allow.to_vec()
+        };
         let ids = self.publish(&specs, &allow).await?;
-        json(ids.into_iter().map(|id| self.describe(id)).collect::<Vec<_>>())
+        json(
+            ids.into_iter()
+                .map(|id| self.describe(id))
+                .collect::<Vec<_>>(),
+        )
     }
 
     async fn unpublish_named(&mut self, named: &[Named], how: Ending) -> Result<serde_json::Value> {
         // All names are checked before anything is changed.
-        let ids: BTreeSet<u32> = named.iter().map(|name| self.find(name)).collect::<Result<_>>()?;
+        let ids: BTreeSet<u32> = named
+            .iter()
+            .map(|name| self.find(name))
+            .collect::<Result<_>>()?;
         for id in ids {
             self.unpublish(id, how).await?;
         }
@@ -634,7 +689,11 @@ impl Daemon {
             (None, None) => "userland".into(),
         };
         let all_to_one = if spec.ports.first != spec.ports.last && spec.backend_is_single() {
-            format!(", all {} ports to port {}", spec.ports.count(), spec.backend_ports.first)
+            format!(
+                ", all {} ports to port {}",
+                spec.ports.count(),
+                spec.backend_ports.first
+            )
         } else {
             String::new()
         };
@@ -654,8 +713,15 @@ impl Daemon {
         let listed = self.publishes.iter().map(|(&id, published)| {
             let spec = &published.spec;
             let (flows, packets, bytes) = sums.get(&id).copied().unwrap_or_default();
-            let proxy = published.proxy.as_ref().map(Proxy::counters).unwrap_or_default();
-            let hop = published.entry.filter(|_| published.reason.is_none()).map(|e| e.hop.delivery);
+            let proxy = published
+                .proxy
+                .as_ref()
+                .map(Proxy::counters)
+                .unwrap_or_default();
+            let hop = published
+                .entry
+                .filter(|_| published.reason.is_none())
+                .map(|e| e.hop.delivery);
             Listed {
                 id,
                 protocol: spec.protocol,
@@ -697,13 +763,19 @@ impl Daemon {
             Some(datapath) => datapath.maps.stats()?,
             None => Vec::new(),
         };
-        let counter =
-            |(reason, packets): (forwarder_common::reason::Reason, u64)| Counter { reason: reason.name().into(), packets };
+        let counter = |(reason, packets): (forwarder_common::reason::Reason, u64)| Counter {
+            reason: reason.name().into(),
+            packets,
+        };
         Ok(counters.into_iter().map(counter).collect())
     }
 
     /// Sends each line to the client until it goes. The first trace switches the programs.
-    fn begin_trace(&mut self, client: mpsc::Sender<Response>, ended: mpsc::Sender<()>) -> Result<()> {
+    fn begin_trace(
+        &mut self,
+        client: mpsc::Sender<Response>,
+        ended: mpsc::Sender<()>,
+    ) -> Result<()> {
         let Some(datapath) = &mut self.datapath else {
             bail!("nothing to trace: {}", self.without);
         };
@@ -812,24 +884,39 @@ fn delivery_name(number: u32) -> Option<&'static str> {
 
 fn load(instance: &str) -> Result<Datapath> {
     let pins = datapath::has_bpffs().then(|| datapath::pin_directory(instance));
-    Datapath::load(&datapath::Options { pins, snat: snat_ports() })
+    Datapath::load(&datapath::Options {
+        pins,
+        snat: snat_ports(),
+    })
 }
 
 /// The larger part of the unprivileged ports that the kernel gives to no socket by itself.
 fn snat_ports() -> (u16, u32) {
-    let text = std::fs::read_to_string("/proc/sys/net/ipv4/ip_local_port_range").unwrap_or_default();
-    let mut bounds = text.split_whitespace().filter_map(|word| word.parse::<u16>().ok());
+    let text =
+        std::fs::read_to_string("/proc/sys/net/ipv4/ip_local_port_range").unwrap_or_default();
+    let mut bounds = text
+        .split_whitespace()
+        .filter_map(|word| word.parse::<u16>().ok());
     let low = bounds.next().unwrap_or(32_768);
     let high = bounds.next().unwrap_or(60_999);
     let below = u32::from(low.saturating_sub(1024));
     let above = u32::from(u16::MAX - high);
-    if below >= above { (1024, below) } else { (high + 1, above) }
+    if below >= above {
+        (1024, below)
+    } else {
+        (high + 1, above)
+    }
 }
 
 /// CLOCK_MONOTONIC in nanoseconds, as `bpf_ktime_get_ns` gives it.
 fn monotonic() -> u64 {
     nix::time::clock_gettime(nix::time::ClockId::CLOCK_MONOTONIC)
-        .map(|time| Duration::from(time).as_nanos().try_into().unwrap_or(u64::MAX))
+        .map(|time| {
+            Duration::from(time)
+                .as_nanos()
+                .try_into()
+                .unwrap_or(u64::MAX)
+        })
         .unwrap_or(0)
 }
 
@@ -846,9 +933,8 @@ fn notify_ready() {
         Some(name) => SocketAddr::from_abstract_name(name),
         None => SocketAddr::from_pathname(&path),
     };
-    let sent = address.and_then(|address| {
-        UnixDatagram::unbound()?.send_to_addr(b"READY=1", &address)
-    });
+    let sent =
+        address.and_then(|address| UnixDatagram::unbound()?.send_to_addr(b"READY=1", &address));
     if let Err(error) = sent {
         warn!("NOTIFY_SOCKET: {error}");
     }

@@ -113,7 +113,10 @@ impl Datapath {
             .override_global("PEER_FROM_LO", &peer_from_lo, true)
             .override_global("SNAT_FIRST", &snat_first, true)
             .override_global("SNAT_PORTS", &snat_ports, true);
-        let pins = options.pins.as_ref().map(|directory| directory.join(LAYOUT));
+        let pins = options
+            .pins
+            .as_ref()
+            .map(|directory| directory.join(LAYOUT));
         if let Some(pins) = &pins {
             fs::create_dir_all(pins.join("links"))
                 .with_context(|| format!("create {}", pins.display()))?;
@@ -121,7 +124,10 @@ impl Datapath {
                 loader.map_pin_path(map, pins.join(map));
             }
         }
-        let mut ebpf = loader.load(OBJECT).map_err(explain).context("load the eBPF object")?;
+        let mut ebpf = loader
+            .load(OBJECT)
+            .map_err(explain)
+            .context("load the eBPF object")?;
         let maps = Maps::take(&mut ebpf)?;
         let mut datapath = Self {
             ebpf,
@@ -131,13 +137,19 @@ impl Datapath {
             tcx: has_tcx(),
             traced: false,
         };
-        datapath.program(PROGRAM)?.load().map_err(explain).context("load the program ingress")?;
+        datapath
+            .program(PROGRAM)?
+            .load()
+            .map_err(explain)
+            .context("load the program ingress")?;
         Ok(datapath)
     }
 
     fn program(&mut self, name: &str) -> Result<&mut SchedClassifier> {
         let program = self.ebpf.program_mut(name);
-        Ok(program.with_context(|| format!("the eBPF object has no program {name}"))?.try_into()?)
+        Ok(program
+            .with_context(|| format!("the eBPF object has no program {name}"))?
+            .try_into()?)
     }
 
     fn current(&self) -> &'static str {
@@ -165,7 +177,14 @@ impl Datapath {
             let link = program
                 .attach_with_options(name, TcAttachType::Ingress, options)
                 .with_context(attach)?;
-            self.attached.insert(ifindex, Attachment { name: name.into(), link, qdisc });
+            self.attached.insert(
+                ifindex,
+                Attachment {
+                    name: name.into(),
+                    link,
+                    qdisc,
+                },
+            );
             return Ok(());
         }
         let options = TcAttachOptions::TcxOrder(LinkOrder::default());
@@ -176,11 +195,19 @@ impl Datapath {
             // The new link works before an earlier instance's goes with its pin.
             let _ = fs::remove_file(&pin);
             let fd_link: FdLink = program.take_link(link)?.try_into()?;
-            let pinned: PinnedLink =
-                fd_link.pin(&pin).with_context(|| format!("pin {}", pin.display()))?;
+            let pinned: PinnedLink = fd_link
+                .pin(&pin)
+                .with_context(|| format!("pin {}", pin.display()))?;
             link = program.attach_to_link(FdLink::from(pinned).try_into()?)?;
         }
-        self.attached.insert(ifindex, Attachment { name: name.into(), link, qdisc: false });
+        self.attached.insert(
+            ifindex,
+            Attachment {
+                name: name.into(),
+                link,
+                qdisc: false,
+            },
+        );
         Ok(())
     }
 
@@ -213,7 +240,9 @@ impl Datapath {
         self.traced = on;
         let to = self.current();
         if self.program(to)?.fd().is_err() {
-            self.program(to)?.load().context("load the program ingress_traced")?;
+            self.program(to)?
+                .load()
+                .context("load the program ingress_traced")?;
         }
         for (ifindex, mut attachment) in std::mem::take(&mut self.attached) {
             let link: SchedClassifierLink = self.program(from)?.take_link(attachment.link)?;
@@ -259,7 +288,10 @@ impl Datapath {
             return;
         };
         for entry in fs::read_dir(links).into_iter().flatten().flatten() {
-            let ours = entry.file_name().to_str().and_then(|name| name.parse().ok());
+            let ours = entry
+                .file_name()
+                .to_str()
+                .and_then(|name| name.parse().ok());
             if ours.is_none_or(|ifindex| !self.attached.contains_key(&ifindex)) {
                 let _ = fs::remove_file(entry.path());
             }
@@ -267,7 +299,9 @@ impl Datapath {
     }
 
     fn link_pin(&self, ifindex: u32) -> Option<PathBuf> {
-        self.pins.as_ref().map(|pins| pins.join("links").join(ifindex.to_string()))
+        self.pins
+            .as_ref()
+            .map(|pins| pins.join("links").join(ifindex.to_string()))
     }
 }
 

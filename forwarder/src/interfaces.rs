@@ -13,7 +13,9 @@ use netlink_packet_route::{
     AddressFamily,
     address::{AddressAttribute, AddressMessage},
     link::{InfoKind, LinkAttribute, LinkFlags, LinkInfo, LinkLayerType, LinkMessage},
-    neighbour::{NeighbourAddress, NeighbourAttribute, NeighbourFlags, NeighbourMessage, NeighbourState},
+    neighbour::{
+        NeighbourAddress, NeighbourAttribute, NeighbourFlags, NeighbourMessage, NeighbourState,
+    },
     route::{RouteAddress, RouteAttribute, RouteHeader, RouteMessage, RouteType},
 };
 use rtnetlink::{Handle, MulticastGroup, RouteMessageBuilder};
@@ -103,7 +105,10 @@ impl Reader {
     pub fn open() -> Result<Self> {
         let (connection, handle, _) =
             rtnetlink::new_connection().context("open a netlink socket")?;
-        Ok(Self { handle, connection: tokio::spawn(connection) })
+        Ok(Self {
+            handle,
+            connection: tokio::spawn(connection),
+        })
     }
 
     /// Reads everything. What `previous` knew of a bridge's ports is kept while the port is
@@ -116,8 +121,7 @@ impl Reader {
         let mut snapshot = Snapshot::default();
         let links: Vec<_> = collect(self.handle.link().get().execute(), "links").await?;
         snapshot.links = links.iter().filter_map(link).collect();
-        let addresses: Vec<_> =
-            collect(self.handle.address().get().execute(), "addresses").await?;
+        let addresses: Vec<_> = collect(self.handle.address().get().execute(), "addresses").await?;
         snapshot.addresses = addresses.iter().filter_map(address).collect();
         let v4 = RouteMessageBuilder::<Ipv4Addr>::new().build();
         let v6 = RouteMessageBuilder::<Ipv6Addr>::new().build();
@@ -129,12 +133,22 @@ impl Reader {
         let neighbours: Vec<_> =
             collect(self.handle.neighbours().get().execute(), "neighbours").await?;
         snapshot.neighbours = neighbours.iter().filter_map(neighbour).collect();
-        let bridges = self.handle.neighbours().get().set_address_family(AddressFamily::Bridge);
+        let bridges = self
+            .handle
+            .neighbours()
+            .get()
+            .set_address_family(AddressFamily::Bridge);
         let entries: Vec<_> = collect(bridges.execute(), "bridge forwarding tables").await?;
         let links = &snapshot.links;
-        snapshot.forwarding = entries.iter().filter_map(|e| forwarding(e, links)).collect();
+        snapshot.forwarding = entries
+            .iter()
+            .filter_map(|e| forwarding(e, links))
+            .collect();
         for (&(bridge, mac), &port) in &previous.forwarding {
-            if links.get(&port).is_some_and(|link| link.controller == Some(bridge)) {
+            if links
+                .get(&port)
+                .is_some_and(|link| link.controller == Some(bridge))
+            {
                 snapshot.forwarding.entry((bridge, mac)).or_insert(port);
             }
         }
@@ -157,10 +171,17 @@ impl Reader {
     pub async fn forget_neighbour(&self, ifindex: u32, address: IpAddr, mac: Mac) {
         let mut message = NeighbourMessage::default();
         message.header.ifindex = ifindex;
-        message.header.family =
-            if address.is_ipv4() { AddressFamily::Inet } else { AddressFamily::Inet6 };
-        message.attributes.push(NeighbourAttribute::Destination(address.into()));
-        message.attributes.push(NeighbourAttribute::LinkLayerAddress(mac.to_vec()));
+        message.header.family = if address.is_ipv4() {
+            AddressFamily::Inet
+        } else {
+            AddressFamily::Inet6
+        };
+        message
+            .attributes
+            .push(NeighbourAttribute::Destination(address.into()));
+        message
+            .attributes
+            .push(NeighbourAttribute::LinkLayerAddress(mac.to_vec()));
         if let Err(error) = self.handle.neighbours().del(message).execute().await {
             tracing::debug!("forget neighbour {address}: {error}");
         }
@@ -224,21 +245,35 @@ fn link(message: &LinkMessage) -> Option<(u32, Link)> {
     let kind = match info_kind {
         _ if message.header.link_layer_type == LinkLayerType::Loopback => Kind::Loopback,
         Some(InfoKind::Bridge) => Kind::Bridge,
-        Some(InfoKind::Veth) => Kind::Veth { peer_elsewhere: elsewhere },
+        Some(InfoKind::Veth) => Kind::Veth {
+            peer_elsewhere: elsewhere,
+        },
         Some(InfoKind::Tun) => Kind::Tun,
         Some(InfoKind::Bond | InfoKind::Team) => Kind::Bond,
         _ => Kind::Other,
     };
-    let ethernet =
-        matches!(message.header.link_layer_type, LinkLayerType::Ether | LinkLayerType::Loopback);
+    let ethernet = matches!(
+        message.header.link_layer_type,
+        LinkLayerType::Ether | LinkLayerType::Loopback
+    );
     let up = message.header.flags.contains(LinkFlags::Up);
     let mac = mac.filter(|_| ethernet);
-    Some((message.header.index, Link { name: name?, kind, mac, controller, up }))
+    Some((
+        message.header.index,
+        Link {
+            name: name?,
+            kind,
+            mac,
+            controller,
+            up,
+        },
+    ))
 }
 
 fn address(message: &AddressMessage) -> Option<Local> {
     // For IPv4 on a point-to-point link, Address is the far end and Local this one.
-    let find = |pick: fn(&AddressAttribute) -> Option<IpAddr>| message.attributes.iter().find_map(pick);
+    let find =
+        |pick: fn(&AddressAttribute) -> Option<IpAddr>| message.attributes.iter().find_map(pick);
     let address = find(|a| match a {
         AddressAttribute::Local(address) => Some(*address),
         _ => None,
@@ -249,7 +284,11 @@ fn address(message: &AddressMessage) -> Option<Local> {
             _ => None,
         })
     })?;
-    Some(Local { ifindex: message.header.index, address, prefix: message.header.prefix_len })
+    Some(Local {
+        ifindex: message.header.index,
+        address,
+        prefix: message.header.prefix_len,
+    })
 }
 
 fn ip(address: &RouteAddress) -> Option<IpAddr> {
@@ -299,10 +338,13 @@ fn route(message: &RouteMessage) -> Option<Route> {
 }
 
 fn mac(message: &NeighbourMessage) -> Option<Mac> {
-    message.attributes.iter().find_map(|attribute| match attribute {
-        NeighbourAttribute::LinkLayerAddress(bytes) => Mac::try_from(bytes.as_slice()).ok(),
-        _ => None,
-    })
+    message
+        .attributes
+        .iter()
+        .find_map(|attribute| match attribute {
+            NeighbourAttribute::LinkLayerAddress(bytes) => Mac::try_from(bytes.as_slice()).ok(),
+            _ => None,
+        })
 }
 
 fn neighbour(message: &NeighbourMessage) -> Option<((u32, IpAddr), Mac)> {
@@ -312,11 +354,14 @@ fn neighbour(message: &NeighbourMessage) -> Option<((u32, IpAddr), Mac)> {
     ) {
         return None;
     }
-    let address = message.attributes.iter().find_map(|attribute| match attribute {
-        NeighbourAttribute::Destination(NeighbourAddress::Inet(v4)) => Some(IpAddr::V4(*v4)),
-        NeighbourAttribute::Destination(NeighbourAddress::Inet6(v6)) => Some(IpAddr::V6(*v6)),
-        _ => None,
-    })?;
+    let address = message
+        .attributes
+        .iter()
+        .find_map(|attribute| match attribute {
+            NeighbourAttribute::Destination(NeighbourAddress::Inet(v4)) => Some(IpAddr::V4(*v4)),
+            NeighbourAttribute::Destination(NeighbourAddress::Inet6(v6)) => Some(IpAddr::V6(*v6)),
+            _ => None,
+        })?;
     Some(((message.header.ifindex, address), mac(message)?))
 }
 

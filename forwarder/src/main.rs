@@ -46,7 +46,11 @@ fn run(cli: Cli) -> Result<()> {
             let lines: Vec<String> = control::ask(instance, &Request::Publish { specs, allow })?;
             lines.iter().try_for_each(|line| print(line))
         }
-        Command::Unpublish { publishes, drain, reset } => {
+        Command::Unpublish {
+            publishes,
+            drain,
+            reset,
+        } => {
             let how = match (drain, reset) {
                 (true, _) => Ending::Drain,
                 (_, true) => Ending::Reset,
@@ -58,24 +62,32 @@ fn run(cli: Cli) -> Result<()> {
             show::<Vec<Listed>>(instance, &Request::List, format, |rows| output::list(rows))
         }
         Command::Flows(format) => {
-            show::<Vec<ListedFlow>>(instance, &Request::Flows, format, |rows| output::flows(rows))
+            show::<Vec<ListedFlow>>(instance, &Request::Flows, format, |rows| {
+                output::flows(rows)
+            })
         }
-        Command::Stats(format) => {
-            show::<Vec<Counter>>(instance, &Request::Stats, format, |rows| output::stats(rows))
-        }
+        Command::Stats(format) => show::<Vec<Counter>>(instance, &Request::Stats, format, |rows| {
+            output::stats(rows)
+        }),
         Command::Doctor(format) => {
             // Loading maps starts no task, but removing a qdisc would; a runtime is there for it.
             let findings = doctor::examine();
             emit(&findings, format, || doctor::text(&findings))
         }
         Command::Trace { id, client } => control::call(instance, &Request::Trace, |line| {
-            let line = line.as_str().and_then(|line| output::trace(line, id, client));
+            let line = line
+                .as_str()
+                .and_then(|line| output::trace(line, id, client));
             line.map_or(Ok(()), |line| print(&line))?;
             Ok(true)
         }),
         Command::Down => {
             let found = daemon::down(instance)?;
-            print(if found { "removed" } else { "nothing to remove" })
+            print(if found {
+                "removed"
+            } else {
+                "nothing to remove"
+            })
         }
         Command::Completions { shell } => {
             let mut text = Vec::new();

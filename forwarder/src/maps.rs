@@ -45,7 +45,8 @@ impl Maps {
     /// The object is not ours: a map is missing or of another type.
     pub fn take(ebpf: &mut Ebpf) -> Result<Self> {
         let mut map = |name: &str| {
-            ebpf.take_map(name).with_context(|| format!("the eBPF object has no map {name}"))
+            ebpf.take_map(name)
+                .with_context(|| format!("the eBPF object has no map {name}"))
         };
         Ok(Self {
             ports: Array::try_from(map("PORTS")?)?,
@@ -63,7 +64,9 @@ impl Maps {
     /// # Errors
     /// The kernel refuses the update.
     pub fn set_publish(&mut self, index: u32, publish: &Publish) -> Result<()> {
-        self.publishes.set(index, publish, 0).context("write PUBLISHES")
+        self.publishes
+            .set(index, publish, 0)
+            .context("write PUBLISHES")
     }
 
     /// Points a port of one address at a publish, or with index 0 at none.
@@ -85,14 +88,19 @@ impl Maps {
             entry.wildcard = index;
             return self.ports.set(element, entry, 0).context("write PORTS");
         };
-        let key =
-            Frontend { address: address.into(), port: port.to_be(), protocol: protocol.into() };
+        let key = Frontend {
+            address: address.into(),
+            port: port.to_be(),
+            protocol: protocol.into(),
+        };
         let there = self.frontends.get(&key, 0).is_ok();
         if index == 0 {
             ignore_missing(self.frontends.remove(&key)).context("write FRONTENDS")?;
             entry.exact -= u32::from(there);
         } else {
-            self.frontends.insert(key, index, 0).context("write FRONTENDS")?;
+            self.frontends
+                .insert(key, index, 0)
+                .context("write FRONTENDS")?;
             entry.exact += u32::from(!there);
         }
         self.ports.set(element, entry, 0).context("write PORTS")
@@ -103,7 +111,9 @@ impl Maps {
     pub fn set_local(&mut self, address: IpAddr, local: bool) -> Result<()> {
         let key = Address::from(address);
         if local {
-            self.local_addresses.insert(key, 1, 0).context("write LOCAL_ADDRESSES")
+            self.local_addresses
+                .insert(key, 1, 0)
+                .context("write LOCAL_ADDRESSES")
         } else {
             ignore_missing(self.local_addresses.remove(&key)).context("write LOCAL_ADDRESSES")
         }
@@ -130,7 +140,10 @@ impl Maps {
             IpNet::V4(v4) => 32 + 96 + u32::from(v4.prefix_len()),
             IpNet::V6(v6) => 32 + u32::from(v6.prefix_len()),
         };
-        let data = Allowed { publish: index.to_be(), source: network.network().into() };
+        let data = Allowed {
+            publish: index.to_be(),
+            source: network.network().into(),
+        };
         let key = Key::new(length, data);
         if allowed {
             self.allow.insert(&key, 1, 0).context("write ALLOW")

@@ -10,13 +10,19 @@ use crate::daemon::{Counter, Endpoint, Listed, ListedFlow};
 /// Rows under a header, columns as wide as they must be.
 pub fn table<const N: usize>(header: [&str; N], rows: &[[String; N]]) -> String {
     let width = |column: usize| {
-        rows.iter().map(|row| row[column].chars().count()).chain([header[column].len()]).max()
+        rows.iter()
+            .map(|row| row[column].chars().count())
+            .chain([header[column].len()])
+            .max()
     };
     let widths: [usize; N] = std::array::from_fn(|column| width(column).unwrap_or(0));
     let mut text = String::new();
     for row in std::iter::once(header.map(String::from)).chain(rows.iter().cloned()) {
-        let line: Vec<String> =
-            row.iter().zip(widths).map(|(cell, width)| format!("{cell:<width$}")).collect();
+        let line: Vec<String> = row
+            .iter()
+            .zip(widths)
+            .map(|(cell, width)| format!("{cell:<width$}"))
+            .collect();
         let _ = writeln!(text, "{}", line.join("  ").trim_end());
     }
     text
@@ -55,7 +61,12 @@ pub fn list(publishes: &[Listed]) -> String {
             ]
         })
         .collect();
-    table(["ID", "FRONTEND", "BACKEND", "DATAPATH", "FLOWS", "PACKETS", "BYTES", "REASON"], &rows)
+    table(
+        [
+            "ID", "FRONTEND", "BACKEND", "DATAPATH", "FLOWS", "PACKETS", "BYTES", "REASON",
+        ],
+        &rows,
+    )
 }
 
 /// `forwarder flows`.
@@ -77,7 +88,9 @@ pub fn flows(flows: &[ListedFlow]) -> String {
         })
         .collect();
     table(
-        ["ID", "PROTO", "CLIENT", "FRONTEND", "SOURCE", "BACKEND", "STATE", "IDLE", "PACKETS"],
+        [
+            "ID", "PROTO", "CLIENT", "FRONTEND", "SOURCE", "BACKEND", "STATE", "IDLE", "PACKETS",
+        ],
         &rows,
     )
 }
@@ -113,15 +126,27 @@ pub fn trace(line: &str, id: Option<u32>, client: Option<IpNet>) -> Option<Strin
     {
         return None;
     }
-    let reason = Reason::ALL.get(reason as usize).map_or("?", |reason| reason.name());
-    let protocol = if protocol == u32::from(forwarder_common::tuple::TCP) { "tcp" } else { "udp" };
-    let device = nix::net::if_::if_indextoname(ifindex)
-        .map_or_else(|_| ifindex.to_string(), |name| name.to_string_lossy().into_owned());
+    let reason = Reason::ALL
+        .get(reason as usize)
+        .map_or("?", |reason| reason.name());
+    let protocol = if protocol == u32::from(forwarder_common::tuple::TCP) {
+        "tcp"
+    } else {
+        "udp"
+    };
+    let device = nix::net::if_::if_indextoname(ifindex).map_or_else(
+        |_| ifindex.to_string(),
+        |name| name.to_string_lossy().into_owned(),
+    );
     let show = |address: std::net::IpAddr, port: &str| match address {
         std::net::IpAddr::V4(v4) => format!("{v4}:{port}"),
         std::net::IpAddr::V6(v6) => format!("[{v6}]:{port}"),
     };
-    let publish = if publish == 0 { "-".into() } else { publish.to_string() };
+    let publish = if publish == 0 {
+        "-".into()
+    } else {
+        publish.to_string()
+    };
     Some(format!(
         "{device:<8} publish {publish:<4} {protocol} {} -> {}  {reason}",
         show(source, source_port),

@@ -88,7 +88,10 @@ impl FromStr for Spec {
     type Err = SpecError;
 
     fn from_str(text: &str) -> Result<Self, SpecError> {
-        parse(text).map_err(|problem| SpecError { spec: text.into(), problem })
+        parse(text).map_err(|problem| SpecError {
+            spec: text.into(),
+            problem,
+        })
     }
 }
 
@@ -150,15 +153,27 @@ fn parse_ports(text: &str) -> Result<Ports, String> {
         _ => Err(format!("{text:?} is not a port from 1 to 65535")),
     };
     let (first, last) = text.split_once('-').unwrap_or((text, text));
-    let ports = Ports { first: port(first)?, last: port(last)? };
+    let ports = Ports {
+        first: port(first)?,
+        last: port(last)?,
+    };
     if ports.first > ports.last {
-        return Err(format!("range {text} is backwards; write {}-{}", ports.last, ports.first));
+        return Err(format!(
+            "range {text} is backwards; write {}-{}",
+            ports.last, ports.first
+        ));
     }
     Ok(ports)
 }
 
 fn validate(spec: &Spec) -> Result<(), String> {
-    let Spec { address, ports, backend, backend_ports, .. } = spec;
+    let Spec {
+        address,
+        ports,
+        backend,
+        backend_ports,
+        ..
+    } = spec;
     if backend_ports.count() != 1 && backend_ports.count() != ports.count() {
         return Err(format!(
             "{} host ports but {} backend ports; ranges map one to one, or to a single port",
@@ -186,8 +201,18 @@ impl fmt::Display for Spec {
         if let Some(address) = self.address {
             write!(f, "{}:", Bracketed(address))?;
         }
-        let Self { ports, backend, backend_ports, protocol, .. } = self;
-        write!(f, "{ports}:{}:{backend_ports}/{protocol}", Bracketed(*backend))
+        let Self {
+            ports,
+            backend,
+            backend_ports,
+            protocol,
+            ..
+        } = self;
+        write!(
+            f,
+            "{ports}:{}:{backend_ports}/{protocol}",
+            Bracketed(*backend)
+        )
     }
 }
 
@@ -223,7 +248,10 @@ impl Spec {
         let others = other.frontends();
         self.protocol == other.protocol
             && self.ports.intersects(other.ports)
-            && self.frontends().iter().any(|a| others.iter().any(|b| conflict(a, b)))
+            && self
+                .frontends()
+                .iter()
+                .any(|a| others.iter().any(|b| conflict(a, b)))
     }
 
     /// Whether every host port leads to the same backend port.
@@ -257,7 +285,10 @@ mod tests {
 
     #[test]
     fn the_contracts_examples_are_understood() {
-        assert_eq!(spec("8080:172.17.0.2:80").to_string(), "8080:172.17.0.2:80/tcp");
+        assert_eq!(
+            spec("8080:172.17.0.2:80").to_string(),
+            "8080:172.17.0.2:80/tcp"
+        );
         for text in [
             "127.0.0.1:5353:172.17.0.2:53/udp",
             "[2001:db8::1]:443:[fd00::2]:8443/tcp",
@@ -272,12 +303,18 @@ mod tests {
     fn an_error_names_the_thing_and_the_remedy() {
         for (text, part) in [
             ("8080", "expected [HOST_ADDR:]"),
-            ("8080:172.17.0.2:80/icmp", "\"icmp\" is not tcp, udp or sctp"),
+            (
+                "8080:172.17.0.2:80/icmp",
+                "\"icmp\" is not tcp, udp or sctp",
+            ),
             ("0:172.17.0.2:80", "port 0"),
             ("65536:172.17.0.2:80", "\"65536\" is not a port"),
             ("+80:172.17.0.2:80", "\"+80\" is not a port"),
             ("90-80:172.17.0.2:80", "write 80-90"),
-            ("80-90:172.17.0.2:80-85", "11 host ports but 6 backend ports"),
+            (
+                "80-90:172.17.0.2:80-85",
+                "11 host ports but 6 backend ports",
+            ),
             ("80:container:80", "\"container\" is not an IP address"),
             ("[::1:80:172.17.0.2:80", "'['"),
             ("80:0.0.0.0:80", "not the address of one host"),
@@ -289,7 +326,10 @@ mod tests {
 
     #[test]
     fn a_range_maps_one_to_one_or_to_one() {
-        assert_eq!(spec("8000-8010:10.0.0.2:9000-9010").backend_port(8003), 9003);
+        assert_eq!(
+            spec("8000-8010:10.0.0.2:9000-9010").backend_port(8003),
+            9003
+        );
         assert_eq!(spec("8000-8010:10.0.0.2:443").backend_port(8003), 443);
         assert_eq!(spec("1-65535:10.0.0.2:1-65535").ports.count(), 65_535);
     }
@@ -300,7 +340,10 @@ mod tests {
         assert!(overlap("80:10.0.0.2:80", "127.0.0.1:80:10.0.0.3:80"));
         assert!(overlap("80-90:10.0.0.2:80-90", "85:10.0.0.3:80"));
         assert!(!overlap("80:10.0.0.2:80", "80:10.0.0.2:80/udp"));
-        assert!(!overlap("127.0.1.2:80:10.0.0.2:80", "127.0.1.3:80:10.0.0.3:80"));
+        assert!(!overlap(
+            "127.0.1.2:80:10.0.0.2:80",
+            "127.0.1.3:80:10.0.0.3:80"
+        ));
         assert!(!overlap("0.0.0.0:80:10.0.0.2:80", "[::]:80:[fd00::2]:80"));
         assert!(!overlap("0.0.0.0:80:10.0.0.2:80", "80:[fd00::2]:80"));
     }

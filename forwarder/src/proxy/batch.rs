@@ -52,7 +52,8 @@ pub(super) fn receive(
     SCRATCH.with_borrow_mut(|batch| {
         // SAFETY: this C structure is valid when all zero.
         let mut messages: [libc::mmsghdr; BATCH] = unsafe { mem::zeroed() };
-        let mut names: [SockAddrStorage; BATCH] = std::array::from_fn(|_| SockAddrStorage::zeroed());
+        let mut names: [SockAddrStorage; BATCH] =
+            std::array::from_fn(|_| SockAddrStorage::zeroed());
         let mut controls: [Control; BATCH] = std::array::from_fn(|_| Control([0; CONTROL]));
         let mut vectors: [libc::iovec; BATCH] = std::array::from_fn(|at| libc::iovec {
             iov_base: batch.data[at * DATAGRAM..].as_mut_ptr().cast(),
@@ -103,13 +104,19 @@ fn local(header: &libc::msghdr) -> Option<Local> {
                     let info: libc::in_pktinfo = ptr::read_unaligned(data.cast());
                     // Not ipi_addr: for a broadcast, that is no address to answer from.
                     let address = u32::from_be(info.ipi_spec_dst.s_addr);
-                    return Some(Local { address: IpAddr::V4(address.into()), ifindex: 0 });
+                    return Some(Local {
+                        address: IpAddr::V4(address.into()),
+                        ifindex: 0,
+                    });
                 }
                 (libc::IPPROTO_IPV6, libc::IPV6_PKTINFO) => {
                     let info: libc::in6_pktinfo = ptr::read_unaligned(data.cast());
                     let address = std::net::Ipv6Addr::from(info.ipi6_addr.s6_addr);
                     let ifindex = info.ipi6_ifindex;
-                    return Some(Local { address: IpAddr::V6(address), ifindex });
+                    return Some(Local {
+                        address: IpAddr::V6(address),
+                        ifindex,
+                    });
                 }
                 _ => message = libc::CMSG_NXTHDR(header, message),
             }

@@ -129,7 +129,11 @@ impl Proxy {
         for (port, socket) in held.udp {
             listeners.spawn(udp::serve(socket, port, shared.clone(), stopped.clone()));
         }
-        Self { shared, listeners, stop }
+        Self {
+            shared,
+            listeners,
+            stop,
+        }
     }
 
     /// What was carried until now.

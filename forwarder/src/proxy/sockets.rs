@@ -67,7 +67,11 @@ impl Held {
     }
 
     fn add(&mut self, address: IpAddr, port: u16, protocol: Protocol) -> io::Result<()> {
-        let domain = if address.is_ipv4() { Domain::IPV4 } else { Domain::IPV6 };
+        let domain = if address.is_ipv4() {
+            Domain::IPV4
+        } else {
+            Domain::IPV6
+        };
         let kind = match protocol {
             Protocol::Tcp => Type::STREAM,
             Protocol::Udp => Type::DGRAM,
@@ -102,7 +106,10 @@ impl Held {
 
 fn is_without_ipv6(address: IpAddr, error: &io::Error) -> bool {
     let absent = [libc::EAFNOSUPPORT, libc::EADDRNOTAVAIL];
-    address.is_ipv6() && error.raw_os_error().is_some_and(|code| absent.contains(&code))
+    address.is_ipv6()
+        && error
+            .raw_os_error()
+            .is_some_and(|code| absent.contains(&code))
 }
 
 /// Raises the soft limit of open files as far as it is needed and allowed.
@@ -161,16 +168,29 @@ fn holder(address: IpAddr, port: u16, protocol: Protocol) -> Option<(u32, String
         .filter_map(|table| fs::read_to_string(table).ok())
         .flat_map(|text| {
             let inodes = text.lines().filter_map(|line| inode(line, port));
-            inodes.map(|inode| format!("socket:[{inode}]")).collect::<Vec<_>>()
+            inodes
+                .map(|inode| format!("socket:[{inode}]"))
+                .collect::<Vec<_>>()
         })
         .collect();
     for process in fs::read_dir("/proc").ok()?.flatten() {
-        let Some(pid) = process.file_name().to_str().and_then(|name| name.parse().ok()) else {
+        let Some(pid) = process
+            .file_name()
+            .to_str()
+            .and_then(|name| name.parse().ok())
+        else {
             continue;
         };
-        for descriptor in fs::read_dir(process.path().join("fd")).into_iter().flatten().flatten() {
+        for descriptor in fs::read_dir(process.path().join("fd"))
+            .into_iter()
+            .flatten()
+            .flatten()
+        {
             let link = fs::read_link(descriptor.path()).unwrap_or_default();
-            if inodes.iter().any(|inode| link.as_os_str() == inode.as_str()) {
+            if inodes
+                .iter()
+                .any(|inode| link.as_os_str() == inode.as_str())
+            {
                 let name = fs::read_to_string(process.path().join("comm")).unwrap_or_default();
                 return Some((pid, name.trim().into()));
             }
@@ -198,8 +218,12 @@ mod tests {
     fn a_port_held_by_another_names_the_holder() {
         let other = std::net::TcpListener::bind("127.0.0.1:0").expect("a free port");
         let port = other.local_addr().expect("bound").port();
-        let spec: Spec = format!("127.0.0.1:{port}:192.0.2.1:80").parse().expect("a spec");
-        let error = Held::bind(&spec).expect_err("the port is taken").to_string();
+        let spec: Spec = format!("127.0.0.1:{port}:192.0.2.1:80")
+            .parse()
+            .expect("a spec");
+        let error = Held::bind(&spec)
+            .expect_err("the port is taken")
+            .to_string();
         let start = format!("publish 127.0.0.1:{port}/tcp: address already in use (held by pid ");
         assert!(error.starts_with(&start), "{error}");
         assert!(error.contains(&std::process::id().to_string()), "{error}");
@@ -207,9 +231,14 @@ mod tests {
 
     #[test]
     fn an_address_of_another_host_is_refused() {
-        let spec: Spec = "203.0.113.77:8080:192.0.2.1:80/udp".parse().expect("a spec");
+        let spec: Spec = "203.0.113.77:8080:192.0.2.1:80/udp"
+            .parse()
+            .expect("a spec");
         let error = Held::bind(&spec).expect_err("not our address").to_string();
-        assert!(error.contains("203.0.113.77 is not an address of this host"), "{error}");
+        assert!(
+            error.contains("203.0.113.77 is not an address of this host"),
+            "{error}"
+        );
     }
 
     #[test]

@@ -61,7 +61,9 @@ pub(super) async fn serve(
 
 fn is_exhaustion(error: &io::Error) -> bool {
     let exhausted = [libc::EMFILE, libc::ENFILE, libc::ENOBUFS, libc::ENOMEM];
-    error.raw_os_error().is_some_and(|code| exhausted.contains(&code))
+    error
+        .raw_os_error()
+        .is_some_and(|code| exhausted.contains(&code))
 }
 
 async fn connection(
@@ -119,7 +121,9 @@ async fn connect(
 
 fn tune(stream: &TcpStream) -> io::Result<()> {
     stream.set_nodelay(true)?;
-    let keepalive = TcpKeepalive::new().with_time(KEEPALIVE).with_interval(KEEPALIVE);
+    let keepalive = TcpKeepalive::new()
+        .with_time(KEEPALIVE)
+        .with_interval(KEEPALIVE);
     SockRef::from(stream).set_tcp_keepalive(&keepalive)
 }
 
@@ -130,7 +134,10 @@ fn reset(stream: &TcpStream) {
 
 /// Both directions until both have ended; an error in one ends the other.
 async fn both_ways(client: &TcpStream, backend: &TcpStream, shared: &Shared) -> io::Result<()> {
-    tokio::try_join!(one_way(client, backend, shared), one_way(backend, client, shared))?;
+    tokio::try_join!(
+        one_way(client, backend, shared),
+        one_way(backend, client, shared)
+    )?;
     Ok(())
 }
 
@@ -195,7 +202,8 @@ struct Pipe {
 fn pipe() -> io::Result<Pipe> {
     let (read, write) = nix::unistd::pipe2(OFlag::O_NONBLOCK | OFlag::O_CLOEXEC)?;
     // More at a time where the limit allows it (fs.pipe-max-size, fs.pipe-user-pages-soft).
-    let size = nix::fcntl::FcntlArg::F_SETPIPE_SZ(PIPE.cast_signed().try_into().unwrap_or(i32::MAX));
+    let size =
+        nix::fcntl::FcntlArg::F_SETPIPE_SZ(PIPE.cast_signed().try_into().unwrap_or(i32::MAX));
     let _ = nix::fcntl::fcntl(&write, size);
     Ok(Pipe { read, write })
 }
@@ -210,7 +218,14 @@ async fn by_splice(
     loop {
         let moved = from
             .async_io(Interest::READABLE, || {
-                Ok(splice(from.as_fd(), None, pipe.write.as_fd(), None, PIPE, flags)?)
+                Ok(splice(
+                    from.as_fd(),
+                    None,
+                    pipe.write.as_fd(),
+                    None,
+                    PIPE,
+                    flags,
+                )?)
             })
             .await?;
         if moved == 0 {
@@ -221,7 +236,14 @@ async fn by_splice(
         while rest > 0 {
             rest -= to
                 .async_io(Interest::WRITABLE, || {
-                    Ok(splice(pipe.read.as_fd(), None, to.as_fd(), None, rest, flags)?)
+                    Ok(splice(
+                        pipe.read.as_fd(),
+                        None,
+                        to.as_fd(),
+                        None,
+                        rest,
+                        flags,
+                    )?)
                 })
                 .await?;
         }

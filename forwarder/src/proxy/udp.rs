@@ -62,7 +62,11 @@ impl Flow {
     }
 
     fn expires(&self) -> Instant {
-        let timeout = if self.replied.load(Relaxed) { REPLIED } else { UNREPLIED };
+        let timeout = if self.replied.load(Relaxed) {
+            REPLIED
+        } else {
+            UNREPLIED
+        };
         self.began + Duration::from_millis(self.seen.load(Relaxed)) + timeout
     }
 }
@@ -88,7 +92,13 @@ pub(super) async fn serve(
         if flows.get(&key).is_none_or(|flow| flow.over.load(Relaxed)) {
             match begin(port, &shared, flows.len()) {
                 Ok(flow) => {
-                    let task = replies(frontend.clone(), flow.clone(), key, shared.clone(), gone.clone());
+                    let task = replies(
+                        frontend.clone(),
+                        flow.clone(),
+                        key,
+                        shared.clone(),
+                        gone.clone(),
+                    );
                     tokio::spawn(until_stopped(task, stopped.clone()));
                     flows.insert(key, flow);
                 }
@@ -137,10 +147,7 @@ pub(super) async fn serve(
     }
 }
 
-async fn until_stopped(
-    task: impl Future<Output = ()>,
-    mut stopped: watch::Receiver<Option<Stop>>,
-) {
+async fn until_stopped(task: impl Future<Output = ()>, mut stopped: watch::Receiver<Option<Stop>>) {
     tokio::select! {
         () = task => {}
         _ = ended(&mut stopped) => {}
