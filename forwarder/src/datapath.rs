@@ -11,7 +11,7 @@ use anyhow::{Context as _, Result, bail};
 use aya::{
     Ebpf, EbpfLoader, VerifierLogLevel,
     programs::{
-        LinkOrder, SchedClassifier, TcAttachType,
+        LinkOrder, SchedClassifier, TcAttachType, TestRun as _, TestRunOptions,
         links::{FdLink, PinnedLink},
         tc::{NlOptions, SchedClassifierLink, SchedClassifierLinkId, TcAttachOptions},
     },
@@ -270,6 +270,31 @@ impl Datapath {
                 guard.clear_ready();
             }
         })
+    }
+
+    /// Runs the program on a frame as if it came in by a device of this network namespace
+    /// (BPF_PROG_TEST_RUN); returns tc's action and the frame afterwards. Redirects are not carried out.
+    ///
+    /// # Errors
+    /// The kernel refuses the frame.
+    pub fn try_frame(&self, frame: &[u8], ifindex: u32) -> Result<(u32, Vec<u8>)> {
+        /// Offset of `ifindex` in `struct __sk_buff` (include/uapi/linux/bpf.h).
+        const IFINDEX: usize = 40;
+        let mut context = [0; 192];
+        context[IFINDEX..IFINDEX + 4].copy_from_slice(&ifindex.to_ne_bytes());
+        let mut after = vec![0; frame.len() + 256];
+        let mut options = TestRunOptions::new();
+        options.data_in = Some(frame);
+        options.data_out = Some(&mut after);
+        options.ctx_in = Some(&context);
+        let program = self
+            .ebpf
+            .program(PROGRAM)
+            .context("the eBPF object has no program ingress")?;
+        let program: &SchedClassifier = program.try_into()?;
+        let result = program.test_run(options).context("BPF_PROG_TEST_RUN")?;
+        after.truncate(result.data_size_out as usize);
+        Ok((result.return_value, after))
     }
 
     /// Detaches everything and removes the pins.

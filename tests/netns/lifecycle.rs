@@ -127,17 +127,23 @@ fn a_range_in_front_of_one_port_leads_there() {
     daemon.stop().unwrap();
 }
 
-/// Everything in the host's namespace that a forwarder could have left.
+/// What a forwarder could have left in the host's namespace: sysctls, and everything else.
 fn traces(netns: &Netns) -> (BTreeMap<String, String>, String) {
     let mut seen = String::new();
     for command in [
-        "ip -d link",
-        "ip addr",
         "ip rule",
+        "ip route",
+        "ip -6 route",
         "tc qdisc show",
         "nft list ruleset",
     ] {
-        // Lifetimes and such differ from call to call; what exists does not.
+        seen += &netns.run(command).unwrap();
+    }
+    // Name and MAC; the state of a device that has just been made still changes by itself.
+    for line in netns.run("ip -br link").unwrap().lines() {
+        seen.extend(line.split_whitespace().step_by(2).take(2).chain(["\n"]));
+    }
+    for command in ["ip -o -4 addr", "ip -o -6 addr show scope global"] {
         seen += &netns.run(command).unwrap();
     }
     (netns.enter(|| sysctls(Path::new("/proc/sys/net"))), seen)

@@ -4,6 +4,7 @@
 
 pub mod daemon;
 pub mod deadline;
+pub mod frame;
 pub mod netns;
 pub mod topology;
 pub mod traffic;

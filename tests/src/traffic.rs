@@ -105,7 +105,11 @@ fn converse(mut stream: TcpStream, peer: SocketAddr, requests: &AtomicU64) {
     for line in BufReader::new(input).lines() {
         let Ok(line) = line else { return };
         requests.fetch_add(1, Ordering::SeqCst);
-        if writeln!(stream, "{} {line}", canonical(peer)).is_err() {
+        // One write: piece by piece it would be as many segments.
+        if stream
+            .write_all(format!("{} {line}\n", canonical(peer)).as_bytes())
+            .is_err()
+        {
             return;
         }
     }
@@ -214,7 +218,11 @@ impl Connection {
     /// # Errors
     /// Closed, reset, or no answer in time.
     pub fn ask(&mut self, payload: &str) -> Result<Answer> {
-        writeln!(self.input.get_mut(), "{payload}").context("send")?;
+        let request = format!("{payload}\n");
+        self.input
+            .get_mut()
+            .write_all(request.as_bytes())
+            .context("send")?;
         let mut line = String::new();
         self.input.read_line(&mut line).context("receive")?;
         ensure!(line.ends_with('\n'), "closed before the answer");

@@ -70,13 +70,13 @@ fn serve(mut stream: &TcpStream, peer: SocketAddr) -> std::io::Result<()> {
             "only GET\n".to_owned(),
         ),
     };
-    write!(
-        stream,
+    let answer = format!(
         "HTTP/1.1 {status}\r\nContent-Type: {kind}\r\nContent-Length: {}\r\n{SOURCE}{peer}\r\n\
          Cache-Control: no-store\r\nConnection: close\r\n\r\n{}",
         body.len(),
         if method == "HEAD" { "" } else { &body },
-    )
+    );
+    stream.write_all(answer.as_bytes())
 }
 
 fn page(peer: SocketAddr) -> String {

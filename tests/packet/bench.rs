@@ -1,0 +1,200 @@
+//! A loaded program in a network namespace of its own, with an uplink and a container's device that nothing
+//! is attached to; what it publishes, and frames through it.
+
+use std::{collections::BTreeMap, net::SocketAddr};
+
+use forwarder::datapath::{Datapath, Options};
+use forwarder_common::{
+    flow::{Flow, Hop, delivery},
+    publish::{Publish, flag},
+    reason::Reason,
+    tuple::Tuple,
+};
+use forwarder_tests::{
+    frame::{Frame, Mac, Protocol},
+    netns::Netns,
+};
+use nix::net::if_::if_nametoindex;
+
+pub(crate) const CONTAINER_MAC: Mac = [2, 0, 0, 0, 0, 0xc];
+pub(crate) const BRIDGE_MAC: Mac = [2, 0, 0, 0, 0, 0xb];
+/// Addresses of the host: LAN, and on the backend's network.
+pub(crate) const HOST: [&str; 4] = [
+    "198.51.100.2",
+    "172.31.0.1",
+    "2001:db8:100::2",
+    "fd00:31::1",
+];
+pub(crate) const LO: u32 = 1;
+/// tc's actions (include/uapi/linux/pkt_cls.h).
+pub(crate) const REDIRECT: u32 = 7;
+pub(crate) const SHOT: u32 = 2;
+pub(crate) const UNSPEC: u32 = u32::MAX;
+
+pub(crate) struct Bench {
+    pub(crate) datapath: Datapath,
+    pub(crate) uplink: u32,
+    pub(crate) container: u32,
+}
+
+/// What became of a frame.
+#[derive(Debug)]
+pub(crate) struct Outcome {
+    pub(crate) action: u32,
+    pub(crate) bytes: Vec<u8>,
+    /// Reasons that were counted for it.
+    pub(crate) reasons: Vec<&'static str>,
+}
+
+impl Outcome {
+    /// The frame that was redirected.
+    #[track_caller]
+    pub(crate) fn forwarded(self) -> Frame {
+        assert_eq!(self.action, REDIRECT, "{self:?}");
+        Frame::parse(&self.bytes).unwrap_or_else(|error| panic!("{error:#}: {self:?}"))
+    }
+
+    /// The frame was left alone, for `reason`; an empty one is not counted.
+    #[track_caller]
+    pub(crate) fn passed(self, frame: &[u8], reason: &str) {
+        let reasons = if reason.is_empty() {
+            vec![]
+        } else {
+            vec![reason]
+        };
+        assert_eq!((self.action, &self.reasons), (UNSPEC, &reasons), "{self:?}");
+        assert_eq!(self.bytes, frame, "a frame that is passed stays as it is");
+    }
+
+    #[track_caller]
+    pub(crate) fn dropped(self, reason: &str) {
+        assert_eq!(
+            (self.action, &self.reasons[..]),
+            (SHOT, &[reason][..]),
+            "{self:?}"
+        );
+    }
+}
+
+/// Runs a scenario on a fresh program.
+pub(crate) fn bench(scenario: impl FnOnce(&mut Bench) + Send) {
+    bench_with_ports((61_000, 4_000), scenario);
+}
+
+/// The same, with SNAT ports: the first, and how many.
+pub(crate) fn bench_with_ports(snat: (u16, u32), scenario: impl FnOnce(&mut Bench) + Send) {
+    let netns = Netns::new("bench").unwrap();
+    netns
+        .ip("link set lo up\n\
+             link add eth0 type veth peer name eth0p\nlink set eth0 up\n\
+             link add veth0 type veth peer name veth0p\nlink set veth0 up")
+        .unwrap();
+    netns.enter(|| {
+        let datapath = Datapath::load(&Options { pins: None, snat }).unwrap();
+        let index = |name| if_nametoindex(name).unwrap();
+        let mut bench = Bench {
+            datapath,
+            uplink: index("eth0"),
+            container: index("veth0"),
+        };
+        for address in HOST {
+            bench
+                .datapath
+                .maps
+                .set_local(address.parse().unwrap(), true)
+                .unwrap();
+        }
+        bench
+            .datapath
+            .maps
+            .set_way_back(bench.container, Some(delivery::PEER))
+            .unwrap();
+        scenario(&mut bench);
+    });
+}
+
+/// A literal.
+pub(crate) fn at(text: &str) -> SocketAddr {
+    text.parse().unwrap()
+}
+
+impl Bench {
+    /// Publishes a port of every local address, to a container.
+    pub(crate) fn publish(&mut self, protocol: Protocol, port: u16, backend: &str) {
+        let entry = self.entry(port, backend);
+        self.publish_entry(1, None, protocol, port, &entry);
+    }
+
+    /// What `publish` writes.
+    pub(crate) fn entry(&self, port: u16, backend: &str) -> Publish {
+        let backend = at(backend);
+        let source = if backend.is_ipv4() {
+            "172.31.0.1"
+        } else {
+            "fd00:31::1"
+        };
+        Publish {
+            backend: backend.ip().into(),
+            source: source.parse::<std::net::IpAddr>().unwrap().into(),
+            hop: Hop {
+                ifindex: self.container,
+                mac: CONTAINER_MAC,
+                source_mac: BRIDGE_MAC,
+                delivery: delivery::PEER,
+            },
+            first_port: port,
+            backend_port: backend.port(),
+            flags: flag::SINGLE_PORT,
+            reserved: 0,
+        }
+    }
+
+    pub(crate) fn publish_entry(
+        &mut self,
+        index: u32,
+        address: Option<&str>,
+        protocol: Protocol,
+        port: u16,
+        entry: &Publish,
+    ) {
+        let number = if protocol == Protocol::Tcp { 6 } else { 17 };
+        let address = address.map(|address| address.parse().unwrap());
+        self.datapath.maps.set_publish(index, entry).unwrap();
+        self.datapath
+            .maps
+            .set_frontend(address, number, port, index)
+            .unwrap();
+    }
+
+    pub(crate) fn send(&self, frame: &Frame, ifindex: u32) -> Outcome {
+        self.send_bytes(&frame.bytes(), ifindex)
+    }
+
+    pub(crate) fn send_bytes(&self, bytes: &[u8], ifindex: u32) -> Outcome {
+        let before = self.stats();
+        let (action, bytes) = self.datapath.try_frame(bytes, ifindex).unwrap();
+        let after = self.stats();
+        let counted = |name: &&str| (0..after[name] - before[name]).map(|_| ()).count() > 0;
+        let reasons = after.keys().copied().filter(counted).collect();
+        Outcome {
+            action,
+            bytes,
+            reasons,
+        }
+    }
+
+    fn stats(&self) -> BTreeMap<&'static str, u64> {
+        let stats = self.datapath.maps.stats().unwrap();
+        stats
+            .into_iter()
+            .map(|(reason, packets): (Reason, u64)| (reason.name(), packets))
+            .collect()
+    }
+
+    /// The only flow.
+    pub(crate) fn flow(&self) -> (Tuple, Flow) {
+        let flows = self.datapath.maps.flows().unwrap();
+        assert_eq!(flows.len(), 1, "{flows:?}");
+        flows.into_iter().next().unwrap()
+    }
+}

@@ -1,0 +1,222 @@
+//! Another machine's packets to a container, and the container's answers: DNAT and its reverse.
+
+use forwarder_common::publish::flag;
+use forwarder_tests::frame::{Frame, Protocol};
+use proptest::prelude::*;
+
+use crate::bench::{BRIDGE_MAC, Bench, CONTAINER_MAC, at, bench};
+
+fn there_and_back(bench: &mut Bench, protocol: Protocol, client: &str, host: &str, backend: &str) {
+    bench.publish(protocol, at(host).port(), backend);
+    let sent = Frame::first(protocol, at(client), at(host));
+    let outcome = bench.send(&sent, bench.uplink);
+    assert_eq!(outcome.reasons, ["forwarded_original", "new_flow"]);
+    let forwarded = outcome.forwarded();
+    let expected = Frame {
+        source_mac: BRIDGE_MAC,
+        destination_mac: CONTAINER_MAC,
+        destination: at(backend),
+        ttl: 63,
+        ..sent.clone()
+    };
+    assert_eq!(forwarded, expected);
+
+    let answer = forwarded.reply();
+    let outcome = bench.send(&answer, bench.container);
+    assert_eq!(outcome.reasons, ["forwarded_reply"]);
+    // MACs are the kernel's business: it leaves by `bpf_redirect_neigh`.
+    let expected = Frame {
+        source: at(host),
+        destination: at(client),
+        ttl: 63,
+        ..answer
+    };
+    assert_eq!(outcome.forwarded(), expected);
+}
+
+#[test]
+fn tcp_over_ipv4() {
+    bench(|b| {
+        there_and_back(
+            b,
+            Protocol::Tcp,
+            "198.51.100.9:4000",
+            "198.51.100.2:8080",
+            "172.31.0.2:80",
+        )
+    });
+}
+
+#[test]
+fn tcp_over_ipv6() {
+    bench(|b| {
+        there_and_back(
+            b,
+            Protocol::Tcp,
+            "[2001:db8:100::9]:4000",
+            "[2001:db8:100::2]:8080",
+            "[fd00:31::2]:80",
+        )
+    });
+}
+
+#[test]
+fn udp_over_ipv4() {
+    bench(|b| {
+        there_and_back(
+            b,
+            Protocol::Udp,
+            "198.51.100.9:4000",
+            "198.51.100.2:53",
+            "172.31.0.2:5353",
+        )
+    });
+}
+
+#[test]
+fn udp_over_ipv6() {
+    bench(|b| {
+        there_and_back(
+            b,
+            Protocol::Udp,
+            "[2001:db8:100::9]:4000",
+            "[2001:db8:100::2]:53",
+            "[fd00:31::2]:5353",
+        )
+    });
+}
+
+#[test]
+fn the_same_port_on_both_sides() {
+    bench(|b| {
+        there_and_back(
+            b,
+            Protocol::Tcp,
+            "198.51.100.9:4000",
+            "198.51.100.2:80",
+            "172.31.0.2:80",
+        )
+    });
+}
+
+#[test]
+fn udp_zero_checksum_stays_zero() {
+    bench(|bench| {
+        bench.publish(Protocol::Udp, 53, "172.31.0.2:5353");
+        let mut sent = Frame::first(
+            Protocol::Udp,
+            at("198.51.100.9:4000"),
+            at("198.51.100.2:53"),
+        );
+        sent.no_checksum = true;
+        assert!(bench.send(&sent, bench.uplink).forwarded().no_checksum);
+    });
+}
+
+#[test]
+fn every_checksum_is_right() {
+    bench(|bench| {
+        bench.publish(Protocol::Udp, 53, "172.31.0.2:5353");
+        bench.publish(Protocol::Tcp, 53, "172.31.0.2:5353");
+        let frames = (
+            any::<[u8; 3]>(),
+            1_u16..,
+            any::<bool>(),
+            proptest::collection::vec(any::<u8>(), 0..64),
+        );
+        let mut runner = proptest::test_runner::TestRunner::default();
+        runner
+            .run(&frames, |([a, b, c], port, tcp, payload)| {
+                let protocol = if tcp { Protocol::Tcp } else { Protocol::Udp };
+                let client = std::net::SocketAddr::from(([10, a, b, c], port));
+                let mut sent = Frame::first(protocol, client, at("198.51.100.2:53"));
+                sent.payload = payload;
+                let forwarded = bench.send(&sent, bench.uplink).forwarded(); // recomputes them
+                bench.send(&forwarded.reply(), bench.container).forwarded();
+                Ok(())
+            })
+            .unwrap();
+    });
+}
+
+#[test]
+fn a_range_maps_one_to_one() {
+    bench(|bench| {
+        let mut entry = bench.entry(10_000, "172.31.0.2:20000");
+        entry.flags &= !flag::SINGLE_PORT;
+        for port in 10_000..10_100 {
+            bench.publish_entry(1, None, Protocol::Udp, port, &entry);
+        }
+        let sent = Frame::first(
+            Protocol::Udp,
+            at("198.51.100.9:4000"),
+            at("198.51.100.2:10042"),
+        );
+        let forwarded = bench.send(&sent, bench.uplink).forwarded();
+        assert_eq!(forwarded.destination, at("172.31.0.2:20042"));
+        let answer = bench.send(&forwarded.reply(), bench.container).forwarded();
+        assert_eq!(answer.source, at("198.51.100.2:10042"));
+    });
+}
+
+#[test]
+fn the_exact_address_wins_over_every_address() {
+    bench(|bench| {
+        bench.publish(Protocol::Tcp, 8080, "172.31.0.2:80");
+        let special = bench.entry(8080, "172.31.0.3:81");
+        bench.publish_entry(2, Some("172.31.0.1"), Protocol::Tcp, 8080, &special);
+        for (host, backend) in [
+            ("172.31.0.1:8080", "172.31.0.3:81"),
+            ("198.51.100.2:8080", "172.31.0.2:80"),
+        ] {
+            let sent = Frame::first(Protocol::Tcp, at("198.51.100.9:4000"), at(host));
+            assert_eq!(
+                bench.send(&sent, bench.uplink).forwarded().destination,
+                at(backend)
+            );
+        }
+    });
+}
+
+#[test]
+fn the_unspecified_address_is_one_familys_addresses() {
+    bench(|bench| {
+        let entry = bench.entry(8080, "172.31.0.2:80");
+        bench.publish_entry(1, Some("0.0.0.0"), Protocol::Tcp, 8080, &entry);
+        let sent = Frame::first(
+            Protocol::Tcp,
+            at("198.51.100.9:4000"),
+            at("198.51.100.2:8080"),
+        );
+        assert_eq!(
+            bench.send(&sent, bench.uplink).forwarded().destination,
+            at("172.31.0.2:80")
+        );
+        let sent = Frame::first(
+            Protocol::Tcp,
+            at("[2001:db8:100::9]:4000"),
+            at("[2001:db8:100::2]:8080"),
+        );
+        bench.send(&sent, bench.uplink).passed(&sent.bytes(), "");
+    });
+}
+
+#[test]
+fn a_container_is_answered_at_the_mac_that_it_sent_from() {
+    bench(|bench| {
+        bench.publish(Protocol::Tcp, 8080, "172.31.0.2:80");
+        let sent = Frame::first(Protocol::Tcp, at("172.31.0.3:4000"), at("172.31.0.1:8080"));
+        let forwarded = bench.send(&sent, bench.container).forwarded();
+        assert_eq!(
+            forwarded.source, sent.source,
+            "a hairpin keeps the client's address"
+        );
+        let answer = bench.send(&forwarded.reply(), bench.container).forwarded();
+        assert_eq!(answer.destination_mac, sent.source_mac);
+        assert_eq!(answer.source_mac, sent.destination_mac);
+        assert_eq!(
+            (answer.source, answer.destination),
+            (sent.destination, sent.source)
+        );
+    });
+}

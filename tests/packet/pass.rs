@@ -1,0 +1,188 @@
+//! What is not ours, or not for the fast path, goes up the stack as it came.
+
+use forwarder_common::flow::Hop;
+use forwarder_tests::frame::{ACK, FIN_ACK, Frame, Protocol, RST, SYN_ACK};
+
+use crate::bench::{LO, at, bench};
+
+fn syn() -> Frame {
+    Frame::first(
+        Protocol::Tcp,
+        at("198.51.100.9:4000"),
+        at("198.51.100.2:8080"),
+    )
+}
+
+#[test]
+fn an_unpublished_port_is_not_ours() {
+    bench(|bench| {
+        bench.publish(Protocol::Tcp, 8081, "172.31.0.2:80");
+        bench.send(&syn(), bench.uplink).passed(&syn().bytes(), "");
+    });
+}
+
+#[test]
+fn the_other_protocols_port_is_not_ours() {
+    bench(|bench| {
+        bench.publish(Protocol::Udp, 8080, "172.31.0.2:80");
+        bench.send(&syn(), bench.uplink).passed(&syn().bytes(), "");
+    });
+}
+
+#[test]
+fn transit_traffic_is_never_captured() {
+    bench(|bench| {
+        bench.publish(Protocol::Udp, 53, "172.31.0.2:53");
+        let query = Frame::first(Protocol::Udp, at("172.31.0.3:4000"), at("203.0.113.8:53"));
+        bench
+            .send(&query, bench.container)
+            .passed(&query.bytes(), "not_local");
+    });
+}
+
+#[test]
+fn a_loopback_address_from_outside_is_not_local() {
+    bench(|bench| {
+        let entry = bench.entry(8080, "172.31.0.2:80");
+        bench.publish_entry(1, Some("127.0.0.1"), Protocol::Tcp, 8080, &entry);
+        let frame = Frame::first(Protocol::Tcp, at("198.51.100.9:4000"), at("127.0.0.1:8080"));
+        bench
+            .send(&frame, bench.uplink)
+            .passed(&frame.bytes(), "not_local");
+        bench
+            .send(&frame, bench.container)
+            .passed(&frame.bytes(), "not_local");
+    });
+}
+
+#[test]
+fn a_segment_without_a_flow_that_opens_nothing_is_the_stacks() {
+    bench(|bench| {
+        bench.publish(Protocol::Tcp, 8080, "172.31.0.2:80");
+        for flags in [ACK, SYN_ACK, FIN_ACK, RST] {
+            let frame = syn().with_flags(flags);
+            bench
+                .send(&frame, bench.uplink)
+                .passed(&frame.bytes(), "not_syn");
+        }
+    });
+}
+
+#[test]
+fn a_fragment_is_the_stacks() {
+    bench(|bench| {
+        bench.publish(Protocol::Udp, 53, "172.31.0.2:53");
+        let frame = Frame::first(
+            Protocol::Udp,
+            at("198.51.100.9:4000"),
+            at("198.51.100.2:53"),
+        );
+        for fragment in [0x2000_u16, 0x0001] {
+            let mut bytes = frame.bytes();
+            bytes[14 + 6..14 + 8].copy_from_slice(&fragment.to_be_bytes());
+            bench
+                .send_bytes(&bytes, bench.uplink)
+                .passed(&bytes, "fragment");
+        }
+    });
+}
+
+#[test]
+fn the_other_family_is_the_proxys() {
+    bench(|bench| {
+        bench.publish(Protocol::Tcp, 8080, "172.31.0.2:80");
+        let frame = Frame::first(
+            Protocol::Tcp,
+            at("[2001:db8:100::9]:4000"),
+            at("[2001:db8:100::2]:8080"),
+        );
+        bench
+            .send(&frame, bench.uplink)
+            .passed(&frame.bytes(), "other_family");
+    });
+}
+
+#[test]
+fn a_link_local_client_is_the_proxys() {
+    bench(|bench| {
+        bench.publish(Protocol::Tcp, 8080, "[fd00:31::2]:80");
+        let frame = Frame::first(
+            Protocol::Tcp,
+            at("[fe80::9]:4000"),
+            at("[2001:db8:100::2]:8080"),
+        );
+        bench
+            .send(&frame, bench.uplink)
+            .passed(&frame.bytes(), "link_local");
+    });
+}
+
+#[test]
+fn a_backend_that_cannot_be_reached_is_the_proxys() {
+    bench(|bench| {
+        let mut entry = bench.entry(8080, "172.31.0.2:80");
+        entry.hop = Hop::default();
+        bench.publish_entry(1, None, Protocol::Tcp, 8080, &entry);
+        bench
+            .send(&syn(), bench.uplink)
+            .passed(&syn().bytes(), "unresolved");
+    });
+}
+
+#[test]
+fn a_packet_that_may_go_no_further_is_the_stacks() {
+    bench(|bench| {
+        bench.publish(Protocol::Tcp, 8080, "172.31.0.2:80");
+        bench.send(&syn(), bench.uplink).forwarded();
+        let mut frame = syn();
+        frame.ttl = 1;
+        bench
+            .send(&frame, bench.uplink)
+            .passed(&frame.bytes(), "ttl_expired");
+    });
+}
+
+#[test]
+fn a_draining_publish_takes_no_new_flow_and_keeps_its_old_ones() {
+    bench(|bench| {
+        bench.publish(Protocol::Tcp, 8080, "172.31.0.2:80");
+        bench.send(&syn(), bench.uplink).forwarded();
+        let mut entry = bench.entry(8080, "172.31.0.2:80");
+        entry.flags |= forwarder_common::publish::flag::DRAINING;
+        bench.datapath.maps.set_publish(1, &entry).unwrap();
+        bench.send(&syn().with_flags(ACK), bench.uplink).forwarded();
+        let mut other = syn();
+        other.source.set_port(4001);
+        bench
+            .send(&other, bench.uplink)
+            .passed(&other.bytes(), "draining");
+    });
+}
+
+#[test]
+fn headers_that_are_not_understood_are_left_alone() {
+    bench(|bench| {
+        bench.publish(Protocol::Tcp, 8080, "172.31.0.2:80");
+        let whole = syn().bytes();
+        let mut options = whole.clone();
+        options[14] = 0x46; // IPv4 with options
+        let mut icmp = whole.clone();
+        icmp[14 + 9] = 1;
+        let mut arp = whole.clone();
+        arp[12..14].copy_from_slice(&[0x08, 0x06]);
+        let mut short = whole.clone();
+        short.truncate(14 + 20 + 8); // half of a TCP header
+        for bytes in [options, icmp, arp, short] {
+            bench.send_bytes(&bytes, bench.uplink).passed(&bytes, "");
+        }
+    });
+}
+
+#[test]
+fn a_multicast_packet_on_lo_is_the_stacks() {
+    bench(|bench| {
+        bench.publish(Protocol::Udp, 5353, "172.31.0.2:5353");
+        let frame = Frame::first(Protocol::Udp, at("127.0.0.1:4000"), at("224.0.0.251:5353"));
+        bench.send(&frame, LO).passed(&frame.bytes(), "not_local");
+    });
+}
