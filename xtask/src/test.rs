@@ -28,7 +28,7 @@ pub(crate) fn test(options: &Options) -> Result<()> {
         step("tier 0: pure code");
         exec::run(
             exec::cargo()
-                .args(["test", "--quiet"])
+                .args(["test", "--quiet", "--no-fail-fast"])
                 .args(&options.filter),
         )?;
         exec::run(exec::cargo().args(["check", "--quiet", "--package", "forwarder-ebpf"]))?;
