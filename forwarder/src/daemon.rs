@@ -3,88 +3,40 @@
 //! `backends.rs`, doing in `datapath.rs`, `maps.rs` and `proxy/`.
 
 use std::{
-    collections::{BTreeMap, BTreeSet, HashMap},
-    net::IpAddr,
+    collections::{BTreeMap, BTreeSet},
     time::Duration,
 };
 
+mod flows;
+mod network;
+mod report;
+
 use anyhow::{Context as _, Result, bail};
-use forwarder_common::{
-    flow::{Flow, Hop, Timeouts, delivery},
-    limits,
-    publish::{Publish as Entry, flag},
-    tuple::{Address, Tuple},
-};
+use forwarder_common::{flow::Timeouts, limits, publish::Publish as Entry};
 use futures_util::StreamExt as _;
 use ipnet::IpNet;
-use serde::{Deserialize, Serialize};
+use serde::Serialize;
 use tokio::{
     signal::unix::{SignalKind, signal},
     sync::{broadcast, mpsc},
     time::{Instant, sleep_until},
 };
-use tracing::{debug, info, warn};
+use tracing::warn;
 
+pub use self::report::{Counter, Endpoint, Listed, ListedFlow};
 use crate::{
-    backends::{self, Resolved},
     cli::{DatapathChoice, Named, Run},
     control::{self, Call, Ending, Request, Response, Socket},
     datapath::{self, Datapath},
     interfaces::{self, Reader, Snapshot},
+    output,
     proxy::{Held, Options as ProxyOptions, Proxy, Stop},
-    spec::{Protocol, Spec},
+    spec::Spec,
 };
 
 /// Network changes come in bursts; one reading serves all that come within this time.
 const SETTLE: Duration = Duration::from_millis(10);
 const SWEEP: Duration = Duration::from_secs(2);
-
-/// A publish as `list` shows it.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Listed {
-    pub id: u32,
-    pub protocol: Protocol,
-    pub frontend: Endpoint,
-    pub backend: Endpoint,
-    /// `ebpf` or `userland`.
-    pub datapath: String,
-    pub delivery: Option<String>,
-    pub reason: Option<String>,
-    pub allow: Vec<IpNet>,
-    pub flows: u64,
-    pub packets: u64,
-    pub bytes: u64,
-}
-
-/// An address and its ports. No address: every address of the host.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Endpoint {
-    pub address: Option<IpAddr>,
-    pub port: u16,
-    pub end_port: u16,
-}
-
-/// A flow as `flows` shows it.
-#[derive(Clone, Debug, Serialize, Deserialize)]
-pub struct ListedFlow {
-    pub publish: u32,
-    pub protocol: String,
-    pub client: String,
-    pub frontend: String,
-    pub source: String,
-    pub backend: String,
-    pub state: String,
-    pub idle_seconds: u64,
-    pub packets: [u64; 2],
-    pub bytes: [u64; 2],
-}
-
-/// A packet counter as `stats` shows it.
-#[derive(Clone, Debug, Serialize, Deserialize)]
-pub struct Counter {
-    pub reason: String,
-    pub packets: u64,
-}
 
 struct Published {
     spec: Spec,
@@ -227,171 +179,6 @@ impl Daemon {
         }
     }
 
-    /// Reads the network again and makes the kernel match.
-    async fn refresh(&mut self) -> Result<()> {
-        let Some(reader) = &self.reader else {
-            return Ok(());
-        };
-        let before = std::mem::take(&mut self.snapshot);
-        let after = reader.snapshot(&before).await;
-        self.snapshot = match after {
-            Ok(after) => after,
-            Err(error) => {
-                self.snapshot = before;
-                return Err(error);
-            }
-        };
-        self.forget_moved_neighbours(&before).await;
-        self.reconcile_devices(&before)?;
-        let ids: Vec<u32> = self.publishes.keys().copied().collect();
-        for id in ids {
-            self.resolve(id)?;
-        }
-        self.ask_for_neighbours().await;
-        Ok(())
-    }
-
-    /// A backend's MAC whose bridge port has gone is asked for anew: the container may be back with another,
-    /// and the kernel would try the old one for seconds.
-    async fn forget_moved_neighbours(&self, before: &Snapshot) {
-        let Some(reader) = &self.reader else {
-            return;
-        };
-        let backends: BTreeSet<IpAddr> = self.publishes.values().map(|p| p.spec.backend).collect();
-        for (&(device, address), &mac) in &self.snapshot.neighbours {
-            let port = (device, mac);
-            if backends.contains(&address)
-                && before.forwarding.contains_key(&port)
-                && !self.snapshot.forwarding.contains_key(&port)
-            {
-                debug!("{address} has left its bridge port");
-                reader.forget_neighbour(device, address, mac).await;
-            }
-        }
-    }
-
-    /// Backends on this machine whose MAC isn't known are asked for it, so that they get the
-    /// fastest delivery before the first packet.
-    async fn ask_for_neighbours(&self) {
-        let Some(reader) = &self.reader else {
-            return;
-        };
-        for published in self.publishes.values() {
-            let Some(entry) = &published.entry else {
-                continue;
-            };
-            let waits = entry.hop.delivery == delivery::NEIGHBOUR
-                && entry.flags & flag::REMOTE == 0
-                && !self
-                    .snapshot
-                    .neighbours
-                    .contains_key(&(entry.hop.ifindex, published.spec.backend));
-            if waits {
-                reader
-                    .ask_neighbour(entry.hop.ifindex, published.spec.backend)
-                    .await;
-            }
-        }
-    }
-
-    fn reconcile_devices(&mut self, before: &Snapshot) -> Result<()> {
-        let Some(datapath) = &mut self.datapath else {
-            return Ok(());
-        };
-        let wanted: BTreeMap<u32, String> = backends::attached(&self.snapshot)
-            .map(|(ifindex, link)| (ifindex, link.name.clone()))
-            .collect();
-        let have: Vec<u32> = datapath.attached().collect();
-        for ifindex in have.iter().filter(|ifindex| !wanted.contains_key(ifindex)) {
-            datapath.detach(*ifindex);
-        }
-        for (ifindex, name) in wanted.iter().filter(|(ifindex, _)| !have.contains(ifindex)) {
-            match datapath.attach(*ifindex, name) {
-                Ok(()) => debug!("attached to {name}"),
-                Err(error) => warn!("{error:#}"),
-            }
-        }
-        let old: BTreeSet<IpAddr> = backends::local_addresses(before).collect();
-        let new: BTreeSet<IpAddr> = backends::local_addresses(&self.snapshot).collect();
-        for address in old.symmetric_difference(&new) {
-            datapath.maps.set_local(*address, new.contains(address))?;
-        }
-        let old: BTreeMap<u32, u32> = backends::ways_back(before).collect();
-        let new: BTreeMap<u32, u32> = backends::ways_back(&self.snapshot).collect();
-        for ifindex in old.keys().chain(new.keys()).collect::<BTreeSet<_>>() {
-            if old.get(ifindex) != new.get(ifindex) {
-                datapath
-                    .maps
-                    .set_way_back(*ifindex, new.get(ifindex).copied())?;
-            }
-        }
-        Ok(())
-    }
-
-    /// Decides how a publish is served now, and writes that to the kernel if it changed.
-    fn resolve(&mut self, id: u32) -> Result<()> {
-        let (Some(datapath), Some(published)) = (&mut self.datapath, self.publishes.get_mut(&id))
-        else {
-            return Ok(());
-        };
-        let spec = &published.spec;
-        let resolved = match spec.protocol {
-            Protocol::Sctp => Err("SCTP is served in user space".to_owned()),
-            Protocol::Tcp | Protocol::Udp => backends::resolve(&self.snapshot, spec.backend),
-        };
-        let (resolved, reason) = match resolved {
-            Ok(resolved) => (resolved, None),
-            // Without a hop, the program passes packets up to the proxy's socket.
-            Err(reason) => {
-                let nowhere = Address::UNSPECIFIED;
-                let resolved = Resolved {
-                    hop: Hop::default(),
-                    source: nowhere,
-                    remote: false,
-                };
-                (resolved, Some(reason))
-            }
-        };
-        let mut flags = 0;
-        flags |= if spec.backend_is_single() {
-            flag::SINGLE_PORT
-        } else {
-            0
-        };
-        flags |= if resolved.remote { flag::REMOTE } else { 0 };
-        flags |= if published.allow.is_empty() {
-            0
-        } else {
-            flag::ALLOW_LIST
-        };
-        flags |= if published.draining() {
-            flag::DRAINING
-        } else {
-            0
-        };
-        let entry = Entry {
-            backend: spec.backend.into(),
-            source: resolved.source,
-            hop: resolved.hop,
-            first_port: spec.ports.first,
-            backend_port: spec.backend_ports.first,
-            flags,
-            reserved: 0,
-        };
-        published.reason = reason;
-        if published.entry != Some(entry) {
-            // RACE: a packet may meet half of the old entry and half of the new: one with a MAC of the old
-            // hop is dropped by its receiver. The backend itself never changes in an entry.
-            datapath.maps.set_publish(id, &entry)?;
-            published.entry = Some(entry);
-            debug!(
-                "publish {id} is delivered by {:?}",
-                delivery_name(entry.hop.delivery)
-            );
-        }
-        Ok(())
-    }
-
     /// Publishes all of them or none.
     async fn publish(&mut self, specs: &[Spec], allow: &[IpNet]) -> Result<Vec<u32>> {
         for (at, spec) in specs.iter().enumerate() {
@@ -523,18 +310,6 @@ impl Daemon {
         Ok(())
     }
 
-    fn remove_flows(&mut self, id: u32) -> Result<()> {
-        let Some(datapath) = &mut self.datapath else {
-            return Ok(());
-        };
-        for (key, flow) in datapath.maps.flows()? {
-            if flow.publish == id {
-                datapath.maps.remove_flow(&key, &flow)?;
-            }
-        }
-        Ok(())
-    }
-
     fn find(&self, named: &Named) -> Result<u32> {
         match named {
             Named::Id(id) if self.publishes.contains_key(id) => Ok(*id),
@@ -546,81 +321,6 @@ impl Daemon {
                 .map(|(id, _)| *id)
                 .with_context(|| format!("no publish {spec}; `forwarder list` shows them")),
         }
-    }
-
-    /// Flows of an earlier instance go on if they are of a publish that is there again, under its number.
-    fn adopt(&mut self) {
-        let Some(datapath) = &mut self.datapath else {
-            return;
-        };
-        let Ok(flows) = datapath.maps.flows() else {
-            return;
-        };
-        for (key, mut flow) in flows {
-            let owner = self
-                .publishes
-                .iter()
-                .find(|(_, published)| owns(&published.spec, &key, &flow));
-            let result = match owner {
-                Some((id, _)) if flow.publish == *id => Ok(()),
-                Some((id, _)) => {
-                    flow.publish = *id;
-                    datapath.maps.set_flow(&key, &flow)
-                }
-                None => datapath.maps.remove_flow(&key, &flow),
-            };
-            if let Err(error) = result {
-                warn!("{error:#}");
-            }
-        }
-    }
-
-    /// Ends flows that have been silent for too long, and publishes that have drained.
-    fn sweep(&mut self) {
-        let Some(datapath) = &mut self.datapath else {
-            return;
-        };
-        let flows = match datapath.maps.flows() {
-            Ok(flows) => flows,
-            Err(error) => return warn!("{error:#}"),
-        };
-        let now = monotonic();
-        let mut alive: HashMap<u32, u64> = HashMap::new();
-        for (key, flow) in flows {
-            let idle = now.saturating_sub(flow.last_seen) / 1_000_000_000;
-            if idle < self.timeouts.of(key.protocol, flow.state) {
-                *alive.entry(flow.publish).or_default() += 1;
-                continue;
-            }
-            if let Err(error) = datapath.maps.remove_flow(&key, &flow) {
-                warn!("{error:#}");
-            }
-            if let Some(published) = self.publishes.get_mut(&flow.publish) {
-                published.ended.0 += flow.packets[0] + flow.packets[1];
-                published.ended.1 += flow.bytes[0] + flow.bytes[1];
-            }
-        }
-        let drained: Vec<u32> = self
-            .publishes
-            .iter()
-            .filter(|(id, published)| published.draining() && !alive.contains_key(id))
-            .map(|(id, _)| *id)
-            .collect();
-        for id in drained {
-            if let Err(error) = self.end_drained(id) {
-                warn!("{error:#}");
-            }
-        }
-    }
-
-    fn end_drained(&mut self, id: u32) -> Result<()> {
-        self.set_frontends(id, false)?;
-        if let Some(datapath) = &mut self.datapath {
-            datapath.maps.set_publish(id, &Entry::default())?;
-        }
-        self.publishes.remove(&id);
-        info!("publish {id} has drained");
-        Ok(())
     }
 
     async fn answer(&mut self, call: Call, untrace: &mpsc::Sender<()>) {
@@ -676,100 +376,6 @@ impl Daemon {
         Ok(serde_json::Value::Null)
     }
 
-    /// The line that says how a publish is served.
-    fn describe(&self, id: u32) -> String {
-        let published = &self.publishes[&id];
-        let spec = &published.spec;
-        let how = match (&published.reason, &published.entry) {
-            (None, Some(entry)) => format!(
-                "ebpf, {}",
-                delivery_name(entry.hop.delivery).unwrap_or("unresolved")
-            ),
-            (Some(reason), _) => format!("userland: {reason}"),
-            (None, None) => "userland".into(),
-        };
-        let all_to_one = if spec.ports.first != spec.ports.last && spec.backend_is_single() {
-            format!(
-                ", all {} ports to port {}",
-                spec.ports.count(),
-                spec.backend_ports.first
-            )
-        } else {
-            String::new()
-        };
-        format!("{id}: {spec} ({how}{all_to_one})")
-    }
-
-    fn list(&self) -> Result<Vec<Listed>> {
-        let mut sums: HashMap<u32, (u64, u64, u64)> = HashMap::new();
-        if let Some(datapath) = &self.datapath {
-            for flow in datapath.maps.flows()?.values() {
-                let sum = sums.entry(flow.publish).or_default();
-                sum.0 += 1;
-                sum.1 += flow.packets[0] + flow.packets[1];
-                sum.2 += flow.bytes[0] + flow.bytes[1];
-            }
-        }
-        let listed = self.publishes.iter().map(|(&id, published)| {
-            let spec = &published.spec;
-            let (flows, packets, bytes) = sums.get(&id).copied().unwrap_or_default();
-            let proxy = published
-                .proxy
-                .as_ref()
-                .map(Proxy::counters)
-                .unwrap_or_default();
-            let hop = published
-                .entry
-                .filter(|_| published.reason.is_none())
-                .map(|e| e.hop.delivery);
-            Listed {
-                id,
-                protocol: spec.protocol,
-                frontend: Endpoint {
-                    address: spec.address,
-                    port: spec.ports.first,
-                    end_port: spec.ports.last,
-                },
-                backend: Endpoint {
-                    address: Some(spec.backend),
-                    port: spec.backend_ports.first,
-                    end_port: spec.backend_ports.last,
-                },
-                datapath: if hop.is_some() { "ebpf" } else { "userland" }.into(),
-                delivery: hop.and_then(delivery_name).map(Into::into),
-                reason: published.reason.clone(),
-                allow: published.allow.clone(),
-                flows: flows + proxy.flows,
-                packets: packets + published.ended.0 + proxy.packets,
-                bytes: bytes + published.ended.1 + proxy.bytes,
-            }
-        });
-        Ok(listed.collect())
-    }
-
-    fn flows(&self) -> Result<Vec<ListedFlow>> {
-        let Some(datapath) = &self.datapath else {
-            return Ok(Vec::new());
-        };
-        let now = monotonic();
-        let flows = datapath.maps.flows()?;
-        let mut listed: Vec<ListedFlow> = flows.iter().map(|(k, f)| list_flow(k, f, now)).collect();
-        listed.sort_by(|a, b| (a.publish, &a.client).cmp(&(b.publish, &b.client)));
-        Ok(listed)
-    }
-
-    fn stats(&self) -> Result<Vec<Counter>> {
-        let counters = match &self.datapath {
-            Some(datapath) => datapath.maps.stats()?,
-            None => Vec::new(),
-        };
-        let counter = |(reason, packets): (forwarder_common::reason::Reason, u64)| Counter {
-            reason: reason.name().into(),
-            packets,
-        };
-        Ok(counters.into_iter().map(counter).collect())
-    }
-
     /// Sends each line to the client until it goes. The first trace switches the programs.
     fn begin_trace(
         &mut self,
@@ -782,7 +388,7 @@ impl Daemon {
         if self.tracing.receiver_count() == 0 {
             datapath.trace(true)?;
             let lines = self.tracing.clone();
-            let log = datapath.log(move |line| drop(lines.send(line)))?;
+            let log = datapath.log(move |line| drop(lines.send(output::name_device(&line))))?;
             let lines = self.tracing.clone();
             tokio::spawn(async move {
                 tokio::select! {
@@ -825,61 +431,8 @@ impl Daemon {
     }
 }
 
-/// Whether a flow is one that this publish would make.
-fn owns(spec: &Spec, key: &Tuple, flow: &Flow) -> bool {
-    let port = u16::from_be(flow.frontend_port);
-    u32::from(spec.protocol.number()) == key.protocol
-        && (spec.ports.first..=spec.ports.last).contains(&port)
-        && Address::from(spec.backend) == key.destination
-        && spec.backend_port(port).to_be() == key.destination_port
-        && spec.address.is_none_or(|address| {
-            address.is_unspecified() || Address::from(address) == flow.frontend
-        })
-}
-
-fn list_flow(key: &Tuple, flow: &Flow, now: u64) -> ListedFlow {
-    use forwarder_common::flow::state;
-    let show = |address: Address, port: u16| {
-        std::net::SocketAddr::new(address.into(), u16::from_be(port)).to_string()
-    };
-    let tcp = key.protocol == u32::from(forwarder_common::tuple::TCP);
-    let is = |bits| flow.state & bits == bits;
-    let state = match tcp {
-        true if is(state::RESET) => "reset",
-        true if is(state::BOTH_FIN) => "time_wait",
-        true if flow.state & state::BOTH_FIN != 0 => "fin_wait",
-        true if is(state::ESTABLISHED) => "established",
-        true if is(state::REPLIED) => "syn_received",
-        true => "syn_sent",
-        false if is(state::REPLIED) => "replied",
-        false => "unreplied",
-    };
-    ListedFlow {
-        publish: flow.publish,
-        protocol: if tcp { "tcp" } else { "udp" }.into(),
-        client: show(flow.client, flow.client_port),
-        frontend: show(flow.frontend, flow.frontend_port),
-        source: show(key.source, key.source_port),
-        backend: show(key.destination, key.destination_port),
-        state: state.into(),
-        idle_seconds: now.saturating_sub(flow.last_seen) / 1_000_000_000,
-        packets: flow.packets,
-        bytes: flow.bytes,
-    }
-}
-
 fn json(value: impl Serialize) -> Result<serde_json::Value> {
     Ok(serde_json::to_value(value)?)
-}
-
-fn delivery_name(number: u32) -> Option<&'static str> {
-    match number {
-        delivery::PEER => Some("peer"),
-        delivery::DEVICE => Some("device"),
-        delivery::NEIGHBOUR => Some("neighbour"),
-        delivery::STACK => Some("stack"),
-        _ => None,
-    }
 }
 
 fn load(instance: &str) -> Result<Datapath> {
@@ -906,18 +459,6 @@ fn snat_ports() -> (u16, u32) {
     } else {
         (high + 1, above)
     }
-}
-
-/// CLOCK_MONOTONIC in nanoseconds, as `bpf_ktime_get_ns` gives it.
-fn monotonic() -> u64 {
-    nix::time::clock_gettime(nix::time::ClockId::CLOCK_MONOTONIC)
-        .map(|time| {
-            Duration::from(time)
-                .as_nanos()
-                .try_into()
-                .unwrap_or(u64::MAX)
-        })
-        .unwrap_or(0)
 }
 
 /// Tells systemd, where it asked for that (sd_notify(3)).

@@ -1,6 +1,9 @@
 //! What commands print: tables for people. JSON comes as it is.
 
-use std::{fmt::Write as _, net::Ipv6Addr};
+use std::{
+    fmt::Write as _,
+    net::{Ipv6Addr, SocketAddr},
+};
 
 use forwarder_common::reason::Reason;
 use ipnet::IpNet;
@@ -105,53 +108,95 @@ pub fn stats(counters: &[Counter]) -> String {
     table(["REASON", "PACKETS"], &rows)
 }
 
-/// One packet of a trace. The program logs numbers: publish, reason, ifindex, protocol, source address
-/// and port, destination address and port.
+/// A line of the traced program with the device's name for its number, in the daemon's own network namespace.
+pub fn name_device(line: &str) -> String {
+    let words: Vec<&str> = line.split(' ').collect();
+    let name = words
+        .get(2)
+        .and_then(|word| word.parse().ok())
+        .and_then(|ifindex: u32| {
+            let name = nix::net::if_::if_indextoname(ifindex)
+                .ok()?
+                .into_string()
+                .ok()?;
+            (!name.is_empty()).then_some(name)
+        });
+    match (words.as_slice(), name) {
+        ([publish, reason, _, rest @ ..], Some(name)) => {
+            format!("{publish} {reason} {name} {}", rest.join(" "))
+        }
+        _ => line.to_owned(),
+    }
+}
+
+/// One packet of a trace. The program logs publish, reason, device, protocol, source address and port,
+/// destination address and port.
 pub fn trace(line: &str, id: Option<u32>, client: Option<IpNet>) -> Option<String> {
-    let mut words = line.split(' ');
-    let mut number = || words.next()?.parse::<u32>().ok();
-    let Some(((publish, reason), (ifindex, protocol))) =
-        number().zip(number()).zip(number().zip(number()))
-    else {
+    let Some(packet) = Traced::parse(line) else {
         return Some(line.to_owned());
     };
-    let mut address = || {
-        let v6: Ipv6Addr = words.next()?.parse().ok()?;
-        let port = words.next()?;
-        Some((v6.to_canonical(), port))
+    let seen = |network: IpNet| {
+        network.contains(&packet.source.ip()) || network.contains(&packet.destination.ip())
     };
-    let ((source, source_port), (destination, destination_port)) = address().zip(address())?;
-    if id.is_some_and(|id| id != publish)
-        || client.is_some_and(|net| !net.contains(&source) && !net.contains(&destination))
-    {
+    if id.is_some_and(|id| id != packet.publish) || client.is_some_and(|network| !seen(network)) {
         return None;
     }
-    let reason = Reason::ALL
-        .get(reason as usize)
-        .map_or("?", |reason| reason.name());
-    let protocol = if protocol == u32::from(forwarder_common::tuple::TCP) {
-        "tcp"
-    } else {
-        "udp"
-    };
-    let device = nix::net::if_::if_indextoname(ifindex).map_or_else(
-        |_| ifindex.to_string(),
-        |name| name.to_string_lossy().into_owned(),
-    );
-    let show = |address: std::net::IpAddr, port: &str| match address {
-        std::net::IpAddr::V4(v4) => format!("{v4}:{port}"),
-        std::net::IpAddr::V6(v6) => format!("[{v6}]:{port}"),
-    };
+    let Traced {
+        publish,
+        reason,
+        device,
+        protocol,
+        source,
+        destination,
+    } = packet;
     let publish = if publish == 0 {
         "-".into()
     } else {
         publish.to_string()
     };
     Some(format!(
-        "{device:<8} publish {publish:<4} {protocol} {} -> {}  {reason}",
-        show(source, source_port),
-        show(destination, destination_port),
+        "{device:<8} publish {publish:<4} {protocol} {source} -> {destination}  {reason}"
     ))
+}
+
+struct Traced<'a> {
+    publish: u32,
+    reason: &'static str,
+    device: &'a str,
+    protocol: &'static str,
+    source: SocketAddr,
+    destination: SocketAddr,
+}
+
+impl<'a> Traced<'a> {
+    fn parse(line: &'a str) -> Option<Self> {
+        let words: Vec<&str> = line.split(' ').collect();
+        let [
+            publish,
+            reason,
+            device,
+            protocol,
+            source,
+            source_port,
+            destination,
+            destination_port,
+        ] = words.as_slice()
+        else {
+            return None;
+        };
+        let endpoint = |address: &str, port: &str| {
+            let address: Ipv6Addr = address.parse().ok()?;
+            Some(SocketAddr::new(address.to_canonical(), port.parse().ok()?))
+        };
+        Some(Self {
+            publish: publish.parse().ok()?,
+            reason: Reason::ALL.get(reason.parse::<usize>().ok()?)?.name(),
+            device,
+            protocol: if *protocol == "6" { "tcp" } else { "udp" },
+            source: endpoint(source, source_port)?,
+            destination: endpoint(destination, destination_port)?,
+        })
+    }
 }
 
 #[cfg(test)]
@@ -166,15 +211,21 @@ mod tests {
 
     #[test]
     fn a_trace_line_is_made_readable_and_filtered() {
-        let line = "3 0 99999 6 ::ffff:192.0.2.1 4000 ::ffff:198.51.100.2 80";
+        let line = "3 0 eth0 6 ::ffff:192.0.2.1 4000 ::ffff:198.51.100.2 80";
         let text = trace(line, None, None).expect("not filtered");
         assert_eq!(
             text,
-            "99999    publish 3    tcp 192.0.2.1:4000 -> 198.51.100.2:80  forwarded_original"
+            "eth0     publish 3    tcp 192.0.2.1:4000 -> 198.51.100.2:80  forwarded_original"
         );
         assert_eq!(trace(line, Some(4), None), None);
         assert!(trace(line, Some(3), "192.0.2.0/24".parse().ok()).is_some());
         assert_eq!(trace(line, None, "203.0.113.0/24".parse().ok()), None);
+    }
+
+    #[test]
+    fn a_device_gets_its_name() {
+        assert_eq!(name_device("3 0 1 6 x"), "3 0 lo 6 x");
+        assert_eq!(name_device("3 0 99999 6 x"), "3 0 99999 6 x");
     }
 
     #[test]

@@ -1,0 +1,189 @@
+//! The part of the daemon that follows the network: one reading after another, and the kernel's maps,
+//! attachments and neighbours made to match it.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    net::IpAddr,
+};
+
+use anyhow::Result;
+use forwarder_common::{
+    flow::{Hop, delivery},
+    publish::{Publish as Entry, flag},
+    tuple::Address,
+};
+use tracing::{debug, warn};
+
+use super::{Daemon, report::delivery_name};
+use crate::{
+    backends::{self, Resolved},
+    interfaces::Snapshot,
+    spec::Protocol,
+};
+
+impl Daemon {
+    /// Reads the network again and makes the kernel match.
+    pub(super) async fn refresh(&mut self) -> Result<()> {
+        let Some(reader) = &self.reader else {
+            return Ok(());
+        };
+        let before = std::mem::take(&mut self.snapshot);
+        let after = reader.snapshot(&before).await;
+        self.snapshot = match after {
+            Ok(after) => after,
+            Err(error) => {
+                self.snapshot = before;
+                return Err(error);
+            }
+        };
+        self.forget_moved_neighbours(&before).await;
+        self.reconcile_devices(&before)?;
+        let ids: Vec<u32> = self.publishes.keys().copied().collect();
+        for id in ids {
+            self.resolve(id)?;
+        }
+        self.ask_for_neighbours().await;
+        Ok(())
+    }
+
+    /// A backend's MAC whose bridge port has gone is asked for anew: the container may be back with another,
+    /// and the kernel would try the old one for seconds.
+    pub(super) async fn forget_moved_neighbours(&self, before: &Snapshot) {
+        let Some(reader) = &self.reader else {
+            return;
+        };
+        let backends: BTreeSet<IpAddr> = self.publishes.values().map(|p| p.spec.backend).collect();
+        for (&(device, address), &mac) in &self.snapshot.neighbours {
+            let port = (device, mac);
+            if backends.contains(&address)
+                && before.forwarding.contains_key(&port)
+                && !self.snapshot.forwarding.contains_key(&port)
+            {
+                debug!("{address} has left its bridge port");
+                reader.forget_neighbour(device, address, mac).await;
+            }
+        }
+    }
+
+    /// Backends on this machine whose MAC isn't known are asked for it, so that they get the
+    /// fastest delivery before the first packet.
+    pub(super) async fn ask_for_neighbours(&self) {
+        let Some(reader) = &self.reader else {
+            return;
+        };
+        for published in self.publishes.values() {
+            let Some(entry) = &published.entry else {
+                continue;
+            };
+            let waits = entry.hop.delivery == delivery::NEIGHBOUR
+                && entry.flags & flag::REMOTE == 0
+                && !self
+                    .snapshot
+                    .neighbours
+                    .contains_key(&(entry.hop.ifindex, published.spec.backend));
+            if waits {
+                reader
+                    .ask_neighbour(entry.hop.ifindex, published.spec.backend)
+                    .await;
+            }
+        }
+    }
+
+    pub(super) fn reconcile_devices(&mut self, before: &Snapshot) -> Result<()> {
+        let Some(datapath) = &mut self.datapath else {
+            return Ok(());
+        };
+        let wanted: BTreeMap<u32, String> = backends::attached(&self.snapshot)
+            .map(|(ifindex, link)| (ifindex, link.name.clone()))
+            .collect();
+        let have: Vec<u32> = datapath.attached().collect();
+        for ifindex in have.iter().filter(|ifindex| !wanted.contains_key(ifindex)) {
+            datapath.detach(*ifindex);
+        }
+        for (ifindex, name) in wanted.iter().filter(|(ifindex, _)| !have.contains(ifindex)) {
+            match datapath.attach(*ifindex, name) {
+                Ok(()) => debug!("attached to {name}"),
+                Err(error) => warn!("{error:#}"),
+            }
+        }
+        let old: BTreeSet<IpAddr> = backends::local_addresses(before).collect();
+        let new: BTreeSet<IpAddr> = backends::local_addresses(&self.snapshot).collect();
+        for address in old.symmetric_difference(&new) {
+            datapath.maps.set_local(*address, new.contains(address))?;
+        }
+        let old: BTreeMap<u32, u32> = backends::ways_back(before).collect();
+        let new: BTreeMap<u32, u32> = backends::ways_back(&self.snapshot).collect();
+        for ifindex in old.keys().chain(new.keys()).collect::<BTreeSet<_>>() {
+            if old.get(ifindex) != new.get(ifindex) {
+                datapath
+                    .maps
+                    .set_way_back(*ifindex, new.get(ifindex).copied())?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Decides how a publish is served now, and writes that to the kernel if it changed.
+    pub(super) fn resolve(&mut self, id: u32) -> Result<()> {
+        let (Some(datapath), Some(published)) = (&mut self.datapath, self.publishes.get_mut(&id))
+        else {
+            return Ok(());
+        };
+        let spec = &published.spec;
+        let resolved = match spec.protocol {
+            Protocol::Sctp => Err("SCTP is served in user space".to_owned()),
+            Protocol::Tcp | Protocol::Udp => backends::resolve(&self.snapshot, spec.backend),
+        };
+        let (resolved, reason) = match resolved {
+            Ok(resolved) => (resolved, None),
+            // Without a hop, the program passes packets up to the proxy's socket.
+            Err(reason) => {
+                let nowhere = Address::UNSPECIFIED;
+                let resolved = Resolved {
+                    hop: Hop::default(),
+                    source: nowhere,
+                    remote: false,
+                };
+                (resolved, Some(reason))
+            }
+        };
+        let mut flags = 0;
+        flags |= if spec.backend_is_single() {
+            flag::SINGLE_PORT
+        } else {
+            0
+        };
+        flags |= if resolved.remote { flag::REMOTE } else { 0 };
+        flags |= if published.allow.is_empty() {
+            0
+        } else {
+            flag::ALLOW_LIST
+        };
+        flags |= if published.draining() {
+            flag::DRAINING
+        } else {
+            0
+        };
+        let entry = Entry {
+            backend: spec.backend.into(),
+            source: resolved.source,
+            hop: resolved.hop,
+            first_port: spec.ports.first,
+            backend_port: spec.backend_ports.first,
+            flags,
+            reserved: 0,
+        };
+        published.reason = reason;
+        if published.entry != Some(entry) {
+            // RACE: a packet may meet half of the old entry and half of the new: one with a MAC of the old
+            // hop is dropped by its receiver. The backend itself never changes in an entry.
+            datapath.maps.set_publish(id, &entry)?;
+            published.entry = Some(entry);
+            debug!(
+                "publish {id} is delivered by {:?}",
+                delivery_name(entry.hop.delivery)
+            );
+        }
+        Ok(())
+    }
+}
