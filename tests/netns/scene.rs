@@ -38,25 +38,24 @@ pub(crate) fn served_to_the_client(topology: &Topology, protocol: Protocol, payl
     assert_eq!(answer.seen, client, "source that the backend saw");
 }
 
-/// Packets that the fast path has carried for the only publish.
+/// Packets that the program has forwarded, to the backend and back.
 #[track_caller]
-pub(crate) fn packets(daemon: &Daemon) -> u64 {
-    let entry = daemon.entry().unwrap();
-    assert_eq!(entry["datapath"], "ebpf", "{entry}\n{}", daemon.said());
-    entry["packets"]
-        .as_u64()
-        .unwrap_or_else(|| panic!("no number of packets: {entry}"))
+pub(crate) fn packets(daemon: &Daemon) -> (u64, u64) {
+    let counted = |reason| daemon.counted(reason).unwrap();
+    (counted("forwarded_original"), counted("forwarded_reply"))
 }
 
-/// Asserts that what `traffic` sends was carried by the fast path.
+/// Asserts that what `traffic` sends, and its answers, were carried by the fast path.
 #[track_caller]
 pub(crate) fn on_the_fast_path(daemon: &Daemon, traffic: impl FnOnce()) {
+    let entry = daemon.entry().unwrap();
+    assert_eq!(entry["datapath"], "ebpf", "{entry}\n{}", daemon.said());
     let before = packets(daemon);
     traffic();
     let after = packets(daemon);
     assert!(
-        after > before,
-        "no packet took the fast path\n{}",
+        after.0 > before.0 && after.1 > before.1,
+        "not both ways on the fast path: {before:?} then {after:?}\n{}",
         daemon.said()
     );
 }

@@ -185,6 +185,20 @@ impl Daemon {
         }
     }
 
+    /// A counter of the eBPF program, by the name of its reason; the proxy has no part in it.
+    ///
+    /// # Errors
+    /// The daemon does not answer, or has no such counter.
+    pub fn counted(&self, reason: &str) -> Result<u64> {
+        let text = self.control(&["stats", "--json"])?;
+        let counters: Value = serde_json::from_str(&text)?;
+        counters
+            .as_array()
+            .and_then(|all| all.iter().find(|counter| counter["reason"] == reason))
+            .and_then(|counter| counter["packets"].as_u64())
+            .with_context(|| format!("no counter {reason}: {text}"))
+    }
+
     /// The only entry of the list.
     ///
     /// # Errors

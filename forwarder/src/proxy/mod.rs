@@ -4,6 +4,8 @@ mod batch;
 mod protocol_header;
 mod sockets;
 mod tcp;
+#[cfg(test)]
+mod tests;
 mod udp;
 
 use std::{
