@@ -140,6 +140,9 @@ fn to_backend(
     Ok(Forwarded {
         action,
         reason: Reason::ForwardedOriginal,
+        publish: published.index,
+        tuple: *key,
+        hop: published.publish.hop,
     })
 }
 
@@ -164,5 +167,8 @@ fn to_client(ctx: &TcContext, packet: &Packet, flow: &mut Flow) -> Verdict {
     Ok(Forwarded {
         action,
         reason: Reason::ForwardedReply,
+        publish: flow.publish,
+        tuple: new,
+        hop: flow.back,
     })
 }

@@ -6,25 +6,47 @@ use forwarder_common::reason::Reason;
 
 use crate::{parse::Packet, verdict::Verdict};
 
-/// Logs what became of a packet that was parsed. User space makes the names from the numbers.
+/// Logs what became of a packet that was parsed: publish, reason, device, protocol, the tuple, and, if it was
+/// forwarded, the new tuple, delivery and device. User space makes names of the numbers.
 #[inline(always)]
 pub fn packet(ctx: &TcContext, packet: &Packet, publish: u32, verdict: Verdict) {
-    let reason = match verdict {
-        Ok(forwarded) => forwarded.reason,
+    let (reason, publish) = match &verdict {
+        Ok(forwarded) => (forwarded.reason, forwarded.publish),
         Err(Reason::NotOurs) => return,
-        Err(reason) => reason,
+        Err(reason) => (*reason, publish),
     };
-    let tuple = &packet.tuple;
+    let old = &packet.tuple;
+    let Ok(forwarded) = &verdict else {
+        return info!(
+            ctx,
+            "{} {} {} {} {:i} {} {:i} {}",
+            publish,
+            reason as u32,
+            packet.ifindex,
+            packet.protocol,
+            old.source.octets(),
+            u16::from_be(old.source_port),
+            old.destination.octets(),
+            u16::from_be(old.destination_port)
+        );
+    };
+    let new = &forwarded.tuple;
     info!(
         ctx,
-        "{} {} {} {} {:i} {} {:i} {}",
+        "{} {} {} {} {:i} {} {:i} {} {:i} {} {:i} {} {} {}",
         publish,
         reason as u32,
         packet.ifindex,
         packet.protocol,
-        tuple.source.octets(),
-        u16::from_be(tuple.source_port),
-        tuple.destination.octets(),
-        u16::from_be(tuple.destination_port)
+        old.source.octets(),
+        u16::from_be(old.source_port),
+        old.destination.octets(),
+        u16::from_be(old.destination_port),
+        new.source.octets(),
+        u16::from_be(new.source_port),
+        new.destination.octets(),
+        u16::from_be(new.destination_port),
+        forwarded.hop.delivery,
+        forwarded.hop.ifindex
     );
 }

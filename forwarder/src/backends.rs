@@ -59,7 +59,8 @@ pub fn resolve(snapshot: &Snapshot, backend: IpAddr) -> Result<Resolved, String>
     let hop = snapshot
         .neighbours
         .get(&(route.ifindex, backend))
-        .and_then(|&mac| {
+        .and_then(|neighbour| {
+            let mac = neighbour.mac;
             let port = if device.kind == Kind::Bridge {
                 *snapshot.forwarding.get(&(route.ifindex, mac))?
             } else {
@@ -202,9 +203,13 @@ pub fn local_addresses(snapshot: &Snapshot) -> impl Iterator<Item = IpAddr> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::interfaces::{Local, Mac};
+    use crate::interfaces::{Local, Mac, Neighbour};
 
     const MAC_A: Mac = [2, 0, 0, 0, 0, 0xa];
+    const NEIGHBOUR: Neighbour = Neighbour {
+        mac: MAC_A,
+        permanent: false,
+    };
     const MAC_BR: Mac = [2, 0, 0, 0, 0, 0xb];
 
     fn link(name: &str, kind: Kind, controller: Option<u32>) -> Link {
@@ -278,7 +283,7 @@ mod tests {
     #[test]
     fn a_bridged_container_is_reached_through_its_veth() {
         let mut host = host();
-        host.neighbours.insert((3, ip("172.31.0.2")), MAC_A);
+        host.neighbours.insert((3, ip("172.31.0.2")), NEIGHBOUR);
         host.forwarding.insert((3, MAC_A), 4);
         let hop = resolve(&host, ip("172.31.0.2")).expect("a route").hop;
         assert_eq!(
@@ -296,7 +301,7 @@ mod tests {
     fn a_virtual_machine_on_the_bridge_is_reached_through_its_tap() {
         let mut host = host();
         host.links.insert(6, link("tap0", Kind::Tun, Some(3)));
-        host.neighbours.insert((3, ip("172.31.0.9")), MAC_A);
+        host.neighbours.insert((3, ip("172.31.0.9")), NEIGHBOUR);
         host.forwarding.insert((3, MAC_A), 6);
         let hop = resolve(&host, ip("172.31.0.9")).expect("a route").hop;
         assert_eq!((hop.delivery, hop.ifindex), (delivery::DEVICE, 6));
@@ -305,7 +310,7 @@ mod tests {
     #[test]
     fn a_routed_container_is_reached_through_its_veth() {
         let mut host = host();
-        host.neighbours.insert((5, ip("10.44.0.2")), MAC_A);
+        host.neighbours.insert((5, ip("10.44.0.2")), NEIGHBOUR);
         let resolved = resolve(&host, ip("10.44.0.2")).expect("a route");
         assert_eq!(
             (resolved.hop.delivery, resolved.hop.ifindex),

@@ -162,8 +162,19 @@ pub fn is_running(instance: &str) -> bool {
     connect(instance).is_ok()
 }
 
+/// Removes the socket of an instance that was killed. Returns whether there was one.
+pub fn remove_stale(instance: &str) -> bool {
+    let mut removed = false;
+    for path in [true, false].map(|root| socket_path(instance, root)) {
+        if UnixStream::connect(&path).is_err() {
+            removed |= fs::remove_file(&path).is_ok();
+            let _ = path.parent().map(fs::remove_dir); // stays while another instance listens
+        }
+    }
+    removed
+}
+
 fn connect(instance: &str) -> Result<UnixStream> {
-    let mut last = None;
     for root in [true, false] {
         match UnixStream::connect(socket_path(instance, root)) {
             Ok(stream) => return Ok(stream),
@@ -172,10 +183,9 @@ fn connect(instance: &str) -> Result<UnixStream> {
                     "no permission for instance {instance}: run as root or join the group forwarder"
                 );
             }
-            Err(error) => last = Some(error),
+            Err(_) => {}
         }
     }
-    let _ = last;
     bail!("instance {instance} is not running: start it by `forwarder run`")
 }
 

@@ -3,7 +3,8 @@
 //! `backends.rs`, doing in `datapath.rs`, `maps.rs` and `proxy/`.
 
 use std::{
-    collections::{BTreeMap, BTreeSet},
+    collections::{BTreeMap, BTreeSet, HashMap},
+    net::IpAddr,
     time::Duration,
 };
 
@@ -23,7 +24,7 @@ use tokio::{
 };
 use tracing::warn;
 
-pub use self::report::{Counter, Endpoint, Listed, ListedFlow};
+pub use self::report::{Counter, Endpoint, Listed, ListedFlow, delivery_name};
 use crate::{
     cli::{DatapathChoice, Named, Run},
     control::{self, Call, Ending, Request, Response, Socket},
@@ -36,6 +37,8 @@ use crate::{
 
 /// Network changes come in bursts; one reading serves all that come within this time.
 const SETTLE: Duration = Duration::from_millis(10);
+/// A backend that does not answer is asked for again after this time.
+const ASK_AGAIN: Duration = Duration::from_secs(5);
 const SWEEP: Duration = Duration::from_secs(2);
 
 struct Published {
@@ -68,6 +71,10 @@ pub struct Daemon {
     last_id: u32,
     timeouts: Timeouts,
     tracing: broadcast::Sender<String>,
+    /// The traced program's lines are being read.
+    logging: bool,
+    /// When the kernel was last asked for a backend's MAC, by device and address.
+    asked: HashMap<(u32, IpAddr), Instant>,
 }
 
 /// Serves an instance until a signal; prints a line for each publish and then `ready`.
@@ -125,6 +132,8 @@ impl Daemon {
             last_id: 0,
             timeouts: Timeouts::default(),
             tracing: broadcast::channel(1024).0,
+            logging: false,
+            asked: HashMap::new(),
         };
         daemon.refresh().await?;
         Ok(daemon)
@@ -157,7 +166,10 @@ impl Daemon {
                         warn!("{error:#}");
                     }
                 }
-                _ = sweep.tick() => self.sweep(),
+                _ = sweep.tick() => {
+                    self.sweep();
+                    self.ask_for_neighbours().await;
+                }
                 Some(()) = traces_ended.recv() => self.end_trace(),
             }
         }
@@ -385,17 +397,12 @@ impl Daemon {
         let Some(datapath) = &mut self.datapath else {
             bail!("nothing to trace: {}", self.without);
         };
-        if self.tracing.receiver_count() == 0 {
-            datapath.trace(true)?;
+        datapath.trace(true)?;
+        if !self.logging {
             let lines = self.tracing.clone();
-            let log = datapath.log(move |line| drop(lines.send(output::name_device(&line))))?;
-            let lines = self.tracing.clone();
-            tokio::spawn(async move {
-                tokio::select! {
-                    _ = log => {}
-                    () = lines.closed() => {}
-                }
-            });
+            let log = datapath.log(move |line| drop(lines.send(output::name_devices(&line))))?;
+            tokio::spawn(log);
+            self.logging = true;
         }
         let mut lines = self.tracing.subscribe();
         tokio::spawn(async move {
@@ -489,5 +496,6 @@ pub fn down(instance: &str) -> Result<bool> {
     if control::is_running(instance) {
         bail!("instance {instance} is running: stop it by SIGINT or SIGTERM first");
     }
-    datapath::remove_pins(&datapath::pin_directory(instance))
+    let socket = control::remove_stale(instance);
+    Ok(datapath::remove_pins(&datapath::pin_directory(instance))? || socket)
 }

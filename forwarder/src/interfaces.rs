@@ -72,14 +72,21 @@ pub struct Route {
     pub local: bool,
 }
 
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Neighbour {
+    pub mac: Mac,
+    /// Set by hand, and never asked for.
+    pub permanent: bool,
+}
+
 /// One reading. Indices are the kernel's.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Snapshot {
     pub links: BTreeMap<u32, Link>,
     pub addresses: Vec<Local>,
     pub routes: Vec<Route>,
-    /// Device and address to MAC.
-    pub neighbours: HashMap<(u32, IpAddr), Mac>,
+    /// By device and address.
+    pub neighbours: HashMap<(u32, IpAddr), Neighbour>,
     /// Bridge and MAC to port.
     pub forwarding: HashMap<(u32, Mac), u32>,
 }
@@ -159,7 +166,7 @@ impl Reader {
 impl Reader {
     /// Has the kernel find out a neighbour's MAC, as if a packet waited for it.
     pub async fn ask_neighbour(&self, ifindex: u32, address: IpAddr) {
-        let mut request = self.handle.neighbours().add(ifindex, address);
+        let mut request = self.handle.neighbours().add(ifindex, address).replace();
         request.message_mut().header.flags = NeighbourFlags::Use;
         request.message_mut().header.state = NeighbourState::None;
         if let Err(error) = request.execute().await {
@@ -347,7 +354,7 @@ fn mac(message: &NeighbourMessage) -> Option<Mac> {
         })
 }
 
-fn neighbour(message: &NeighbourMessage) -> Option<((u32, IpAddr), Mac)> {
+fn neighbour(message: &NeighbourMessage) -> Option<((u32, IpAddr), Neighbour)> {
     if matches!(
         message.header.state,
         NeighbourState::Incomplete | NeighbourState::Failed | NeighbourState::Noarp
@@ -362,7 +369,12 @@ fn neighbour(message: &NeighbourMessage) -> Option<((u32, IpAddr), Mac)> {
             NeighbourAttribute::Destination(NeighbourAddress::Inet6(v6)) => Some(IpAddr::V6(*v6)),
             _ => None,
         })?;
-    Some(((message.header.ifindex, address), mac(message)?))
+    let permanent = message.header.state == NeighbourState::Permanent;
+    let neighbour = Neighbour {
+        mac: mac(message)?,
+        permanent,
+    };
+    Some(((message.header.ifindex, address), neighbour))
 }
 
 fn forwarding(

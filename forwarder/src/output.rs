@@ -8,7 +8,7 @@ use std::{
 use forwarder_common::reason::Reason;
 use ipnet::IpNet;
 
-use crate::daemon::{Counter, Endpoint, Listed, ListedFlow};
+use crate::daemon::{Counter, Endpoint, Listed, ListedFlow, delivery_name};
 
 /// Rows under a header, columns as wide as they must be.
 pub fn table<const N: usize>(header: [&str; N], rows: &[[String; N]]) -> String {
@@ -108,35 +108,38 @@ pub fn stats(counters: &[Counter]) -> String {
     table(["REASON", "PACKETS"], &rows)
 }
 
-/// A line of the traced program with the device's name for its number, in the daemon's own network namespace.
-pub fn name_device(line: &str) -> String {
-    let words: Vec<&str> = line.split(' ').collect();
-    let name = words
-        .get(2)
-        .and_then(|word| word.parse().ok())
-        .and_then(|ifindex: u32| {
-            let name = nix::net::if_::if_indextoname(ifindex)
-                .ok()?
-                .into_string()
-                .ok()?;
-            (!name.is_empty()).then_some(name)
-        });
-    match (words.as_slice(), name) {
-        ([publish, reason, _, rest @ ..], Some(name)) => {
-            format!("{publish} {reason} {name} {}", rest.join(" "))
+/// A line of the traced program with devices' names for their numbers, as they are in the daemon's own
+/// network namespace.
+pub fn name_devices(line: &str) -> String {
+    let name = |word: &str| {
+        let ifindex: u32 = word.parse().ok()?;
+        let name = nix::net::if_::if_indextoname(ifindex)
+            .ok()?
+            .into_string()
+            .ok()?;
+        (!name.is_empty()).then_some(name)
+    };
+    let mut words: Vec<String> = line.split(' ').map(Into::into).collect();
+    for at in [Traced::DEVICE, Traced::TO_DEVICE] {
+        if let Some(word) = words.get_mut(at) {
+            *word = name(word).unwrap_or_else(|| word.clone());
         }
-        _ => line.to_owned(),
     }
+    words.join(" ")
 }
 
-/// One packet of a trace. The program logs publish, reason, device, protocol, source address and port,
-/// destination address and port.
+/// One packet of a trace, if it is of the publish and from or to the network.
 pub fn trace(line: &str, id: Option<u32>, client: Option<IpNet>) -> Option<String> {
     let Some(packet) = Traced::parse(line) else {
         return Some(line.to_owned());
     };
+    let ends = [
+        Some(packet.tuple),
+        packet.rewritten.as_ref().map(|(tuple, ..)| *tuple),
+    ];
     let seen = |network: IpNet| {
-        network.contains(&packet.source.ip()) || network.contains(&packet.destination.ip())
+        let mut addresses = ends.iter().flatten().flatten();
+        addresses.any(|end| network.contains(&end.ip()))
     };
     if id.is_some_and(|id| id != packet.publish) || client.is_some_and(|network| !seen(network)) {
         return None;
@@ -146,55 +149,66 @@ pub fn trace(line: &str, id: Option<u32>, client: Option<IpNet>) -> Option<Strin
         reason,
         device,
         protocol,
-        source,
-        destination,
+        tuple,
+        rewritten,
     } = packet;
     let publish = if publish == 0 {
         "-".into()
     } else {
         publish.to_string()
     };
-    Some(format!(
-        "{device:<8} publish {publish:<4} {protocol} {source} -> {destination}  {reason}"
-    ))
+    let mut text = format!(
+        "{device:<8} publish {publish:<4} {protocol} {} -> {}  {reason}",
+        tuple[0], tuple[1]
+    );
+    if let Some((tuple, delivery, device)) = rewritten {
+        let _ = write!(
+            text,
+            ": {} -> {} by {delivery} {device}",
+            tuple[0], tuple[1]
+        );
+    }
+    Some(text)
 }
 
+/// The program's words: publish, reason, device, protocol, source address and port, destination address and
+/// port; and of a forwarded packet the same four after the rewrite, delivery and device.
 struct Traced<'a> {
     publish: u32,
     reason: &'static str,
     device: &'a str,
     protocol: &'static str,
-    source: SocketAddr,
-    destination: SocketAddr,
+    tuple: [SocketAddr; 2],
+    rewritten: Option<([SocketAddr; 2], &'static str, &'a str)>,
 }
 
 impl<'a> Traced<'a> {
+    const DEVICE: usize = 2;
+    const TO_DEVICE: usize = 13;
+
     fn parse(line: &'a str) -> Option<Self> {
         let words: Vec<&str> = line.split(' ').collect();
-        let [
-            publish,
-            reason,
-            device,
-            protocol,
-            source,
-            source_port,
-            destination,
-            destination_port,
-        ] = words.as_slice()
-        else {
-            return None;
+        let endpoint = |at: usize| {
+            let address: Ipv6Addr = words.get(at)?.parse().ok()?;
+            Some(SocketAddr::new(
+                address.to_canonical(),
+                words.get(at + 1)?.parse().ok()?,
+            ))
         };
-        let endpoint = |address: &str, port: &str| {
-            let address: Ipv6Addr = address.parse().ok()?;
-            Some(SocketAddr::new(address.to_canonical(), port.parse().ok()?))
-        };
+        let tuple = |at: usize| Some([endpoint(at)?, endpoint(at + 2)?]);
+        let rewritten = tuple(8).and_then(|tuple| {
+            let delivery = delivery_name(words.get(12)?.parse().ok()?)?;
+            Some((tuple, delivery, *words.get(Self::TO_DEVICE)?))
+        });
         Some(Self {
-            publish: publish.parse().ok()?,
-            reason: Reason::ALL.get(reason.parse::<usize>().ok()?)?.name(),
-            device,
-            protocol: if *protocol == "6" { "tcp" } else { "udp" },
-            source: endpoint(source, source_port)?,
-            destination: endpoint(destination, destination_port)?,
+            publish: words.first()?.parse().ok()?,
+            reason: Reason::ALL
+                .get(words.get(1)?.parse::<usize>().ok()?)?
+                .name(),
+            device: words.get(Self::DEVICE)?,
+            protocol: if *words.get(3)? == "6" { "tcp" } else { "udp" },
+            tuple: tuple(4)?,
+            rewritten,
         })
     }
 }
@@ -209,23 +223,38 @@ mod tests {
         assert_eq!(text, "A    LONG\naaa  b\n");
     }
 
+    const FORWARDED: &str = "3 0 eth0 6 ::ffff:192.0.2.1 4000 ::ffff:198.51.100.2 8080 \
+                             ::ffff:192.0.2.1 4000 ::ffff:172.31.0.2 80 1 veth0";
+
     #[test]
-    fn a_trace_line_is_made_readable_and_filtered() {
-        let line = "3 0 eth0 6 ::ffff:192.0.2.1 4000 ::ffff:198.51.100.2 80";
-        let text = trace(line, None, None).expect("not filtered");
-        assert_eq!(
-            text,
-            "eth0     publish 3    tcp 192.0.2.1:4000 -> 198.51.100.2:80  forwarded_original"
+    fn a_trace_says_what_was_done() {
+        let text = "eth0     publish 3    tcp 192.0.2.1:4000 -> 198.51.100.2:8080  forwarded_original: \
+                    192.0.2.1:4000 -> 172.31.0.2:80 by peer veth0";
+        assert_eq!(trace(FORWARDED, None, None).as_deref(), Some(text));
+        let passed = "0 5 lo 17 ::1 4000 fd00::1 53";
+        let text = format!(
+            "lo       publish -    udp [::1]:4000 -> [fd00::1]:53  {}",
+            Reason::ALL[5].name()
         );
-        assert_eq!(trace(line, Some(4), None), None);
-        assert!(trace(line, Some(3), "192.0.2.0/24".parse().ok()).is_some());
-        assert_eq!(trace(line, None, "203.0.113.0/24".parse().ok()), None);
+        assert_eq!(trace(passed, None, None), Some(text));
     }
 
     #[test]
-    fn a_device_gets_its_name() {
-        assert_eq!(name_device("3 0 1 6 x"), "3 0 lo 6 x");
-        assert_eq!(name_device("3 0 99999 6 x"), "3 0 99999 6 x");
+    fn a_trace_is_of_one_publish_or_network() {
+        assert!(trace(FORWARDED, Some(3), "192.0.2.0/24".parse().ok()).is_some());
+        assert_eq!(trace(FORWARDED, Some(4), None), None);
+        assert!(trace(FORWARDED, None, "172.31.0.0/24".parse().ok()).is_some());
+        assert_eq!(trace(FORWARDED, None, "203.0.113.0/24".parse().ok()), None);
+    }
+
+    #[test]
+    fn devices_get_their_names() {
+        assert_eq!(name_devices("3 0 1 6"), "3 0 lo 6");
+        assert_eq!(name_devices("3 0 99999 6"), "3 0 99999 6");
+        assert_eq!(
+            name_devices("0 0 1 0 a 0 a 0 a 0 a 0 1 1"),
+            "0 0 lo 0 a 0 a 0 a 0 a 0 1 lo"
+        );
     }
 
     #[test]

@@ -12,9 +12,10 @@ use forwarder_common::{
     publish::{Publish as Entry, flag},
     tuple::Address,
 };
+use tokio::time::Instant;
 use tracing::{debug, warn};
 
-use super::{Daemon, report::delivery_name};
+use super::{ASK_AGAIN, Daemon, report::delivery_name};
 use crate::{
     backends::{self, Resolved},
     interfaces::Snapshot,
@@ -36,7 +37,6 @@ impl Daemon {
                 return Err(error);
             }
         };
-        self.forget_moved_neighbours(&before).await;
         self.reconcile_devices(&before)?;
         let ids: Vec<u32> = self.publishes.keys().copied().collect();
         for id in ids {
@@ -46,45 +46,42 @@ impl Daemon {
         Ok(())
     }
 
-    /// A backend's MAC whose bridge port has gone is asked for anew: the container may be back with another,
-    /// and the kernel would try the old one for seconds.
-    pub(super) async fn forget_moved_neighbours(&self, before: &Snapshot) {
+    /// Backends on this machine whose MAC, or the bridge port behind it, isn't known are asked for by the
+    /// kernel's neighbour discovery, so that they get the fastest delivery: before the first packet, and when a
+    /// container is back with another MAC, where the kernel would try the old one for seconds. The fast
+    /// path goes round the bridge, so nothing else would teach it the port.
+    pub(super) async fn ask_for_neighbours(&mut self) {
         let Some(reader) = &self.reader else {
             return;
         };
-        let backends: BTreeSet<IpAddr> = self.publishes.values().map(|p| p.spec.backend).collect();
-        for (&(device, address), &mac) in &self.snapshot.neighbours {
-            let port = (device, mac);
-            if backends.contains(&address)
-                && before.forwarding.contains_key(&port)
-                && !self.snapshot.forwarding.contains_key(&port)
-            {
-                debug!("{address} has left its bridge port");
-                reader.forget_neighbour(device, address, mac).await;
-            }
-        }
-    }
-
-    /// Backends on this machine whose MAC isn't known are asked for it, so that they get the
-    /// fastest delivery before the first packet.
-    pub(super) async fn ask_for_neighbours(&self) {
-        let Some(reader) = &self.reader else {
-            return;
-        };
+        let now = Instant::now();
         for published in self.publishes.values() {
             let Some(entry) = &published.entry else {
                 continue;
             };
-            let waits = entry.hop.delivery == delivery::NEIGHBOUR
-                && entry.flags & flag::REMOTE == 0
-                && !self
-                    .snapshot
-                    .neighbours
-                    .contains_key(&(entry.hop.ifindex, published.spec.backend));
-            if waits {
-                reader
-                    .ask_neighbour(entry.hop.ifindex, published.spec.backend)
-                    .await;
+            let key = (entry.hop.ifindex, published.spec.backend);
+            let direct = entry.hop.delivery != delivery::NEIGHBOUR;
+            if direct || entry.flags & flag::REMOTE != 0 {
+                self.asked
+                    .retain(|(_, backend), _| *backend != published.spec.backend);
+                continue;
+            }
+            if self
+                .asked
+                .get(&key)
+                .is_some_and(|asked| now < *asked + ASK_AGAIN)
+            {
+                continue;
+            }
+            self.asked.insert(key, now);
+            match self.snapshot.neighbours.get(&key) {
+                Some(neighbour) if neighbour.permanent => {} // somebody set it by hand
+                Some(neighbour) => {
+                    debug!("the bridge port of {} is not known", published.spec.backend);
+                    reader.forget_neighbour(key.0, key.1, neighbour.mac).await;
+                    reader.ask_neighbour(key.0, key.1).await;
+                }
+                None => reader.ask_neighbour(key.0, key.1).await,
             }
         }
     }

@@ -188,7 +188,8 @@ fn list_flow(key: &Tuple, flow: &Flow, now: u64) -> ListedFlow {
     }
 }
 
-pub(super) fn delivery_name(number: u32) -> Option<&'static str> {
+/// The name of a delivery in `list` and in traces; `None` for none.
+pub fn delivery_name(number: u32) -> Option<&'static str> {
     match number {
         delivery::PEER => Some("peer"),
         delivery::DEVICE => Some("device"),
