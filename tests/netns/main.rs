@@ -8,6 +8,8 @@ mod firewall;
 mod lifecycle;
 mod matrix;
 mod promises;
+mod restart;
 mod scene;
 mod topology;
+mod trace;
 mod usage;

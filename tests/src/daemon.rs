@@ -44,6 +44,8 @@ pub struct Daemon {
     child: Child,
     netns: Netns,
     instance: String,
+    /// The command line.
+    words: Vec<String>,
     output: Output,
 }
 
@@ -73,47 +75,88 @@ impl Daemon {
         datapath: Datapath,
         flags: &[&str],
     ) -> Result<Self> {
+        Self::start_wrapped(netns, &[], specs, datapath, flags)
+    }
+
+    /// As [`Daemon::start`] with `--datapath auto`, as root without a single capability.
+    ///
+    /// # Errors
+    /// As [`Daemon::start`], or util-linux's setpriv is missing.
+    pub fn start_without_capabilities(netns: &Netns, specs: &[&str]) -> Result<Self> {
+        let setpriv = ["setpriv", "--bounding-set=-all", "--inh-caps=-all", "--"];
+        Self::start_wrapped(netns, &setpriv, specs, Datapath::Auto, &[])
+    }
+
+    fn start_wrapped(
+        netns: &Netns,
+        wrapper: &[&str],
+        specs: &[&str],
+        datapath: Datapath,
+        flags: &[&str],
+    ) -> Result<Self> {
         static COUNT: AtomicU32 = AtomicU32::new(0);
         let number = COUNT.fetch_add(1, Ordering::Relaxed);
         let instance = format!("test-{}-{number}", std::process::id());
-        let mut command = forwarder(netns);
-        command
-            .args([
-                "run",
-                "--instance",
-                &instance,
-                "--datapath",
-                datapath.name(),
-            ])
-            .args(flags);
-        for spec in specs {
-            command.args(["-p", spec]);
-        }
-        // A Ctrl-C at the terminal is for whoever started us, who then ends the daemon.
-        std::os::unix::process::CommandExt::process_group(&mut command, 0);
-        command
-            .stdin(Stdio::null())
-            .stdout(Stdio::piped())
-            .stderr(Stdio::piped());
-        let mut child = command.spawn().context("start forwarder")?;
-
-        let output = Output::default();
-        collect(
-            child.stdout.take().context("piped above")?,
-            Arc::clone(&output.stdout),
-        );
-        collect(
-            child.stderr.take().context("piped above")?,
-            Arc::clone(&output.stderr),
-        );
+        let binary = binary().to_string_lossy().into_owned();
+        let mut words: Vec<&str> = wrapper.to_vec();
+        words.extend([binary.as_str(), "run", "--instance", &instance]);
+        words.extend(["--datapath", datapath.name()]);
+        words.extend(flags);
+        words.extend(specs.iter().flat_map(|spec| ["-p", *spec]));
+        let words: Vec<String> = words.into_iter().map(Into::into).collect();
+        let (child, output) = spawn(netns, &words)?;
         let mut daemon = Self {
             child,
             netns: netns.clone(),
             instance,
+            words,
             output,
         };
         daemon.wait_until_ready()?;
         Ok(daemon)
+    }
+
+    /// Kills it, so that it cannot clean up.
+    ///
+    /// # Errors
+    /// It has ended already.
+    pub fn kill(&mut self) -> Result<()> {
+        self.child.kill()?;
+        self.child.wait()?;
+        Ok(())
+    }
+
+    /// Starts it again as it was, after [`Daemon::kill`].
+    ///
+    /// # Errors
+    /// As [`Daemon::start`].
+    pub fn restart(&mut self) -> Result<()> {
+        (self.child, self.output) = spawn(&self.netns, &self.words)?;
+        self.wait_until_ready()
+    }
+
+    /// Runs `forwarder trace` until it has printed a line that `wanted` takes, with `traffic` meanwhile.
+    ///
+    /// # Errors
+    /// No such line in time; with what there was.
+    pub fn trace(
+        &self,
+        arguments: &[&str],
+        wanted: impl Fn(&str) -> bool,
+        mut traffic: impl FnMut(),
+    ) -> Result<String> {
+        let mut words = vec![binary().to_string_lossy().into_owned(), "trace".into()];
+        words.extend(arguments.iter().map(|&argument| argument.into()));
+        words.extend(["--instance".into(), self.instance.clone()]);
+        let (mut child, output) = spawn(&self.netns, &words)?;
+        let found = wait_for("the packet in the trace", || {
+            traffic();
+            let text = text(&output.stdout);
+            text.lines().find(|line| wanted(line)).map(Into::into)
+        });
+        child.kill()?;
+        child.wait()?;
+        found.with_context(|| format!("{}{}", text(&output.stdout), text(&output.stderr)))
     }
 
     fn wait_until_ready(&mut self) -> Result<()> {
@@ -299,6 +342,27 @@ pub fn run_to_failure(netns: &Netns, flags: &[&str]) -> Result<(ExitStatus, Stri
         .read_to_string(&mut errors)?;
     child.wait()?;
     Ok((ended?, errors))
+}
+
+/// Starts a command line in a namespace, its output collected.
+fn spawn(netns: &Netns, words: &[String]) -> Result<(Child, Output)> {
+    let (program, arguments) = words.split_first().context("an empty command line")?;
+    let mut command = netns.command(program);
+    // A Ctrl-C at the terminal is for whoever started us, who then ends the daemon.
+    std::os::unix::process::CommandExt::process_group(&mut command, 0);
+    let mut child = command
+        .args(arguments)
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .with_context(|| format!("start {program}"))?;
+    let output = Output::default();
+    let stdout = child.stdout.take().context("piped above")?;
+    let stderr = child.stderr.take().context("piped above")?;
+    collect(stdout, Arc::clone(&output.stdout));
+    collect(stderr, Arc::clone(&output.stderr));
+    Ok((child, output))
 }
 
 /// `forwarder` in a namespace.

@@ -1,0 +1,90 @@
+//! The daemon dies, or never had what it needs.
+
+use std::{net::SocketAddr, path::PathBuf};
+
+use forwarder_tests::{
+    daemon::{Daemon, Datapath},
+    topology::{Family, Topology},
+    traffic::{Backend, Connection, Protocol, ask},
+};
+
+use crate::scene::{BACKEND_PORT, PORT, on_the_fast_path, served_to_the_client, spec};
+
+#[test]
+fn flows_and_published_ports_outlive_a_kill_and_a_restart() {
+    let topology = Topology::new().unwrap();
+    let _backend = Backend::start(&topology.backend.netns, Protocol::Tcp, BACKEND_PORT).unwrap();
+    let spec = spec(&topology.backend, Family::V4, Protocol::Tcp);
+    let mut daemon = Daemon::start(&topology.host, &[&spec], Datapath::Ebpf).unwrap();
+    let frontend = SocketAddr::new(topology.host_address(Family::V4), PORT);
+    let localhost = SocketAddr::from(([127, 0, 0, 1], PORT));
+    let mut external = Connection::open(&topology.client, frontend).unwrap();
+    let mut local = Connection::open(&topology.host, localhost).unwrap();
+    external.ask("before").unwrap();
+    local.ask("before").unwrap();
+
+    daemon.kill().unwrap();
+    external.ask("while it is dead").unwrap();
+    local.ask("while it is dead").unwrap();
+    served_to_the_client(&topology, Protocol::Tcp, "a new connection");
+
+    daemon.restart().unwrap();
+    on_the_fast_path(&daemon, || {
+        external.ask("after").unwrap();
+        local.ask("after").unwrap();
+    });
+    on_the_fast_path(&daemon, || {
+        served_to_the_client(&topology, Protocol::Tcp, "later")
+    });
+    daemon.stop().unwrap();
+}
+
+#[test]
+fn down_removes_what_a_kill_left() {
+    let topology = Topology::new().unwrap();
+    let _backend = Backend::start(&topology.backend.netns, Protocol::Tcp, BACKEND_PORT).unwrap();
+    let spec = spec(&topology.backend, Family::V4, Protocol::Tcp);
+    let mut daemon = Daemon::start(&topology.host, &[&spec], Datapath::Ebpf).unwrap();
+    let left = [
+        PathBuf::from("/sys/fs/bpf/forwarder").join(daemon.instance()),
+        PathBuf::from("/run/forwarder").join(format!("{}.sock", daemon.instance())),
+    ];
+    assert!(left.iter().all(|path| path.exists()), "{left:?}");
+    daemon.kill().unwrap();
+    served_to_the_client(&topology, Protocol::Tcp, "still there");
+    daemon.control(&["down"]).unwrap();
+    assert!(!left.iter().any(|path| path.exists()), "{left:?}");
+    let frontend = SocketAddr::new(topology.host_address(Family::V4), PORT);
+    assert!(ask(&topology.client, Protocol::Tcp, frontend, "gone").is_err());
+}
+
+#[test]
+fn down_refuses_while_it_runs() {
+    let topology = Topology::new().unwrap();
+    let daemon = Daemon::start(&topology.host, &[], Datapath::Ebpf).unwrap();
+    let error = daemon.control(&["down"]).unwrap_err().to_string();
+    assert!(error.contains("is running"), "{error}");
+    daemon.stop().unwrap();
+}
+
+#[test]
+fn without_capabilities_it_forwards_in_user_space_and_says_why() {
+    let topology = Topology::new().unwrap();
+    let spec = |protocol| spec(&topology.backend, Family::V4, protocol);
+    let _tcp = Backend::start(&topology.backend.netns, Protocol::Tcp, BACKEND_PORT).unwrap();
+    let _udp = Backend::start(&topology.backend.netns, Protocol::Udp, BACKEND_PORT).unwrap();
+    let specs = [spec(Protocol::Tcp), spec(Protocol::Udp)];
+    let specs: Vec<&str> = specs.iter().map(String::as_str).collect();
+    let daemon = Daemon::start_without_capabilities(&topology.host, &specs).unwrap();
+    for entry in daemon.list().unwrap() {
+        assert_eq!(entry["datapath"], "userland");
+        let reason = entry["reason"].as_str().unwrap();
+        assert!(reason.contains("CAP_BPF"), "{reason}");
+    }
+    let frontend = SocketAddr::new(topology.host_address(Family::V4), PORT);
+    for protocol in [Protocol::Tcp, Protocol::Udp] {
+        let answer = ask(&topology.client, protocol, frontend, "hello").unwrap();
+        assert_eq!(answer.payload, "hello");
+    }
+    daemon.stop().unwrap();
+}

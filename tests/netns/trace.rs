@@ -1,0 +1,35 @@
+//! `forwarder trace`: what happened to each packet, while somebody looks.
+
+use forwarder_tests::{
+    daemon::{Daemon, Datapath},
+    topology::{Family, Topology},
+    traffic::{Backend, Protocol},
+};
+
+use crate::scene::{BACKEND_PORT, on_the_fast_path, served_to_the_client, spec};
+
+#[test]
+fn a_trace_names_publish_rewrite_and_delivery_again_and_again() {
+    let topology = Topology::new().unwrap();
+    let _backend = Backend::start(&topology.backend.netns, Protocol::Tcp, BACKEND_PORT).unwrap();
+    let spec = spec(&topology.backend, Family::V4, Protocol::Tcp);
+    let daemon = Daemon::start(&topology.host, &[&spec], Datapath::Ebpf).unwrap();
+    let traffic = || served_to_the_client(&topology, Protocol::Tcp, "hello");
+    // The second one finds the traced program loaded, and its buffer being read.
+    for _ in 0..2 {
+        let to = |line: &str| line.contains("-> 172.31.0.2:9000 by ");
+        let line = daemon.trace(&["1"], to, traffic).unwrap();
+        assert!(
+            line.starts_with("eth0     publish 1    tcp 198.51.100.9:"),
+            "{line}"
+        );
+        assert!(line.contains("forwarded_original"), "{line}");
+        let back = |line: &str| line.contains("forwarded_reply");
+        let line = daemon
+            .trace(&["--client", "198.51.100.9/32"], back, traffic)
+            .unwrap();
+        assert!(line.contains(" by neighbour eth0"), "{line}");
+    }
+    on_the_fast_path(&daemon, traffic);
+    daemon.stop().unwrap();
+}
