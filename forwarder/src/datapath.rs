@@ -3,7 +3,12 @@
 
 use std::{
     collections::BTreeMap,
+    ffi::CString,
     fs,
+    os::{
+        fd::{AsRawFd as _, FromRawFd as _, OwnedFd},
+        unix::ffi::OsStrExt as _,
+    },
     path::{Path, PathBuf},
 };
 
@@ -217,7 +222,7 @@ impl Datapath {
             return;
         };
         if let Some(pin) = self.link_pin(ifindex) {
-            let _ = fs::remove_file(pin);
+            remove_link(&pin);
         }
         let current = self.current();
         if let Ok(program) = self.program(current) {
@@ -318,7 +323,7 @@ impl Datapath {
                 .to_str()
                 .and_then(|name| name.parse().ok());
             if ours.is_none_or(|ifindex| !self.attached.contains_key(&ifindex)) {
-                let _ = fs::remove_file(entry.path());
+                remove_link(&entry.path());
             }
         }
     }
@@ -339,11 +344,66 @@ pub fn remove_pins(directory: &Path) -> Result<bool> {
     if !directory.exists() {
         return Ok(false);
     }
+    for link in fs::read_dir(directory.join(LAYOUT).join("links"))
+        .into_iter()
+        .flatten()
+        .flatten()
+    {
+        remove_link(&link.path());
+    }
     fs::remove_dir_all(directory).with_context(|| format!("remove {}", directory.display()))?;
     if let Some(parent) = directory.parent() {
         let _ = fs::remove_dir(parent); // stays while another instance has pins
     }
     Ok(true)
+}
+
+/// Detaches a pinned link and removes its pin. Without the first, the kernel detaches some time after the
+/// last reference has gone. Both may have happened already.
+fn remove_link(pin: &Path) {
+    /// Commands of bpf(2) (include/uapi/linux/bpf.h).
+    const BPF_OBJ_GET: libc::c_long = 7;
+    const BPF_LINK_DETACH: libc::c_long = 34;
+    /// The fields of `union bpf_attr` that the two commands read.
+    #[repr(C)]
+    struct ObjGet {
+        pathname: u64,
+        bpf_fd: u32,
+        file_flags: u32,
+    }
+    if let Ok(path) = CString::new(pin.as_os_str().as_bytes()) {
+        let get = ObjGet {
+            pathname: path.as_ptr() as u64,
+            bpf_fd: 0,
+            file_flags: 0,
+        };
+        // SAFETY: the command reads as many bytes as are given, and a path that lives until it returns.
+        let fd = unsafe {
+            libc::syscall(
+                libc::SYS_bpf,
+                BPF_OBJ_GET,
+                &raw const get,
+                size_of_val(&get),
+            )
+        };
+        if let Ok(fd) = i32::try_from(fd)
+            && fd >= 0
+        {
+            // SAFETY: the kernel has just given this descriptor to us alone.
+            let fd = unsafe { OwnedFd::from_raw_fd(fd) };
+            let detach = fd.as_raw_fd();
+            // SAFETY: the command reads one descriptor, as many bytes as are given.
+            unsafe {
+                libc::syscall(
+                    libc::SYS_bpf,
+                    BPF_LINK_DETACH,
+                    &raw const detach,
+                    size_of_val(&detach),
+                )
+            };
+        }
+    }
+    let _ = fs::remove_file(pin);
 }
 
 /// One line with the remedy, in place of the chain of the loader's errors, for what users meet.
