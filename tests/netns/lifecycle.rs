@@ -66,6 +66,34 @@ fn udp_reaches_a_container_that_came_back_with_another_mac_and_veth() {
 }
 
 #[test]
+fn an_address_that_comes_later_is_published_and_one_that_goes_is_not() {
+    let topology = Topology::new().unwrap();
+    let _backend = Backend::start(&topology.backend.netns, Protocol::Tcp, BACKEND_PORT).unwrap();
+    let spec = spec(&topology.backend, Family::V4, Protocol::Tcp);
+    let daemon = Daemon::start(&topology.host, &[&spec], Datapath::Ebpf).unwrap();
+    topology
+        .host
+        .ip("addr add 198.51.100.77/24 dev eth0")
+        .unwrap();
+    let frontend = SocketAddr::from(([198, 51, 100, 77], PORT));
+    let client = topology.client_address(Family::V4);
+    wait_for("the new address is served by the fast path", || {
+        let answer = ask(&topology.client, Protocol::Tcp, frontend, "hello").ok()?;
+        (answer.seen.ip() == client).then_some(())
+    })
+    .unwrap();
+    topology
+        .host
+        .ip("addr del 198.51.100.77/24 dev eth0")
+        .unwrap();
+    wait_for("the address is nobody's", || {
+        ask(&topology.client, Protocol::Tcp, frontend, "hello").err()
+    })
+    .unwrap();
+    daemon.stop().unwrap();
+}
+
+#[test]
 fn a_publish_comes_and_goes_while_it_runs() {
     let topology = Topology::new().unwrap();
     let _backend = Backend::start(&topology.backend.netns, Protocol::Tcp, BACKEND_PORT).unwrap();

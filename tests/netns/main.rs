@@ -4,8 +4,10 @@
 //! comes and goes, `promises` what must not be reachable, and `usage` what a mistake is answered
 //! with. Every test makes its own machine, so they run side by side.
 
+mod bulk;
 mod firewall;
 mod lifecycle;
+mod machine;
 mod matrix;
 mod promises;
 mod restart;

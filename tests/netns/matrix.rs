@@ -5,13 +5,12 @@ use std::net::{IpAddr, SocketAddr};
 
 use forwarder_tests::{
     daemon::{Daemon, Datapath},
-    deadline::wait_for,
     netns::Netns,
     topology::{Container, Family, Topology},
     traffic::{Backend, Protocol, ask},
 };
 
-use crate::scene::{BACKEND_PORT, PORT, on_the_fast_path, spec};
+use crate::scene::{BACKEND_PORT, PORT, on_the_fast_path, spec, wait_for_peer};
 
 /// Who connects, to which address of the host, and to whom that leads.
 #[derive(Debug, Clone, Copy)]
@@ -160,15 +159,6 @@ impl Case<'_> {
             );
         }
     }
-}
-
-/// Waits until the backend, whose neighbour entry its first packets made, is delivered to directly.
-#[track_caller]
-fn wait_for_peer(daemon: &Daemon) {
-    let found = wait_for("delivery `peer`", || {
-        (daemon.entry().ok()?["delivery"] == "peer").then_some(())
-    });
-    found.unwrap_or_else(|error| panic!("{error:#}\n{:?}\n{}", daemon.list(), daemon.said()));
 }
 
 /// Each `name: Client` becomes eight tests, `name::tcp_v4_ebpf` and so on.

@@ -69,3 +69,12 @@ pub(crate) fn wait_for_delivery(daemon: &Daemon) {
     })
     .unwrap_or_else(|error| panic!("{error:#}\n{:?}\n{}", daemon.list(), daemon.said()));
 }
+
+/// Waits until the backend, whose neighbour entry its first packets made, is delivered to directly.
+#[track_caller]
+pub(crate) fn wait_for_peer(daemon: &Daemon) {
+    let found = wait_for("delivery `peer`", || {
+        (daemon.entry().ok()?["delivery"] == "peer").then_some(())
+    });
+    found.unwrap_or_else(|error| panic!("{error:#}\n{:?}\n{}", daemon.list(), daemon.said()));
+}

@@ -1,0 +1,117 @@
+//! A virtual machine as a backend: a tap on the bridge, with a process behind it that speaks Ethernet. There
+//! is no other end that a packet could be put into: delivery is `device`.
+
+use std::{
+    fs::File,
+    io::{Read, Write},
+    net::{IpAddr, Ipv4Addr, SocketAddr},
+    os::fd::AsRawFd,
+    thread,
+};
+
+use anyhow::{Context as _, Result};
+use forwarder_tests::{
+    daemon::{Daemon, Datapath},
+    deadline::wait_for,
+    frame::{Frame, Mac},
+    netns::Netns,
+    topology::{Family, Topology},
+    traffic::{Protocol, ask},
+};
+
+use crate::scene::{PORT, on_the_fast_path};
+
+const ADDRESS: Ipv4Addr = Ipv4Addr::new(172, 31, 0, 9);
+const MAC: Mac = [2, 0, 0, 0, 0, 9];
+
+/// A tap device named `tap0`; it goes when the file is closed.
+fn tap(host: &Netns) -> Result<File> {
+    /// TUNSETIFF and its flags (include/uapi/linux/if_tun.h).
+    const TUNSETIFF: libc::c_ulong = 0x4004_54ca;
+    const IFF_TAP_NO_PI: libc::c_short = 0x1002;
+    host.enter(|| {
+        let file = File::options().read(true).write(true).open("/dev/net/tun");
+        let file = file.context("open /dev/net/tun")?;
+        // SAFETY: this C structure is valid when all zero.
+        let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
+        for (to, from) in request.ifr_name.iter_mut().zip(b"tap0") {
+            *to = (*from).cast_signed();
+        }
+        request.ifr_ifru.ifru_flags = IFF_TAP_NO_PI;
+        // SAFETY: the request reads and writes one ifreq, which lives until it returns.
+        let done = unsafe { libc::ioctl(file.as_raw_fd(), TUNSETIFF, &raw mut request) };
+        if done < 0 {
+            return Err(std::io::Error::last_os_error()).context("make the device tap0");
+        }
+        Ok(file)
+    })
+}
+
+/// Answers ARP for its address, and each datagram with who sent it and what, as the harness's backends do.
+fn machine(mut tap: File) {
+    let mut buffer = [0; 2048];
+    while let Ok(length) = tap.read(&mut buffer) {
+        let bytes = &buffer[..length];
+        let answer = match Frame::parse(bytes) {
+            Ok(frame) if frame.destination.ip() == IpAddr::V4(ADDRESS) => {
+                assert_eq!(frame.destination_mac, MAC);
+                let mut answer = frame.reply();
+                answer.payload =
+                    [format!("{} ", frame.source).into_bytes(), frame.payload].concat();
+                answer.bytes()
+            }
+            _ if is_question(bytes) => arp_answer(bytes),
+            _ => continue,
+        };
+        if tap.write_all(&answer).is_err() {
+            return;
+        }
+    }
+}
+
+/// An ARP request for the machine's address (RFC 826).
+fn is_question(frame: &[u8]) -> bool {
+    frame.len() >= 42
+        && frame[12..14] == [0x08, 0x06]
+        && frame[20..22] == [0, 1]
+        && frame[38..42] == ADDRESS.octets()
+}
+
+fn arp_answer(question: &[u8]) -> Vec<u8> {
+    let mut answer = question[..42].to_vec();
+    answer[0..6].copy_from_slice(&question[6..12]);
+    answer[6..12].copy_from_slice(&MAC);
+    answer[21] = 2;
+    answer[22..28].copy_from_slice(&MAC);
+    answer[28..32].copy_from_slice(&ADDRESS.octets());
+    answer[32..42].copy_from_slice(&question[22..32]);
+    answer
+}
+
+#[test]
+fn a_virtual_machine_behind_a_tap_is_delivered_to_by_device() {
+    let topology = Topology::new().unwrap();
+    let device = tap(&topology.host).unwrap();
+    topology.host.ip("link set tap0 master br0 up").unwrap();
+    // Ends when the device goes with its namespace, at the latest with the test's process.
+    thread::spawn(|| machine(device));
+    let spec = format!("{PORT}:{ADDRESS}:9000/udp");
+    let daemon = Daemon::start(&topology.host, &[&spec], Datapath::Ebpf).unwrap();
+    let delivered = wait_for("delivery `device`", || {
+        (daemon.entry().ok()?["delivery"] == "device").then_some(())
+    });
+    delivered.unwrap_or_else(|error| panic!("{error:#}: {:?}", daemon.list()));
+    let lan = topology.host_address(Family::V4);
+    let gateway = topology.backend.gateway(Family::V4);
+    for (client, host, seen) in [
+        (&topology.client, lan, topology.client_address(Family::V4)),
+        (&topology.host, IpAddr::V4(Ipv4Addr::LOCALHOST), gateway),
+        (&topology.peer.netns, lan, topology.peer.address(Family::V4)),
+    ] {
+        on_the_fast_path(&daemon, || {
+            let answer = ask(client, Protocol::Udp, SocketAddr::new(host, PORT), "hello").unwrap();
+            assert_eq!((answer.payload.as_str(), answer.seen.ip()), ("hello", seen));
+        });
+    }
+    daemon.stop().unwrap();
+}
