@@ -14,3 +14,5 @@ pub const FLOWS: u32 = 1_048_576;
 pub const ALLOW: u32 = 65_536;
 /// Source ports tried for a new SNAT flow before it is refused.
 pub const SNAT_TRIES: u32 = 32;
+/// Datagrams of which fragments are expected; the oldest is forgotten for a new one.
+pub const FRAGMENTS: u32 = 4096;

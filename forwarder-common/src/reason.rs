@@ -30,7 +30,7 @@ reasons! {
     NotOurs = "not_ours",
     /// Passed: a published port's number, but the destination is no address of this host.
     NotLocal = "not_local",
-    /// Passed: a fragment; the slow path reassembles it.
+    /// Passed: a fragment whose datagram's first was not carried; the slow path reassembles it.
     Fragment = "fragment",
     /// Passed: a TCP packet without a flow that is no SYN.
     NotSyn = "not_syn",

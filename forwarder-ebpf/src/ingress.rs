@@ -10,7 +10,7 @@ use forwarder_common::{
 };
 
 use crate::{
-    deliver, flow,
+    deliver, flow, fragment,
     maps::count,
     parse::{self, Packet},
     publish::{self, Published},
@@ -37,9 +37,13 @@ fn setting<T: Copy>(constant: &T) -> T {
 /// An existing flow in either direction comes first, then a published port may begin one.
 #[inline(always)]
 pub fn ingress(ctx: &TcContext, seen: &mut Option<(Packet, u32)>) -> Verdict {
-    let packet = parse::packet(ctx)?;
+    let mut packet = parse::packet(ctx)?;
+    fragment::complete(&mut packet)?;
     let published = publish::find(&packet);
     let verdict = forward(ctx, &packet, published);
+    if verdict.is_ok() {
+        fragment::remember(&packet);
+    }
     *seen = Some((packet, published.map_or(0, |published| published.index)));
     verdict
 }

@@ -14,6 +14,7 @@
 
 mod deliver;
 mod flow;
+mod fragment;
 mod ingress;
 mod maps;
 mod parse;

@@ -1,10 +1,10 @@
 //! The maps, and nothing else. Types and sizes come from `forwarder_common`; user space fills all but
-//! `FLOWS`, `ALIASES` and `STATS`.
+//! `FLOWS`, `ALIASES`, `FRAGMENTS` and `STATS`.
 
 use aya_ebpf::{
     bindings::BPF_F_NO_PREALLOC,
     macros::map,
-    maps::{Array, HashMap, LpmTrie, PerCpuArray},
+    maps::{Array, HashMap, LpmTrie, LruHashMap, PerCpuArray},
 };
 use forwarder_common::{
     flow::Flow,
@@ -49,6 +49,10 @@ pub static FLOWS: HashMap<Tuple, Flow> =
 #[map]
 pub static ALIASES: HashMap<Tuple, Tuple> =
     HashMap::with_max_entries(limits::FLOWS, BPF_F_NO_PREALLOC);
+
+/// Datagrams whose first fragment was carried: addresses and identification to both ports.
+#[map]
+pub static FRAGMENTS: LruHashMap<Tuple, u32> = LruHashMap::with_max_entries(limits::FRAGMENTS, 0);
 
 /// Packets, by [`Reason`].
 #[map]

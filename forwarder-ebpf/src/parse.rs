@@ -11,12 +11,18 @@ use forwarder_common::{
 pub const L3: usize = 14;
 pub const L4_V4: usize = L3 + 20;
 pub const L4_V6: usize = L3 + 40;
-const LONGEST: usize = L4_V6 + 20;
+/// Behind IPv6's fragment header (RFC 8200 section 4.5), the one extension header that is understood.
+pub const L4_V6_FRAGMENT: usize = L4_V6 + 8;
+const LONGEST: usize = L4_V6_FRAGMENT + 20;
 
 const ETHERTYPE_IPV4: u16 = 0x0800_u16.to_be();
 const ETHERTYPE_IPV6: u16 = 0x86dd_u16.to_be();
-/// RFC 791: more fragments, or an offset.
-const FRAGMENT: u16 = 0x3fff_u16.to_be();
+/// RFC 791: more fragments follow; the offset in units of eight bytes.
+const MORE: u16 = 0x2000;
+const OFFSET: u16 = 0x1fff;
+/// IPv6's fragment header: its number, and where the offset is in its third and fourth byte.
+const FRAGMENT_HEADER: u8 = 44;
+const OFFSET_V6: u16 = 0xfff8;
 
 /// TCP's flags (RFC 9293 section 3.1).
 pub const FIN: u8 = 0x01;
@@ -55,6 +61,14 @@ pub struct Ipv6 {
     pub destination: [u32; 4],
 }
 
+#[repr(C, packed)]
+struct FragmentHeader {
+    next_header: u8,
+    reserved: u8,
+    offset: u16,
+    id: u32,
+}
+
 /// The start that TCP and UDP share.
 #[repr(C, packed)]
 pub struct Ports {
@@ -78,9 +92,22 @@ struct Udp {
     checksum: u16,
 }
 
+/// Which part of a datagram the packet is.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Part {
+    Whole,
+    /// Has the ports, and others follow.
+    First,
+    /// Has no ports: those in the tuple are zero until somebody remembers them.
+    Later,
+}
+
 /// What the pipeline knows of a packet.
 pub struct Packet {
     pub tuple: Tuple,
+    pub part: Part,
+    /// What the parts of one datagram share, as it stands in the packet; 0 for a whole one.
+    pub id: u32,
     pub protocol: u8,
     pub is_v4: bool,
     pub ttl: u8,
@@ -95,6 +122,16 @@ impl Packet {
     #[inline(always)]
     pub fn is_from_this_host(&self) -> bool {
         self.ifindex == 1
+    }
+
+    /// Where the transport header is.
+    #[inline(always)]
+    pub fn l4(&self) -> usize {
+        match (self.is_v4, self.part) {
+            (true, _) => L4_V4,
+            (false, Part::Whole) => L4_V6,
+            (false, _) => L4_V6_FRAGMENT,
+        }
     }
 
     /// The first packet of a TCP connection.
@@ -119,7 +156,7 @@ pub fn header<T>(ctx: &TcContext, offset: usize) -> Option<*mut T> {
 /// Reads what the pipeline needs.
 ///
 /// # Errors
-/// `NotOurs` for everything that cannot belong to a published port, `Fragment` for fragments.
+/// `NotOurs` for everything that cannot belong to a published port.
 #[inline(always)]
 pub fn packet(ctx: &TcContext) -> Result<Packet, Reason> {
     // SAFETY: `skb` is the context that the kernel gave; its fields are readable.
@@ -148,13 +185,12 @@ fn ipv4(ctx: &TcContext, ifindex: u32) -> Result<Packet, Reason> {
     if ip.version_and_length != 0x45 || (ip.protocol != TCP && ip.protocol != UDP) {
         return Err(Reason::NotOurs);
     }
-    if ip.fragment & FRAGMENT != 0 {
-        return Err(Reason::Fragment);
-    }
+    let (offset, id) = (u16::from_be(ip.fragment), ip.id);
+    let part = part(offset & OFFSET != 0, offset & MORE != 0);
     let source = Address::from_v4(ip.source);
     let destination = Address::from_v4(ip.destination);
     let (protocol, ttl) = (ip.protocol, ip.ttl);
-    let (ports, flags) = transport(ctx, L4_V4, protocol)?;
+    let (ports, flags) = transport(ctx, L4_V4, protocol, part)?;
     Ok(Packet {
         tuple: Tuple {
             source,
@@ -163,6 +199,8 @@ fn ipv4(ctx: &TcContext, ifindex: u32) -> Result<Packet, Reason> {
             destination_port: ports.1,
             protocol: protocol as u32,
         },
+        part,
+        id: id as u32,
         protocol,
         is_v4: true,
         ttl,
@@ -173,16 +211,34 @@ fn ipv4(ctx: &TcContext, ifindex: u32) -> Result<Packet, Reason> {
 }
 
 #[inline(always)]
+fn part(has_offset: bool, more: bool) -> Part {
+    match (has_offset, more) {
+        (true, _) => Part::Later,
+        (false, true) => Part::First,
+        (false, false) => Part::Whole,
+    }
+}
+
+#[inline(always)]
 fn ipv6(ctx: &TcContext, ifindex: u32) -> Result<Packet, Reason> {
     let ip = header::<Ipv6>(ctx, L3).ok_or(Reason::NotOurs)?;
     // SAFETY: `header` checked the bounds; packed structs have no alignment.
     let ip = unsafe { &*ip };
-    if ip.next_header != TCP && ip.next_header != UDP {
+    let (mut protocol, mut part, mut id, mut l4) = (ip.next_header, Part::Whole, 0, L4_V6);
+    let (source, destination) = (Address(ip.source), Address(ip.destination));
+    let ttl = ip.hop_limit;
+    if protocol == FRAGMENT_HEADER {
+        let fragment = header::<FragmentHeader>(ctx, L4_V6).ok_or(Reason::NotOurs)?;
+        // SAFETY: `header` checked the bounds; packed structs have no alignment.
+        let fragment = unsafe { &*fragment };
+        // A fragment that is all of its datagram (RFC 6946) counts as the first: its header is there.
+        part = self::part(u16::from_be(fragment.offset) & OFFSET_V6 != 0, true);
+        (protocol, id, l4) = (fragment.next_header, fragment.id, L4_V6_FRAGMENT);
+    }
+    if protocol != TCP && protocol != UDP {
         return Err(Reason::NotOurs);
     }
-    let (source, destination) = (Address(ip.source), Address(ip.destination));
-    let (protocol, ttl) = (ip.next_header, ip.hop_limit);
-    let (ports, flags) = transport(ctx, L4_V6, protocol)?;
+    let (ports, flags) = transport(ctx, l4, protocol, part)?;
     Ok(Packet {
         tuple: Tuple {
             source,
@@ -191,6 +247,8 @@ fn ipv6(ctx: &TcContext, ifindex: u32) -> Result<Packet, Reason> {
             destination_port: ports.1,
             protocol: protocol as u32,
         },
+        part,
+        id,
         protocol,
         is_v4: false,
         ttl,
@@ -202,7 +260,15 @@ fn ipv6(ctx: &TcContext, ifindex: u32) -> Result<Packet, Reason> {
 
 /// Source and destination port in wire order, and TCP's flags.
 #[inline(always)]
-fn transport(ctx: &TcContext, offset: usize, protocol: u8) -> Result<((u16, u16), u8), Reason> {
+fn transport(
+    ctx: &TcContext,
+    offset: usize,
+    protocol: u8,
+    part: Part,
+) -> Result<((u16, u16), u8), Reason> {
+    if part == Part::Later {
+        return Ok(((0, 0), 0));
+    }
     // SAFETY (both): `header` checked the bounds; packed structs have no alignment.
     if protocol == TCP {
         let tcp = header::<Tcp>(ctx, offset).ok_or(Reason::NotOurs)?;

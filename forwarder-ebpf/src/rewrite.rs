@@ -11,7 +11,7 @@ use forwarder_common::{
     tuple::{TCP, Tuple},
 };
 
-use crate::parse::{Ethernet, Ipv4, Ipv6, L3, L4_V4, L4_V6, Packet, Ports, header};
+use crate::parse::{Ethernet, Ipv4, Ipv6, L3, Packet, Part, Ports, header};
 
 /// Gives the packet the addresses and ports of `new`, and takes one from the TTL or hop limit if
 /// `hop` is set, as a router does.
@@ -25,13 +25,15 @@ pub fn tuple(ctx: &TcContext, packet: &Packet, new: &Tuple, hop: bool) -> Result
         checksum::address_difference(old.source, new.source),
         checksum::address_difference(old.destination, new.destination),
     );
-    let l4 = if packet.is_v4 {
+    if packet.is_v4 {
         ipv4(ctx, new, addresses, hop)?;
-        L4_V4
     } else {
         ipv6(ctx, new, hop)?;
-        L4_V6
-    };
+    }
+    if packet.part == Part::Later {
+        return Ok(()); // the transport header, and the checksum over all parts, is in the first
+    }
+    let l4 = packet.l4();
     let ports = header::<Ports>(ctx, l4).ok_or(Reason::Unwritable)?;
     // SAFETY: `header` checked the bounds; packed structs have no alignment.
     unsafe {

@@ -2,7 +2,7 @@
 
 use std::{
     io::{Read, Write},
-    net::{IpAddr, Ipv4Addr, Shutdown, SocketAddr, TcpListener, TcpStream, UdpSocket},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, Shutdown, SocketAddr, TcpListener, TcpStream, UdpSocket},
     time::Duration,
 };
 
@@ -13,7 +13,7 @@ use forwarder_tests::{
     traffic::Protocol,
 };
 
-use crate::scene::{BACKEND_PORT, PORT, on_the_fast_path, spec};
+use crate::scene::{BACKEND_PORT, PORT, on_the_fast_path, packets, spec, wait_for_peer};
 
 const DEADLINE: Duration = Duration::from_secs(30);
 const SIZE: usize = 32 << 20;
@@ -67,31 +67,71 @@ fn tcp_in_bulk_arrives_whole_from_everywhere() {
     daemon.stop().unwrap();
 }
 
-#[test]
-fn a_datagram_longer_than_the_containers_mtu_arrives_from_localhost() {
+/// Datagrams of several lengths, each echoed by the backend.
+fn datagrams(family: Family, clients: impl Fn(&Topology) -> Vec<(&Netns, IpAddr)>) {
     let topology = Topology::new().unwrap();
-    let spec = spec(&topology.backend, Family::V4, Protocol::Udp);
+    let spec = spec(&topology.backend, family, Protocol::Udp);
     let daemon = Daemon::start(&topology.host, &[&spec], Datapath::Ebpf).unwrap();
-    let bind = || UdpSocket::bind((Ipv4Addr::UNSPECIFIED, BACKEND_PORT));
-    let server = topology.backend.netns.enter(bind).unwrap();
-    server.set_read_timeout(Some(DEADLINE)).unwrap();
-    let client = topology
-        .host
-        .enter(|| UdpSocket::bind((Ipv4Addr::LOCALHOST, 0)))
-        .unwrap();
-    client.set_read_timeout(Some(DEADLINE)).unwrap();
-    // Once `peer` is known: until then packets cross the bridge, whose MTU counts.
-    crate::scene::wait_for_peer(&daemon);
-    on_the_fast_path(&daemon, || {
-        for length in [1_000, 8_000, 60_000] {
-            let data: Vec<u8> = (0..length).map(|at| at as u8).collect();
-            client.send_to(&data, (Ipv4Addr::LOCALHOST, PORT)).unwrap();
+    let any: IpAddr = match family {
+        Family::V4 => Ipv4Addr::UNSPECIFIED.into(),
+        Family::V6 => Ipv6Addr::UNSPECIFIED.into(),
+    };
+    let bind = |netns: &Netns, port| {
+        let socket = netns.enter(|| UdpSocket::bind((any, port))).unwrap();
+        socket.set_read_timeout(Some(DEADLINE)).unwrap();
+        socket
+    };
+    let server = bind(&topology.backend.netns, BACKEND_PORT);
+    // Until `peer` is known, packets from the host cross the bridge, whose MTU counts.
+    wait_for_peer(&daemon);
+    for (netns, host) in clients(&topology) {
+        let client = bind(netns, 0);
+        let frontend = SocketAddr::new(host, PORT);
+        for length in [1_000, 1_473, 4_000, 8_000, 60_000] {
+            let before = packets(&daemon);
+            let data: Vec<u8> = (0..length).map(|at| (at ^ (at >> 8)) as u8).collect();
             let mut got = vec![0; 1 << 16];
+            client.send_to(&data, frontend).unwrap();
             let (received, from) = server.recv_from(&mut got).unwrap();
-            assert!(got[..received] == data, "{received} bytes of {length}");
-            server.send_to(b"ok", from).unwrap();
-            assert_eq!(client.recv(&mut got).unwrap(), 2);
+            assert!(
+                got[..received] == data,
+                "{received} bytes of {length} there"
+            );
+            server.send_to(&data, from).unwrap();
+            let (received, from) = client.recv_from(&mut got).unwrap();
+            assert!(got[..received] == data, "{received} bytes of {length} back");
+            assert_eq!(from, frontend);
+            let after = packets(&daemon);
+            assert!(
+                after.0 > before.0 && after.1 > before.1,
+                "not on the fast path"
+            );
         }
-    });
+    }
     daemon.stop().unwrap();
+}
+
+fn everybody(topology: &Topology, family: Family) -> Vec<(&Netns, IpAddr)> {
+    let lan = topology.host_address(family);
+    let localhost = match family {
+        Family::V4 => Ipv4Addr::LOCALHOST.into(),
+        Family::V6 => Ipv6Addr::LOCALHOST.into(),
+    };
+    vec![
+        (&topology.client, lan),
+        (&topology.host, localhost),
+        (&topology.host, lan),
+        (&topology.peer.netns, lan),
+        (&topology.other.netns, lan),
+    ]
+}
+
+#[test]
+fn datagrams_longer_than_the_mtu_arrive_whole_over_ipv4() {
+    datagrams(Family::V4, |topology| everybody(topology, Family::V4));
+}
+
+#[test]
+fn datagrams_longer_than_the_mtu_arrive_whole_over_ipv6() {
+    datagrams(Family::V6, |topology| everybody(topology, Family::V6));
 }

@@ -3,6 +3,7 @@
 
 mod bench;
 mod forward;
+mod fragment;
 mod local;
 mod pass;
 mod refuse;

@@ -69,25 +69,6 @@ fn a_segment_without_a_flow_that_opens_nothing_is_the_stacks() {
 }
 
 #[test]
-fn a_fragment_is_the_stacks() {
-    bench(|bench| {
-        bench.publish(Protocol::Udp, 53, "172.31.0.2:53");
-        let frame = Frame::first(
-            Protocol::Udp,
-            at("198.51.100.9:4000"),
-            at("198.51.100.2:53"),
-        );
-        for fragment in [0x2000_u16, 0x0001] {
-            let mut bytes = frame.bytes();
-            bytes[14 + 6..14 + 8].copy_from_slice(&fragment.to_be_bytes());
-            bench
-                .send_bytes(&bytes, bench.uplink)
-                .passed(&bytes, "fragment");
-        }
-    });
-}
-
-#[test]
 fn the_other_family_is_the_proxys() {
     bench(|bench| {
         bench.publish(Protocol::Tcp, 8080, "172.31.0.2:80");
