@@ -15,6 +15,7 @@ use crate::{
     parse::{self, Packet},
     publish::{self, Published},
     rewrite,
+    trace::Trail,
     verdict::{Forwarded, Verdict},
 };
 
@@ -36,29 +37,34 @@ fn setting<T: Copy>(constant: &T) -> T {
 
 /// An existing flow in either direction comes first, then a published port may begin one.
 #[inline(always)]
-pub fn ingress(ctx: &TcContext, seen: &mut Option<(Packet, u32)>) -> Verdict {
+pub fn ingress(ctx: &TcContext, trail: &mut Trail) -> Verdict {
     let mut packet = parse::packet(ctx)?;
     fragment::complete(&mut packet)?;
     let published = publish::find(&packet);
-    let verdict = forward(ctx, &packet, published);
+    trail.parsed(&packet, published.map_or(0, |published| published.index));
+    let verdict = forward(ctx, &packet, published, trail);
     if verdict.is_ok() {
         fragment::remember(&packet);
     }
-    *seen = Some((packet, published.map_or(0, |published| published.index)));
     verdict
 }
 
 #[inline(always)]
-fn forward(ctx: &TcContext, packet: &Packet, published: Option<Published>) -> Verdict {
+fn forward(
+    ctx: &TcContext,
+    packet: &Packet,
+    published: Option<Published>,
+    trail: &mut Trail,
+) -> Verdict {
     if let Some(published) = published {
         let mut key = publish::dnat(packet, published.publish);
         if let Some(flow) = original(packet, &published, &mut key) {
-            return to_backend(ctx, packet, &published, flow, &key);
+            return to_backend(ctx, packet, &published, flow, &key, trail);
         }
     }
     // Nearly always it is the reply that carries the key of its flow, reversed.
     if let Some(flow) = flow::get(&packet.tuple.reversed()) {
-        return to_client(ctx, packet, flow);
+        return to_client(ctx, packet, flow, trail);
     }
     let published = published.ok_or(Reason::NotOurs)?;
     publish::admit(packet, &published)?;
@@ -66,7 +72,7 @@ fn forward(ctx: &TcContext, packet: &Packet, published: Option<Published>) -> Ve
     begin(ctx, packet, &published, &mut key)?;
     count(Reason::NewFlow);
     let flow = flow::get(&key).ok_or(Reason::FlowsFull)?;
-    to_backend(ctx, packet, &published, flow, &key)
+    to_backend(ctx, packet, &published, flow, &key, trail)
 }
 
 /// The flow of a packet from the client's side. `key` is the tuple after DNAT and becomes the
@@ -133,26 +139,25 @@ fn to_backend(
     published: &Published,
     flow: &mut Flow,
     key: &Tuple,
+    trail: &mut Trail,
 ) -> Verdict {
     let hop = !packet.is_from_this_host();
     if hop && packet.ttl <= 1 {
         return Err(Reason::Expired);
     }
     flow::update(flow, packet, flow::ORIGINAL);
+    trail.rewritten(published.index, key, &published.publish.hop);
     rewrite::tuple(ctx, packet, key, hop)?;
     let action = deliver::deliver(ctx, &published.publish.hop, setting(&PEER_FROM_LO) != 0)?;
     Ok(Forwarded {
         action,
         reason: Reason::ForwardedOriginal,
-        publish: published.index,
-        tuple: *key,
-        hop: published.publish.hop,
     })
 }
 
 /// The reverse: from the frontend, to the client.
 #[inline(always)]
-fn to_client(ctx: &TcContext, packet: &Packet, flow: &mut Flow) -> Verdict {
+fn to_client(ctx: &TcContext, packet: &Packet, flow: &mut Flow, trail: &mut Trail) -> Verdict {
     let hop = flow.state & state::LOCAL_CLIENT == 0;
     if hop && packet.ttl <= 1 {
         return Err(Reason::NoWayBack);
@@ -165,14 +170,12 @@ fn to_client(ctx: &TcContext, packet: &Packet, flow: &mut Flow) -> Verdict {
         destination_port: flow.client_port,
         protocol: packet.tuple.protocol,
     };
+    trail.rewritten(flow.publish, &new, &flow.back);
     rewrite::tuple(ctx, packet, &new, hop)?;
     let action = deliver::deliver(ctx, &flow.back, setting(&PEER_FROM_LO) != 0)
         .map_err(|_| Reason::NoWayBack)?;
     Ok(Forwarded {
         action,
         reason: Reason::ForwardedReply,
-        publish: flow.publish,
-        tuple: new,
-        hop: flow.back,
     })
 }

@@ -25,20 +25,20 @@ mod verdict;
 
 use aya_ebpf::{macros::classifier, programs::TcContext};
 
+use crate::trace::Trail;
+
 /// tc ingress of every device where packets enter.
 #[classifier]
 pub fn ingress(ctx: TcContext) -> i32 {
-    verdict::action(ingress::ingress(&ctx, &mut None))
+    verdict::action(ingress::ingress(&ctx, &mut Trail::default()))
 }
 
 /// The same, and a line for each packet.
 #[classifier]
 pub fn ingress_traced(ctx: TcContext) -> i32 {
-    let mut seen = None;
-    let verdict = ingress::ingress(&ctx, &mut seen);
-    if let Some((packet, publish)) = &seen {
-        trace::packet(&ctx, packet, *publish, verdict);
-    }
+    let mut trail = Trail::default();
+    let verdict = ingress::ingress(&ctx, &mut trail);
+    trace::packet(&ctx, &trail, &verdict);
     verdict::action(verdict)
 }
 

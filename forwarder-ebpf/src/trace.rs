@@ -2,42 +2,79 @@
 
 use aya_ebpf::programs::TcContext;
 use aya_log_ebpf::info;
-use forwarder_common::reason::Reason;
+use forwarder_common::{flow::Hop, reason::Reason, tuple::Tuple};
 
 use crate::{parse::Packet, verdict::Verdict};
 
+/// What the pipeline leaves behind of a packet; in the program that is not traced nobody reads it, and the
+/// compiler takes it away.
+// VERIFIER: plain fields that are always initialised. An enum with data would be copied with the parts of
+// it that are not there.
+#[derive(Default)]
+pub struct Trail {
+    /// 0 until the packet was parsed.
+    protocol: u32,
+    ifindex: u32,
+    tuple: Tuple,
+    publish: u32,
+    new: Tuple,
+    /// 0 until the packet was rewritten.
+    delivery: u32,
+    to: u32,
+}
+
+impl Trail {
+    #[inline(always)]
+    pub fn parsed(&mut self, packet: &Packet, publish: u32) {
+        self.protocol = packet.tuple.protocol;
+        self.ifindex = packet.ifindex;
+        self.tuple = packet.tuple;
+        self.publish = publish;
+    }
+
+    #[inline(always)]
+    pub fn rewritten(&mut self, publish: u32, new: &Tuple, hop: &Hop) {
+        self.publish = publish;
+        self.new = *new;
+        self.delivery = hop.delivery;
+        self.to = hop.ifindex;
+    }
+}
+
 /// Logs what became of a packet that was parsed: publish, reason, device, protocol, the tuple, and, if it was
-/// forwarded, the new tuple, delivery and device. User space makes names of the numbers.
+/// rewritten, the new tuple, delivery and device. User space makes names of the numbers.
 #[inline(always)]
-pub fn packet(ctx: &TcContext, packet: &Packet, publish: u32, verdict: Verdict) {
-    let (reason, publish) = match &verdict {
-        Ok(forwarded) => (forwarded.reason, forwarded.publish),
+pub fn packet(ctx: &TcContext, trail: &Trail, verdict: &Verdict) {
+    let reason = match verdict {
+        Ok(forwarded) => forwarded.reason,
         Err(Reason::NotOurs) => return,
-        Err(reason) => (*reason, publish),
+        Err(reason) => *reason,
     };
-    let old = &packet.tuple;
-    let Ok(forwarded) = &verdict else {
+    if trail.protocol == 0 {
+        return;
+    }
+    let (old, new) = (&trail.tuple, &trail.new);
+    if trail.delivery == 0 {
         return info!(
             ctx,
             "{} {} {} {} {:i} {} {:i} {}",
-            publish,
+            trail.publish,
             reason as u32,
-            packet.ifindex,
-            packet.protocol,
+            trail.ifindex,
+            trail.protocol,
             old.source.octets(),
             u16::from_be(old.source_port),
             old.destination.octets(),
             u16::from_be(old.destination_port)
         );
-    };
-    let new = &forwarded.tuple;
+    }
     info!(
         ctx,
         "{} {} {} {} {:i} {} {:i} {} {:i} {} {:i} {} {} {}",
-        publish,
+        trail.publish,
         reason as u32,
-        packet.ifindex,
-        packet.protocol,
+        trail.ifindex,
+        trail.protocol,
         old.source.octets(),
         u16::from_be(old.source_port),
         old.destination.octets(),
@@ -46,7 +83,7 @@ pub fn packet(ctx: &TcContext, packet: &Packet, publish: u32, verdict: Verdict) 
         u16::from_be(new.source_port),
         new.destination.octets(),
         u16::from_be(new.destination_port),
-        forwarded.hop.delivery,
-        forwarded.hop.ifindex
+        trail.delivery,
+        trail.to
     );
 }

@@ -1,7 +1,7 @@
 //! What becomes of a packet: the one place where a verdict or a reason turns into tc's action.
 
 use aya_ebpf::bindings::{TC_ACT_SHOT, TC_ACT_UNSPEC};
-use forwarder_common::{flow::Hop, reason::Reason, tuple::Tuple};
+use forwarder_common::reason::Reason;
 
 use crate::maps;
 
@@ -11,12 +11,6 @@ pub struct Forwarded {
     /// What `bpf_redirect*` returned: tc's action.
     pub action: i32,
     pub reason: Reason,
-    /// Index of the publish whose flow it belongs to.
-    pub publish: u32,
-    /// What it was rewritten to.
-    pub tuple: Tuple,
-    /// Where it went.
-    pub hop: Hop,
 }
 
 /// The pipeline's result: a packet on its way, or why not.

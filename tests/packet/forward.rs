@@ -220,3 +220,11 @@ fn a_container_is_answered_at_the_mac_that_it_sent_from() {
         );
     });
 }
+
+#[test]
+fn the_verifier_accepts_the_traced_program_too() {
+    bench(|bench| {
+        bench.datapath.trace(true).unwrap();
+        bench.datapath.trace(false).unwrap();
+    });
+}
