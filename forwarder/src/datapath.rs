@@ -100,7 +100,7 @@ impl Datapath {
         if !kernel_at_least(5, 10) {
             bail!("the kernel is older than 5.10");
         }
-        if !nix::unistd::Uid::effective().is_root() && !has_capabilities() {
+        if !has_capabilities() {
             bail!("no privilege for eBPF: run as root or with CAP_BPF and CAP_NET_ADMIN");
         }
         let unlimited = nix::sys::resource::RLIM_INFINITY;
@@ -129,10 +129,15 @@ impl Datapath {
                 loader.map_pin_path(map, pins.join(map));
             }
         }
-        let mut ebpf = loader
+        let ebpf = loader
             .load(OBJECT)
             .map_err(explain)
-            .context("load the eBPF object")?;
+            .context("load the eBPF object");
+        let mut ebpf = ebpf.inspect_err(|_| {
+            if let Some(pins) = &pins {
+                remove_empty(pins);
+            }
+        })?;
         let maps = Maps::take(&mut ebpf)?;
         let mut datapath = Self {
             ebpf,
@@ -356,6 +361,14 @@ pub fn remove_pins(directory: &Path) -> Result<bool> {
         let _ = fs::remove_dir(parent); // stays while another instance has pins
     }
     Ok(true)
+}
+
+/// Removes the directories of an instance that has nothing pinned.
+fn remove_empty(pins: &Path) {
+    let _ = fs::remove_dir(pins.join("links"));
+    for directory in pins.ancestors().take(3) {
+        let _ = fs::remove_dir(directory);
+    }
 }
 
 /// Detaches a pinned link and removes its pin. Without the first, the kernel detaches some time after the

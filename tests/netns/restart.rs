@@ -76,6 +76,8 @@ fn without_capabilities_it_forwards_in_user_space_and_says_why() {
     let specs = [spec(Protocol::Tcp), spec(Protocol::Udp)];
     let specs: Vec<&str> = specs.iter().map(String::as_str).collect();
     let daemon = Daemon::start_without_capabilities(&topology.host, &specs).unwrap();
+    let pins = PathBuf::from("/sys/fs/bpf/forwarder").join(daemon.instance());
+    assert!(!pins.exists(), "{pins:?} is of no use");
     for entry in daemon.list().unwrap() {
         assert_eq!(entry["datapath"], "userland");
         let reason = entry["reason"].as_str().unwrap();
