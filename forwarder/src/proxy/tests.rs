@@ -249,7 +249,8 @@ fn the_proxy_protocol_names_the_client() {
 fn stopping_frees_the_port_and_ends_connections_as_asked() {
     for how in [Stop::Cut, Stop::Reset, Stop::Drain] {
         let (listener, backend) = listen("127.0.0.1:0");
-        let served = serve("127.0.0.1", backend, "tcp", Options::default());
+        // An address that no other test binds, so that nobody takes the port that is given back.
+        let served = serve("127.0.77.1", backend, "tcp", Options::default());
         let frontend = served.frontend;
         let (mut client, mut backend) = pair(&served, &listener);
         served.stop(how);
