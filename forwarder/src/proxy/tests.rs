@@ -253,6 +253,9 @@ fn stopping_frees_the_port_and_ends_connections_as_asked() {
         let served = serve("127.0.77.1", backend, "tcp", Options::default());
         let frontend = served.frontend;
         let (mut client, mut backend) = pair(&served, &listener);
+        // Both ends are joined once something has come through.
+        client.write_all(b"x").expect("written");
+        backend.read_exact(&mut [0]).expect("read");
         served.stop(how);
         let refused =
             TcpStream::connect_timeout(&frontend, DEADLINE).expect_err("the port is free");
