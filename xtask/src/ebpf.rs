@@ -19,11 +19,20 @@ const TARGET: &str = if cfg!(target_endian = "big") {
     "bpfel-unknown-none"
 };
 
+fn folder() -> PathBuf {
+    exec::workspace().join("target/ebpf-build")
+}
+
+/// Where [`build`] leaves the benchmark's packet generator.
+pub(crate) fn generator() -> PathBuf {
+    folder().join(TARGET).join("release/generator")
+}
+
 /// Builds the object and returns its path.
 pub(crate) fn build() -> Result<PathBuf> {
     let toolchain = setup::toolchain()?;
     step("building the eBPF program");
-    let folder = exec::workspace().join("target/ebpf-build");
+    let folder = folder();
     let flags = [
         format!("-Clinker={}", toolchain.linker.display()),
         // The kernel takes function and map types from BTF, which is made of debug information.

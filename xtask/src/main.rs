@@ -3,6 +3,7 @@
 //! What `cargo build` cannot do is done here: the eBPF toolchain, the object that the binary
 //! embeds, and whatever needs root.
 
+mod bench;
 mod ci;
 mod ebpf;
 mod exec;
@@ -35,6 +36,8 @@ enum Task {
     Run(run::Options),
     /// Runs the tests: unprivileged ones, packets through the loaded programs, real sockets
     Test(test::Options),
+    /// Measures forwarder beside iptables, nftables, docker-proxy and others; `--help` says more
+    Bench(bench::Options),
     /// What must pass before a change goes in: formatting, clippy, all tests
     Ci,
 }
@@ -45,6 +48,7 @@ fn main() {
         Task::Ebpf => ebpf::build().map(drop),
         Task::Run(options) => run::run(&options),
         Task::Test(options) => test::test(&options),
+        Task::Bench(options) => bench::bench(&options),
         Task::Ci => ci::ci(),
     };
     if let Err(error) = done {

@@ -1,0 +1,129 @@
+//! The benchmark's packet generator, an XDP program that writes a whole frame over each that the kernel hands it
+//! (BPF_PROG_TEST_RUN with live frames), numbers its flow and redirects it out of one device; and the sink, which
+//! drops such frames where they arrive, before anybody's stack spends time on them.
+//! No part of `forwarder`; kept in this crate because it is built the same way.
+#![cfg_attr(target_arch = "bpf", no_std, no_main)]
+#![cfg_attr(
+    not(target_arch = "bpf"),
+    allow(dead_code, reason = "the hook is called by the kernel")
+)]
+
+use core::ptr;
+
+use aya_ebpf::{
+    bindings::{
+        TC_ACT_SHOT, TC_ACT_UNSPEC,
+        xdp_action::{XDP_ABORTED, XDP_REDIRECT},
+    },
+    helpers::bpf_redirect,
+    macros::{classifier, xdp},
+    programs::{TcContext, XdpContext},
+};
+use forwarder_common::{checksum, tuple::UDP};
+
+/// Words of a frame of 60 bytes: what a 64-byte Ethernet frame has without its frame check sequence.
+const WORDS: usize = 15;
+
+/// Set by the benchmark: Ethernet, IPv4 and UDP without a checksum. The low half of the source address and
+/// the source port are zero, and filled in by the flow's number.
+#[unsafe(no_mangle)]
+static TEMPLATE: [u32; WORDS] = [0; WORDS];
+/// Set by the benchmark: flows that take turns.
+#[unsafe(no_mangle)]
+static FLOWS: u32 = 1;
+/// Set by the benchmark: the device that frames leave by.
+#[unsafe(no_mangle)]
+static IFINDEX: u32 = 0;
+
+/// Set by the benchmark: the port that the sink takes, in wire order.
+#[unsafe(no_mangle)]
+static PORT: u16 = 0;
+
+/// Number of the next frame. Only one CPU generates.
+static mut NEXT: u32 = 0;
+
+const IPV4_CHECKSUM: usize = 14 + 10;
+const SOURCE_LOW: usize = 14 + 14;
+const PROTOCOL: usize = 14 + 9;
+const SOURCE_PORT: usize = 14 + 20;
+const DESTINATION_PORT: usize = 14 + 22;
+/// Flows of one source address: the ports from 32768 on.
+const PORTS: u32 = 1 << 15;
+
+#[xdp]
+fn generate(ctx: XdpContext) -> u32 {
+    let start = ctx.data();
+    if start + WORDS * 4 > ctx.data_end() {
+        return XDP_ABORTED;
+    }
+    // SAFETY: constants that the loader changed, read as they are now, and a counter that no other CPU has.
+    let (flows, ifindex, number) = unsafe {
+        let number = NEXT;
+        NEXT = number.wrapping_add(1);
+        (
+            ptr::read_volatile(&raw const FLOWS).max(1),
+            ptr::read_volatile(&raw const IFINDEX),
+            number,
+        )
+    };
+    let flow = number % flows;
+    let address = ((flow / PORTS) as u16).to_be();
+    let port = ((PORTS + flow % PORTS) as u16).to_be();
+    // SAFETY: the bounds were checked above. The kernel's live frames begin behind a headroom that is a
+    // multiple of eight (net/bpf/test_run.c), so the words are aligned. What the frame was before does not
+    // matter: the kernel uses it again as its last receiver left it.
+    unsafe {
+        let words = start as *mut u32;
+        for at in 0..WORDS {
+            *words.add(at) = ptr::read_volatile((&raw const TEMPLATE).cast::<u32>().add(at));
+        }
+        let frame = start as *mut u8;
+        *frame.add(SOURCE_LOW).cast() = address;
+        *frame.add(SOURCE_PORT).cast() = port;
+        let sum = frame.add(IPV4_CHECKSUM).cast::<u16>();
+        *sum = checksum::update(*sum, checksum::difference(0, address as u32));
+    }
+    // SAFETY: a helper without pointers.
+    if unsafe { bpf_redirect(ifindex, 0) } == XDP_REDIRECT as i64 {
+        XDP_REDIRECT
+    } else {
+        XDP_ABORTED
+    }
+}
+
+/// tc ingress of the container: the device has counted the frame already.
+#[classifier]
+fn sink(ctx: TcContext) -> i32 {
+    let start = ctx.data();
+    if ctx.len() as usize != WORDS * 4 || start + WORDS * 4 > ctx.data_end() {
+        return TC_ACT_UNSPEC;
+    }
+    // SAFETY: the bounds were checked above, and a port behind an Ethernet and an IPv4 header is aligned to two
+    // bytes as the frame is (NET_IP_ALIGN).
+    let (protocol, port) = unsafe {
+        let frame = start as *const u8;
+        (
+            *frame.add(PROTOCOL),
+            *frame.add(DESTINATION_PORT).cast::<u16>(),
+        )
+    };
+    // SAFETY: a constant that the loader changed, read as it is now.
+    if protocol == UDP && port == unsafe { ptr::read_volatile(&raw const PORT) } {
+        TC_ACT_SHOT
+    } else {
+        TC_ACT_UNSPEC
+    }
+}
+
+#[cfg(not(target_arch = "bpf"))]
+fn main() {}
+
+#[cfg(target_arch = "bpf")]
+#[panic_handler]
+fn panic(_: &core::panic::PanicInfo<'_>) -> ! {
+    loop {}
+}
+
+#[unsafe(link_section = "license")]
+#[unsafe(no_mangle)]
+static LICENSE: [u8; 13] = *b"Dual MIT/GPL\0";

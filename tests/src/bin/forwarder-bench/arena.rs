@@ -1,0 +1,510 @@
+//! One contender's own machines: client, host and containers, with the servers running and the contender set up.
+//! Arenas stand side by side, so that rounds can take turns without setting anything up anew.
+
+use std::{fs, net::IpAddr, path::PathBuf, time::Duration};
+
+use anyhow::{Context, Result, bail};
+use forwarder_tests::{
+    daemon::{Daemon, Datapath},
+    netns::Netns,
+    topology::{Family, Topology},
+    traffic,
+};
+
+use aya::Ebpf;
+use tempfile::TempDir;
+
+use crate::{
+    generator::{self, Load, Until},
+    process::{Placement, Process, pin, wait_for_port},
+    rules::{self, Port},
+};
+
+pub(crate) const BULK: u16 = 5201;
+pub(crate) const ROUND_TRIP: u16 = 5301;
+pub(crate) const DATAGRAM: u16 = 5302;
+pub(crate) const HTTP: u16 = 5401;
+pub(crate) const SINK: u16 = 5501;
+
+/// What every contender publishes.
+pub(crate) const PORTS: [Port; 5] = [
+    Port {
+        protocol: "tcp",
+        number: BULK,
+    },
+    Port {
+        protocol: "tcp",
+        number: ROUND_TRIP,
+    },
+    Port {
+        protocol: "udp",
+        number: DATAGRAM,
+    },
+    Port {
+        protocol: "tcp",
+        number: HTTP,
+    },
+    Port {
+        protocol: "udp",
+        number: SINK,
+    },
+];
+
+/// Where the generator's flows say they come from, behind the client.
+const SOURCES: &str = "198.19.0.0/16";
+const NETNS_FILE: &str = "netns";
+const WIRE: [&str; 2] = ["10.99.0.1", "10.99.0.2"];
+
+/// Who carries the packets.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) enum Contender {
+    Wire,
+    Routing,
+    /// Routing past a forwarder with so many publishes, none of which is meant.
+    RoutingBeside(u16),
+    Iptables,
+    IptablesBare,
+    Nftables,
+    Flowtable,
+    DockerProxy,
+    Haproxy,
+    Pasta,
+    Forwarder,
+    /// With Docker's rules loaded for other ports.
+    ForwarderAmongRules,
+    Userland,
+}
+
+impl Contender {
+    pub(crate) const ALL: [Self; 14] = [
+        Self::Wire,
+        Self::Routing,
+        Self::RoutingBeside(0),
+        Self::RoutingBeside(10_000),
+        Self::Iptables,
+        Self::IptablesBare,
+        Self::Nftables,
+        Self::Flowtable,
+        Self::DockerProxy,
+        Self::Haproxy,
+        Self::Pasta,
+        Self::Forwarder,
+        Self::ForwarderAmongRules,
+        Self::Userland,
+    ];
+
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Self::Wire => "wire",
+            Self::Routing => "routing",
+            Self::RoutingBeside(0) => "routing beside forwarder",
+            Self::RoutingBeside(_) => "routing beside 10,000 publishes",
+            Self::Iptables => "iptables",
+            Self::IptablesBare => "iptables, bare DNAT",
+            Self::Nftables => "nftables map",
+            Self::Flowtable => "nftables flowtable",
+            Self::DockerProxy => "docker-proxy",
+            Self::Haproxy => "haproxy",
+            Self::Pasta => "pasta",
+            Self::Forwarder => "forwarder",
+            Self::ForwarderAmongRules => "forwarder among Docker's rules",
+            Self::Userland => "forwarder, userland",
+        }
+    }
+
+    /// Whether it carries datagrams.
+    fn has_udp(self) -> bool {
+        self != Self::Haproxy
+    }
+
+    fn needs_forwarding(self) -> bool {
+        matches!(
+            self,
+            Self::Routing
+                | Self::RoutingBeside(_)
+                | Self::Iptables
+                | Self::IptablesBare
+                | Self::Nftables
+                | Self::Flowtable
+                | Self::ForwarderAmongRules
+        )
+    }
+}
+
+/// Who connects.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) enum Client {
+    /// Another machine, to the host's address.
+    External,
+    /// A process on the host, to 127.0.0.1.
+    Localhost,
+    /// A container on the backend's network, to the host's address.
+    Hairpin,
+}
+
+impl Client {
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Self::External => "external",
+            Self::Localhost => "localhost",
+            Self::Hairpin => "hairpin",
+        }
+    }
+}
+
+/// What the contenders need that is not part of the system.
+#[derive(Clone, Debug)]
+pub(crate) struct Programs {
+    pub(crate) docker_proxy: Option<PathBuf>,
+}
+
+pub(crate) struct Arena {
+    pub(crate) contender: Contender,
+    topology: Topology,
+    /// Where the servers are.
+    backend: Netns,
+    servers: Vec<Process>,
+    proxies: Vec<Process>,
+    pub(crate) daemon: Option<Daemon>,
+    /// Configuration of haproxy.
+    files: TempDir,
+    sink: Option<Ebpf>,
+}
+
+impl Arena {
+    /// # Errors
+    /// Something that the contender needs isn't there; the message names it.
+    pub(crate) fn new(contender: Contender, programs: &Programs) -> Result<Self> {
+        let topology = Topology::new()?;
+        let backend = if contender == Contender::Pasta {
+            Netns::new("pasta")?
+        } else {
+            topology.backend.netns.clone()
+        };
+        let mut arena = Self {
+            contender,
+            topology,
+            backend,
+            servers: Vec::new(),
+            proxies: Vec::new(),
+            daemon: None,
+            files: TempDir::new()?,
+            sink: None,
+        };
+        arena.wire()?;
+        arena.set_up(programs)?;
+        arena.serve()?;
+        let devices: &[&str] = match contender {
+            Contender::Pasta => &["eth1"],
+            _ => &["eth0", "wire0"],
+        };
+        arena.sink = Some(generator::sink(&arena.backend, devices, SINK)?);
+        Ok(arena)
+    }
+
+    fn host(&self) -> &Netns {
+        &self.topology.host
+    }
+
+    fn wire(&self) -> Result<()> {
+        let Topology {
+            client,
+            host,
+            backend,
+            peer,
+            ..
+        } = &self.topology;
+        let gateway = self.topology.host_address(Family::V4);
+        let [near, far] = WIRE;
+        client.ip(&format!(
+            "route add 172.31.0.0/24 via {gateway}\n\
+             link add wire0 type veth peer name wire0 netns {}\n\
+             addr add {near}/24 dev wire0\nlink set wire0 up\n",
+            backend.netns.path()
+        ))?;
+        let back = backend.gateway(Family::V4);
+        backend.netns.ip(&format!(
+            "addr add {far}/24 dev wire0\nlink set wire0 up\n\
+             route replace default via {back}\nroute add {SOURCES} via {near}\n"
+        ))?;
+        peer.netns
+            .ip(&format!("route replace default via {back}\n"))?;
+        let behind = self.topology.client_address(Family::V4);
+        host.ip(&format!("route add {SOURCES} via {behind}\n"))?;
+        Ok(())
+    }
+
+    fn set_up(&mut self, programs: &Programs) -> Result<()> {
+        let host = self.topology.host.clone();
+        if self.contender.needs_forwarding() {
+            set_sysctl(&host, "net/ipv4/ip_forward", "1")?;
+        }
+        let specs: Vec<String> = PORTS
+            .iter()
+            .map(|Port { protocol, number }| format!("{number}:172.31.0.2:{number}/{protocol}"))
+            .collect();
+        let specs: Vec<&str> = specs.iter().map(String::as_str).collect();
+        match self.contender {
+            Contender::Wire | Contender::Routing => {}
+            Contender::RoutingBeside(publishes) => {
+                let specs: Vec<String> = (0..publishes)
+                    .map(|n| format!("0.0.0.0:{}:172.31.0.2:80", 20_000 + n))
+                    .collect();
+                let specs: Vec<&str> = specs.iter().map(String::as_str).collect();
+                self.daemon = Some(Daemon::start(&host, &specs, Datapath::Ebpf)?);
+            }
+            Contender::Iptables => {
+                masquerade_localhost(&host)?;
+                host.feed("iptables-restore", &rules::docker(&PORTS))?;
+            }
+            Contender::IptablesBare => {
+                host.feed("iptables-restore", &rules::bare(&PORTS))?;
+            }
+            Contender::Nftables | Contender::Flowtable => {
+                masquerade_localhost(&host)?;
+                let fast = self.contender == Contender::Flowtable;
+                let loaded = host.feed("nft -f -", &rules::nftables(&PORTS, fast));
+                match loaded {
+                    Err(_) if fast => bail!("this kernel's nftables has no flowtable"),
+                    result => result?,
+                };
+            }
+            Contender::DockerProxy => {
+                let program = programs.docker_proxy.as_ref().context(
+                    "no docker-proxy: `apt-get install docker.io`, or unpack that package and give --docker-proxy PATH",
+                )?;
+                for Port { protocol, number } in PORTS {
+                    // It reports to file descriptor 3, which dockerd gives it.
+                    let mut command = host.command("sh");
+                    command
+                        .args(["-c", "exec \"$0\" \"$@\" 3>/dev/null"])
+                        .arg(program);
+                    command.args(["-proto", protocol, "-host-ip", "0.0.0.0", "-host-port"]);
+                    command.args([&number.to_string(), "-container-ip", "172.31.0.2"]);
+                    command.args(["-container-port", &number.to_string()]);
+                    self.proxies.push(Process::start_command(command)?);
+                    wait_for_port(&host, protocol, number).context("docker-proxy")?;
+                }
+            }
+            Contender::Haproxy => {
+                let mut text = "global\n maxconn 4096\ndefaults\n mode tcp\n timeout connect 5s\n timeout client 60s\n timeout server 60s\n".to_owned();
+                for port in PORTS.iter().filter(|port| port.protocol == "tcp") {
+                    let number = port.number;
+                    text += &format!(
+                        "listen p{number}\n bind 0.0.0.0:{number}\n server s 172.31.0.2:{number}\n"
+                    );
+                }
+                let file = self.files.path().join("proxy.cfg");
+                fs::write(&file, text)?;
+                let line = format!("haproxy -db -f {}", file.display());
+                self.proxies.push(Process::start(&host, &line)?);
+                wait_for_port(&host, "tcp", HTTP).context("haproxy")?;
+            }
+            Contender::Pasta => {
+                host.ip(&format!(
+                    "route replace default via {}\n",
+                    self.topology.client_address(Family::V4)
+                ))?;
+                let line = format!(
+                    "pasta --foreground --runas 0 --no-netns-quit --config-net --interface eth0 --ns-ifname eth1 \
+                     --tcp-ports {BULK},{ROUND_TRIP},{HTTP} --udp-ports {DATAGRAM},{SINK} --netns {}",
+                    self.mounted_backend()?.display()
+                );
+                self.proxies.push(Process::start(&host, &line)?);
+                wait_for_port(&host, "tcp", HTTP).context("pasta")?;
+            }
+            Contender::Forwarder => {
+                self.daemon = Some(Daemon::start(&host, &specs, Datapath::Ebpf)?);
+            }
+            Contender::ForwarderAmongRules => {
+                let others: Vec<Port> = (0..100)
+                    .map(|n| Port {
+                        protocol: "tcp",
+                        number: 7000 + n,
+                    })
+                    .collect();
+                host.feed("iptables-restore", &rules::docker(&others))?;
+                self.daemon = Some(Daemon::start(&host, &specs, Datapath::Ebpf)?);
+            }
+            Contender::Userland => {
+                self.daemon = Some(Daemon::start(&host, &specs, Datapath::Userland)?);
+            }
+        }
+        Ok(())
+    }
+
+    /// The backend's namespace as a file: without CAP_SYS_PTRACE, which pasta gives up, nobody may look into our
+    /// /proc/PID/fd.
+    fn mounted_backend(&self) -> Result<PathBuf> {
+        let file = self.files.path().join(NETNS_FILE);
+        fs::write(&file, "")?;
+        let bind = nix::mount::MsFlags::MS_BIND;
+        let nothing = None::<&str>;
+        nix::mount::mount(
+            Some(self.backend.path().as_str()),
+            &file,
+            nothing,
+            bind,
+            nothing,
+        )
+        .context("bind a network namespace to a file")?;
+        Ok(file)
+    }
+
+    fn serve(&mut self) -> Result<()> {
+        let http = self.files.path().join("http.cfg");
+        fs::write(
+            &http,
+            format!(
+                "global\n nbthread 1\n maxconn 4096\ndefaults\n mode http\n timeout client 60s\n timeout server 60s\n timeout connect 5s\n\
+                 frontend http\n bind 0.0.0.0:{HTTP}\n http-request return status 200 content-type text/plain string ok\n"
+            ),
+        )?;
+        for line in [
+            format!("iperf3 -s -p {BULK}"),
+            format!("sockperf sr --tcp -i 0.0.0.0 -p {ROUND_TRIP}"),
+            format!("sockperf sr -i 0.0.0.0 -p {DATAGRAM}"),
+            format!("haproxy -db -f {}", http.display()),
+        ] {
+            self.servers.push(Process::start(&self.backend, &line)?);
+        }
+        for Port { protocol, number } in PORTS.into_iter().filter(|port| port.number != SINK) {
+            wait_for_port(&self.backend, protocol, number)?;
+        }
+        // Neighbours get known and backends resolved, as they are on a machine in use.
+        for client in [Client::External, Client::Localhost, Client::Hairpin] {
+            if let Some((netns, address)) = self.path(client) {
+                let _ = traffic::send_datagram(netns, (address, SINK).into(), "hello");
+            }
+        }
+        std::thread::sleep(Duration::from_millis(200));
+        Ok(())
+    }
+
+    /// Where a client of this kind is, and the address that it connects to; `None` where the contender
+    /// has no such path.
+    pub(crate) fn path(&self, client: Client) -> Option<(&Netns, IpAddr)> {
+        let Topology {
+            host,
+            client: outside,
+            peer,
+            backend,
+            ..
+        } = &self.topology;
+        let netns = match client {
+            Client::External => outside,
+            Client::Localhost => host,
+            Client::Hairpin => &peer.netns,
+        };
+        let direct = backend.address(Family::V4);
+        let published = match client {
+            Client::Localhost => IpAddr::from([127, 0, 0, 1]),
+            _ => self.topology.host_address(Family::V4),
+        };
+        let address = match (self.contender, client) {
+            (Contender::Wire, Client::External) => WIRE[1].parse().ok()?,
+            (Contender::Wire, _) => return None,
+            (Contender::Routing | Contender::RoutingBeside(_), _) => direct,
+            (Contender::IptablesBare, Client::Localhost | Client::Hairpin) => return None,
+            (Contender::Pasta, Client::Hairpin) => return None,
+            _ => published,
+        };
+        Some((netns, address))
+    }
+
+    pub(crate) fn has_udp(&self) -> bool {
+        self.contender.has_udp()
+    }
+
+    /// Puts the servers and a userland proxy on their cores.
+    pub(crate) fn place(&self, placement: Placement) -> Result<()> {
+        let daemon = self.daemon.iter().map(Daemon::pid);
+        let processes = self.servers.iter().chain(&self.proxies).map(Process::pid);
+        for pid in processes.chain(daemon) {
+            pin(pid, placement.others())?;
+        }
+        Ok(())
+    }
+
+    /// Sends frames to the host as fast as can be, and returns how many reached the container, and the time.
+    ///
+    /// # Errors
+    /// The kernel cannot generate, or there is no path.
+    pub(crate) fn flood(&self, flows: u32, first: u8, until: Until) -> Result<(u64, Duration)> {
+        let wire = self.contender == Contender::Wire;
+        let device = if wire { "wire0" } else { "eth0" };
+        let Some((client, IpAddr::V4(destination))) = self.path(Client::External) else {
+            bail!("no path");
+        };
+        // A veth takes whole batches of frames only while NAPI runs at its other end.
+        let receiver = if wire { &self.backend } else { self.host() };
+        receiver.run(&format!("ethtool -K {device} gro on"))?;
+        let load = Load {
+            netns: client,
+            device,
+            macs: [mac(receiver, device)?, mac(client, device)?],
+            source: std::net::Ipv4Addr::new(198, 19, first, 0),
+            destination,
+            port: SINK,
+            flows,
+        };
+        let before = self.received(device)?;
+        let time = generator::generate(&load, until);
+        let after = self.received(device)?;
+        receiver.run(&format!("ethtool -K {device} gro off"))?;
+        Ok((after - before, time?))
+    }
+
+    /// Packets that the container's device has received.
+    fn received(&self, device: &str) -> Result<u64> {
+        let device = if self.contender == Contender::Pasta {
+            "eth1"
+        } else {
+            device
+        };
+        self.backend.enter(|| {
+            let text = fs::read_to_string("/proc/thread-self/net/dev")?;
+            let line = text
+                .lines()
+                .find_map(|line| line.trim().strip_prefix(device)?.strip_prefix(':'))
+                .with_context(|| format!("no device {device}"))?;
+            let packets = line
+                .split_whitespace()
+                .nth(1)
+                .context("no packet counter")?;
+            Ok(packets.parse()?)
+        })
+    }
+}
+
+impl Drop for Arena {
+    fn drop(&mut self) {
+        let file = self.files.path().join(NETNS_FILE);
+        if file.exists() {
+            let _ = nix::mount::umount(&file);
+        }
+    }
+}
+
+/// Without this, 127.0.0.1 cannot be sent to a container by DNAT.
+fn masquerade_localhost(host: &Netns) -> Result<()> {
+    set_sysctl(host, "net/ipv4/conf/all/route_localnet", "1")
+}
+
+/// Sets a sysctl of one of our own network namespaces.
+fn set_sysctl(netns: &Netns, name: &str, value: &str) -> Result<()> {
+    netns.enter(|| fs::write(format!("/proc/sys/{name}"), value).with_context(|| name.to_owned()))
+}
+
+fn mac(netns: &Netns, device: &str) -> Result<[u8; 6]> {
+    let text = netns.run(&format!("ip -j link show {device}"))?;
+    let links: serde_json::Value = serde_json::from_str(&text)?;
+    let address = links[0]["address"].as_str().context("no MAC")?;
+    let bytes: Vec<u8> = address
+        .split(':')
+        .map(|part| u8::from_str_radix(part, 16))
+        .collect::<Result<_, _>>()?;
+    bytes
+        .try_into()
+        .map_err(|_| anyhow::anyhow!("MAC {address}"))
+}

@@ -1,0 +1,145 @@
+//! Frames as fast as the kernel makes them: BPF_PROG_TEST_RUN with live frames (kernel 5.18) runs
+//! `forwarder-ebpf/src/bin/generator.rs`, whose frames enter the host as if the client's device had sent them.
+
+use std::{
+    fs,
+    net::Ipv4Addr,
+    path::Path,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context, Result};
+use aya::{
+    Ebpf, EbpfLoader,
+    programs::{
+        SchedClassifier, TcAttachType, TestRun as _, TestRunAttrs, TestRunOptions, Xdp,
+        tc::qdisc_add_clsact,
+    },
+};
+use forwarder_tests::netns::Netns;
+
+/// Frames of one system call: many, since making and freeing their pages takes milliseconds.
+const CALL: u32 = 1 << 18;
+const BATCH: u32 = 64;
+
+/// What is sent.
+#[derive(Debug)]
+pub(crate) struct Load<'a> {
+    /// Where the device is.
+    pub(crate) netns: &'a Netns,
+    pub(crate) device: &'a str,
+    /// The host's MAC and the client's.
+    pub(crate) macs: [[u8; 6]; 2],
+    /// The first flow's; the low half counts up.
+    pub(crate) source: Ipv4Addr,
+    pub(crate) destination: Ipv4Addr,
+    pub(crate) port: u16,
+    /// Flows that take turns.
+    pub(crate) flows: u32,
+}
+
+/// When to stop.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Until {
+    Elapsed(Duration),
+    Sent(u32),
+}
+
+/// Sends, and returns how long that took, without the kernel's preparation.
+///
+/// # Errors
+/// The object is missing or the kernel has no live frames.
+pub(crate) fn generate(load: &Load<'_>, until: Until) -> Result<Duration> {
+    let object = object()?;
+    let template = template(load);
+    load.netns.enter(|| {
+        let ifindex = nix::net::if_::if_nametoindex(load.device).context("the client's device")?;
+        let mut ebpf = EbpfLoader::new()
+            .override_global("TEMPLATE", &template, true)
+            .override_global("FLOWS", &load.flows, true)
+            .override_global("IFINDEX", &ifindex, true)
+            .load(&object)
+            .context("load the generator")?;
+        let program: &mut Xdp = ebpf
+            .program_mut("generate")
+            .context("the object has no program generate")?
+            .try_into()?;
+        program.load().context("load the generator")?;
+        let frame = [0; 60];
+        let begin = Instant::now();
+        let (mut sent, mut spent) = (0, Duration::ZERO);
+        loop {
+            let repeat = match until {
+                Until::Elapsed(time) if begin.elapsed() >= time => break,
+                Until::Elapsed(_) => CALL,
+                Until::Sent(all) if sent >= all => break,
+                Until::Sent(all) => CALL.min(all - sent),
+            };
+            let mut options = TestRunOptions::new();
+            options.data_in = Some(&frame);
+            options.repeat = repeat;
+            options.attrs = TestRunAttrs::new().xdp_live_frames(BATCH);
+            let result = program
+                .test_run(options)
+                .context("BPF_PROG_TEST_RUN with live frames (kernel 5.18 or later)")?;
+            // The average of a frame, by the kernel's own clock.
+            spent += result.duration * repeat;
+            sent += repeat;
+        }
+        Ok(spent)
+    })
+}
+
+/// Drops the generator's frames at the ingress of these devices, for as long as what it returns lives.
+///
+/// # Errors
+/// The object is missing or the kernel refuses it.
+pub(crate) fn sink(netns: &Netns, devices: &[&str], port: u16) -> Result<Ebpf> {
+    let object = object()?;
+    netns.enter(|| {
+        let mut ebpf = EbpfLoader::new()
+            .override_global("PORT", &port.to_be(), true)
+            .load(&object)
+            .context("load the sink")?;
+        let program: &mut SchedClassifier = ebpf
+            .program_mut("sink")
+            .context("the object has no program sink")?
+            .try_into()?;
+        program.load().context("load the sink")?;
+        for device in devices {
+            let _ = qdisc_add_clsact(device); // where there is no TCX
+            program
+                .attach(device, TcAttachType::Ingress)
+                .with_context(|| format!("attach the sink to {device}"))?;
+        }
+        Ok(ebpf)
+    })
+}
+
+fn object() -> Result<Vec<u8>> {
+    let path = std::env::var_os("GENERATOR_OBJECT")
+        .context("GENERATOR_OBJECT is not set: run `cargo xtask bench`")?;
+    fs::read(&path).with_context(|| Path::new(&path).display().to_string())
+}
+
+/// Ethernet, IPv4 and UDP without a checksum, which IPv4 allows; words as they stand in memory.
+fn template(load: &Load<'_>) -> [u32; 15] {
+    let [destination, source] = load.macs;
+    let payload = [0; 60 - 14 - 20 - 8];
+    let [a, b, _, _] = load.source.octets();
+    let mut frame = Vec::new();
+    etherparse::PacketBuilder::ethernet2(source, destination)
+        .ipv4([a, b, 0, 0], load.destination.octets(), 64)
+        .udp(0, load.port)
+        .write(&mut frame, &payload)
+        .unwrap_or_else(|error| unreachable!("a short frame: {error}"));
+    frame[40..42].fill(0);
+    std::array::from_fn(|at| {
+        u32::from_ne_bytes([
+            frame[4 * at],
+            frame[4 * at + 1],
+            frame[4 * at + 2],
+            frame[4 * at + 3],
+        ])
+    })
+}

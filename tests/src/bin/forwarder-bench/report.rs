@@ -1,0 +1,382 @@
+//! What was measured, as tables, raw numbers and a chart.
+
+use std::{collections::BTreeMap, fmt, fmt::Write as _, fs, path::Path};
+
+use anyhow::{Context, Result};
+use serde::Serialize;
+use serde_json::json;
+
+use crate::{
+    arena::{Client, Contender},
+    chart, goals,
+    process::Placement,
+    scale::Scale,
+    workload::{Sample, Workload},
+};
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) struct Case {
+    pub(crate) client: Client,
+    pub(crate) placement: Placement,
+    pub(crate) workload: Workload,
+}
+
+impl fmt::Display for Case {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self {
+            client,
+            placement,
+            workload,
+        } = self;
+        write!(
+            f,
+            "{}, {}, {}",
+            client.name(),
+            placement.name(),
+            workload.name()
+        )
+    }
+}
+
+#[derive(Debug)]
+pub(crate) struct Record {
+    pub(crate) contender: Contender,
+    pub(crate) case: Case,
+    pub(crate) round: u32,
+    pub(crate) result: Result<Sample, String>,
+}
+
+/// The middle of several measurements, and how far they lie apart.
+#[derive(Clone, Copy, Debug, Serialize)]
+pub(crate) struct Summary {
+    pub(crate) median: f64,
+    pub(crate) least: f64,
+    pub(crate) most: f64,
+}
+
+impl Summary {
+    /// `None` of nothing.
+    pub(crate) fn of(values: impl IntoIterator<Item = f64>) -> Option<Self> {
+        let mut values: Vec<f64> = values.into_iter().collect();
+        values.sort_by(f64::total_cmp);
+        let middle = values.len() / 2;
+        let median = if values.len() % 2 == 1 {
+            values[middle]
+        } else {
+            (values.get(middle.checked_sub(1)?)? + values[middle]) / 2.0
+        };
+        Some(Self {
+            median,
+            least: *values.first()?,
+            most: *values.last()?,
+        })
+    }
+}
+
+#[derive(Debug)]
+pub(crate) struct Report {
+    environment: Vec<String>,
+    pub(crate) notes: Vec<String>,
+    records: Vec<Record>,
+    pub(crate) scale: Option<Scale>,
+}
+
+impl Report {
+    pub(crate) fn new(environment: Vec<String>) -> Self {
+        Self {
+            environment,
+            notes: Vec::new(),
+            records: Vec::new(),
+            scale: None,
+        }
+    }
+
+    pub(crate) fn note(&mut self, note: String) {
+        eprintln!("note: {note}");
+        self.notes.push(note);
+    }
+
+    pub(crate) fn add(&mut self, record: Record) {
+        self.records.push(record);
+    }
+
+    fn samples(&self, contender: Contender, case: Case) -> impl Iterator<Item = &Sample> {
+        self.records
+            .iter()
+            .filter(move |record| record.contender == contender && record.case == case)
+            .filter_map(|record| record.result.as_ref().ok())
+    }
+
+    pub(crate) fn summary(&self, contender: Contender, case: Case) -> Option<Summary> {
+        Summary::of(self.samples(contender, case).map(|sample| sample.value))
+    }
+
+    /// The first case in which one of the contenders that matter has no number at all.
+    pub(crate) fn missing(&self) -> Option<String> {
+        let needed = [
+            Contender::Wire,
+            Contender::Routing,
+            Contender::Iptables,
+            Contender::Forwarder,
+            Contender::Userland,
+        ];
+        let failed = self.records.iter().find(|record| {
+            needed.contains(&record.contender)
+                && self.summary(record.contender, record.case).is_none()
+        })?;
+        Some(format!("{} of {}", failed.case, failed.contender.name()))
+    }
+
+    /// Contenders with numbers in any of these cases, in their own order.
+    fn contenders(&self, cases: &[Case]) -> Vec<Contender> {
+        let has = |contender: &Contender| {
+            cases
+                .iter()
+                .any(|case| self.summary(*contender, *case).is_some())
+        };
+        Contender::ALL.into_iter().filter(has).collect()
+    }
+
+    /// The cases that were measured, by client and placement.
+    fn groups(&self) -> BTreeMap<(Client, Placement), Vec<Case>> {
+        let mut groups: BTreeMap<_, Vec<Case>> = BTreeMap::new();
+        for Record { case, .. } in &self.records {
+            let group = groups.entry((case.client, case.placement)).or_default();
+            if !group.contains(case) {
+                group.push(*case);
+            }
+        }
+        groups
+    }
+
+    /// A row for each contender, a column for each workload: the median, and what it is of iptables' median.
+    pub(crate) fn table(
+        &self,
+        cases: &[Case],
+        cell: impl Fn(Contender, Case) -> Option<String>,
+    ) -> String {
+        let mut text = "| |".to_owned();
+        for case in cases {
+            let _ = write!(
+                text,
+                " {}, {} |",
+                case.workload.name(),
+                case.workload.unit()
+            );
+        }
+        let _ = write!(text, "\n|---|{}\n", "--:|".repeat(cases.len()));
+        for contender in self.contenders(cases) {
+            let _ = write!(text, "| {} |", contender.name());
+            for case in cases {
+                let cell = cell(contender, *case).unwrap_or_else(|| "–".into());
+                let _ = write!(text, " {cell} |");
+            }
+            text.push('\n');
+        }
+        text
+    }
+
+    fn values(&self, cases: &[Case]) -> String {
+        self.table(cases, |contender, case| {
+            let Summary {
+                median,
+                least,
+                most,
+            } = self.summary(contender, case)?;
+            let ratio = self
+                .summary(Contender::Iptables, case)
+                .map_or(String::new(), |base| {
+                    format!(" **{:.2}×**", median / base.median)
+                });
+            Some(format!(
+                "{}{ratio} ({}–{})",
+                short(median),
+                short(least),
+                short(most)
+            ))
+        })
+    }
+
+    /// Medians of a further figure of the samples; `None` where no sample has it.
+    fn further(&self, cases: &[Case], figure: impl Fn(&Sample) -> Option<f64>) -> Option<String> {
+        let cell = |contender, case| {
+            let summary = Summary::of(self.samples(contender, case).filter_map(&figure))?;
+            Some(short(summary.median))
+        };
+        let cases: Vec<Case> = cases
+            .iter()
+            .copied()
+            .filter(|case| {
+                Contender::ALL
+                    .iter()
+                    .any(|contender| cell(*contender, *case).is_some())
+            })
+            .collect();
+        (!cases.is_empty()).then(|| self.table(&cases, cell))
+    }
+
+    pub(crate) fn markdown(&self) -> String {
+        let mut text = String::new();
+        let goals = goals::table(self);
+        if !goals.is_empty() {
+            let _ = write!(
+                text,
+                "## Goals\n\nRatios of medians of this run.\n\n{goals}\n"
+            );
+        }
+        for ((client, placement), cases) in self.groups() {
+            let _ = write!(
+                text,
+                "## {} client, {}\n\n{}\n",
+                capital(client.name()),
+                placement.name(),
+                self.values(&cases)
+            );
+            if let Some(table) = self.further(&cases, |sample| Some(sample.cpu_us)) {
+                let _ = write!(
+                    text,
+                    "CPU time of the whole machine, µs for each packet, round trip, request or kilobyte:\n\n{table}\n"
+                );
+            }
+            for (name, figure) in [
+                (
+                    "median",
+                    (|sample: &Sample| sample.p50_us) as fn(&Sample) -> Option<f64>,
+                ),
+                ("99th percentile", |sample| sample.p99_us),
+            ] {
+                if let Some(table) = self.further(&cases, figure) {
+                    let _ = write!(text, "Latency, {name}, µs:\n\n{}\n", without_units(&table));
+                }
+            }
+        }
+        if let Some(scale) = &self.scale {
+            text += &scale.markdown();
+        }
+        text += "## How it was measured\n\n";
+        text += METHOD;
+        for line in &self.environment {
+            let _ = writeln!(text, "- {line}");
+        }
+        if !self.notes.is_empty() {
+            text += "\nNotes:\n\n";
+            for note in &self.notes {
+                let _ = writeln!(text, "- {}", note.replace('\n', " "));
+            }
+        }
+        text
+    }
+
+    /// README.md, raw.json, chart.svg.
+    ///
+    /// # Errors
+    /// The folder cannot be written.
+    pub(crate) fn write(&self, folder: &Path) -> Result<()> {
+        fs::create_dir_all(folder).with_context(|| folder.display().to_string())?;
+        let outside: Vec<Case> = self
+            .groups()
+            .remove(&(Client::External, Placement::Same))
+            .unwrap_or_default();
+        let mut heading = "# Benchmark\n\n".to_owned();
+        if !outside.is_empty() {
+            heading += "![Medians of each workload by contender](chart.svg)\n\n";
+            fs::write(folder.join("chart.svg"), chart::svg(self, &outside)).context("chart.svg")?;
+        }
+        fs::write(folder.join("README.md"), heading + &self.markdown()).context("README.md")?;
+        fs::write(folder.join("raw.json"), self.raw()?).context("raw.json")
+    }
+
+    fn raw(&self) -> Result<String> {
+        let records: Vec<_> = self
+            .records
+            .iter()
+            .map(
+                |Record {
+                     contender,
+                     case,
+                     round,
+                     result,
+                 }| {
+                    json!({
+                        "contender": contender.name(),
+                        "client": case.client.name(),
+                        "placement": case.placement.name(),
+                        "workload": case.workload.name(),
+                        "unit": case.workload.unit(),
+                        "round": round,
+                        "sample": result.as_ref().ok(),
+                        "error": result.as_ref().err(),
+                    })
+                },
+            )
+            .collect();
+        let document = json!({
+            "environment": self.environment,
+            "notes": self.notes,
+            "records": records,
+            "scale": self.scale,
+        });
+        Ok(serde_json::to_string_pretty(&document)? + "\n")
+    }
+}
+
+const METHOD: &str = "\
+By `cargo xtask bench`: each contender has its own client, host and container, network namespaces joined by \
+veths, the container on a bridge. Rounds take turns; a figure is the median, with the least and the most in \
+parentheses, and bold is what it is of iptables' median. \"one core\": client, server and proxy are pinned to \
+one core, so that a figure is the cost of all of it; \"two cores\": the client has one, server and proxy the \
+other; \"unpinned\": as the scheduler likes. Wire is a veth between client and container without a host; \
+routing is the client asking the container's own address (for a client on the host: a direct connection; for a \
+container: plain bridging).
+
+- capacity, new flows: 60-byte UDP frames from BPF_PROG_TEST_RUN with live frames, counted at the container's \
+device and dropped there; generator and host share one core, so the generator's cost (see wire) is in every figure
+- TCP bulk: `iperf3 -c ADDRESS -t 1`; round trips: `sockperf pp [--tcp] --full-rtt -t 1`, 14 bytes
+- connect, request, close: `wrk -t1 -c16 -d1s -H Connection:close`, answered by haproxy's own HTTP
+";
+
+/// Three digits that matter.
+pub(crate) fn short(value: f64) -> String {
+    let digits = match value.abs() {
+        v if v >= 100.0 => 0,
+        v if v >= 10.0 => 1,
+        _ => 2,
+    };
+    format!("{value:.digits$}")
+}
+
+fn capital(word: &str) -> String {
+    let mut letters = word.chars();
+    letters.next().map_or(String::new(), |first| {
+        first.to_uppercase().chain(letters).collect()
+    })
+}
+
+/// The header without the units of throughput.
+fn without_units(table: &str) -> String {
+    let (header, rest) = table.split_once('\n').unwrap_or((table, ""));
+    let mut header = header.to_owned();
+    for workload in [
+        Workload::TcpRoundTrip,
+        Workload::UdpRoundTrip,
+        Workload::Connect,
+    ] {
+        let name = workload.name();
+        header = header.replace(&format!("{name}, {}", workload.unit()), name);
+    }
+    format!("{header}\n{rest}")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_summary_is_the_middle_and_the_ends() {
+        let odd = Summary::of([3.0, 1.0, 2.0]).expect("three");
+        assert_eq!((odd.median, odd.least, odd.most), (2.0, 1.0, 3.0));
+        let even = Summary::of([4.0, 1.0, 2.0, 3.0]).expect("four");
+        assert_eq!(even.median, 2.5);
+        assert!(Summary::of([]).is_none());
+    }
+}

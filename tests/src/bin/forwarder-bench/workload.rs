@@ -1,0 +1,291 @@
+//! What is measured, by which tool, and how its output is read.
+
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail, ensure};
+use serde::Serialize;
+use serde_json::Value;
+
+use crate::{
+    arena::{Arena, BULK, Client, DATAGRAM, HTTP, ROUND_TRIP},
+    generator::Until,
+    process::{Placement, busy_seconds, pin_this_thread},
+};
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) enum Workload {
+    /// 60-byte UDP frames of one flow, as many as the host carries.
+    Capacity,
+    /// The same, each of another flow.
+    NewFlows,
+    /// One TCP connection, as much as it carries.
+    Bulk,
+    /// One TCP connection, a message of 14 bytes there and back.
+    TcpRoundTrip,
+    UdpRoundTrip,
+    /// HTTP over 16 connections at a time, each closed after one request.
+    Connect,
+}
+
+impl Workload {
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Self::Capacity => "capacity",
+            Self::NewFlows => "new flows",
+            Self::Bulk => "TCP bulk",
+            Self::TcpRoundTrip => "TCP round trips",
+            Self::UdpRoundTrip => "UDP round trips",
+            Self::Connect => "connect, request, close",
+        }
+    }
+
+    pub(crate) fn unit(self) -> &'static str {
+        match self {
+            Self::Capacity => "kpackets/s",
+            Self::NewFlows => "kflows/s",
+            Self::Bulk => "Gbit/s",
+            Self::TcpRoundTrip | Self::UdpRoundTrip | Self::Connect => "k/s",
+        }
+    }
+
+    fn is_generated(self) -> bool {
+        matches!(self, Self::Capacity | Self::NewFlows)
+    }
+
+    /// Whether this arena has such a path at all.
+    pub(crate) fn applies(self, arena: &Arena, client: Client) -> bool {
+        let udp = self.is_generated() || self == Self::UdpRoundTrip;
+        let from_outside = client == Client::External || !self.is_generated();
+        from_outside && arena.path(client).is_some() && (!udp || arena.has_udp())
+    }
+}
+
+/// One measurement. Higher values are better, in [`Workload::unit`].
+#[derive(Clone, Debug, Serialize)]
+pub(crate) struct Sample {
+    pub(crate) value: f64,
+    /// CPU time of the whole machine, client and server included, for each packet, round trip, request or
+    /// kilobyte, in microseconds.
+    pub(crate) cpu_us: f64,
+    /// Round trip or request, in microseconds.
+    pub(crate) p50_us: Option<f64>,
+    pub(crate) p99_us: Option<f64>,
+}
+
+/// Flows of one new-flows run: many enough to matter, few enough for conntrack's table.
+const NEW_FLOWS: u32 = 1 << 17;
+
+/// Measures once. `round` keeps the flows of different rounds apart.
+///
+/// # Errors
+/// The tool fails, or says something that isn't understood.
+pub(crate) fn measure(
+    arena: &Arena,
+    workload: Workload,
+    client: Client,
+    placement: Placement,
+    time: Duration,
+    round: u32,
+) -> Result<Sample> {
+    let (netns, address) = arena.path(client).context("no path")?;
+    arena.place(placement)?;
+    pin_this_thread(placement.client())?;
+    let seconds = time.as_secs().max(1);
+    let busy = busy_seconds()?;
+    let measured = match workload {
+        Workload::Capacity => arena
+            .flood(1, 0, Until::Elapsed(time))
+            .map(|(packets, elapsed)| Measured::of(packets as f64, elapsed)),
+        Workload::NewFlows => {
+            // Four source addresses a run.
+            let first = u8::try_from(4 * (round % 60) + 4)?;
+            arena
+                .flood(NEW_FLOWS, first, Until::Sent(NEW_FLOWS))
+                .map(|(packets, elapsed)| Measured::of(packets as f64, elapsed))
+        }
+        Workload::Bulk => {
+            let line = format!("iperf3 -c {address} -p {BULK} -t {seconds} -J");
+            netns.run(&line).and_then(|text| bulk(&text))
+        }
+        Workload::TcpRoundTrip => {
+            let line =
+                format!("sockperf pp --tcp -i {address} -p {ROUND_TRIP} -t {seconds} --full-rtt");
+            netns.run(&line).and_then(|text| round_trips(&text))
+        }
+        Workload::UdpRoundTrip => {
+            let line = format!("sockperf pp -i {address} -p {DATAGRAM} -t {seconds} --full-rtt");
+            netns.run(&line).and_then(|text| round_trips(&text))
+        }
+        Workload::Connect => {
+            let line = format!(
+                "wrk -t1 -c16 -d{seconds}s --latency -H Connection:close http://{address}:{HTTP}/"
+            );
+            netns.run(&line).and_then(|text| requests(&text))
+        }
+    };
+    let measured = measured?;
+    // The generator's core is never idle, and what made the frames was not part of its time.
+    let busy = if workload.is_generated() {
+        measured.seconds
+    } else {
+        busy_seconds()? - busy
+    };
+    ensure!(measured.operations > 0.0, "nothing came through");
+    Ok(Sample {
+        value: measured.operations / measured.seconds / workload.scale(),
+        cpu_us: busy * 1e6 / measured.operations,
+        p50_us: measured.p50_us,
+        p99_us: measured.p99_us,
+    })
+}
+
+impl Workload {
+    /// Operations per second in one [`Workload::unit`].
+    fn scale(self) -> f64 {
+        match self {
+            Self::Bulk => 1e9 / 8000.0,
+            _ => 1e3,
+        }
+    }
+}
+
+struct Measured {
+    /// Packets, flows, round trips, requests, or kilobytes, in `seconds`.
+    operations: f64,
+    seconds: f64,
+    p50_us: Option<f64>,
+    p99_us: Option<f64>,
+}
+
+impl Measured {
+    fn of(operations: f64, time: Duration) -> Self {
+        Self {
+            operations,
+            seconds: time.as_secs_f64(),
+            p50_us: None,
+            p99_us: None,
+        }
+    }
+}
+
+/// iperf3's JSON.
+fn bulk(text: &str) -> Result<Measured> {
+    let document: Value = serde_json::from_str(text).context("iperf3's JSON")?;
+    let received = &document["end"]["sum_received"];
+    let field = |name: &str| {
+        received[name]
+            .as_f64()
+            .with_context(|| format!("iperf3 says nothing of {name}: {}", document["error"]))
+    };
+    let kilobytes = field("bytes")? / 1000.0;
+    Ok(Measured {
+        operations: kilobytes,
+        seconds: field("seconds")?,
+        p50_us: None,
+        p99_us: None,
+    })
+}
+
+/// The number after `name` in sockperf's or wrk's report.
+fn after(text: &str, name: &str) -> Option<f64> {
+    let (_, rest) = text.split_once(name)?;
+    let rest = rest.trim_start_matches([' ', '=']);
+    let end = rest
+        .find(|c: char| !c.is_ascii_digit() && c != '.')
+        .unwrap_or(rest.len());
+    rest[..end].parse().ok()
+}
+
+/// sockperf's ping-pong report. Its totals include what it calls the warm-up, which is the same traffic; its
+/// percentiles don't.
+fn round_trips(text: &str) -> Result<Measured> {
+    let number = |name| {
+        let (_, totals) = text.split_once("[Total Run]")?;
+        after(totals, name)
+    };
+    let (Some(received), Some(seconds)) = (number("ReceivedMessages"), number("RunTime")) else {
+        let last = text.lines().rfind(|line| !line.trim().is_empty());
+        bail!("{}", last.unwrap_or("sockperf says nothing"));
+    };
+    Ok(Measured {
+        operations: received,
+        seconds,
+        p50_us: after(text, "percentile 50.000"),
+        p99_us: after(text, "percentile 99.000"),
+    })
+}
+
+/// wrk's report.
+fn requests(text: &str) -> Result<Measured> {
+    if let Some((_, errors)) = text.split_once("Socket errors:") {
+        bail!(
+            "wrk: socket errors:{}",
+            errors.lines().next().unwrap_or_default()
+        );
+    }
+    let rate = after(text, "Requests/sec:").context("wrk says nothing of Requests/sec")?;
+    let line = text
+        .lines()
+        .find(|line| line.contains(" requests in "))
+        .context("wrk says nothing of requests")?;
+    let requests: f64 = line.split_whitespace().next().unwrap_or_default().parse()?;
+    let latency = |name: &str| {
+        let line = text
+            .lines()
+            .find_map(|line| line.trim().strip_prefix(name))?
+            .trim();
+        let unit = line.trim_start_matches(|c: char| c.is_ascii_digit() || c == '.');
+        let number: f64 = line[..line.len() - unit.len()].parse().ok()?;
+        match unit {
+            "us" => Some(number),
+            "ms" => Some(number * 1e3),
+            "s" => Some(number * 1e6),
+            _ => None,
+        }
+    };
+    Ok(Measured {
+        operations: requests,
+        seconds: requests / rate,
+        p50_us: latency("50%"),
+        p99_us: latency("99%"),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sockperfs_report_is_understood() {
+        let text = "sockperf: [Total Run] RunTime=1.001 sec; Warm up time=400 msec; SentMessages=5086; ReceivedMessages=5085\n\
+            sockperf: [Valid Duration] RunTime=0.550 sec; SentMessages=1576; ReceivedMessages=1576\n\
+            sockperf: ---> percentile 99.000 = 1118.196\nsockperf: ---> percentile 50.000 =  373.323\n";
+        let measured = round_trips(text).expect("a report");
+        assert_eq!((measured.operations, measured.seconds), (5085.0, 1.001));
+        assert_eq!(
+            (measured.p50_us, measured.p99_us),
+            (Some(373.323), Some(1118.196))
+        );
+    }
+
+    #[test]
+    fn wrks_report_is_understood() {
+        let text = "Running 1s test @ http://127.0.0.1/\n  1 threads and 16 connections\n  Latency Distribution\n\
+            \x20    50%  410.00us\n     99%    1.20ms\n  10500 requests in 1.05s, 1.1MB read\nRequests/sec:  10000.00\n";
+        let measured = requests(text).expect("a report");
+        assert_eq!((measured.operations, measured.seconds), (10500.0, 1.05));
+        assert_eq!(
+            (measured.p50_us, measured.p99_us),
+            (Some(410.0), Some(1200.0))
+        );
+        assert!(requests("Socket errors: connect 3, read 0\nRequests/sec: 1").is_err());
+    }
+
+    #[test]
+    fn iperf3s_error_is_shown() {
+        let error = bulk(r#"{"error": "unable to connect", "end": {}}"#)
+            .err()
+            .expect("no totals");
+        assert!(error.to_string().contains("unable to connect"), "{error}");
+    }
+}
