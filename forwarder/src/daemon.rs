@@ -31,7 +31,7 @@ use crate::{
     datapath::{self, Datapath},
     interfaces::{self, Reader, Snapshot},
     output,
-    proxy::{Held, Options as ProxyOptions, Proxy, Stop},
+    proxy::{Held, Options as ProxyOptions, Proxy, Stop, raise_descriptor_limit},
     spec::Spec,
 };
 
@@ -83,6 +83,7 @@ pub struct Daemon {
 /// What could not be begun; everything begun before is undone.
 pub async fn run(instance: &str, options: Run) -> Result<()> {
     let mut socket = Socket::bind(instance)?;
+    raise_descriptor_limit();
     let mut daemon = Daemon::new(instance, options).await?;
     let specs = daemon.options.publish.clone();
     let allow = daemon.options.allow.clone();
@@ -193,20 +194,21 @@ impl Daemon {
 
     /// Publishes all of them or none.
     async fn publish(&mut self, specs: &[Spec], allow: &[IpNet]) -> Result<Vec<u32>> {
-        for (at, spec) in specs.iter().enumerate() {
-            let others = self
-                .publishes
-                .values()
-                .filter(|p| !p.draining())
-                .map(|p| &p.spec);
-            if let Some(other) = others
-                .chain(&specs[..at])
-                .find(|other| other.overlaps(spec))
-            {
-                bail!(
-                    "publish {spec}: overlaps with {other}; unpublish that or choose other ports"
-                );
-            }
+        let present = self.publishes.values().filter(|p| !p.draining());
+        if let Some((spec, other)) = Spec::first_overlap(present.map(|p| &p.spec), specs) {
+            bail!("publish {spec}: overlaps with {other}; unpublish that or choose other ports");
+        }
+        // A publish that drains on these ports has had its time.
+        let drained: Vec<u32> = self
+            .publishes
+            .iter()
+            .filter(|(_, other)| {
+                other.draining() && specs.iter().any(|spec| other.spec.overlaps(spec))
+            })
+            .map(|(id, _)| *id)
+            .collect();
+        for id in drained {
+            self.unpublish(id, Ending::Cut).await?;
         }
         let mut ids = Vec::new();
         for spec in specs {
@@ -225,16 +227,6 @@ impl Daemon {
     }
 
     async fn publish_one(&mut self, spec: &Spec, allow: &[IpNet]) -> Result<u32> {
-        // A publish that drains on these ports has had its time.
-        let drained: Vec<u32> = self
-            .publishes
-            .iter()
-            .filter(|(_, other)| other.draining() && other.spec.overlaps(spec))
-            .map(|(id, _)| *id)
-            .collect();
-        for id in drained {
-            self.unpublish(id, Ending::Cut).await?;
-        }
         let held = Held::bind(spec)?;
         let id = self.free_id()?;
         let options = ProxyOptions {

@@ -43,7 +43,10 @@ impl Held {
         };
         let frontends = spec.frontends();
         let wanted = u64::from(spec.ports.count()) * frontends.len() as u64;
-        if let Err(limit) = descriptors(wanted) {
+        // Counting what is open takes long for somebody who has much open; one port says so by itself.
+        if spec.ports.count() > 1
+            && let Err(limit) = descriptors(wanted)
+        {
             let problem = format!(
                 "{wanted} ports need {} open files, and the limit is {limit}; raise it by `ulimit -n` \
                  or publish a narrower range",
@@ -112,24 +115,23 @@ fn is_without_ipv6(address: IpAddr, error: &io::Error) -> bool {
             .is_some_and(|code| absent.contains(&code))
 }
 
-/// Raises the soft limit of open files as far as it is needed and allowed.
+/// Raises the soft limit of open files to the hard one: each port and each connection takes some.
+pub fn raise_descriptor_limit() {
+    if let Ok((_, hard)) = getrlimit(Resource::RLIMIT_NOFILE) {
+        let _ = setrlimit(Resource::RLIMIT_NOFILE, hard, hard);
+    }
+}
+
+/// Whether so many descriptors can still be opened.
 ///
 /// # Errors
-/// The hard limit, if it is too low.
+/// The limit, if it is too low.
 fn descriptors(wanted: u64) -> Result<(), u64> {
     let open = fs::read_dir("/proc/self/fd").map_or(0, Iterator::count) as u64;
-    let needed = open + wanted + SPARE;
-    let Ok((soft, hard)) = getrlimit(Resource::RLIMIT_NOFILE) else {
-        return Ok(());
-    };
-    if needed <= soft {
-        return Ok(());
+    match getrlimit(Resource::RLIMIT_NOFILE) {
+        Ok((limit, _)) if open + wanted + SPARE > limit => Err(limit),
+        _ => Ok(()),
     }
-    // A proxy wants many descriptors for its connections as well.
-    if needed <= hard && setrlimit(Resource::RLIMIT_NOFILE, hard, hard).is_ok() {
-        return Ok(());
-    }
-    Err(hard)
 }
 
 fn explain(error: &io::Error, address: IpAddr, port: u16, spec: &Spec) -> String {
