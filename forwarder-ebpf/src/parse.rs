@@ -13,7 +13,8 @@ pub const L4_V4: usize = L3 + 20;
 pub const L4_V6: usize = L3 + 40;
 /// Behind IPv6's fragment header (RFC 8200 section 4.5), the one extension header that is understood.
 pub const L4_V6_FRAGMENT: usize = L4_V6 + 8;
-const LONGEST: usize = L4_V6_FRAGMENT + 20;
+/// The part of TCP's header that is read.
+const TCP_LENGTH: usize = 20;
 
 const ETHERTYPE_IPV4: u16 = 0x0800_u16.to_be();
 const ETHERTYPE_IPV6: u16 = 0x86dd_u16.to_be();
@@ -164,17 +165,31 @@ pub fn packet(ctx: &TcContext) -> Result<Packet, Reason> {
     if vlan != 0 {
         return Err(Reason::NotOurs); // comes again, untagged, on the VLAN's own device
     }
-    if ctx.data_end() - ctx.data() < LONGEST && ctx.data_end() - ctx.data() < ctx.len() as usize {
-        let wanted = (ctx.len()).min(LONGEST as u32);
-        ctx.pull_data(wanted).map_err(|_| Reason::NotOurs)?;
-    }
     let ethernet = header::<Ethernet>(ctx, 0).ok_or(Reason::NotOurs)?;
     // SAFETY: `header` checked the bounds; packed structs have no alignment.
     match unsafe { (*ethernet).ethertype } {
-        ETHERTYPE_IPV4 => ipv4(ctx, ifindex),
-        ETHERTYPE_IPV6 => ipv6(ctx, ifindex),
+        ETHERTYPE_IPV4 => {
+            linear(ctx, L4_V4 + TCP_LENGTH)?;
+            ipv4(ctx, ifindex)
+        }
+        ETHERTYPE_IPV6 => {
+            linear(ctx, L4_V6 + TCP_LENGTH)?;
+            ipv6(ctx, ifindex)
+        }
         _ => Err(Reason::NotOurs),
     }
+}
+
+/// Brings so many bytes, or all that there are, into the frame's linear part. Locally sent TCP has its headers
+/// there and its payload elsewhere: a byte more would copy both.
+#[inline(always)]
+fn linear(ctx: &TcContext, wanted: usize) -> Result<(), Reason> {
+    let have = ctx.data_end() - ctx.data();
+    if have < wanted && have < ctx.len() as usize {
+        let wanted = ctx.len().min(wanted as u32);
+        ctx.pull_data(wanted).map_err(|_| Reason::NotOurs)?;
+    }
+    Ok(())
 }
 
 #[inline(always)]
@@ -228,6 +243,7 @@ fn ipv6(ctx: &TcContext, ifindex: u32) -> Result<Packet, Reason> {
     let (source, destination) = (Address(ip.source), Address(ip.destination));
     let ttl = ip.hop_limit;
     if protocol == FRAGMENT_HEADER {
+        linear(ctx, L4_V6_FRAGMENT + TCP_LENGTH)?;
         let fragment = header::<FragmentHeader>(ctx, L4_V6).ok_or(Reason::NotOurs)?;
         // SAFETY: `header` checked the bounds; packed structs have no alignment.
         let fragment = unsafe { &*fragment };
