@@ -7,16 +7,19 @@ use crate::{
     tuple::{Address, TCP, UDP},
 };
 
-/// An element of `PORTS`: what is published on one port of one protocol. Zero: nothing.
+/// An element of `PORTS`: what one port of one protocol has to do with any publish. Zero: nothing.
 ///
-/// One array lookup tells nearly all foreign traffic apart, and a range costs eight bytes a port.
+/// One array lookup for each of a packet's ports tells nearly all foreign traffic apart, and a range costs
+/// eight bytes a port.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Pod, Zeroable)]
 pub struct Port {
     /// Index in `PUBLISHES` of the publish on every local address; 0 for none.
     pub wildcard: u32,
     /// How many entries of `FRONTENDS` have this port; 0 saves the lookup.
-    pub exact: u32,
+    pub exact: u16,
+    /// How many publishes lead to this port of their backend: 0 for what no reply comes from.
+    pub backends: u16,
 }
 
 /// Ports of one protocol in `PORTS`.

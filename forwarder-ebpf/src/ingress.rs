@@ -63,7 +63,9 @@ fn forward(
         }
     }
     // Nearly always it is the reply that carries the key of its flow, reversed.
-    if let Some(flow) = flow::get(&packet.tuple.reversed()) {
+    if publish::may_be_reply(packet)
+        && let Some(flow) = flow::get(&packet.tuple.reversed())
+    {
         return to_client(ctx, packet, flow, trail);
     }
     let published = published.ok_or(Reason::NotOurs)?;

@@ -39,6 +39,14 @@ pub fn find(packet: &Packet) -> Option<Published> {
     Some(Published { publish, index })
 }
 
+/// Whether the packet may be a backend's reply: its source is the backend port of some publish.
+#[inline(always)]
+pub fn may_be_reply(packet: &Packet) -> bool {
+    port_index(packet.protocol, u16::from_be(packet.tuple.source_port))
+        .and_then(|index| PORTS.get(index))
+        .is_some_and(|port| port.backends != 0)
+}
+
 #[inline(always)]
 fn exact(packet: &Packet) -> Option<u32> {
     let mut frontend = Frontend {

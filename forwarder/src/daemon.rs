@@ -50,6 +50,8 @@ struct Published {
     entry: Option<Entry>,
     /// Why the fast path doesn't serve it.
     reason: Option<String>,
+    /// Whether its ports are in `PORTS` and `FRONTENDS`.
+    in_front: bool,
     /// Packets and bytes of flows that have ended.
     ended: (u64, u64),
 }
@@ -98,6 +100,8 @@ pub async fn run(instance: &str, options: Run) -> Result<()> {
             return Err(error);
         }
     }
+    // An earlier instance's programs know its publishes until these take over.
+    daemon.reconcile_devices(&Snapshot::default())?;
     if let Some(datapath) = &daemon.datapath {
         datapath.forget_others();
     }
@@ -136,7 +140,9 @@ impl Daemon {
             logging: false,
             asked: HashMap::new(),
         };
-        daemon.refresh().await?;
+        if let Some(reader) = &daemon.reader {
+            daemon.snapshot = reader.snapshot(&Snapshot::default()).await?;
+        }
         Ok(daemon)
     }
 
@@ -239,6 +245,7 @@ impl Daemon {
             proxy: Some(Proxy::start(held, spec.clone(), options)),
             entry: None,
             reason: self.datapath.is_none().then(|| self.without.clone()),
+            in_front: false,
             ended: (0, 0),
         };
         self.publishes.insert(id, published);
@@ -270,19 +277,26 @@ impl Daemon {
 
     /// Points the publish's ports at it, or at nothing.
     fn set_frontends(&mut self, id: u32, on: bool) -> Result<()> {
-        let (Some(datapath), Some(published)) = (&mut self.datapath, self.publishes.get(&id))
+        let (Some(datapath), Some(published)) = (&mut self.datapath, self.publishes.get_mut(&id))
         else {
             return Ok(());
         };
+        if std::mem::replace(&mut published.in_front, on) == on {
+            return Ok(());
+        }
         let spec = &published.spec;
         for network in &published.allow {
             datapath.maps.set_allowed(id, *network, on)?;
         }
         let index = if on { id } else { 0 };
+        let protocol = spec.protocol.number();
+        for port in spec.backend_ports.first..=spec.backend_ports.last {
+            datapath.maps.count_backend(protocol, port, on)?;
+        }
         for port in spec.ports.first..=spec.ports.last {
             datapath
                 .maps
-                .set_frontend(spec.address, spec.protocol.number(), port, index)?;
+                .set_frontend(spec.address, protocol, port, index)?;
         }
         Ok(())
     }

@@ -96,13 +96,30 @@ impl Maps {
         let there = self.frontends.get(&key, 0).is_ok();
         if index == 0 {
             ignore_missing(self.frontends.remove(&key)).context("write FRONTENDS")?;
-            entry.exact -= u32::from(there);
+            entry.exact -= u16::from(there);
         } else {
             self.frontends
                 .insert(key, index, 0)
                 .context("write FRONTENDS")?;
-            entry.exact += u32::from(!there);
+            entry.exact += u16::from(!there);
         }
+        self.ports.set(element, entry, 0).context("write PORTS")
+    }
+
+    /// Counts one publish more, or less, that leads to this port of its backend.
+    ///
+    /// # Errors
+    /// The kernel refuses the update.
+    pub fn count_backend(&mut self, protocol: u8, port: u16, more: bool) -> Result<()> {
+        let Some(element) = port_index(protocol, port) else {
+            return Ok(());
+        };
+        let mut entry = self.ports.get(&element, 0).context("read PORTS")?;
+        entry.backends = if more {
+            entry.backends + 1
+        } else {
+            entry.backends - 1
+        };
         self.ports.set(element, entry, 0).context("write PORTS")
     }
 

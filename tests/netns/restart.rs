@@ -1,6 +1,11 @@
 //! The daemon dies, or never had what it needs.
 
-use std::{net::SocketAddr, path::PathBuf};
+use std::{
+    net::SocketAddr,
+    path::PathBuf,
+    sync::atomic::{AtomicBool, Ordering::Relaxed},
+    thread,
+};
 
 use forwarder_tests::{
     daemon::{Daemon, Datapath},
@@ -35,6 +40,40 @@ fn flows_and_published_ports_outlive_a_kill_and_a_restart() {
     });
     on_the_fast_path(&daemon, || {
         served_to_the_client(&topology, Protocol::Tcp, "later")
+    });
+    daemon.stop().unwrap();
+}
+
+#[test]
+fn a_restart_with_many_publishes_disturbs_no_conversation() {
+    let topology = Topology::new().unwrap();
+    let _backend = Backend::start(&topology.backend.netns, Protocol::Tcp, BACKEND_PORT).unwrap();
+    // The one that is used comes last.
+    let specs: Vec<String> = (20_000..22_000)
+        .map(|port| {
+            format!(
+                "{port}:{}",
+                SocketAddr::new(topology.backend.address(Family::V4), 80)
+            )
+        })
+        .chain([spec(&topology.backend, Family::V4, Protocol::Tcp)])
+        .collect();
+    let specs: Vec<&str> = specs.iter().map(String::as_str).collect();
+    let mut daemon = Daemon::start(&topology.host, &specs, Datapath::Ebpf).unwrap();
+    let frontend = SocketAddr::new(topology.host_address(Family::V4), PORT);
+    let mut conversation = Connection::open(&topology.client, frontend).unwrap();
+    daemon.kill().unwrap();
+    let restarted = AtomicBool::new(false);
+    thread::scope(|scope| {
+        let talk = scope.spawn(|| {
+            while !restarted.load(Relaxed) {
+                conversation.ask("still there?").unwrap();
+            }
+            conversation.ask("goodbye").unwrap();
+        });
+        daemon.restart().unwrap();
+        restarted.store(true, Relaxed);
+        talk.join().unwrap();
     });
     daemon.stop().unwrap();
 }

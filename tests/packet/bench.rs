@@ -160,9 +160,9 @@ impl Bench {
         let number = if protocol == Protocol::Tcp { 6 } else { 17 };
         let address = address.map(|address| address.parse().unwrap());
         self.datapath.maps.set_publish(index, entry).unwrap();
-        self.datapath
-            .maps
-            .set_frontend(address, number, port, index)
+        let maps = &mut self.datapath.maps;
+        maps.set_frontend(address, number, port, index).unwrap();
+        maps.count_backend(number, entry.backend_port_of(port), true)
             .unwrap();
     }
 
