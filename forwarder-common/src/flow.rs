@@ -73,7 +73,7 @@ pub struct Flow {
     pub back: Hop,
     /// Bits of [`state`].
     pub state: u32,
-    /// Nanoseconds of `CLOCK_MONOTONIC`, of the newest packet.
+    /// Nanoseconds of `CLOCK_MONOTONIC`, of the newest packet, to the tick.
     pub last_seen: u64,
     /// Original direction, reply direction.
     pub packets: [u64; 2],

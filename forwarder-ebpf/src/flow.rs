@@ -1,9 +1,6 @@
 //! Flows: found from both directions, made once, their state followed.
 
-use aya_ebpf::{
-    bindings::BPF_NOEXIST,
-    helpers::{bpf_get_prandom_u32, bpf_ktime_get_ns},
-};
+use aya_ebpf::{bindings::BPF_NOEXIST, helpers::bpf_get_prandom_u32};
 use forwarder_common::{
     flow::{Flow, state},
     limits,
@@ -12,6 +9,7 @@ use forwarder_common::{
 };
 
 use crate::{
+    clock,
     maps::{ALIASES, FLOWS},
     parse::{ACK, FIN, Packet, RST},
 };
@@ -50,8 +48,7 @@ pub fn is_original(flow: &Flow, packet: &Packet) -> bool {
 /// Follows the conversation: counters, time and state.
 #[inline(always)]
 pub fn update(flow: &mut Flow, packet: &Packet, direction: usize) {
-    // SAFETY: a helper without arguments.
-    flow.last_seen = unsafe { bpf_ktime_get_ns() };
+    flow.last_seen = clock::now();
     if direction == ORIGINAL {
         flow.packets[0] += 1;
         flow.bytes[0] += packet.length as u64;

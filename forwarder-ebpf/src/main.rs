@@ -12,6 +12,7 @@
 )]
 #![allow(unreachable_pub, reason = "a binary crate: modules compose each other")]
 
+mod clock;
 mod deliver;
 mod flow;
 mod fragment;

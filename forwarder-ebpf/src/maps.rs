@@ -1,5 +1,5 @@
 //! The maps, and nothing else. Types and sizes come from `forwarder_common`; user space fills all but
-//! `FLOWS`, `ALIASES`, `FRAGMENTS` and `STATS`.
+//! `FLOWS`, `ALIASES`, `FRAGMENTS`, `STATS` and `CLOCK`.
 
 use aya_ebpf::{
     bindings::BPF_F_NO_PREALLOC,
@@ -13,6 +13,8 @@ use forwarder_common::{
     reason::Reason,
     tuple::{Address, Tuple},
 };
+
+use crate::clock::Reading;
 
 /// What is published on each port, by [`forwarder_common::publish::port_index`].
 #[map]
@@ -57,6 +59,10 @@ pub static FRAGMENTS: LruHashMap<Tuple, u32> = LruHashMap::with_max_entries(limi
 /// Packets, by [`Reason`].
 #[map]
 pub static STATS: PerCpuArray<u64> = PerCpuArray::with_max_entries(Reason::COUNT, 0);
+
+/// The time, and when it was read.
+#[map]
+pub static CLOCK: PerCpuArray<Reading> = PerCpuArray::with_max_entries(1, 0);
 
 /// Adds one to a reason's counter.
 #[inline(always)]

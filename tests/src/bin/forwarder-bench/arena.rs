@@ -229,6 +229,10 @@ impl Arena {
         ))?;
         peer.netns
             .ip(&format!("route replace default via {back}\n"))?;
+        // Without pacing, which would measure timers, whatever this machine prefers. Any namespace may have it.
+        for netns in [client, host, &backend.netns, &peer.netns, &self.backend] {
+            set_sysctl(netns, "net/ipv4/tcp_congestion_control", "reno")?;
+        }
         let behind = self.topology.client_address(Family::V4);
         host.ip(&format!("route add {SOURCES} via {behind}\n"))?;
         Ok(())

@@ -322,7 +322,7 @@ impl Report {
 
 const METHOD: &str = "\
 By `cargo xtask bench`: each contender has its own client, host and container, network namespaces joined by \
-veths, the container on a bridge. Rounds take turns; a figure is the median, with the least and the most in \
+veths, the container on a bridge. TCP uses reno, which does not pace. Rounds take turns; a figure is the median, with the least and the most in \
 parentheses, and bold is what it is of iptables' median. \"one core\": client, server and proxy are pinned to \
 one core, so that a figure is the cost of all of it; \"two cores\": the client has one, server and proxy the \
 other; \"unpinned\": as the scheduler likes. Wire is a veth between client and container without a host; \
