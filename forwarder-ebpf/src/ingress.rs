@@ -59,7 +59,9 @@ fn forward(
     if let Some(published) = published {
         let mut key = publish::dnat(packet, published.publish);
         if let Some(flow) = original(packet, &published, &mut key) {
-            return to_backend(ctx, packet, &published, flow, &key, trail);
+            survives(packet)?;
+            flow::update(flow, packet, flow::ORIGINAL);
+            return to_backend(ctx, packet, &published, &key, trail);
         }
     }
     // Nearly always it is the reply that carries the key of its flow, reversed.
@@ -70,11 +72,20 @@ fn forward(
     }
     let published = published.ok_or(Reason::NotOurs)?;
     publish::admit(packet, &published)?;
+    survives(packet)?;
     let mut key = publish::dnat(packet, published.publish);
     begin(ctx, packet, &published, &mut key)?;
     count(Reason::NewFlow);
-    let flow = flow::get(&key).ok_or(Reason::FlowsFull)?;
-    to_backend(ctx, packet, &published, flow, &key, trail)
+    to_backend(ctx, packet, &published, &key, trail)
+}
+
+/// Whether the packet goes on behind this hop, where it is one.
+#[inline(always)]
+fn survives(packet: &Packet) -> Result<(), Reason> {
+    if !packet.is_from_this_host() && packet.ttl <= 1 {
+        return Err(Reason::Expired);
+    }
+    Ok(())
 }
 
 /// The flow of a packet from the client's side. `key` is the tuple after DNAT and becomes the
@@ -92,7 +103,7 @@ fn original(packet: &Packet, published: &Published, key: &mut Tuple) -> Option<&
     flow::get(key).filter(|flow| flow::is_original(flow, packet))
 }
 
-/// Makes the flow that this packet begins, and leaves its key.
+/// Makes the flow that this packet begins, with the packet counted, and leaves its key.
 #[inline(always)]
 fn begin(
     ctx: &TcContext,
@@ -116,6 +127,7 @@ fn begin(
         state: if local { state::LOCAL_CLIENT } else { 0 },
         ..Flow::default()
     };
+    flow::update(&mut flow, packet, flow::ORIGINAL);
     let snat = publish::needs_snat(packet, published.publish);
     if !snat && flow::insert(key, &flow)? {
         return Ok(());
@@ -139,17 +151,11 @@ fn to_backend(
     ctx: &TcContext,
     packet: &Packet,
     published: &Published,
-    flow: &mut Flow,
     key: &Tuple,
     trail: &mut Trail,
 ) -> Verdict {
-    let hop = !packet.is_from_this_host();
-    if hop && packet.ttl <= 1 {
-        return Err(Reason::Expired);
-    }
-    flow::update(flow, packet, flow::ORIGINAL);
     trail.rewritten(published.index, key, &published.publish.hop);
-    rewrite::tuple(ctx, packet, key, hop)?;
+    rewrite::tuple(ctx, packet, key, !packet.is_from_this_host())?;
     let action = deliver::deliver(ctx, &published.publish.hop, setting(&PEER_FROM_LO) != 0)?;
     Ok(Forwarded {
         action,

@@ -24,8 +24,8 @@ use forwarder_common::{checksum, tuple::UDP};
 /// Words of a frame of 60 bytes: what a 64-byte Ethernet frame has without its frame check sequence.
 const WORDS: usize = 15;
 
-/// Set by the benchmark: Ethernet, IPv4 and UDP without a checksum. The low half of the source address and
-/// the source port are zero, and filled in by the flow's number.
+/// Set by the benchmark: Ethernet, IPv4 and UDP without a checksum. The flow's number is added to the low half of
+/// the source address and becomes the source port.
 #[unsafe(no_mangle)]
 static TEMPLATE: [u32; WORDS] = [0; WORDS];
 /// Set by the benchmark: flows that take turns.
@@ -67,7 +67,6 @@ fn generate(ctx: XdpContext) -> u32 {
         )
     };
     let flow = number % flows;
-    let address = ((flow / PORTS) as u16).to_be();
     let port = ((PORTS + flow % PORTS) as u16).to_be();
     // SAFETY: the bounds were checked above. The kernel's live frames begin behind a headroom that is a
     // multiple of eight (net/bpf/test_run.c), so the words are aligned. What the frame was before does not
@@ -78,10 +77,11 @@ fn generate(ctx: XdpContext) -> u32 {
             *words.add(at) = ptr::read_volatile((&raw const TEMPLATE).cast::<u32>().add(at));
         }
         let frame = start as *mut u8;
-        *frame.add(SOURCE_LOW).cast() = address;
+        let low = frame.add(SOURCE_LOW).cast::<u16>();
+        let (first, sum) = (*low, frame.add(IPV4_CHECKSUM).cast::<u16>());
+        *low = u16::from_be(first).wrapping_add((flow / PORTS) as u16).to_be();
+        *sum = checksum::update(*sum, checksum::difference(first as u32, *low as u32));
         *frame.add(SOURCE_PORT).cast() = port;
-        let sum = frame.add(IPV4_CHECKSUM).cast::<u16>();
-        *sum = checksum::update(*sum, checksum::difference(0, address as u32));
     }
     // SAFETY: a helper without pointers.
     if unsafe { bpf_redirect(ifindex, 0) } == XDP_REDIRECT as i64 {

@@ -126,10 +126,9 @@ fn object() -> Result<Vec<u8>> {
 fn template(load: &Load<'_>) -> [u32; 15] {
     let [destination, source] = load.macs;
     let payload = [0; 60 - 14 - 20 - 8];
-    let [a, b, _, _] = load.source.octets();
     let mut frame = Vec::new();
     etherparse::PacketBuilder::ethernet2(source, destination)
-        .ipv4([a, b, 0, 0], load.destination.octets(), 64)
+        .ipv4(load.source.octets(), load.destination.octets(), 64)
         .udp(0, load.port)
         .write(&mut frame, &payload)
         .unwrap_or_else(|error| unreachable!("a short frame: {error}"));
