@@ -30,6 +30,8 @@ reasons! {
     NotOurs = "not_ours",
     /// Passed: a published port's number, but the destination is no address of this host.
     NotLocal = "not_local",
+    /// Passed: the port is of a range, but a socket of this host has it, such as a client's own.
+    OtherSocket = "other_socket",
     /// Passed: a fragment whose datagram's first was not carried; the slow path reassembles it.
     Fragment = "fragment",
     /// Passed: a TCP packet without a flow that is no SYN.

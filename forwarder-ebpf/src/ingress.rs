@@ -1,7 +1,5 @@
 //! The pipeline: every packet that enters by a device of this host, from top to bottom.
 
-use core::ptr;
-
 use aya_ebpf::programs::TcContext;
 use forwarder_common::{
     flow::{Flow, delivery, state},
@@ -14,7 +12,7 @@ use crate::{
     maps::count,
     parse::{self, Packet},
     publish::{self, Published},
-    rewrite,
+    rewrite, setting, steer,
     trace::Trail,
     verdict::{Forwarded, Verdict},
 };
@@ -27,13 +25,6 @@ static PEER_FROM_LO: u8 = 1;
 static SNAT_FIRST: u16 = 0;
 #[unsafe(no_mangle)]
 static SNAT_PORTS: u32 = 0;
-
-/// A constant that the loader may have changed.
-#[inline(always)]
-fn setting<T: Copy>(constant: &T) -> T {
-    // SAFETY: a valid reference. Volatile, since the loader changes what the compiler would fold in.
-    unsafe { ptr::read_volatile(constant) }
-}
 
 /// An existing flow in either direction comes first, then a published port may begin one.
 #[inline(always)]
@@ -71,6 +62,8 @@ fn forward(
         return to_client(ctx, packet, flow, trail);
     }
     let published = published.ok_or(Reason::NotOurs)?;
+    publish::arrived(packet)?;
+    steer::give_way(ctx, packet, &published)?;
     publish::admit(packet, &published)?;
     survives(packet)?;
     let mut key = publish::dnat(packet, published.publish);

@@ -21,10 +21,15 @@ mod maps;
 mod parse;
 mod publish;
 mod rewrite;
+mod steer;
 mod trace;
 mod verdict;
 
-use aya_ebpf::{macros::classifier, programs::TcContext};
+use aya_ebpf::{
+    bindings::sk_action::SK_PASS,
+    macros::{cgroup_sock_addr, classifier, sk_lookup},
+    programs::{SkLookupContext, SockAddrContext, TcContext},
+};
 
 use crate::trace::Trail;
 
@@ -41,6 +46,32 @@ pub fn ingress_traced(ctx: TcContext) -> i32 {
     let verdict = ingress::ingress(&ctx, &mut trail);
     trace::packet(&ctx, &trail, &verdict);
     verdict::action(verdict)
+}
+
+/// The kernel looks for the socket of a new connection or a datagram, in the instance's network namespace.
+#[sk_lookup]
+pub fn steer(ctx: SkLookupContext) -> u32 {
+    steer::steer(&ctx);
+    SK_PASS
+}
+
+/// Any process binds an IPv4 address; 0 refuses it.
+#[cgroup_sock_addr(bind4)]
+pub fn bind4(ctx: SockAddrContext) -> i32 {
+    steer::may_bind(&ctx, true) as i32
+}
+
+/// Any process binds an IPv6 address; 0 refuses it.
+#[cgroup_sock_addr(bind6)]
+pub fn bind6(ctx: SockAddrContext) -> i32 {
+    steer::may_bind(&ctx, false) as i32
+}
+
+/// A constant that the loader may have changed.
+#[inline(always)]
+fn setting<T: Copy>(constant: &T) -> T {
+    // SAFETY: a valid reference. Volatile, since the loader changes what the compiler would fold in.
+    unsafe { core::ptr::read_volatile(constant) }
 }
 
 #[cfg(not(target_arch = "bpf"))]

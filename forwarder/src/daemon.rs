@@ -31,7 +31,7 @@ use crate::{
     datapath::{self, Datapath},
     interfaces::{self, Reader, Snapshot},
     output,
-    proxy::{Held, Options as ProxyOptions, Proxy, Stop, raise_descriptor_limit},
+    proxy::{Held, Options as ProxyOptions, Proxy, Stop, is_wide, raise_descriptor_limit},
     spec::Spec,
 };
 
@@ -50,6 +50,8 @@ struct Published {
     entry: Option<Entry>,
     /// Why the fast path doesn't serve it.
     reason: Option<String>,
+    /// One socket in each family holds all of its ports.
+    steered: bool,
     /// Whether its ports are in `PORTS` and `FRONTENDS`.
     in_front: bool,
     /// Packets and bytes of flows that have ended.
@@ -233,8 +235,8 @@ impl Daemon {
     }
 
     async fn publish_one(&mut self, spec: &Spec, allow: &[IpNet]) -> Result<u32> {
-        let held = Held::bind(spec)?;
         let id = self.free_id()?;
+        let (held, steered) = self.hold(id, spec)?;
         let options = ProxyOptions {
             proxy_protocol: self.options.proxy_protocol,
             allow: allow.to_vec(),
@@ -245,6 +247,7 @@ impl Daemon {
             proxy: Some(Proxy::start(held, spec.clone(), options)),
             entry: None,
             reason: self.datapath.is_none().then(|| self.without.clone()),
+            steered,
             in_front: false,
             ended: (0, 0),
         };
@@ -262,6 +265,22 @@ impl Daemon {
             return Err(error);
         }
         Ok(id)
+    }
+
+    /// Holds a publish's ports: by a socket each, or a wide range by one socket if the kernel can steer. Returns
+    /// which.
+    fn hold(&mut self, id: u32, spec: &Spec) -> Result<(Held, bool)> {
+        let Some(datapath) = self.datapath.as_mut().filter(|_| is_wide(spec)) else {
+            return Ok((Held::bind(spec)?, false));
+        };
+        if let Err(error) = datapath.enable_steering() {
+            warn!("{spec} is held by a socket for each port: {error:#}");
+            return Ok((Held::bind(spec)?, false));
+        }
+        let held = Held::bind_steered(spec, datapath.own_mark())?;
+        held.try_for_each(|is_v4, socket| datapath.steer(id, is_v4, &socket))
+            .with_context(|| format!("publish {spec}"))?;
+        Ok((held, true))
     }
 
     /// The next number, so that one is not used again soon.

@@ -1,6 +1,8 @@
 //! Loads the eBPF object, attaches it to devices, pins what should outlive the process, and switches
 //! to the traced program and back. What goes into the maps is decided elsewhere.
 
+mod steering;
+
 use std::{
     collections::BTreeMap,
     ffi::CString,
@@ -53,6 +55,9 @@ pub struct Datapath {
     attached: BTreeMap<u32, Attachment>,
     tcx: bool,
     traced: bool,
+    own_mark: u32,
+    /// The programs for wide ranges are attached.
+    steering: bool,
 }
 
 #[derive(Debug)]
@@ -112,12 +117,16 @@ impl Datapath {
         );
         let peer_from_lo = u8::from(kernel_at_least(6, 1));
         let (snat_first, snat_ports) = options.snat;
+        let own_mark = steering::own_mark();
+        let set_retval = u8::from(kernel_at_least(5, 18));
         let mut loader = EbpfLoader::new();
         loader
             .verifier_log_level(VerifierLogLevel::DISABLE)
             .override_global("PEER_FROM_LO", &peer_from_lo, true)
             .override_global("SNAT_FIRST", &snat_first, true)
-            .override_global("SNAT_PORTS", &snat_ports, true);
+            .override_global("SNAT_PORTS", &snat_ports, true)
+            .override_global("OWN_MARK", &own_mark, true)
+            .override_global("SET_RETVAL", &set_retval, true);
         let pins = options
             .pins
             .as_ref()
@@ -146,6 +155,8 @@ impl Datapath {
             attached: BTreeMap::new(),
             tcx: has_tcx(),
             traced: false,
+            own_mark,
+            steering: false,
         };
         datapath
             .program(PROGRAM)?

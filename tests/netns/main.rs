@@ -10,6 +10,7 @@ mod lifecycle;
 mod machine;
 mod matrix;
 mod promises;
+mod range;
 mod restart;
 mod scene;
 mod topology;

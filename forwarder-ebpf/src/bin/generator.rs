@@ -79,7 +79,9 @@ fn generate(ctx: XdpContext) -> u32 {
         let frame = start as *mut u8;
         let low = frame.add(SOURCE_LOW).cast::<u16>();
         let (first, sum) = (*low, frame.add(IPV4_CHECKSUM).cast::<u16>());
-        *low = u16::from_be(first).wrapping_add((flow / PORTS) as u16).to_be();
+        *low = u16::from_be(first)
+            .wrapping_add((flow / PORTS) as u16)
+            .to_be();
         *sum = checksum::update(*sum, checksum::difference(first as u32, *low as u32));
         *frame.add(SOURCE_PORT).cast() = port;
     }

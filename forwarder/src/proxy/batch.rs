@@ -15,14 +15,45 @@ use socket2::{SockAddr, SockAddrStorage};
 const BATCH: usize = 32;
 /// The longest datagram of either family, and to spare.
 const DATAGRAM: usize = 1 << 16;
-/// Room for one control message of either family, with its header.
-const CONTROL: usize = 64;
+/// Room for two control messages of either family, with their headers.
+const CONTROL: usize = 128;
 
-/// The address of this host that a datagram came to, and the device for link-local ones.
+/// The address of this host that a datagram came to, the device for link-local ones, and the port if the socket
+/// asks for it by [`tell_destination`], else 0.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(super) struct Local {
     pub(super) address: IpAddr,
     pub(super) ifindex: u32,
+    pub(super) port: u16,
+}
+
+/// Has a socket say with each datagram which port it was sent to (IP_ORIGDSTADDR, IPV6_ORIGDSTADDR; include/uapi/linux/in.h
+/// and in6.h).
+///
+/// # Errors
+/// As setsockopt(2).
+pub(super) fn tell_destination(socket: BorrowedFd<'_>, is_v4: bool) -> io::Result<()> {
+    let (level, option) = if is_v4 {
+        (libc::IPPROTO_IP, libc::IP_RECVORIGDSTADDR)
+    } else {
+        (libc::IPPROTO_IPV6, libc::IPV6_RECVORIGDSTADDR)
+    };
+    let on: libc::c_int = 1;
+    // SAFETY: the option is an int, which lives until the call returns.
+    let result = unsafe {
+        libc::setsockopt(
+            socket.as_raw_fd(),
+            level,
+            option,
+            (&raw const on).cast(),
+            size_of_val(&on) as libc::socklen_t,
+        )
+    };
+    if result == 0 {
+        Ok(())
+    } else {
+        Err(io::Error::last_os_error())
+    }
 }
 
 #[derive(Clone, Copy)]
@@ -124,8 +155,10 @@ pub(super) fn receive(
     })
 }
 
-/// The local address in a received message's control data.
+/// The local address and port in a received message's control data.
 fn local(header: &libc::msghdr) -> Option<Local> {
+    let mut found: Option<Local> = None;
+    let mut port = 0;
     // SAFETY: the header and its control buffer are what recvmmsg filled, and still live; the CMSG macros
     // stay within msg_controllen, and the data of a message is read unaligned, as its type says.
     unsafe {
@@ -137,25 +170,34 @@ fn local(header: &libc::msghdr) -> Option<Local> {
                     let info: libc::in_pktinfo = ptr::read_unaligned(data.cast());
                     // Not ipi_addr: for a broadcast, that is no address to answer from.
                     let address = u32::from_be(info.ipi_spec_dst.s_addr);
-                    return Some(Local {
+                    found = Some(Local {
                         address: IpAddr::V4(address.into()),
                         ifindex: 0,
+                        port: 0,
                     });
                 }
                 (libc::IPPROTO_IPV6, libc::IPV6_PKTINFO) => {
                     let info: libc::in6_pktinfo = ptr::read_unaligned(data.cast());
-                    let address = std::net::Ipv6Addr::from(info.ipi6_addr.s6_addr);
-                    let ifindex = info.ipi6_ifindex;
-                    return Some(Local {
-                        address: IpAddr::V6(address),
-                        ifindex,
+                    found = Some(Local {
+                        address: IpAddr::V6(info.ipi6_addr.s6_addr.into()),
+                        ifindex: info.ipi6_ifindex,
+                        port: 0,
                     });
                 }
-                _ => message = libc::CMSG_NXTHDR(header, message),
+                (libc::IPPROTO_IP, libc::IP_ORIGDSTADDR) => {
+                    let name: libc::sockaddr_in = ptr::read_unaligned(data.cast());
+                    port = u16::from_be(name.sin_port);
+                }
+                (libc::IPPROTO_IPV6, libc::IPV6_ORIGDSTADDR) => {
+                    let name: libc::sockaddr_in6 = ptr::read_unaligned(data.cast());
+                    port = u16::from_be(name.sin6_port);
+                }
+                _ => {}
             }
+            message = libc::CMSG_NXTHDR(header, message);
         }
     }
-    None
+    found.map(|local| Local { port, ..local })
 }
 
 /// Receives a batch from the connected socket `from` and sends it by `to` to `client`, from the address

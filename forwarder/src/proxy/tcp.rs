@@ -28,7 +28,7 @@ use tokio::{
 };
 use tracing::{debug, warn};
 
-use super::{Shared, Stop, ended, protocol_header};
+use super::{Shared, Stop, ended, protocol_header, sockets::Port};
 
 const BUFFER: usize = 16 << 10;
 /// A direction that filled its buffer this often is worth a pipe.
@@ -41,30 +41,38 @@ const BACK_OFF: Duration = Duration::from_millis(100);
 /// Accepts clients until the task is ended.
 pub(super) async fn serve(
     listener: std::net::TcpListener,
-    port: u16,
+    port: Port,
     shared: Arc<Shared>,
     stopped: watch::Receiver<Option<Stop>>,
 ) {
+    let spec = &shared.spec;
     let listener = match TcpListener::from_std(listener) {
         Ok(listener) => listener,
-        Err(error) => return warn!("serve port {port}: {error}"),
+        Err(error) => return warn!("serve {spec}: {error}"),
     };
     let mut warned = false;
     loop {
         match listener.accept().await {
             Ok((client, address)) => {
                 warned = false;
+                let port = match port {
+                    Port::One(port) => port,
+                    Port::Steered { .. } => match client.local_addr() {
+                        Ok(local) => local.port(),
+                        Err(_) => continue, // the client has gone already
+                    },
+                };
                 let task = connection(client, address, port, shared.clone(), stopped.clone());
                 tokio::spawn(task);
             }
             Err(error) if is_exhaustion(&error) => {
                 if !warned {
-                    warn!("port {port} accepts no more for now: {error}");
+                    warn!("{spec} accepts no more for now: {error}");
                     warned = true;
                 }
                 tokio::time::sleep(BACK_OFF).await;
             }
-            Err(error) => debug!("accept on port {port}: {error}"), // the client has gone already
+            Err(error) => debug!("accept for {spec}: {error}"), // the client has gone already
         }
     }
 }
@@ -189,11 +197,7 @@ enum Copied {
     Bulk,
 }
 
-async fn copy(
-    from: &mut ReadHalf<'_>,
-    to: &WriteHalf<'_>,
-    shared: &Shared,
-) -> io::Result<Copied> {
+async fn copy(from: &mut ReadHalf<'_>, to: &WriteHalf<'_>, shared: &Shared) -> io::Result<Copied> {
     let mut full = 0;
     while full < FULL_READS {
         let (read, rest) = pass(from, to).await?;

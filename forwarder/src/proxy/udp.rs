@@ -7,7 +7,7 @@ use std::{
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
     os::fd::{AsFd as _, AsRawFd as _},
     sync::{
-        Arc,
+        Arc, Weak,
         atomic::{AtomicBool, AtomicU64, Ordering::Relaxed},
     },
     time::Duration,
@@ -29,6 +29,7 @@ use super::{
     LiveFlow, Shared, Stop,
     batch::{self, Local},
     ended,
+    sockets::{self, Port},
 };
 
 /// nf_conntrack's timeouts (Documentation/networking/nf_conntrack-sysctl.rst).
@@ -74,14 +75,20 @@ impl Flow {
 /// Serves a held port until the task is ended; its flows end with it.
 pub(super) async fn serve(
     socket: std::net::UdpSocket,
-    port: u16,
+    port: Port,
     shared: Arc<Shared>,
     stopped: watch::Receiver<Option<Stop>>,
 ) {
-    let frontend = match UdpSocket::from_std(socket) {
-        Ok(socket) => Arc::new(socket),
-        Err(error) => return warn!("serve port {port}: {error}"),
+    let spec = &shared.spec;
+    let mut answering = match UdpSocket::from_std(socket) {
+        Ok(socket) => Answering {
+            port,
+            frontend: Arc::new(socket),
+            others: HashMap::new(),
+        },
+        Err(error) => return warn!("serve {spec}: {error}"),
     };
+    let frontend = answering.frontend.clone();
     let mut flows: HashMap<Key, Arc<Flow>> = HashMap::new();
     let (gone, mut over) = mpsc::unbounded_channel();
     let mut warned = false;
@@ -90,21 +97,18 @@ pub(super) async fn serve(
             return;
         }
         if flows.get(&key).is_none_or(|flow| flow.over.load(Relaxed)) {
-            match begin(port, &shared, flows.len()) {
-                Ok(flow) => {
-                    let task = replies(
-                        frontend.clone(),
-                        flow.clone(),
-                        key,
-                        shared.clone(),
-                        gone.clone(),
-                    );
+            let begun = answering
+                .for_datagram(key.1)
+                .and_then(|(port, answering)| Ok((begin(port, &shared, flows.len())?, answering)));
+            match begun {
+                Ok((flow, answering)) => {
+                    let task = replies(answering, flow.clone(), key, shared.clone(), gone.clone());
                     tokio::spawn(until_stopped(task, stopped.clone()));
                     flows.insert(key, flow);
                 }
                 Err(error) => {
                     if !warned {
-                        warn!("port {port}/udp takes no more clients for now: {error}");
+                        warn!("{spec} takes no more clients for now: {error}");
                         warned = true;
                     }
                     return;
@@ -134,7 +138,7 @@ pub(super) async fn serve(
                 });
                 match received {
                     Err(error) if error.kind() != io::ErrorKind::WouldBlock => {
-                        debug!("receive on port {port}: {error}");
+                        debug!("receive for {spec}: {error}");
                     }
                     _ => {}
                 }
@@ -161,6 +165,38 @@ async fn until_stopped(task: impl Future<Output = ()>, mut stopped: watch::Recei
     tokio::select! {
         () = task => {}
         _ = ended(&mut stopped) => {}
+    }
+}
+
+/// The sockets that replies leave by.
+struct Answering {
+    port: Port,
+    /// The one that holds the publish.
+    frontend: Arc<UdpSocket>,
+    /// Those of other ports of a range, while they have flows.
+    others: HashMap<u16, Weak<UdpSocket>>,
+}
+
+impl Answering {
+    /// The port that a datagram was sent to, and the socket that its answers leave by.
+    fn for_datagram(&mut self, local: Option<Local>) -> io::Result<(u16, Arc<UdpSocket>)> {
+        let mark = match self.port {
+            Port::One(port) => return Ok((port, self.frontend.clone())),
+            Port::Steered { mark } => mark,
+        };
+        let bound = self.frontend.local_addr()?;
+        let port = local.map_or(bound.port(), |local| local.port);
+        if port == bound.port() {
+            return Ok((port, self.frontend.clone()));
+        }
+        if let Some(socket) = self.others.get(&port).and_then(Weak::upgrade) {
+            return Ok((port, socket));
+        }
+        self.others.retain(|_, socket| socket.strong_count() > 0);
+        let socket = sockets::answering(SocketAddr::new(bound.ip(), port), mark)?;
+        let socket = Arc::new(UdpSocket::from_std(socket)?);
+        self.others.insert(port, Arc::downgrade(&socket));
+        Ok((port, socket))
     }
 }
 
