@@ -3,11 +3,11 @@
 use std::{
     io::{Read, Write},
     net::{IpAddr, Ipv4Addr, Ipv6Addr, Shutdown, SocketAddr, TcpListener, TcpStream, UdpSocket},
-    time::Duration,
 };
 
 use forwarder_tests::{
     daemon::{Daemon, Datapath},
+    deadline::patience,
     netns::Netns,
     topology::{Family, Topology},
     traffic::Protocol,
@@ -15,7 +15,6 @@ use forwarder_tests::{
 
 use crate::scene::{BACKEND_PORT, PORT, on_the_fast_path, packets, spec, wait_for_peer};
 
-const DEADLINE: Duration = Duration::from_secs(30);
 const SIZE: usize = 32 << 20;
 
 /// Sends `SIZE` bytes each way over one connection from a client to the published port, and compares them.
@@ -29,7 +28,7 @@ fn there_and_back(topology: &Topology, client: &Netns, host: IpAddr) {
     std::thread::scope(|scope| {
         scope.spawn(|| {
             let (mut stream, _) = listener.accept().unwrap();
-            stream.set_read_timeout(Some(DEADLINE)).unwrap();
+            stream.set_read_timeout(Some(3 * patience())).unwrap();
             let mut got = Vec::new();
             stream.read_to_end(&mut got).unwrap();
             assert!(got == pattern, "{} bytes came to the backend", got.len());
@@ -37,10 +36,10 @@ fn there_and_back(topology: &Topology, client: &Netns, host: IpAddr) {
         });
         let frontend = SocketAddr::new(host, PORT);
         let mut stream = client
-            .enter(|| TcpStream::connect_timeout(&frontend, DEADLINE))
+            .enter(|| TcpStream::connect_timeout(&frontend, 3 * patience()))
             .unwrap();
-        stream.set_read_timeout(Some(DEADLINE)).unwrap();
-        stream.set_write_timeout(Some(DEADLINE)).unwrap();
+        stream.set_read_timeout(Some(3 * patience())).unwrap();
+        stream.set_write_timeout(Some(3 * patience())).unwrap();
         stream.write_all(&pattern).unwrap();
         stream.shutdown(Shutdown::Write).unwrap();
         let mut got = Vec::new();
@@ -78,7 +77,7 @@ fn datagrams(family: Family, clients: impl Fn(&Topology) -> Vec<(&Netns, IpAddr)
     };
     let bind = |netns: &Netns, port| {
         let socket = netns.enter(|| UdpSocket::bind((any, port))).unwrap();
-        socket.set_read_timeout(Some(DEADLINE)).unwrap();
+        socket.set_read_timeout(Some(3 * patience())).unwrap();
         socket
     };
     let server = bind(&topology.backend.netns, BACKEND_PORT);

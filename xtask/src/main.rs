@@ -12,6 +12,7 @@ mod setup;
 mod test;
 #[cfg(test)]
 mod tidy;
+mod vm;
 
 use clap::{Parser, Subcommand};
 
@@ -38,6 +39,8 @@ enum Task {
     Test(test::Options),
     /// Measures forwarder beside iptables, nftables, docker-proxy and others; `--help` says more
     Bench(bench::Options),
+    /// Runs tiers 1 and 2, or a command, under Debian's kernels 5.10, 6.1, 6.12 and the newest, in QEMU
+    Vm(vm::Options),
     /// What must pass before a change goes in: formatting, clippy, all tests
     Ci,
 }
@@ -49,6 +52,7 @@ fn main() {
         Task::Run(options) => run::run(&options),
         Task::Test(options) => test::test(&options),
         Task::Bench(options) => bench::bench(&options),
+        Task::Vm(options) => vm::vm(&options),
         Task::Ci => ci::ci(),
     };
     if let Err(error) = done {
