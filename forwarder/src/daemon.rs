@@ -30,7 +30,7 @@ use crate::{
     control::{self, Call, Ending, Request, Response, Socket},
     datapath::{self, Datapath},
     interfaces::{self, Reader, Snapshot},
-    output,
+    kernel, output,
     proxy::{Held, Options as ProxyOptions, Proxy, Stop, raise_descriptor_limit},
     spec::Spec,
 };
@@ -449,11 +449,17 @@ fn json(value: impl Serialize) -> Result<serde_json::Value> {
 }
 
 fn load(instance: &str) -> Result<Datapath> {
-    let pins = datapath::has_bpffs().then(|| datapath::pin_directory(instance));
-    Datapath::load(&datapath::Options {
+    let pins = kernel::has_bpffs().then(|| datapath::pin_directory(instance));
+    let mut datapath = Datapath::load(&datapath::Options {
+        instance: instance.to_owned(),
         pins,
         snat: snat_ports(),
-    })
+    })?;
+    if let Err(error) = datapath.rehearse() {
+        datapath.remove();
+        return Err(error);
+    }
+    Ok(datapath)
 }
 
 /// The larger part of the unprivileged ports that the kernel gives to no socket by itself.
@@ -503,5 +509,5 @@ pub fn down(instance: &str) -> Result<bool> {
         bail!("instance {instance} is running: stop it by SIGINT or SIGTERM first");
     }
     let socket = control::remove_stale(instance);
-    Ok(datapath::remove_pins(&datapath::pin_directory(instance))? || socket)
+    Ok(datapath::remove_left(instance)? || socket)
 }

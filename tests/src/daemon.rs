@@ -344,6 +344,18 @@ pub fn run_to_failure(netns: &Netns, flags: &[&str]) -> Result<(ExitStatus, Stri
     Ok((ended?, errors))
 }
 
+/// Removes what an instance that has ended left.
+///
+/// # Errors
+/// It fails.
+pub fn down(netns: &Netns, instance: &str) -> Result<()> {
+    let output = forwarder(netns)
+        .args(["down", "--instance", instance])
+        .output()?;
+    ensure!(output.status.success(), "`forwarder down`: {output:?}");
+    Ok(())
+}
+
 /// Starts a command line in a namespace, its output collected.
 fn spawn(netns: &Netns, words: &[String]) -> Result<(Child, Output)> {
     let (program, arguments) = words.split_first().context("an empty command line")?;
