@@ -25,7 +25,7 @@ use tokio::io::{Interest, unix::AsyncFd};
 
 use crate::{
     clsact,
-    kernel::{Attach, Memory, kernel},
+    kernel::{Attach, kernel},
     maps::Maps,
 };
 
@@ -97,13 +97,7 @@ impl Datapath {
         if let Some(refusal) = kernel().refusal() {
             bail!(refusal);
         }
-        if kernel().memory == Memory::Memlock {
-            use nix::sys::resource::{RLIM_INFINITY, Resource, setrlimit};
-            setrlimit(Resource::RLIMIT_MEMLOCK, RLIM_INFINITY, RLIM_INFINITY).context(
-                "this kernel counts maps as locked memory: run with CAP_SYS_RESOURCE or after \
-                 `ulimit -l unlimited`",
-            )?;
-        }
+        kernel().raise_memory_limit()?;
         let peer_from_lo = u8::from(kernel().peer_from_lo);
         let (snat_first, snat_ports) = options.snat;
         let mut loader = EbpfLoader::new();
@@ -260,8 +254,9 @@ impl Datapath {
         }
         self.attach(LOOPBACK, "lo").map_err(|error| {
             anyhow::anyhow!(
-                "{error:#}: before 6.6 it takes a kernel with sch_ingress and cls_bpf \
-                 (CONFIG_NET_SCH_INGRESS, CONFIG_NET_CLS_BPF)"
+                "no way to attach eBPF to devices: it takes a kernel from 6.6 on, or the modules \
+                 sch_ingress and cls_bpf ({})",
+                error.root_cause()
             )
         })?;
         self.detach(LOOPBACK);
@@ -552,7 +547,7 @@ fn explain(error: impl std::error::Error + Send + Sync + 'static) -> anyhow::Err
                 Some(libc::EPERM) => {
                     return anyhow::anyhow!(
                         "the kernel refuses eBPF (EPERM): run as root or with CAP_BPF and \
-                         CAP_NET_ADMIN, and without lockdown=confidentiality"
+                         CAP_NET_ADMIN, outside of sandboxes that filter bpf(2)"
                     );
                 }
                 Some(libc::ENOSYS) => {

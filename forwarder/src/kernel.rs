@@ -4,11 +4,13 @@
 
 use std::{fs, path::Path, sync::OnceLock};
 
+use anyhow::{Context as _, Result};
 use aya::{
     programs::{ProgramError, ProgramType, SchedClassifier, TcAttachType},
     sys::{BpfHelper, SyscallError, is_helper_supported},
     util::KernelVersion,
 };
+use nix::sys::resource::{RLIM_INFINITY, Resource, setrlimit};
 
 /// How a program gets to a device's tc ingress.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -58,6 +60,20 @@ pub fn has_bpffs() -> bool {
 }
 
 impl Kernel {
+    /// Lets this process's maps be as large as they are, where a limit counts.
+    ///
+    /// # Errors
+    /// It may not.
+    pub fn raise_memory_limit(&self) -> Result<()> {
+        if self.memory == Memory::Memlock {
+            setrlimit(Resource::RLIMIT_MEMLOCK, RLIM_INFINITY, RLIM_INFINITY).context(
+                "this kernel counts maps as locked memory: run with CAP_SYS_RESOURCE, or after \
+                 `ulimit -l unlimited`",
+            )?;
+        }
+        Ok(())
+    }
+
     /// Why there is no fast path with this kernel and these privileges, and what would change that.
     pub fn refusal(&self) -> Option<String> {
         if !self.missing_capabilities.is_empty() {

@@ -12,6 +12,7 @@ mod machine;
 mod matrix;
 mod promises;
 mod restart;
+mod restricted;
 mod scene;
 mod topology;
 mod trace;

@@ -12,6 +12,7 @@ mod setup;
 mod test;
 #[cfg(test)]
 mod tidy;
+mod verifier;
 mod vm;
 
 use clap::{Parser, Subcommand};
@@ -41,6 +42,8 @@ enum Task {
     Bench(bench::Options),
     /// Runs tiers 1 and 2, or a command, under Debian's kernels 5.10, 6.1, 6.12 and the newest, in QEMU
     Vm(vm::Options),
+    /// Prints what the verifier says of each program under each kernel, as docs/verifier.md has it
+    Verifier(verifier::Options),
     /// What must pass before a change goes in: formatting, clippy, all tests
     Ci,
 }
@@ -53,6 +56,7 @@ fn main() {
         Task::Test(options) => test::test(&options),
         Task::Bench(options) => bench::bench(&options),
         Task::Vm(options) => vm::vm(&options),
+        Task::Verifier(options) => verifier::verifier(&options),
         Task::Ci => ci::ci(),
     };
     if let Err(error) = done {

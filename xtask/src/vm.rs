@@ -61,7 +61,6 @@ struct Outcome {
 pub(crate) fn vm(options: &Options) -> Result<()> {
     let kernels = kernels(&options.kernels, options.refresh)?;
     let programs = programs()?;
-    let groups = groups(options);
     let limit = Duration::from_secs(options.timeout);
     if !options.command.is_empty() {
         let root = root(programs, &options.command)?;
@@ -76,23 +75,24 @@ pub(crate) fn vm(options: &Options) -> Result<()> {
         std::process::exit(status);
     }
 
-    let filter = options.filter.as_deref().unwrap_or_default();
-    let root = initramfs::root(&programs, &script(&groups, filter))?;
     let mut outcomes = Vec::new();
     let mut broken = Vec::new();
     for kernel in &kernels {
-        step(&format!("{} ({})", kernel.name, kernel.release));
-        let before = outcomes.len();
-        let booted = machine::boot(kernel, &root, &options.append, limit, |line| {
-            println!("[{}] {line}", kernel.name);
-            follow(&mut outcomes, kernel, line);
-        });
-        if let Err(error) = booted {
-            eprintln!("error: {error:#}");
-            broken.push(kernel.name.clone());
-        }
-        if outcomes.len() - before < groups.len() && !broken.contains(&kernel.name) {
-            broken.push(kernel.name.clone());
+        for boot in boots(options) {
+            step(&format!("{} ({})", kernel.name, kernel.release));
+            let root = initramfs::root(&programs, &script(&boot.groups))?;
+            let parameters = format!("{} {}", options.append, boot.parameters);
+            let before = outcomes.len();
+            let booted = machine::boot(kernel, &root, &parameters, limit, |line| {
+                println!("[{}] {line}", kernel.name);
+                follow(&mut outcomes, kernel, line);
+            });
+            if let Err(error) = &booted {
+                eprintln!("error: {error:#}");
+            }
+            if booted.is_err() || outcomes.len() - before < boot.groups.len() {
+                broken.push(kernel.name.clone());
+            }
         }
     }
     print!("{}", table(&outcomes));
@@ -173,9 +173,7 @@ fn root(mut programs: Vec<(PathBuf, String)>, command: &[String]) -> Result<Vec<
         };
         programs.push((path, to));
     }
-    let variables =
-        format!("export FORWARDER_BIN=/usr/bin/forwarder FORWARDER_TEST_SLACK={SLACK}\n");
-    initramfs::root(&programs, &(variables + &quoted(command.iter())))
+    initramfs::root(&programs, &(variables() + &quoted(command.iter())))
 }
 
 /// Words as a shell reads them back.
@@ -186,32 +184,79 @@ fn quoted(words: impl Iterator<Item = impl AsRef<str>>) -> String {
     quoted.join(" ")
 }
 
-fn groups(options: &Options) -> Vec<&'static str> {
-    let tiers = [(1, "packet"), (2, "netns")];
-    tiers
-        .into_iter()
-        .filter(|(tier, _)| options.tier.is_none_or(|only| only == *tier))
-        .map(|(_, group)| group)
-        .collect()
+/// A kernel that lacks something: lockdown, and no qdisc to attach filters to. `tests/netns/restricted.rs`
+/// says what is expected of it.
+const RESTRICTED: &str = "lockdown=confidentiality module_blacklist=sch_ingress";
+
+/// One start of the machine.
+struct Boot {
+    parameters: &'static str,
+    groups: Vec<Group>,
+}
+
+/// A line of the table.
+struct Group {
+    name: &'static str,
+    program: &'static str,
+    filter: String,
+}
+
+fn boots(options: &Options) -> Vec<Boot> {
+    let group = |name, program, filter: Option<&str>| Group {
+        name,
+        program,
+        filter: filter.unwrap_or_default().to_owned(),
+    };
+    let asked = options.filter.as_deref();
+    let mut groups = vec![
+        group("packet", "packet", asked),
+        group("netns", "netns", asked),
+    ];
+    if let Some(tier) = options.tier {
+        groups = groups
+            .into_iter()
+            .skip(usize::from(tier) - 1)
+            .take(1)
+            .collect();
+    }
+    let mut boots = vec![Boot {
+        parameters: "",
+        groups,
+    }];
+    if asked.is_none() && options.tier != Some(1) {
+        boots.push(Boot {
+            parameters: RESTRICTED,
+            groups: vec![group("restricted", "netns", Some("restricted"))],
+        });
+    }
+    boots
 }
 
 const GROUP: &str = "==> group ";
 
 /// What runs in the guest: each group under a line that names it.
-fn script(groups: &[&str], filter: &str) -> String {
-    let mut script = format!(
-        "export FORWARDER_BIN=/usr/bin/forwarder FORWARDER_TEST_SLACK={SLACK} RUST_BACKTRACE=0\n\
-         status=0\n"
-    );
-    for group in groups {
-        let filter = if filter.is_empty() {
-            String::new()
-        } else {
-            quoted([filter].iter())
-        };
-        script += &format!("echo '{GROUP}{group}'\n/tests/{group} {filter} || status=1\n");
+fn script(groups: &[Group]) -> String {
+    let mut script = format!("{}status=0\n", variables());
+    for Group {
+        name,
+        program,
+        filter,
+    } in groups
+    {
+        let filter = Some(filter).filter(|filter| !filter.is_empty());
+        script += &format!(
+            "echo '{GROUP}{name}'\n/tests/{program} {} || status=1\n",
+            quoted(filter.iter())
+        );
     }
     script + "exit $status\n"
+}
+
+/// What the harness reads.
+fn variables() -> String {
+    format!(
+        "export FORWARDER_BIN=/usr/bin/forwarder FORWARDER_TEST_SLACK={SLACK} RUST_BACKTRACE=0\n"
+    )
 }
 
 /// Takes notice of a line of the test programs' output.
@@ -251,11 +296,11 @@ fn follow(outcomes: &mut Vec<Outcome>, kernel: &Kernel, line: &str) {
 /// Markdown, so that it can be shown as it is.
 fn table(outcomes: &[Outcome]) -> String {
     let mut text = format!(
-        "\n| {:<28} | {:<7} | passed | failed | seconds |\n|{}|{}|-------:|-------:|--------:|\n",
+        "\n| {:<28} | {:<10} | passed | failed | seconds |\n|{}|{}|-------:|-------:|--------:|\n",
         "kernel",
         "tests",
         "-".repeat(30),
-        "-".repeat(9)
+        "-".repeat(12)
     );
     for outcome in outcomes {
         let failed = if outcome.ended {
@@ -264,7 +309,7 @@ fn table(outcomes: &[Outcome]) -> String {
             "no end".to_owned()
         };
         text += &format!(
-            "| {:<28} | {:<7} | {:>6} | {failed:>6} | {:>7.0} |\n",
+            "| {:<28} | {:<10} | {:>6} | {failed:>6} | {:>7.0} |\n",
             outcome.kernel,
             outcome.group,
             outcome.passed,
