@@ -125,16 +125,16 @@ fn examine(object: &Object, name: &str) -> Result<serde_json::Value> {
             "refused": format!("{error}: {}", end.join(" | ")),
         }));
     }
-    let verified = number_after(&log, "processed ");
+    let (verified, stack) = (number_after(&log, "processed "), stack(&log));
     ensure!(
-        verified.is_some(),
+        verified.is_some() && stack.is_some(),
         "no figures in the verifier's log: {log}"
     );
     Ok(serde_json::json!({
         "program": name,
         "instructions": instructions,
         "verified": verified,
-        "stack": stack(&log),
+        "stack": stack,
         "microseconds": took.as_micros() as u64,
     }))
 }
@@ -226,11 +226,12 @@ fn number_after(text: &str, words: &str) -> Option<u64> {
     rest[..end.unwrap_or(rest.len())].parse().ok()
 }
 
-/// `stack depth 312+0+16`: of the program and each of its functions; together they must fit.
+/// `stack depth 312+0+16`, of the program and each of its functions; what follows on newer kernels is left.
 fn stack(log: &str) -> Option<u64> {
-    let depths = log.split_once("stack depth ")?.1.lines().next()?;
+    let depths = log.split_once("stack depth ")?.1;
+    let depths = depths.split_whitespace().next()?;
     depths
         .split('+')
-        .map(|depth| depth.trim().parse::<u64>().ok())
+        .map(|depth| depth.parse::<u64>().ok())
         .sum()
 }

@@ -105,7 +105,7 @@ impl Archive {
 
     /// A program, without its debug information, and the libraries that it is linked with.
     pub(crate) fn program(&mut self, from: &Path, path: &str) -> Result<()> {
-        let stripped = super::kernel::folder().join("stripped");
+        let stripped = super::kernel::folder().join(format!("stripped-{}", std::process::id()));
         let strip = Command::new("strip")
             .arg("--strip-debug")
             .arg("-o")
