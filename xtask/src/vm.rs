@@ -77,13 +77,17 @@ pub(crate) fn vm(options: &Options) -> Result<()> {
 
     let mut outcomes = Vec::new();
     let mut broken = Vec::new();
+    // All at once: a build while the machines run must not change what the later ones test.
+    let boots = boots(options)
+        .into_iter()
+        .map(|boot| Ok((initramfs::root(&programs, &script(&boot.groups))?, boot)))
+        .collect::<Result<Vec<_>>>()?;
     for kernel in &kernels {
-        for boot in boots(options) {
+        for (root, boot) in &boots {
             step(&format!("{} ({})", kernel.name, kernel.release));
-            let root = initramfs::root(&programs, &script(&boot.groups))?;
             let parameters = format!("{} {}", options.append, boot.parameters);
             let before = outcomes.len();
-            let booted = machine::boot(kernel, &root, &parameters, limit, |line| {
+            let booted = machine::boot(kernel, root, &parameters, limit, |line| {
                 println!("[{}] {line}", kernel.name);
                 follow(&mut outcomes, kernel, line);
             });
