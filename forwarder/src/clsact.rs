@@ -13,6 +13,10 @@ use netlink_packet_route::{
     tc::{TcAttribute, TcFilterBpf, TcFilterBpfOption, TcHandle, TcHeader, TcMessage, TcOption},
 };
 use netlink_sys::{Socket, SocketAddr, protocols::NETLINK_ROUTE};
+use nix::sys::{
+    socket::{setsockopt, sockopt},
+    time::{TimeVal, TimeValLike as _},
+};
 
 /// ETH_P_ALL as `tcm_info` has it (include/uapi/linux/if_ether.h).
 const EVERY_PROTOCOL: u32 = 0x0003_u16.to_be() as u32;
@@ -156,6 +160,8 @@ fn name(message: &TcMessage) -> Option<&str> {
 fn ask(request: RouteNetlinkMessage, flags: u16) -> io::Result<Vec<Option<TcMessage>>> {
     let mut socket = Socket::new(NETLINK_ROUTE)?;
     socket.bind_auto()?;
+    // An answer that does not come is an error, and nothing to wait for.
+    setsockopt(&socket, sockopt::ReceiveTimeout, &TimeVal::seconds(10))?;
     let mut message = NetlinkMessage::from(request);
     message.header.flags = NLM_F_REQUEST | flags;
     message.finalize();
