@@ -113,8 +113,9 @@ pub(crate) fn vm(options: &Options) -> Result<()> {
     Ok(())
 }
 
-/// The kernels of these names; Debian's four for none.
+/// The kernels of these names; Debian's four for none. What booting takes is looked for first.
 pub(crate) fn kernels(names: &[String], refresh: bool) -> Result<Vec<Kernel>> {
+    exec::need(&[&[machine::EMULATOR], &initramfs::TOOLS[..]].concat())?;
     let names = if names.is_empty() {
         kernel::names()
     } else {

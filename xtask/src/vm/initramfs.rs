@@ -147,7 +147,7 @@ fn libraries(program: &Path) -> Result<Vec<PathBuf>> {
 }
 
 /// Programs that the tests call, with their Debian packages.
-const TOOLS: [(&str, &str); 6] = [
+pub(super) const TOOLS: [(&str, &str); 6] = [
     ("bash", "bash"),
     ("busybox", "busybox-static"),
     ("ip", "iproute2"),
@@ -163,7 +163,6 @@ const USEFUL: [&str; 6] = [
 /// Everything but the kernel's modules: the tools, `programs` (where each is, and where it goes), and a
 /// command that runs with root's rights.
 pub(crate) fn root(programs: &[(PathBuf, String)], command: &str) -> Result<Vec<u8>> {
-    exec::need(&TOOLS)?;
     let mut archive = Archive::default();
     for folder in ["bin", "sbin", "lib", "lib64"] {
         archive.folder(&format!("usr/{folder}"));

@@ -7,6 +7,7 @@ use std::{
     fs::{self, File},
     io::{self, BufRead as _, BufReader, Read},
     os::unix::process::CommandExt as _,
+    path::{Path, PathBuf},
     process::{Child, Command, Stdio},
     sync::mpsc::{self, RecvTimeoutError},
     thread,
@@ -16,8 +17,9 @@ use std::{
 use anyhow::{Context, Result, bail};
 
 use super::kernel::{Kernel, folder};
-use crate::exec;
 
+/// With its Debian package.
+pub(super) const EMULATOR: (&str, &str) = ("qemu-system-x86_64", "qemu-system-x86");
 const MEMORY: &str = "2048M";
 const PARAMETERS: &str = "console=ttyS0 quiet panic=-1 oops=panic mitigations=off";
 
@@ -31,6 +33,15 @@ impl Drop for Running {
     }
 }
 
+/// The folder of one boot, which goes with it.
+struct Work(PathBuf);
+
+impl Drop for Work {
+    fn drop(&mut self) {
+        let _ = fs::remove_dir_all(&self.0);
+    }
+}
+
 /// Boots `kernel` with `root` (an initramfs without the modules), hands each line of output to `line`, and
 /// returns the command's exit status.
 pub(crate) fn boot(
@@ -40,20 +51,15 @@ pub(crate) fn boot(
     limit: Duration,
     mut line: impl FnMut(&str),
 ) -> Result<i32> {
-    exec::need(&[("qemu-system-x86_64", "qemu-system-x86")])?;
-    let work = folder().join("run").join(std::process::id().to_string());
-    fs::create_dir_all(&work)?;
-    let (initrd, console, status) = (
-        work.join("initrd"),
-        work.join("console"),
-        work.join("status"),
-    );
+    let work = Work(folder().join("run").join(std::process::id().to_string()));
+    fs::create_dir_all(&work.0)?;
+    let [initrd, console, status] = ["initrd", "console", "status"].map(|name| work.0.join(name));
     let mut whole = fs::read(&kernel.modules)?;
     whole.extend_from_slice(root);
     fs::write(&initrd, whole)?;
     File::create(&status)?;
 
-    let mut command = Command::new("qemu-system-x86_64");
+    let mut command = Command::new(EMULATOR.0);
     command
         .args(["-machine", "pc", "-accel", "tcg,thread=single"])
         .args(["-cpu", "Nehalem,+rdrand", "-smp", "2", "-m", MEMORY])
@@ -107,7 +113,6 @@ pub(crate) fn boot(
             last_words(&console)
         );
     };
-    let _ = fs::remove_dir_all(&work);
     Ok(said)
 }
 
@@ -131,7 +136,7 @@ fn lines(from: impl Read + Send + 'static) -> mpsc::Receiver<String> {
 }
 
 /// The end of the kernel's log.
-fn last_words(console: &std::path::Path) -> String {
+fn last_words(console: &Path) -> String {
     let bytes = fs::read(console).unwrap_or_default();
     let text = String::from_utf8_lossy(&bytes);
     let lines: Vec<&str> = text.lines().collect();
