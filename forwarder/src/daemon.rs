@@ -18,7 +18,7 @@ use futures_util::StreamExt as _;
 use ipnet::IpNet;
 use serde::Serialize;
 use tokio::{
-    signal::unix::{SignalKind, signal},
+    signal::unix::{Signal, SignalKind, signal},
     sync::{broadcast, mpsc},
     time::{Instant, sleep_until},
 };
@@ -84,6 +84,8 @@ pub struct Daemon {
 /// # Errors
 /// What could not be begun; everything begun before is undone.
 pub async fn run(instance: &str, options: Run) -> Result<()> {
+    // Before anything is made that a signal would have to undo, and long before anybody reads `ready`.
+    let signals = [SignalKind::interrupt(), SignalKind::terminate()].map(signal);
     let mut socket = Socket::bind(instance)?;
     raise_descriptor_limit();
     let mut daemon = Daemon::new(instance, options).await?;
@@ -110,7 +112,7 @@ pub async fn run(instance: &str, options: Run) -> Result<()> {
     socket.serve(sender);
     println!("ready");
     notify_ready();
-    daemon.serve(calls).await
+    daemon.serve(calls, signals).await
 }
 
 impl Daemon {
@@ -146,9 +148,12 @@ impl Daemon {
         Ok(daemon)
     }
 
-    async fn serve(mut self, mut calls: mpsc::Receiver<Call>) -> Result<()> {
-        let mut interrupt = signal(SignalKind::interrupt())?;
-        let mut terminate = signal(SignalKind::terminate())?;
+    async fn serve(
+        mut self,
+        mut calls: mpsc::Receiver<Call>,
+        [interrupt, terminate]: [std::io::Result<Signal>; 2],
+    ) -> Result<()> {
+        let (mut interrupt, mut terminate) = (interrupt?, terminate?);
         let mut changes = match self.reader {
             Some(_) => interfaces::changes()?.left_stream(),
             None => futures_util::stream::pending().right_stream(),

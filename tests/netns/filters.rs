@@ -29,13 +29,16 @@ fn filters(netns: &Netns) -> String {
     seen
 }
 
+/// It drops UDP over IPv4 to that port, and lets everything else go on: classic BPF, which kernels have that lack
+/// every other classifier.
 fn somebodys_filter(netns: &Netns, device: &str) {
-    let drop = format!("flower ip_proto udp dst_port {DROPPED} action drop");
-    netns
-        .run(&format!(
-            "tc filter add dev {device} ingress prio 10 protocol ip {drop}"
-        ))
-        .unwrap();
+    let code = format!(
+        "8,40 0 0 12,21 0 5 2048,48 0 0 23,21 0 3 17,40 0 0 36,21 0 1 {DROPPED},6 0 0 2,6 0 0 4294967295"
+    );
+    let filter = format!(
+        "filter add dev {device} ingress prio 10 protocol all bpf bytecode '{code}' direct-action\n"
+    );
+    netns.feed("tc -batch -", &filter).unwrap();
 }
 
 fn started(topology: &Topology) -> (Backend, Daemon) {
