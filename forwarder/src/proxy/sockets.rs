@@ -7,8 +7,9 @@ use std::{
 };
 
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
-use socket2::{Domain, SockAddr, Socket, Type};
+use socket2::{Domain, SockAddr, SockRef, Socket, Type};
 
+use super::tcp;
 use crate::spec::{Protocol, Spec};
 
 /// Listening sockets of one publish, or bound ones for UDP, with the port of each.
@@ -87,6 +88,7 @@ impl Held {
         let bind = SockAddr::from(SocketAddr::new(address, port));
         if protocol == Protocol::Tcp {
             socket.set_reuse_address(true)?; // restart while old connections are in TIME_WAIT
+            tcp::tune(SockRef::from(&socket))?;
             socket.bind(&bind)?;
             socket.listen(4096)?;
             self.tcp.push((port, socket.into()));

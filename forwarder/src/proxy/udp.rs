@@ -124,11 +124,12 @@ pub(super) async fn serve(
             ready = frontend.readable() => {
                 let received = ready.and_then(|()| {
                     frontend.try_io(Interest::READABLE, || {
-                        batch::receive(frontend.as_fd(), |data, source, local| {
+                        let count = batch::receive(frontend.as_fd(), |data, source, local| {
                             if let Some(source) = source {
                                 receive(data, &mut flows, (source, local));
                             }
-                        })
+                        })?;
+                        unless_emptied(count)
                     })
                 });
                 match received {
@@ -145,6 +146,15 @@ pub(super) async fn serve(
             }
         }
     }
+}
+
+/// For `try_io`: `WouldBlock` after a read that has emptied the socket saves another that would only say so. The
+/// kernel reports what has come since anew (EPOLLET, epoll(7)).
+fn unless_emptied(datagrams: usize) -> io::Result<()> {
+    if batch::was_all(datagrams) {
+        return Err(io::ErrorKind::WouldBlock.into());
+    }
+    Ok(())
 }
 
 async fn until_stopped(task: impl Future<Output = ()>, mut stopped: watch::Receiver<Option<Stop>>) {
@@ -190,17 +200,20 @@ async fn replies(
             ready = flow.backend.readable() => {
                 let answered = ready.and_then(|()| {
                     flow.backend.try_io(Interest::READABLE, || {
-                        batch::answer(flow.backend.as_fd(), frontend.as_fd(), client, local)
-                    })
-                });
-                match answered {
-                    Ok((datagrams, bytes)) => {
+                        let (backend, frontend) = (flow.backend.as_fd(), frontend.as_fd());
+                        let (datagrams, bytes) = batch::answer(backend, frontend, client, local)?;
                         flow.touch();
                         flow.replied.store(true, Relaxed);
                         shared.carried_many(datagrams, bytes);
-                    }
+                        unless_emptied(datagrams)
+                    })
+                });
+                match answered {
                     // The backend refused (ICMP): it may be back for the next datagram.
-                    Err(error) => debug!("{client}: {error}"),
+                    Err(error) if error.kind() != io::ErrorKind::WouldBlock => {
+                        debug!("{client}: {error}");
+                    }
+                    _ => {}
                 }
             }
             () = tokio::time::sleep_until(flow.expires()) => {

@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
+use forwarder_tests::netns::Netns;
 use serde::Serialize;
 use serde_json::Value;
 
@@ -117,10 +118,20 @@ pub(crate) fn measure(
             netns.run(&line).and_then(|text| round_trips(&text))
         }
         Workload::Connect => {
-            let line = format!(
-                "wrk -t1 -c16 -d{seconds}s --latency -H Connection:close http://{address}:{HTTP}/"
+            let opened = opened_connections(netns)?;
+            let mut wrk = netns.command("wrk");
+            wrk.args(["-t1", "-c16", &format!("-d{seconds}s"), "--latency"])
+                // With its space: without, wrk takes it for no header and keeps its connections.
+                .args(["-H", "Connection: close", &format!("http://{address}:{HTTP}/")]);
+            let output = wrk.output().context("start wrk")?;
+            let measured = requests(&String::from_utf8_lossy(&output.stdout))?;
+            let opened = opened_connections(netns)? - opened;
+            ensure!(
+                opened as f64 >= measured.operations,
+                "{} requests by only {opened} connections",
+                measured.operations
             );
-            netns.run(&line).and_then(|text| requests(&text))
+            Ok(measured)
         }
     };
     let measured = measured?;
@@ -184,6 +195,21 @@ fn bulk(text: &str) -> Result<Measured> {
         p50_us: None,
         p99_us: None,
     })
+}
+
+/// TCP connections that were ever begun in a namespace (RFC 4022, tcpActiveOpens).
+fn opened_connections(netns: &Netns) -> Result<u64> {
+    let text = netns.enter(|| std::fs::read_to_string("/proc/thread-self/net/snmp"))?;
+    let mut lines = text.lines().filter_map(|line| line.strip_prefix("Tcp: "));
+    let (names, values) = (lines.next(), lines.next());
+    let mut pairs = names
+        .unwrap_or_default()
+        .split(' ')
+        .zip(values.unwrap_or_default().split(' '));
+    let (_, opened) = pairs
+        .find(|(name, _)| *name == "ActiveOpens")
+        .context("no ActiveOpens in /proc/net/snmp")?;
+    Ok(opened.parse()?)
 }
 
 /// The number after `name` in sockperf's or wrk's report.
