@@ -46,6 +46,9 @@ reasons! {
     Draining = "draining",
     /// Passed: the TTL or hop limit would end here.
     Expired = "ttl_expired",
+    /// Passed: a client on this host sends more than the container's MTU, and the kernel (before 6.1) cannot deliver
+    /// that; the userland proxy can.
+    LongerThanMtu = "longer_than_mtu",
     /// Dropped: a source that cannot be, such as a loopback address from outside.
     Martian = "martian_source",
     /// Dropped: the source is not on the allow-list.

@@ -33,6 +33,9 @@ pub fn ingress(ctx: &TcContext, trail: &mut Trail) -> Verdict {
     fragment::complete(&mut packet)?;
     let published = publish::find(&packet);
     trail.parsed(&packet, published.map_or(0, |published| published.index));
+    if published.is_some() && setting(&PEER_FROM_LO) == 0 && packet.is_from_this_host() {
+        deliver::fits(ctx)?;
+    }
     let verdict = forward(ctx, &packet, published, trail);
     if verdict.is_ok() {
         fragment::remember(&packet);

@@ -18,7 +18,7 @@ use futures_util::StreamExt as _;
 use ipnet::IpNet;
 use serde::Serialize;
 use tokio::{
-    signal::unix::{SignalKind, signal},
+    signal::unix::{Signal, SignalKind, signal},
     sync::{broadcast, mpsc},
     time::{Instant, sleep_until},
 };
@@ -30,7 +30,7 @@ use crate::{
     control::{self, Call, Ending, Request, Response, Socket},
     datapath::{self, Datapath},
     interfaces::{self, Reader, Snapshot},
-    output,
+    kernel, output,
     proxy::{Held, Options as ProxyOptions, Proxy, Stop, is_wide, raise_descriptor_limit},
     spec::Spec,
 };
@@ -86,6 +86,8 @@ pub struct Daemon {
 /// # Errors
 /// What could not be begun; everything begun before is undone.
 pub async fn run(instance: &str, options: Run) -> Result<()> {
+    // Before anything is made that a signal would have to undo, and long before anybody reads `ready`.
+    let signals = [SignalKind::interrupt(), SignalKind::terminate()].map(signal);
     let mut socket = Socket::bind(instance)?;
     raise_descriptor_limit();
     let mut daemon = Daemon::new(instance, options).await?;
@@ -112,7 +114,7 @@ pub async fn run(instance: &str, options: Run) -> Result<()> {
     socket.serve(sender);
     println!("ready");
     notify_ready();
-    daemon.serve(calls).await
+    daemon.serve(calls, signals).await
 }
 
 impl Daemon {
@@ -148,9 +150,12 @@ impl Daemon {
         Ok(daemon)
     }
 
-    async fn serve(mut self, mut calls: mpsc::Receiver<Call>) -> Result<()> {
-        let mut interrupt = signal(SignalKind::interrupt())?;
-        let mut terminate = signal(SignalKind::terminate())?;
+    async fn serve(
+        mut self,
+        mut calls: mpsc::Receiver<Call>,
+        [interrupt, terminate]: [std::io::Result<Signal>; 2],
+    ) -> Result<()> {
+        let (mut interrupt, mut terminate) = (interrupt?, terminate?);
         let mut changes = match self.reader {
             Some(_) => interfaces::changes()?.left_stream(),
             None => futures_util::stream::pending().right_stream(),
@@ -468,11 +473,17 @@ fn json(value: impl Serialize) -> Result<serde_json::Value> {
 }
 
 fn load(instance: &str) -> Result<Datapath> {
-    let pins = datapath::has_bpffs().then(|| datapath::pin_directory(instance));
-    Datapath::load(&datapath::Options {
+    let pins = kernel::has_bpffs().then(|| datapath::pin_directory(instance));
+    let mut datapath = Datapath::load(&datapath::Options {
+        instance: instance.to_owned(),
         pins,
         snat: snat_ports(),
-    })
+    })?;
+    if let Err(error) = datapath.rehearse() {
+        datapath.remove();
+        return Err(error);
+    }
+    Ok(datapath)
 }
 
 /// The larger part of the unprivileged ports that the kernel gives to no socket by itself.
@@ -522,5 +533,5 @@ pub fn down(instance: &str) -> Result<bool> {
         bail!("instance {instance} is running: stop it by SIGINT or SIGTERM first");
     }
     let socket = control::remove_stale(instance);
-    Ok(datapath::remove_pins(&datapath::pin_directory(instance))? || socket)
+    Ok(datapath::remove_left(instance)? || socket)
 }
