@@ -1,6 +1,7 @@
 //! The userland proxy: holds every published port, and carries what the fast path does not.
 
 mod batch;
+mod idle;
 mod protocol_header;
 mod sockets;
 mod tcp;
@@ -9,17 +10,23 @@ mod tests;
 mod udp;
 
 use std::{
+    io,
     net::{IpAddr, SocketAddr},
+    os::fd::RawFd,
     sync::{
-        Arc,
+        Arc, Mutex, MutexGuard, OnceLock, PoisonError,
         atomic::{AtomicU64, Ordering::Relaxed},
     },
 };
 
 use ipnet::IpNet;
-use tokio::{sync::watch, task::JoinSet};
+use tokio::{sync::Notify, task::JoinHandle};
 
-pub use self::sockets::{BindError, Held, is_wide, raise_descriptor_limit};
+use self::idle::Socket;
+pub use self::{
+    idle::Idle,
+    sockets::{BindError, Held, is_wide, raise_descriptor_limit},
+};
 use crate::spec::Spec;
 
 /// How a publish is served in user space.
@@ -62,9 +69,30 @@ struct Shared {
     packets: AtomicU64,
     bytes: AtomicU64,
     refused: AtomicU64,
+    stop: OnceLock<Stop>,
+    stopped: Notify,
+    /// The tasks of sockets that somebody has come to.
+    serving: Mutex<Vec<JoinHandle<()>>>,
 }
 
 impl Shared {
+    /// Resolves when live connections are to end, with how.
+    async fn ended(&self) -> Stop {
+        loop {
+            // Asked for before the look, so that none is missed in between.
+            let stopped = self.stopped.notified();
+            match self.stop.get() {
+                Some(how @ (Stop::Cut | Stop::Reset)) => return *how,
+                Some(Stop::Drain) => std::future::pending().await,
+                None => stopped.await,
+            }
+        }
+    }
+
+    fn serving(&self) -> MutexGuard<'_, Vec<JoinHandle<()>>> {
+        self.serving.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     fn allows(&self, source: IpAddr) -> bool {
         let allow = &self.options.allow;
         let source = source.to_canonical();
@@ -104,17 +132,21 @@ impl Drop for LiveFlow {
     }
 }
 
-/// The tasks that serve one publish.
+/// What serves one publish.
 #[derive(Debug)]
 pub struct Proxy {
     shared: Arc<Shared>,
-    listeners: JoinSet<()>,
-    stop: watch::Sender<Option<Stop>>,
+    idle: Idle,
+    /// Descriptors of the sockets, while they wait.
+    waiting: Vec<RawFd>,
 }
 
 impl Proxy {
-    /// Serves the held ports, in tasks of the current runtime.
-    pub fn start(held: Held, spec: Spec, options: Options) -> Self {
+    /// Serves the held ports, in tasks of the runtime of `idle`.
+    ///
+    /// # Errors
+    /// As epoll_ctl(2).
+    pub fn start(held: Held, spec: Spec, options: Options, idle: &Idle) -> io::Result<Self> {
         let shared = Arc::new(Shared {
             spec,
             options,
@@ -122,20 +154,27 @@ impl Proxy {
             packets: AtomicU64::new(0),
             bytes: AtomicU64::new(0),
             refused: AtomicU64::new(0),
+            stop: OnceLock::new(),
+            stopped: Notify::new(),
+            serving: Mutex::default(),
         });
-        let (stop, stopped) = watch::channel(None);
-        let mut listeners = JoinSet::new();
-        for (port, listener) in held.tcp {
-            listeners.spawn(tcp::serve(listener, port, shared.clone(), stopped.clone()));
+        let tcp = held
+            .tcp
+            .into_iter()
+            .map(|(port, listener)| (port, Socket::Tcp(listener)));
+        let udp = held
+            .udp
+            .into_iter()
+            .map(|(port, socket)| (port, Socket::Udp(socket)));
+        let mut proxy = Self {
+            shared: shared.clone(),
+            idle: idle.clone(),
+            waiting: Vec::with_capacity(tcp.len() + udp.len()),
+        };
+        for (port, socket) in tcp.chain(udp) {
+            proxy.waiting.push(idle.add(socket, port, shared.clone())?);
         }
-        for (port, socket) in held.udp {
-            listeners.spawn(udp::serve(socket, port, shared.clone(), stopped.clone()));
-        }
-        Self {
-            shared,
-            listeners,
-            stop,
-        }
+        Ok(proxy)
     }
 
     /// What was carried until now.
@@ -149,24 +188,28 @@ impl Proxy {
     }
 
     /// Gives the ports back; on return they are free.
-    pub async fn stop(mut self, how: Stop) {
-        let _ = self.stop.send(Some(how));
-        self.listeners.shutdown().await;
+    pub async fn stop(self, how: Stop) {
+        let _ = self.shared.stop.set(how);
+        self.shared.stopped.notify_waiters();
+        self.close();
+        let serving = std::mem::take(&mut *self.shared.serving());
+        for task in serving {
+            let _ = task.await; // that it was ended
+        }
+    }
+
+    fn close(&self) {
+        for descriptor in &self.waiting {
+            self.idle.remove(*descriptor, &self.shared);
+        }
+        for task in self.shared.serving().iter() {
+            task.abort();
+        }
     }
 }
 
-/// Resolves when live connections are to end, with how.
-async fn ended(stopped: &mut watch::Receiver<Option<Stop>>) -> Stop {
-    loop {
-        let now = *stopped.borrow_and_update();
-        match now {
-            Some(how @ (Stop::Cut | Stop::Reset)) => return how,
-            Some(Stop::Drain) => std::future::pending().await,
-            None => {
-                if stopped.changed().await.is_err() {
-                    return Stop::Cut;
-                }
-            }
-        }
+impl Drop for Proxy {
+    fn drop(&mut self) {
+        self.close();
     }
 }

@@ -24,11 +24,10 @@ use tokio::{
         TcpListener, TcpStream,
         tcp::{ReadHalf, WriteHalf},
     },
-    sync::watch,
 };
 use tracing::{debug, warn};
 
-use super::{Shared, Stop, ended, protocol_header, sockets::Port};
+use super::{Shared, Stop, protocol_header, sockets::Port};
 
 const BUFFER: usize = 16 << 10;
 /// A direction that filled its buffer this often is worth a pipe.
@@ -39,12 +38,7 @@ const KEEPALIVE: Duration = Duration::from_secs(15);
 const BACK_OFF: Duration = Duration::from_millis(100);
 
 /// Accepts clients until the task is ended.
-pub(super) async fn serve(
-    listener: std::net::TcpListener,
-    port: Port,
-    shared: Arc<Shared>,
-    stopped: watch::Receiver<Option<Stop>>,
-) {
+pub(super) async fn serve(listener: std::net::TcpListener, port: Port, shared: Arc<Shared>) {
     let spec = &shared.spec;
     let listener = match TcpListener::from_std(listener) {
         Ok(listener) => listener,
@@ -62,7 +56,7 @@ pub(super) async fn serve(
                         Err(_) => continue, // the client has gone already
                     },
                 };
-                let task = connection(client, address, port, shared.clone(), stopped.clone());
+                let task = connection(client, address, port, shared.clone());
                 tokio::spawn(task);
             }
             Err(error) if is_exhaustion(&error) => {
@@ -84,13 +78,7 @@ fn is_exhaustion(error: &io::Error) -> bool {
         .is_some_and(|code| exhausted.contains(&code))
 }
 
-async fn connection(
-    mut client: TcpStream,
-    address: SocketAddr,
-    port: u16,
-    shared: Arc<Shared>,
-    mut stopped: watch::Receiver<Option<Stop>>,
-) {
+async fn connection(mut client: TcpStream, address: SocketAddr, port: u16, shared: Arc<Shared>) {
     if !shared.allows(address.ip()) {
         return reset(&client);
     }
@@ -98,7 +86,7 @@ async fn connection(
     // The client believes that it is connected. If the backend refuses, it learns so by a reset.
     let backend = tokio::select! {
         backend = connect(&client, address, port, &shared) => backend,
-        _ = ended(&mut stopped) => return reset(&client),
+        _ = shared.ended() => return reset(&client),
     };
     let mut backend = match backend {
         Ok(backend) => backend,
@@ -109,7 +97,7 @@ async fn connection(
     };
     let result = tokio::select! {
         result = both_ways(&mut client, &mut backend, &shared) => result,
-        how = ended(&mut stopped) => match how {
+        how = shared.ended() => match how {
             Stop::Reset => Err(io::ErrorKind::ConnectionReset.into()),
             Stop::Cut | Stop::Drain => Ok(()),
         },

@@ -7,7 +7,7 @@ use std::{
     time::Duration,
 };
 
-use super::{Held, Options, Proxy, Stop};
+use super::{Held, Idle, Options, Proxy, Stop};
 use crate::spec::Spec;
 
 const DEADLINE: Duration = Duration::from_secs(10);
@@ -35,7 +35,8 @@ fn serve(address: &str, backend: SocketAddr, protocol: &str, options: Options) -
         let text = format!("{address}:{}:{}/{protocol}", free.port(), backend);
         let spec: Spec = text.parse().expect("a spec");
         if let Ok(held) = Held::bind(&spec) {
-            let proxy = Proxy::start(held, spec, options);
+            let idle = Idle::start().expect("epoll");
+            let proxy = Proxy::start(held, spec, options, &idle).expect("epoll");
             let host = address
                 .trim_matches(['[', ']'])
                 .parse()

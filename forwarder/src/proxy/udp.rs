@@ -17,18 +17,12 @@ use nix::{
     errno::Errno,
     sys::socket::{self, MsgFlags},
 };
-use tokio::{
-    io::Interest,
-    net::UdpSocket,
-    sync::{mpsc, watch},
-    time::Instant,
-};
+use tokio::{io::Interest, net::UdpSocket, sync::mpsc, time::Instant};
 use tracing::{debug, warn};
 
 use super::{
-    LiveFlow, Shared, Stop,
+    LiveFlow, Shared,
     batch::{self, Local},
-    ended,
     sockets::{self, Port},
 };
 
@@ -73,12 +67,7 @@ impl Flow {
 }
 
 /// Serves a held port until the task is ended; its flows end with it.
-pub(super) async fn serve(
-    socket: std::net::UdpSocket,
-    port: Port,
-    shared: Arc<Shared>,
-    stopped: watch::Receiver<Option<Stop>>,
-) {
+pub(super) async fn serve(socket: std::net::UdpSocket, port: Port, shared: Arc<Shared>) {
     let spec = &shared.spec;
     let mut answering = match UdpSocket::from_std(socket) {
         Ok(socket) => Answering {
@@ -103,7 +92,7 @@ pub(super) async fn serve(
             match begun {
                 Ok((flow, answering)) => {
                     let task = replies(answering, flow.clone(), key, shared.clone(), gone.clone());
-                    tokio::spawn(until_stopped(task, stopped.clone()));
+                    tokio::spawn(until_stopped(task, shared.clone()));
                     flows.insert(key, flow);
                 }
                 Err(error) => {
@@ -161,10 +150,10 @@ fn unless_emptied(datagrams: usize) -> io::Result<()> {
     Ok(())
 }
 
-async fn until_stopped(task: impl Future<Output = ()>, mut stopped: watch::Receiver<Option<Stop>>) {
+async fn until_stopped(task: impl Future<Output = ()>, shared: Arc<Shared>) {
     tokio::select! {
         () = task => {}
-        _ = ended(&mut stopped) => {}
+        _ = shared.ended() => {}
     }
 }
 

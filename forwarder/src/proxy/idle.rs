@@ -1,0 +1,158 @@
+//! Held sockets that nobody has come to yet: they wait in one epoll(7) instance, and only when something is there
+//! does a socket get a task of its own. With eBPF most never do, and ten thousand ports cost hardly any memory.
+
+use std::{
+    collections::HashMap,
+    os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+};
+
+use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
+use tokio::io::{Interest, unix::AsyncFd};
+use tracing::warn;
+
+use super::{Shared, sockets::Port, tcp, udp};
+
+/// Sockets that are looked at in one go.
+const EVENTS: usize = 64;
+
+/// A held socket.
+#[derive(Debug)]
+pub(super) enum Socket {
+    Tcp(std::net::TcpListener),
+    Udp(std::net::UdpSocket),
+}
+
+impl AsFd for Socket {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        match self {
+            Self::Tcp(listener) => listener.as_fd(),
+            Self::Udp(socket) => socket.as_fd(),
+        }
+    }
+}
+
+#[derive(Debug)]
+struct Waiting {
+    socket: Socket,
+    port: Port,
+    shared: Arc<Shared>,
+}
+
+impl Waiting {
+    fn serve(self) {
+        let Self {
+            socket,
+            port,
+            shared,
+        } = self;
+        let task = match socket {
+            Socket::Tcp(listener) => tokio::spawn(tcp::serve(listener, port, shared.clone())),
+            Socket::Udp(socket) => tokio::spawn(udp::serve(socket, port, shared.clone())),
+        };
+        shared.serving().push(task);
+    }
+}
+
+/// The sockets of all publishes of one runtime. Clones stand for the same.
+#[derive(Clone, Debug)]
+pub struct Idle(Arc<Inner>);
+
+#[derive(Debug)]
+struct Inner {
+    epoll: Epoll,
+    /// By descriptor.
+    waiting: Mutex<HashMap<RawFd, Waiting>>,
+}
+
+impl Inner {
+    fn waiting(&self) -> MutexGuard<'_, HashMap<RawFd, Waiting>> {
+        self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+struct Descriptor(Arc<Inner>);
+
+impl AsRawFd for Descriptor {
+    fn as_raw_fd(&self) -> RawFd {
+        self.0.epoll.0.as_raw_fd()
+    }
+}
+
+impl Idle {
+    /// Watches from a task of the current runtime.
+    ///
+    /// # Errors
+    /// As epoll_create1(2).
+    pub fn start() -> std::io::Result<Self> {
+        let inner = Arc::new(Inner {
+            epoll: Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?,
+            waiting: Mutex::default(),
+        });
+        // SAFETY: the descriptor is the epoll instance, which lives for as long as `Descriptor` does.
+        let ready = unsafe {
+            AsyncFd::register_with_interest(Descriptor(inner.clone()), Interest::READABLE)?
+        };
+        tokio::spawn(async move {
+            if let Err(error) = watch(ready).await {
+                warn!("ports are served no more in user space: {error}");
+            }
+        });
+        Ok(Self(inner))
+    }
+
+    /// Keeps a socket until it is asked for, or [`Idle::remove`]d by its descriptor, which is returned.
+    ///
+    /// # Errors
+    /// As epoll_ctl(2).
+    pub(super) fn add(
+        &self,
+        socket: Socket,
+        port: Port,
+        shared: Arc<Shared>,
+    ) -> std::io::Result<RawFd> {
+        let descriptor = socket.as_fd().as_raw_fd();
+        let event = EpollEvent::new(EpollFlags::EPOLLIN, descriptor as u64);
+        let mut waiting = self.0.waiting();
+        self.0.epoll.add(&socket, event)?;
+        let entry = Waiting {
+            socket,
+            port,
+            shared,
+        };
+        waiting.insert(descriptor, entry);
+        Ok(descriptor)
+    }
+
+    /// Closes a publish's socket if it still waits.
+    pub(super) fn remove(&self, descriptor: RawFd, shared: &Arc<Shared>) {
+        let mut waiting = self.0.waiting();
+        // The number may be another's by now.
+        if waiting
+            .get(&descriptor)
+            .is_some_and(|entry| Arc::ptr_eq(&entry.shared, shared))
+        {
+            waiting.remove(&descriptor);
+        }
+    }
+}
+
+/// Gives each socket that something has come to a task of its own.
+async fn watch(ready: AsyncFd<Descriptor>) -> std::io::Result<()> {
+    let mut events = [EpollEvent::empty(); EVENTS];
+    loop {
+        let mut guard = ready.readable().await?;
+        let inner = &guard.get_inner().0;
+        let count = inner.epoll.wait(&mut events, EpollTimeout::ZERO)?;
+        for event in &events[..count] {
+            let mut waiting = inner.waiting();
+            if let Some(entry) = waiting.remove(&(event.data() as RawFd)) {
+                let _ = inner.epoll.delete(&entry.socket);
+                entry.serve();
+            }
+        }
+        if count < EVENTS {
+            guard.clear_ready();
+        }
+    }
+}
