@@ -24,6 +24,8 @@ reasons! {
     ForwardedOriginal = "forwarded_original",
     /// Translated and delivered, backend to client.
     ForwardedReply = "forwarded_reply",
+    /// Translated and delivered: an ICMP error about a packet of a flow, in either direction.
+    ForwardedError = "forwarded_error",
     /// A new flow was made.
     NewFlow = "new_flow",
     /// Passed: neither a published port nor a reply of a flow. Not counted, to cost others nothing.

@@ -68,7 +68,10 @@ fn forward(
     {
         return to_client(ctx, packet, flow, trail);
     }
-    let published = published.ok_or(Reason::NotOurs)?;
+    // An ICMP error is carried in both directions like a packet of its flow, but begins none.
+    let published = published
+        .filter(|_| !packet.is_error())
+        .ok_or(Reason::NotOurs)?;
     publish::admit(packet, &published)?;
     let mut key = publish::dnat(packet, published.publish);
     begin(ctx, packet, &published, &mut key)?;
@@ -149,11 +152,15 @@ fn to_backend(
     }
     flow::update(flow, packet, flow::ORIGINAL);
     trail.rewritten(published.index, key, &published.publish.hop);
-    rewrite::tuple(ctx, packet, key, hop)?;
+    if packet.is_error() {
+        rewrite::error(ctx, packet, key, hop, flow.state & state::ALIASED == 0)?;
+    } else {
+        rewrite::tuple(ctx, packet, key, hop)?;
+    }
     let action = deliver::deliver(ctx, &published.publish.hop, setting(&PEER_FROM_LO) != 0)?;
     Ok(Forwarded {
         action,
-        reason: Reason::ForwardedOriginal,
+        reason: reason(packet, Reason::ForwardedOriginal),
     })
 }
 
@@ -173,11 +180,24 @@ fn to_client(ctx: &TcContext, packet: &Packet, flow: &mut Flow, trail: &mut Trai
         protocol: packet.tuple.protocol,
     };
     trail.rewritten(flow.publish, &new, &flow.back);
-    rewrite::tuple(ctx, packet, &new, hop)?;
+    if packet.is_error() {
+        rewrite::error(ctx, packet, &new, hop, false)?;
+    } else {
+        rewrite::tuple(ctx, packet, &new, hop)?;
+    }
     let action = deliver::deliver(ctx, &flow.back, setting(&PEER_FROM_LO) != 0)
         .map_err(|_| Reason::NoWayBack)?;
     Ok(Forwarded {
         action,
-        reason: Reason::ForwardedReply,
+        reason: reason(packet, Reason::ForwardedReply),
     })
+}
+
+#[inline(always)]
+fn reason(packet: &Packet, direction: Reason) -> Reason {
+    if packet.is_error() {
+        Reason::ForwardedError
+    } else {
+        direction
+    }
 }

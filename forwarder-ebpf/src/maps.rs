@@ -1,5 +1,5 @@
 //! The maps, and nothing else. Types and sizes come from `forwarder_common`; user space fills all but
-//! `FLOWS`, `ALIASES`, `FRAGMENTS`, `STATS` and `CLOCK`.
+//! `FLOWS`, `ALIASES`, `FRAGMENTS`, `STATS`, `CLOCK` and `TRAIL`.
 
 use aya_ebpf::{
     bindings::BPF_F_NO_PREALLOC,
@@ -14,7 +14,7 @@ use forwarder_common::{
     tuple::{Address, Tuple},
 };
 
-use crate::clock::Reading;
+use crate::{clock::Reading, trace::Trail};
 
 /// What is published on each port, by [`forwarder_common::publish::port_index`].
 #[map]
@@ -63,6 +63,10 @@ pub static STATS: PerCpuArray<u64> = PerCpuArray::with_max_entries(Reason::COUNT
 /// The time, and when it was read.
 #[map]
 pub static CLOCK: PerCpuArray<Reading> = PerCpuArray::with_max_entries(1, 0);
+
+/// What the traced program knows of the packet that it has.
+#[map]
+pub static TRAIL: PerCpuArray<Trail> = PerCpuArray::with_max_entries(1, 0);
 
 /// Adds one to a reason's counter.
 #[inline(always)]

@@ -1,13 +1,13 @@
 //! `forwarder trace`: one line a packet, in the traced program only, so that the other pays nothing.
 
-use aya_ebpf::programs::TcContext;
+use aya_ebpf::{bindings::__sk_buff, programs::TcContext};
 use aya_log_ebpf::info;
 use forwarder_common::{flow::Hop, reason::Reason, tuple::Tuple};
 
-use crate::{parse::Packet, verdict::Verdict};
+use crate::{maps::TRAIL, parse::Packet, verdict::Verdict};
 
 /// What the pipeline leaves behind of a packet; in the program that is not traced nobody reads it, and the
-/// compiler takes it away.
+/// compiler takes it away. The traced program's is in a map, since its stack is full.
 // VERIFIER: plain fields that are always initialised. An enum with data would be copied with the parts of
 // it that are not there.
 #[derive(Default)]
@@ -21,9 +21,22 @@ pub struct Trail {
     /// 0 until the packet was rewritten.
     delivery: u32,
     to: u32,
+    /// A [`Reason`].
+    reason: u32,
 }
 
 impl Trail {
+    /// An empty one, this CPU's own.
+    #[inline(always)]
+    pub fn of_this_cpu() -> Option<&'static mut Self> {
+        let trail = TRAIL.get_ptr_mut(0)?;
+        // SAFETY: the element belongs to this CPU, and tc programs are not preempted by one another on a CPU.
+        unsafe {
+            *trail = Self::default();
+            Some(&mut *trail)
+        }
+    }
+
     #[inline(always)]
     pub fn parsed(&mut self, packet: &Packet, publish: u32) {
         self.protocol = packet.tuple.protocol;
@@ -39,18 +52,24 @@ impl Trail {
         self.delivery = hop.delivery;
         self.to = hop.ifindex;
     }
+
+    #[inline(always)]
+    pub fn ended(&mut self, verdict: &Verdict) {
+        self.reason = match verdict {
+            Ok(forwarded) => forwarded.reason as u32,
+            Err(reason) => *reason as u32,
+        };
+    }
 }
 
 /// Logs what became of a packet that was parsed: publish, reason, device, protocol, the tuple, and, if it was
 /// rewritten, the new tuple, delivery and device. User space makes names of the numbers.
-#[inline(always)]
-pub fn packet(ctx: &TcContext, trail: &Trail, verdict: &Verdict) {
-    let reason = match verdict {
-        Ok(forwarded) => forwarded.reason,
-        Err(Reason::NotOurs) => return,
-        Err(reason) => *reason,
-    };
-    if trail.protocol == 0 {
+// VERIFIER: a function of its own, for its share of the stack.
+#[inline(never)]
+pub fn packet(skb: *mut __sk_buff, trail: &Trail) {
+    let ctx = &TcContext::new(skb);
+    let reason = trail.reason;
+    if trail.protocol == 0 || reason == Reason::NotOurs as u32 {
         return;
     }
     let (old, new) = (&trail.tuple, &trail.new);
@@ -59,7 +78,7 @@ pub fn packet(ctx: &TcContext, trail: &Trail, verdict: &Verdict) {
             ctx,
             "{} {} {} {} {:i} {} {:i} {}",
             trail.publish,
-            reason as u32,
+            reason,
             trail.ifindex,
             trail.protocol,
             old.source.octets(),
@@ -72,7 +91,7 @@ pub fn packet(ctx: &TcContext, trail: &Trail, verdict: &Verdict) {
         ctx,
         "{} {} {} {} {:i} {} {:i} {} {:i} {} {:i} {} {} {}",
         trail.publish,
-        reason as u32,
+        reason,
         trail.ifindex,
         trail.protocol,
         old.source.octets(),

@@ -4,6 +4,7 @@
 mod bench;
 mod forward;
 mod fragment;
+mod icmp;
 mod local;
 mod pass;
 mod refuse;

@@ -122,7 +122,11 @@ pub(crate) fn measure(
             let mut wrk = netns.command("wrk");
             wrk.args(["-t1", "-c16", &format!("-d{seconds}s"), "--latency"])
                 // With its space: without, wrk takes it for no header and keeps its connections.
-                .args(["-H", "Connection: close", &format!("http://{address}:{HTTP}/")]);
+                .args([
+                    "-H",
+                    "Connection: close",
+                    &format!("http://{address}:{HTTP}/"),
+                ]);
             let output = wrk.output().context("start wrk")?;
             let measured = requests(&String::from_utf8_lossy(&output.stdout))?;
             let opened = opened_connections(netns)? - opened;
