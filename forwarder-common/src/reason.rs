@@ -44,8 +44,15 @@ reasons! {
     Unresolved = "unresolved",
     /// Passed: the publish takes no new flows.
     Draining = "draining",
-    /// Passed: the TTL or hop limit would end here.
+    /// Passed: longer than the way's MTU, and may be cut up, which the slow path does.
+    ToFragment = "to_fragment",
+    /// Answered: the TTL or hop limit ends here, as the sender is told.
     Expired = "ttl_expired",
+    /// Answered: longer than the way's MTU, as the sender is told.
+    TooBig = "too_big",
+    /// Dropped: the TTL has ended or the packet is too long, but its sender must not be told: it is an ICMP error or
+    /// a later fragment, or too many were told just now.
+    Untold = "untold",
     /// Dropped: a source that cannot be, such as a loopback address from outside.
     Martian = "martian_source",
     /// Dropped: the source is not on the allow-list.
@@ -73,6 +80,7 @@ impl Reason {
                 | Self::NoSourcePort
                 | Self::FlowsFull
                 | Self::NoWayBack
+                | Self::Untold
                 | Self::Unwritable
         )
     }

@@ -2,7 +2,7 @@
 
 use core::ptr;
 
-use aya_ebpf::programs::TcContext;
+use aya_ebpf::{bindings::__sk_buff, programs::TcContext};
 use forwarder_common::{
     flow::{Flow, delivery, state},
     reason::Reason,
@@ -10,7 +10,8 @@ use forwarder_common::{
 };
 
 use crate::{
-    deliver, flow, fragment,
+    deliver, flow, fragment, icmp,
+    icmp::Obstacle,
     maps::count,
     parse::{self, Packet},
     publish::{self, Published},
@@ -147,8 +148,11 @@ fn to_backend(
     trail: &mut Trail,
 ) -> Verdict {
     let hop = !packet.is_from_this_host();
-    if hop && packet.ttl <= 1 {
-        return Err(Reason::Expired);
+    if let Some(obstacle) = icmp::obstacle(ctx, packet, &published.publish.hop, hop) {
+        if obstacle.reason == Reason::TooBig && icmp::slow_path_fragments(packet) {
+            return Err(Reason::ToFragment);
+        }
+        return tell(ctx, packet, obstacle, 0);
     }
     flow::update(flow, packet, flow::ORIGINAL);
     trail.rewritten(published.index, key, &published.publish.hop);
@@ -168,8 +172,8 @@ fn to_backend(
 #[inline(always)]
 fn to_client(ctx: &TcContext, packet: &Packet, flow: &mut Flow, trail: &mut Trail) -> Verdict {
     let hop = flow.state & state::LOCAL_CLIENT == 0;
-    if hop && packet.ttl <= 1 {
-        return Err(Reason::NoWayBack);
+    if let Some(obstacle) = icmp::obstacle(ctx, packet, &flow.back, hop) {
+        return tell(ctx, packet, obstacle, flow.publish);
     }
     flow::update(flow, packet, flow::REPLY);
     let new = Tuple {
@@ -191,6 +195,34 @@ fn to_client(ctx: &TcContext, packet: &Packet, flow: &mut Flow, trail: &mut Trai
         action,
         reason: reason(packet, Reason::ForwardedReply),
     })
+}
+
+/// Turns the packet round, as an ICMP error that tells its sender of the obstacle. It comes from the address that the
+/// packet was sent to, or from this host's on the network of `publish`'s backend.
+#[inline(always)]
+fn tell(ctx: &TcContext, packet: &Packet, obstacle: Obstacle, publish: u32) -> Verdict {
+    icmp::may_tell(packet)?;
+    rewrite::into_error(ctx, packet, obstacle.mtu, publish::source(publish))?;
+    let action = send_back(ctx.skb.skb);
+    if action < 0 {
+        return Err(Reason::NoWayBack);
+    }
+    Ok(Forwarded {
+        action,
+        reason: obstacle.reason,
+    })
+}
+
+/// Sends what was turned round the way that it came; the action, or a negative number.
+// VERIFIER: a function of its own, for its share of the stack.
+#[inline(never)]
+fn send_back(skb: *mut __sk_buff) -> i32 {
+    let ctx = &TcContext::new(skb);
+    // SAFETY: `skb` is the context that the kernel gave; its fields are readable.
+    let ifindex = unsafe { (*skb).ifindex };
+    deliver::back(ctx, ifindex, publish::way_back(ifindex))
+        .and_then(|back| deliver::deliver(ctx, &back, setting(&PEER_FROM_LO) != 0))
+        .unwrap_or(-1)
 }
 
 #[inline(always)]

@@ -16,6 +16,7 @@ mod clock;
 mod deliver;
 mod flow;
 mod fragment;
+mod icmp;
 mod ingress;
 mod maps;
 mod parse;

@@ -17,6 +17,9 @@ pub const L4_V6: usize = L3 + 40;
 pub const L4_V6_FRAGMENT: usize = L4_V6 + 8;
 /// The part of TCP's header that is read.
 const TCP_LENGTH: usize = 20;
+/// Where the checksums are in their headers.
+pub const TCP_CHECKSUM: usize = 16;
+pub const UDP_CHECKSUM: usize = 6;
 /// ICMP's header, type to the four octets that depend on it; an error's quotation follows (RFC 792, RFC 4443).
 pub const ICMP_LENGTH: usize = 8;
 
@@ -27,9 +30,9 @@ const DONT: u16 = 0x4000;
 const MORE: u16 = 0x2000;
 const OFFSET: u16 = 0x1fff;
 /// IPv6's fragment header: its number, and where the offset is in its third and fourth byte.
-const FRAGMENT_HEADER: u8 = 44;
-const ICMP: u8 = 1;
-const ICMPV6: u8 = 58;
+pub const FRAGMENT_HEADER: u8 = 44;
+pub const ICMP: u8 = 1;
+pub const ICMPV6: u8 = 58;
 const OFFSET_V6: u16 = 0xfff8;
 
 /// TCP's flags (RFC 9293 section 3.1).
@@ -169,6 +172,26 @@ impl Packet {
     pub fn opens(&self) -> bool {
         self.flags & (SYN | ACK | RST | FIN) == SYN
     }
+}
+
+/// The length of the longest packet that this becomes, without the link header. Segments that the kernel has merged
+/// (GSO) are cut apart again behind us.
+#[inline(always)]
+pub fn length_on_the_wire(ctx: &TcContext, packet: &Packet) -> u32 {
+    // SAFETY: `skb` is the context that the kernel gave; its fields are readable.
+    let segment = unsafe { (*ctx.skb.skb).gso_size };
+    let whole = packet.length - L3 as u32;
+    if segment == 0 {
+        return whole;
+    }
+    let l4 = packet.l4();
+    let transport = if packet.protocol == TCP {
+        // SAFETY: `header` checked the bounds; packed structs have no alignment.
+        header::<Tcp>(ctx, l4).map_or(0, |tcp| unsafe { (*tcp).data_offset } as u32 >> 4 << 2)
+    } else {
+        size_of::<Udp>() as u32
+    };
+    whole.min((l4 - L3) as u32 + transport + segment)
 }
 
 /// A pointer to a header, if the frame's linear part holds all of it.

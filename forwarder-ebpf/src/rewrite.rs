@@ -1,5 +1,6 @@
 //! The only writer of packet bytes: addresses, ports, TTL, their checksums, and MACs.
 
+mod answer;
 mod icmp;
 
 use aya_ebpf::{
@@ -13,7 +14,11 @@ use forwarder_common::{
     tuple::{TCP, Tuple},
 };
 
-use crate::parse::{Ethernet, Ipv4, Ipv6, L3, Packet, Part, Ports, header};
+pub use answer::into_error;
+
+use crate::parse::{
+    Ethernet, Ipv4, Ipv6, L3, Packet, Part, Ports, TCP_CHECKSUM, UDP_CHECKSUM, header,
+};
 
 /// Gives the packet the addresses and ports of `new`, and takes one from the TTL or hop limit if
 /// `hop` is set, as a router does.
@@ -56,9 +61,9 @@ pub fn tuple(ctx: &TcContext, packet: &Packet, new: &Tuple, hop: bool) -> Result
     // header's sum alone), which only the kernel knows: so its helper, not our arithmetic.
     // A UDP checksum of zero stays zero, and a sum that comes out as zero is sent as 0xffff.
     let (field, flags) = if packet.protocol == TCP {
-        (l4 + 16, 0)
+        (l4 + TCP_CHECKSUM, 0)
     } else {
-        (l4 + 6, BPF_F_MARK_MANGLED_0 as u64)
+        (l4 + UDP_CHECKSUM, BPF_F_MARK_MANGLED_0 as u64)
     };
     if addresses != 0 {
         pseudo_header(ctx, field, addresses, flags, packet.is_v4)?;

@@ -6,6 +6,7 @@ mod forward;
 mod fragment;
 mod icmp;
 mod local;
+mod obstacle;
 mod pass;
 mod refuse;
 mod source_port;

@@ -111,19 +111,6 @@ fn a_backend_that_cannot_be_reached_is_the_proxys() {
 }
 
 #[test]
-fn a_packet_that_may_go_no_further_is_the_stacks() {
-    bench(|bench| {
-        bench.publish(Protocol::Tcp, 8080, "172.31.0.2:80");
-        bench.send(&syn(), bench.uplink).forwarded();
-        let mut frame = syn();
-        frame.ttl = 1;
-        bench
-            .send(&frame, bench.uplink)
-            .passed(&frame.bytes(), "ttl_expired");
-    });
-}
-
-#[test]
 fn a_draining_publish_takes_no_new_flow_and_keeps_its_old_ones() {
     bench(|bench| {
         bench.publish(Protocol::Tcp, 8080, "172.31.0.2:80");
