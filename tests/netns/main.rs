@@ -6,6 +6,7 @@
 
 mod bulk;
 mod firewall;
+mod icmp;
 mod lifecycle;
 mod machine;
 mod matrix;
