@@ -13,6 +13,11 @@ use forwarder_tests::{
     traffic::Protocol,
 };
 
+use nix::sys::{
+    socket::{setsockopt, sockopt},
+    time::{TimeVal, TimeValLike},
+};
+
 use crate::scene::{BACKEND_PORT, PORT, on_the_fast_path, packets, spec, wait_for_peer};
 
 const DEADLINE: Duration = Duration::from_secs(30);
@@ -24,6 +29,8 @@ pub(crate) fn there_and_back(backend: &Netns, client: &Netns, host: IpAddr) {
     let listener = backend
         .enter(|| TcpListener::bind((Ipv6Addr::UNSPECIFIED, BACKEND_PORT)))
         .unwrap();
+    // For a listener this bounds `accept`, so that a client that fails is reported.
+    setsockopt(&listener, sockopt::ReceiveTimeout, &TimeVal::seconds(30)).unwrap();
     std::thread::scope(|scope| {
         scope.spawn(|| {
             let (mut stream, _) = listener.accept().unwrap();

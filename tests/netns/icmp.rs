@@ -40,36 +40,86 @@ fn published(topology: &Topology, family: Family, protocol: Protocol) -> Daemon 
     daemon
 }
 
-/// A machine behind the topology's client, which becomes a router, with `mtu` on its link to that machine. The
-/// machine itself does not know, so that it does not ask for less.
-fn behind_a_router(topology: &Topology, mtu: u32) -> Netns {
-    let (router, far) = (&topology.client, Netns::new("far").unwrap());
-    router.enter(|| {
-        std::fs::write("/proc/sys/net/ipv4/ip_forward", "1").unwrap();
-        std::fs::write("/proc/sys/net/ipv6/conf/all/forwarding", "1").unwrap();
-    });
-    router
-        .ip(&format!(
-            "link add far0 mtu {mtu} type veth peer name eth0 netns {}\n\
-             addr add 192.0.2.1/24 dev far0\naddr add 2001:db8:2::1/64 dev far0 nodad\n\
-             link set far0 up\n",
-            far.path()
-        ))
-        .unwrap();
-    far.ip(
-        "link set lo up\naddr add 192.0.2.2/24 dev eth0\naddr add 2001:db8:2::2/64 dev eth0 nodad\n\
-         link set eth0 mtu 1500 up\n\
-         route add 0.0.0.0/0 via 192.0.2.1\nroute add ::/0 via 2001:db8:2::1\n",
-    )
-    .unwrap();
-    let (v4, v6) = (topology.client_address(V4), topology.client_address(V6));
-    topology
-        .host
-        .ip(&format!(
-            "route add 192.0.2.0/24 via {v4}\nroute add 2001:db8:2::/64 via {v6}\n"
-        ))
-        .unwrap();
-    far
+/// A machine behind two routers, of which the topology's client is the one next to the host. One of two links is
+/// narrow, and neither end of the path can see it.
+struct Far {
+    netns: Netns,
+    _router: Netns,
+}
+
+#[derive(Clone, Copy)]
+enum Narrow {
+    /// The one between the routers.
+    Middle,
+    /// The host's own.
+    Uplink,
+    None,
+}
+
+impl Far {
+    fn behind(topology: &Topology, narrow: Narrow) -> Self {
+        let [near, router, far] = [
+            topology.client.clone(),
+            Netns::new("router").unwrap(),
+            Netns::new("far").unwrap(),
+        ];
+        let (uplink, middle) = match narrow {
+            Narrow::Middle => (1500, NARROW),
+            Narrow::Uplink => (NARROW, 1500),
+            Narrow::None => (1500, 1500),
+        };
+        for router in [&near, &router] {
+            router.enter(|| {
+                std::fs::write("/proc/sys/net/ipv4/ip_forward", "1").unwrap();
+                std::fs::write("/proc/sys/net/ipv6/conf/all/forwarding", "1").unwrap();
+            });
+        }
+        let (host4, host6) = (topology.host_address(V4), topology.host_address(V6));
+        let (near4, near6) = (topology.client_address(V4), topology.client_address(V6));
+        let add = |netns: &Netns, commands: String| netns.ip(&commands).unwrap();
+        add(
+            &topology.host,
+            format!(
+                "link set eth0 mtu {uplink}\n\
+                 route add 192.0.2.0/24 via {near4}\nroute add 2001:db8:2::/64 via {near6}\n"
+            ),
+        );
+        add(
+            &near,
+            format!(
+                "link set eth0 mtu {uplink}\n\
+                 link add mid0 mtu {middle} type veth peer name mid0 mtu {middle} netns {}\n\
+                 addr add 203.0.113.1/24 dev mid0\naddr add 2001:db8:3::1/64 dev mid0 nodad\n\
+                 link set mid0 up\n\
+                 route add 192.0.2.0/24 via 203.0.113.2\nroute add 2001:db8:2::/64 via 2001:db8:3::2\n",
+                router.path()
+            ),
+        );
+        add(
+            &router,
+            format!(
+                "addr add 203.0.113.2/24 dev mid0\naddr add 2001:db8:3::2/64 dev mid0 nodad\n\
+                 link set mid0 up\n\
+                 link add far0 type veth peer name eth0 netns {}\n\
+                 addr add 192.0.2.1/24 dev far0\naddr add 2001:db8:2::1/64 dev far0 nodad\n\
+                 link set far0 up\n\
+                 route add {host4}/32 via 203.0.113.1\nroute add {host6}/128 via 2001:db8:3::1\n",
+                far.path()
+            ),
+        );
+        add(
+            &far,
+            "link set lo up\n\
+             addr add 192.0.2.2/24 dev eth0\naddr add 2001:db8:2::2/64 dev eth0 nodad\n\
+             link set eth0 up\n\
+             route add 0.0.0.0/0 via 192.0.2.1\nroute add ::/0 via 2001:db8:2::1\n"
+                .to_owned(),
+        );
+        Self {
+            netns: far,
+            _router: router,
+        }
+    }
 }
 
 fn far_address(family: Family) -> IpAddr {
@@ -156,76 +206,71 @@ fn greeted(client: &Listener, backend: &Listener) -> SocketAddr {
     backend.socket.recv_from(&mut [0; 16]).unwrap().1
 }
 
-fn backend_learns(family: Family, narrow: impl FnOnce(&Topology) -> Option<Netns>) {
+fn backend_learns(family: Family, narrow: Narrow) {
     let topology = Topology::new().unwrap();
-    let far = narrow(&topology);
-    let client = far.as_ref().unwrap_or(&topology.client);
+    let far = Far::behind(&topology, narrow);
     let lan = topology.host_address(family);
     let daemon = published(&topology, family, Protocol::Udp);
     let backend = Listener::bind(&topology.backend.netns, family == V4, BACKEND_PORT).unwrap();
-    let client_socket = Listener::connect(client, SocketAddr::new(lan, PORT)).unwrap();
-    let seen = greeted(&client_socket, &backend);
+    let client = Listener::connect(&far.netns, SocketAddr::new(lan, PORT)).unwrap();
+    let seen = greeted(&client, &backend);
     learns(&backend, Some(seen));
     daemon.stop().unwrap();
+}
 
-    // Another address of the backend's has learnt nothing yet.
+/// A connection in bulk, none of whose ends knows of the narrow link.
+fn bulk_passes(family: Family, narrow: Narrow) {
     let topology = Topology::new().unwrap();
-    let far = if far.is_some() {
-        narrow_client(&topology)
-    } else {
-        narrow_uplink(&topology)
-    };
-    let client = far.as_ref().unwrap_or(&topology.client);
+    let far = Far::behind(&topology, narrow);
+    let lan = topology.host_address(family);
     let daemon = published(&topology, family, Protocol::Tcp);
     on_the_fast_path(&daemon, || {
-        there_and_back(&topology.backend.netns, client, lan)
+        there_and_back(&topology.backend.netns, &far.netns, lan)
     });
     daemon.stop().unwrap();
 }
 
-fn narrow_client(topology: &Topology) -> Option<Netns> {
-    Some(behind_a_router(topology, NARROW))
+#[test]
+fn a_connection_passes_a_narrow_link_before_the_client() {
+    for family in [V4, V6] {
+        bulk_passes(family, Narrow::Middle);
+    }
 }
 
-/// The client does not know, so that it does not ask for less.
-fn narrow_uplink(topology: &Topology) -> Option<Netns> {
-    topology
-        .host
-        .ip(&format!("link set eth0 mtu {NARROW}"))
-        .unwrap();
-    None
+#[test]
+fn a_connection_passes_a_narrow_uplink() {
+    for family in [V4, V6] {
+        bulk_passes(family, Narrow::Uplink);
+    }
 }
 
 #[test]
 fn a_backend_learns_the_mtu_of_a_link_before_the_client_over_ipv4() {
-    backend_learns(V4, narrow_client);
+    backend_learns(V4, Narrow::Middle);
 }
 
 #[test]
 fn a_backend_learns_the_mtu_of_a_link_before_the_client_over_ipv6() {
-    backend_learns(V6, narrow_client);
+    backend_learns(V6, Narrow::Middle);
 }
 
 #[test]
 fn a_backend_learns_the_mtu_of_the_uplink_over_ipv4() {
-    backend_learns(V4, narrow_uplink);
+    backend_learns(V4, Narrow::Uplink);
 }
 
 #[test]
 fn a_backend_learns_the_mtu_of_the_uplink_over_ipv6() {
-    backend_learns(V6, narrow_uplink);
+    backend_learns(V6, Narrow::Uplink);
 }
 
 /// A backend on another machine behind a narrow link: a router's, or the host's own.
-fn client_learns(family: Family, own: bool) {
+fn client_learns(family: Family, narrow: Narrow) {
     let topology = Topology::new().unwrap();
-    let far = behind_a_router(&topology, if own { 1500 } else { NARROW });
-    if own {
-        narrow_uplink(&topology);
-    }
+    let far = Far::behind(&topology, narrow);
     let lan = topology.host_address(family);
     let daemon = published_far(&topology, family, Protocol::Udp);
-    let backend = Listener::bind(&far, family == V4, BACKEND_PORT).unwrap();
+    let backend = Listener::bind(&far.netns, family == V4, BACKEND_PORT).unwrap();
     let client = Listener::connect(&topology.peer.netns, SocketAddr::new(lan, PORT)).unwrap();
     greeted(&client, &backend);
     learns(&client, None);
@@ -236,29 +281,29 @@ fn client_learns(family: Family, own: bool) {
         (&topology.other.netns, lan),
         (&topology.host, localhost(family)),
     ] {
-        on_the_fast_path(&daemon, || there_and_back(&far, client, host));
+        on_the_fast_path(&daemon, || there_and_back(&far.netns, client, host));
     }
     daemon.stop().unwrap();
 }
 
 #[test]
 fn a_client_learns_the_mtu_of_a_link_before_the_backend_over_ipv4() {
-    client_learns(V4, false);
+    client_learns(V4, Narrow::Middle);
 }
 
 #[test]
 fn a_client_learns_the_mtu_of_a_link_before_the_backend_over_ipv6() {
-    client_learns(V6, false);
+    client_learns(V6, Narrow::Middle);
 }
 
 #[test]
 fn a_client_learns_the_mtu_of_the_hosts_way_to_the_backend_over_ipv4() {
-    client_learns(V4, true);
+    client_learns(V4, Narrow::Uplink);
 }
 
 #[test]
 fn a_client_learns_the_mtu_of_the_hosts_way_to_the_backend_over_ipv6() {
-    client_learns(V6, true);
+    client_learns(V6, Narrow::Uplink);
 }
 
 #[test]
@@ -292,18 +337,23 @@ fn kinds(family: Family) -> [(u8, u8); 2] {
 
 fn traced(family: Family) {
     let topology = Topology::new().unwrap();
-    let far = behind_a_router(&topology, 1500);
+    let far = Far::behind(&topology, Narrow::None);
     let daemon = published(&topology, family, Protocol::Udp);
     let host = topology.host_address(family);
-    let router = match family {
-        V4 => IpAddr::from([192, 0, 2, 1]),
-        V6 => [0x2001, 0xdb8, 2, 0, 0, 0, 0, 1].into(),
+    let routers: [IpAddr; 2] = match family {
+        V4 => [[192, 0, 2, 1].into(), [203, 0, 113, 1].into()],
+        V6 => [2, 3].map(|net| [0x2001, 0xdb8, net, 0, 0, 0, 0, 1].into()),
     };
     let [exceeded, unreachable] = kinds(family);
-    let path = [(router, exceeded), (host, exceeded), (host, unreachable)];
+    let path = [
+        (routers[0], exceeded),
+        (routers[1], exceeded),
+        (host, exceeded),
+        (host, unreachable),
+    ];
     for (ttl, (from, (kind, code))) in (1..).zip(path) {
         // As traceroute does: another port for each probe.
-        let probe = Listener::connect(&far, SocketAddr::new(host, PORT)).unwrap();
+        let probe = Listener::connect(&far.netns, SocketAddr::new(host, PORT)).unwrap();
         probe.set_ttl(ttl).unwrap();
         probe.socket.send(b"how far?").unwrap();
         assert_eq!(
