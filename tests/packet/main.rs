@@ -2,6 +2,7 @@
 //! of what comes out is compared, checksums are recomputed, and the counted reason is named.
 
 mod bench;
+mod differential;
 mod forward;
 mod fragment;
 mod icmp;

@@ -10,3 +10,4 @@ pub mod icmp;
 pub mod netns;
 pub mod topology;
 pub mod traffic;
+pub mod wire;
