@@ -34,6 +34,8 @@ reasons! {
     NotLocal = "not_local",
     /// Passed: a fragment whose datagram's first was not carried; the slow path reassembles it.
     Fragment = "fragment",
+    /// Passed: TCP or UDP behind IPv4 options or IPv6 extension headers, whoever's it is.
+    Options = "options",
     /// Passed: a TCP packet without a flow that is no SYN.
     NotSyn = "not_syn",
     /// Passed: a link-local client, whose address means nothing on the backend's network.

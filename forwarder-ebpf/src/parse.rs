@@ -31,6 +31,10 @@ const MORE: u16 = 0x2000;
 const OFFSET: u16 = 0x1fff;
 /// IPv6's fragment header: its number, and where the offset is in its third and fourth byte.
 pub const FRAGMENT_HEADER: u8 = 44;
+/// IPv6's other extension headers (RFC 8200 section 4), each of which begins with the number of what follows.
+const HOP_BY_HOP: u8 = 0;
+const ROUTING: u8 = 43;
+const DESTINATION: u8 = 60;
 pub const ICMP: u8 = 1;
 pub const ICMPV6: u8 = 58;
 const OFFSET_V6: u16 = 0xfff8;
@@ -265,7 +269,7 @@ fn ipv4(ctx: &TcContext, packet: &mut Packet) -> Result<(), Reason> {
     // SAFETY: `header` checked the bounds; packed structs have no alignment.
     let ip = unsafe { &*ip };
     if ip.version_and_length != 0x45 {
-        return Err(Reason::NotOurs);
+        return Err(behind_options(ip.protocol));
     }
     let fragment = u16::from_be(ip.fragment);
     packet.is_v4 = true;
@@ -313,9 +317,24 @@ fn ipv6(ctx: &TcContext, packet: &mut Packet) -> Result<(), Reason> {
         l4 = L4_V6_FRAGMENT;
     }
     if packet.protocol != TCP && packet.protocol != UDP {
+        if matches!(packet.protocol, HOP_BY_HOP | ROUTING | DESTINATION) {
+            let next = header::<u8>(ctx, l4).ok_or(Reason::NotOurs)?;
+            // SAFETY: `header` checked the bounds.
+            return Err(behind_options(unsafe { *next }));
+        }
         return icmp::v6(ctx, packet);
     }
     transport(ctx, l4, packet)
+}
+
+/// What is behind them is the slow path's. Only what could be ours is counted.
+#[inline(always)]
+fn behind_options(protocol: u8) -> Reason {
+    if protocol == TCP || protocol == UDP {
+        Reason::Options
+    } else {
+        Reason::NotOurs
+    }
 }
 
 /// The ports, and TCP's flags.

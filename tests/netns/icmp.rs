@@ -264,10 +264,13 @@ fn a_backend_learns_the_mtu_of_the_uplink_over_ipv6() {
     backend_learns(V6, Narrow::Uplink);
 }
 
-/// A backend on another machine behind a narrow link: a router's, or the host's own.
+/// A backend on another machine behind a narrow link: a router's, or the host's own. All checksums are verified.
 fn client_learns(family: Family, narrow: Narrow) {
     let topology = Topology::new().unwrap();
     let far = Far::behind(&topology, narrow);
+    for device in ["eth0", &topology.peer.veth, &topology.other.veth] {
+        topology.host.complete_checksums(device).unwrap();
+    }
     let lan = topology.host_address(family);
     let daemon = published_far(&topology, family, Protocol::Udp);
     let backend = Listener::bind(&far.netns, family == V4, BACKEND_PORT).unwrap();
@@ -338,6 +341,8 @@ fn kinds(family: Family) -> [(u8, u8); 2] {
 fn traced(family: Family) {
     let topology = Topology::new().unwrap();
     let far = Far::behind(&topology, Narrow::None);
+    // So that an error about a packet whose checksum was left to a device must be right, too.
+    topology.host.complete_checksums("eth0").unwrap();
     let daemon = published(&topology, family, Protocol::Udp);
     let host = topology.host_address(family);
     let routers: [IpAddr; 2] = match family {

@@ -73,7 +73,6 @@ fn v4(ctx: &TcContext, mtu: u32, from: Option<&Address>) -> Result<(), Reason> {
     let ip = header::<Ipv4>(ctx, L3).ok_or(Reason::Unwritable)?;
     // SAFETY: `header` checked the bounds; packed structs have no alignment.
     let ip = unsafe { &*ip };
-    let (source, destination) = (ip.source, ip.destination);
     let tcp = ip.protocol == TCP;
     let length = cut(ctx, u16::from_be(ip.total_length) as usize, MOST_V4)?;
     let quoted = if is_partial(ctx, L4_V4, tcp)? {
@@ -87,8 +86,9 @@ fn v4(ctx: &TcContext, mtu: u32, from: Option<&Address>) -> Result<(), Reason> {
     let (kind, code) = if mtu == 0 { EXPIRED_V4 } else { TOO_BIG_V4 };
     let ip = header::<Ipv4>(ctx, L3).ok_or(Reason::Unwritable)?;
     let icmp = header::<Icmp>(ctx, L4_V4).ok_or(Reason::Unwritable)?;
-    // SAFETY: `header` checked the bounds, and the two don't overlap; packed structs have no alignment.
-    let (ip, icmp) = unsafe { (&mut *ip, &mut *icmp) };
+    let told = header::<Ipv4>(ctx, QUOTED).ok_or(Reason::Unwritable)?;
+    // SAFETY: `header` checked the bounds, and the three don't overlap; packed structs have no alignment.
+    let (ip, icmp, told) = unsafe { (&mut *ip, &mut *icmp, &*told) };
     *ip = Ipv4 {
         version_and_length: 0x45,
         tos: TOS,
@@ -98,8 +98,8 @@ fn v4(ctx: &TcContext, mtu: u32, from: Option<&Address>) -> Result<(), Reason> {
         ttl: TTL,
         protocol: ICMP,
         checksum: 0,
-        source: from.map_or(destination, |from| from.v4()),
-        destination: source,
+        source: from.map_or(told.destination, |from| from.v4()),
+        destination: told.source,
     };
     ip.checksum = !checksum::fold(octets(ip, 20));
     *icmp = Icmp {
