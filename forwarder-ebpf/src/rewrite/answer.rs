@@ -142,8 +142,11 @@ fn v6(ctx: &TcContext, mtu: u32, from: Option<&Address>) -> Result<(), Reason> {
     ip.payload_length = payload;
     ip.next_header = ICMPV6;
     ip.hop_limit = TTL;
-    ip.destination = told.source;
-    ip.source = told.destination;
+    // VERIFIER: as whole arrays they would be moved by a function, which the traced program has no stack for.
+    for word in 0..4 {
+        ip.destination[word] = told.source[word];
+        ip.source[word] = told.destination[word];
+    }
     if let Some(from) = from {
         ip.source = from.0;
     }
