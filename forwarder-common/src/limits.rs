@@ -4,6 +4,8 @@
 pub const PUBLISHES: u32 = 65_536;
 /// Published ports on specific addresses.
 pub const FRONTENDS: u32 = 262_144;
+/// Sockets that hold a wide range, one for each family.
+pub const SOCKETS: u32 = 1024;
 /// Addresses of the host.
 pub const LOCAL_ADDRESSES: u32 = 16_384;
 /// Devices.

@@ -62,6 +62,8 @@ pub mod flag {
     pub const ALLOW_LIST: u16 = 1 << 2;
     /// No new flows: the publish was taken back, and its flows may end in peace.
     pub const DRAINING: u16 = 1 << 3;
+    /// A wide range: one socket of `SOCKETS` holds all of its ports.
+    pub const STEERED: u16 = 1 << 4;
 }
 
 /// An element of `PUBLISHES`: one publish and how its backend is reached now.
@@ -116,6 +118,19 @@ pub struct Interface {
     pub delivery: u32,
     /// The longest packet that it takes, without the link header.
     pub mtu: u32,
+}
+
+/// The priority (SO_PRIORITY) of sockets that answer from a port of a wide range, by the instance's mark. Its low four
+/// bits, which some queueing disciplines heed, are those of ordinary traffic.
+#[inline(always)]
+pub const fn own_priority(mark: u32) -> u32 {
+    mark & !0xf | 1 << 4
+}
+
+/// The key of `SOCKETS`: a publish and an address family.
+#[inline(always)]
+pub const fn socket_index(publish: u32, is_v4: bool) -> u32 {
+    publish << 1 | !is_v4 as u32
 }
 
 #[cfg(feature = "user")]

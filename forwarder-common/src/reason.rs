@@ -32,6 +32,8 @@ reasons! {
     NotOurs = "not_ours",
     /// Passed: a published port's number, but the destination is no address of this host.
     NotLocal = "not_local",
+    /// Passed: the port is of a range, but a socket of this host has it, such as a client's own.
+    OtherSocket = "other_socket",
     /// Passed: a fragment whose datagram's first was not carried; the slow path reassembles it.
     Fragment = "fragment",
     /// Passed: TCP or UDP behind IPv4 options or IPv6 extension headers, whoever's it is.
@@ -55,6 +57,9 @@ reasons! {
     /// Dropped: the TTL has ended or the packet is too long, but its sender must not be told: it is an ICMP error or
     /// a later fragment, or too many were told just now.
     Untold = "untold",
+    /// Passed: a client on this host sends more than the container's MTU, and the kernel (before 6.1) cannot deliver
+    /// that; the userland proxy can.
+    LongerThanMtu = "longer_than_mtu",
     /// Dropped: a source that cannot be, such as a loopback address from outside.
     Martian = "martian_source",
     /// Dropped: the source is not on the allow-list.

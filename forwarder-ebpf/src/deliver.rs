@@ -74,6 +74,19 @@ pub fn exceeded_mtu(ctx: &TcContext, packet: &Packet, hop: &Hop) -> Option<u32> 
     (parse::length_on_the_wire(ctx, packet) > mtu).then_some(mtu)
 }
 
+/// Whether the queue of a veth takes a packet: one that is no more than Ethernet's usual MTU, or that is many
+/// segments. `lo` carries longer ones.
+#[inline(always)]
+pub fn fits(ctx: &TcContext) -> Result<(), Reason> {
+    const LONGEST: u32 = 14 + 1500;
+    // SAFETY: `skb` is the context that the kernel gave; its fields are readable.
+    let (length, segment) = unsafe { ((*ctx.skb.skb).len, (*ctx.skb.skb).gso_size) };
+    if length > LONGEST && segment == 0 {
+        return Err(Reason::LongerThanMtu);
+    }
+    Ok(())
+}
+
 /// Where replies go to the client of this packet: out of the device that it came in by.
 #[inline(always)]
 pub fn back(ctx: &TcContext, ifindex: u32, delivery: u32) -> Result<Hop, Reason> {

@@ -1,7 +1,5 @@
 //! The pipeline: every packet that enters by a device of this host, from top to bottom.
 
-use core::ptr;
-
 use aya_ebpf::{bindings::__sk_buff, programs::TcContext};
 use forwarder_common::{
     flow::{Flow, delivery, state},
@@ -15,7 +13,7 @@ use crate::{
     maps::count,
     parse::{self, Packet},
     publish::{self, Published},
-    rewrite,
+    rewrite, setting, steer,
     trace::Trail,
     verdict::{Forwarded, Verdict},
 };
@@ -29,13 +27,6 @@ static SNAT_FIRST: u16 = 0;
 #[unsafe(no_mangle)]
 static SNAT_PORTS: u32 = 0;
 
-/// A constant that the loader may have changed.
-#[inline(always)]
-fn setting<T: Copy>(constant: &T) -> T {
-    // SAFETY: a valid reference. Volatile, since the loader changes what the compiler would fold in.
-    unsafe { ptr::read_volatile(constant) }
-}
-
 /// An existing flow in either direction comes first, then a published port may begin one.
 #[inline(always)]
 pub fn ingress(ctx: &TcContext, trail: &mut Trail) -> Verdict {
@@ -43,6 +34,9 @@ pub fn ingress(ctx: &TcContext, trail: &mut Trail) -> Verdict {
     fragment::complete(&mut packet)?;
     let published = publish::find(&packet);
     trail.parsed(&packet, published.map_or(0, |published| published.index));
+    if published.is_some() && setting(&PEER_FROM_LO) == 0 && packet.is_from_this_host() {
+        deliver::fits(ctx)?;
+    }
     let verdict = forward(ctx, &packet, published, trail);
     if verdict.is_ok() {
         fragment::remember(&packet);
@@ -60,7 +54,12 @@ fn forward(
     if let Some(published) = published {
         let mut key = publish::dnat(packet, published.publish);
         if let Some(flow) = original(packet, &published, &mut key) {
-            return to_backend(ctx, packet, &published, flow, &key, trail);
+            if let Some(obstacle) = before_backend(ctx, packet, &published)? {
+                return tell(ctx, packet, obstacle, 0);
+            }
+            flow::update(flow, packet, flow::ORIGINAL);
+            let keeps_source = flow.state & state::ALIASED == 0;
+            return to_backend(ctx, packet, &published, &key, keeps_source, trail);
         }
     }
     // Nearly always it is the reply that carries the key of its flow, reversed.
@@ -73,12 +72,38 @@ fn forward(
     let published = published
         .filter(|_| !packet.is_error())
         .ok_or(Reason::NotOurs)?;
+    publish::arrived(packet)?;
+    steer::give_way(ctx, packet, &published)?;
     publish::admit(packet, &published)?;
+    if let Some(obstacle) = before_backend(ctx, packet, &published)? {
+        return tell(ctx, packet, obstacle, 0);
+    }
     let mut key = publish::dnat(packet, published.publish);
     begin(ctx, packet, &published, &mut key)?;
     count(Reason::NewFlow);
-    let flow = flow::get(&key).ok_or(Reason::FlowsFull)?;
-    to_backend(ctx, packet, &published, flow, &key, trail)
+    to_backend(ctx, packet, &published, &key, false, trail)
+}
+
+/// What keeps the packet from its backend, if anything.
+///
+/// # Errors
+/// `ToFragment` if the slow path gets round it.
+#[inline(always)]
+fn before_backend(
+    ctx: &TcContext,
+    packet: &Packet,
+    published: &Published,
+) -> Result<Option<Obstacle>, Reason> {
+    let hop = !packet.is_from_this_host();
+    let obstacle = icmp::obstacle(ctx, packet, &published.publish.hop, hop);
+    match obstacle {
+        Some(obstacle)
+            if obstacle.reason == Reason::TooBig && icmp::slow_path_fragments(packet) =>
+        {
+            Err(Reason::ToFragment)
+        }
+        obstacle => Ok(obstacle),
+    }
 }
 
 /// The flow of a packet from the client's side. `key` is the tuple after DNAT and becomes the
@@ -96,7 +121,7 @@ fn original(packet: &Packet, published: &Published, key: &mut Tuple) -> Option<&
     flow::get(key).filter(|flow| flow::is_original(flow, packet))
 }
 
-/// Makes the flow that this packet begins, and leaves its key.
+/// Makes the flow that this packet begins, with the packet counted, and leaves its key.
 #[inline(always)]
 fn begin(
     ctx: &TcContext,
@@ -120,6 +145,7 @@ fn begin(
         state: if local { state::LOCAL_CLIENT } else { 0 },
         ..Flow::default()
     };
+    flow::update(&mut flow, packet, flow::ORIGINAL);
     let snat = publish::needs_snat(packet, published.publish);
     if !snat && flow::insert(key, &flow)? {
         return Ok(());
@@ -137,27 +163,20 @@ fn begin(
     )
 }
 
-/// DNAT, and SNAT where the key says so.
+/// DNAT, and SNAT where the key says so; an ICMP error is told whether it does.
 #[inline(always)]
 fn to_backend(
     ctx: &TcContext,
     packet: &Packet,
     published: &Published,
-    flow: &mut Flow,
     key: &Tuple,
+    keeps_source: bool,
     trail: &mut Trail,
 ) -> Verdict {
-    let hop = !packet.is_from_this_host();
-    if let Some(obstacle) = icmp::obstacle(ctx, packet, &published.publish.hop, hop) {
-        if obstacle.reason == Reason::TooBig && icmp::slow_path_fragments(packet) {
-            return Err(Reason::ToFragment);
-        }
-        return tell(ctx, packet, obstacle, 0);
-    }
-    flow::update(flow, packet, flow::ORIGINAL);
     trail.rewritten(published.index, key, &published.publish.hop);
+    let hop = !packet.is_from_this_host();
     if packet.is_error() {
-        rewrite::error(ctx, packet, key, hop, flow.state & state::ALIASED == 0)?;
+        rewrite::error(ctx, packet, key, hop, keeps_source)?;
     } else {
         rewrite::tuple(ctx, packet, key, hop)?;
     }

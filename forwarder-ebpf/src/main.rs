@@ -22,13 +22,14 @@ mod maps;
 mod parse;
 mod publish;
 mod rewrite;
+mod steer;
 mod trace;
 mod verdict;
 
 use aya_ebpf::{
-    bindings::{__sk_buff, TC_ACT_UNSPEC},
-    macros::classifier,
-    programs::TcContext,
+    bindings::{__sk_buff, TC_ACT_UNSPEC, sk_action::SK_PASS},
+    macros::{cgroup_sock_addr, classifier, sk_lookup},
+    programs::{SkLookupContext, SockAddrContext, TcContext},
 };
 
 use crate::trace::Trail;
@@ -56,6 +57,32 @@ fn ingress_followed(skb: *mut __sk_buff, trail: &mut Trail) -> i32 {
     let verdict = ingress::ingress(&TcContext::new(skb), trail);
     trail.ended(&verdict);
     verdict::action(verdict)
+}
+
+/// The kernel looks for the socket of a new connection or a datagram, in the instance's network namespace.
+#[sk_lookup]
+pub fn steer(ctx: SkLookupContext) -> u32 {
+    steer::steer(&ctx);
+    SK_PASS
+}
+
+/// Any process binds an IPv4 address; 0 refuses it.
+#[cgroup_sock_addr(bind4)]
+pub fn bind4(ctx: SockAddrContext) -> i32 {
+    steer::may_bind(&ctx, true) as i32
+}
+
+/// Any process binds an IPv6 address; 0 refuses it.
+#[cgroup_sock_addr(bind6)]
+pub fn bind6(ctx: SockAddrContext) -> i32 {
+    steer::may_bind(&ctx, false) as i32
+}
+
+/// A constant that the loader may have changed.
+#[inline(always)]
+fn setting<T: Copy>(constant: &T) -> T {
+    // SAFETY: a valid reference. Volatile, since the loader changes what the compiler would fold in.
+    unsafe { core::ptr::read_volatile(constant) }
 }
 
 #[cfg(not(target_arch = "bpf"))]

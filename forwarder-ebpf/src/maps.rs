@@ -1,10 +1,10 @@
 //! The maps, and nothing else. Types and sizes come from `forwarder_common`; user space fills all but
-//! `FLOWS`, `ALIASES`, `FRAGMENTS`, `STATS`, `CLOCK`, `TOLD` and `TRAIL`.
+//! `FLOWS`, `ALIASES`, `FRAGMENTS`, `NETNS`, `LOOKING`, `STATS`, `CLOCK`, `TOLD` and `TRAIL`.
 
 use aya_ebpf::{
     bindings::BPF_F_NO_PREALLOC,
     macros::map,
-    maps::{Array, HashMap, LpmTrie, LruHashMap, PerCpuArray},
+    maps::{Array, HashMap, LpmTrie, LruHashMap, PerCpuArray, SockHash},
 };
 use forwarder_common::{
     flow::Flow,
@@ -55,6 +55,18 @@ pub static ALIASES: HashMap<Tuple, Tuple> =
 /// Datagrams whose first fragment was carried: addresses and identification to both ports.
 #[map]
 pub static FRAGMENTS: LruHashMap<Tuple, u32> = LruHashMap::with_max_entries(limits::FRAGMENTS, 0);
+
+/// Sockets that hold wide ranges, by [`forwarder_common::publish::socket_index`].
+#[map]
+pub static SOCKETS: SockHash<u32> = SockHash::with_max_entries(limits::SOCKETS, 0);
+
+/// Cookie of the network namespace that the instance is in; 0 until it has bound a socket.
+#[map]
+pub static NETNS: Array<u64> = Array::with_max_entries(1, 0);
+
+/// Not 0 while this CPU asks for a socket and means the ones that nothing is steered to.
+#[map]
+pub static LOOKING: PerCpuArray<u32> = PerCpuArray::with_max_entries(1, 0);
 
 /// Packets, by [`Reason`].
 #[map]

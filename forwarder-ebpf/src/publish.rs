@@ -24,13 +24,21 @@ pub struct Published {
 /// every address. Whether the address is local is not looked at here.
 #[inline(always)]
 pub fn find(packet: &Packet) -> Option<Published> {
-    let port = PORTS.get(port_index(
-        packet.protocol,
-        u16::from_be(packet.tuple.destination_port),
-    )?)?;
+    at(&Frontend {
+        address: packet.tuple.destination,
+        port: packet.tuple.destination_port,
+        protocol: packet.protocol as u16,
+    })
+}
+
+/// The publish of an address and port.
+#[inline(always)]
+pub fn at(frontend: &Frontend) -> Option<Published> {
+    let number = u16::from_be(frontend.port);
+    let port = PORTS.get(port_index(frontend.protocol as u8, number)?)?;
     let mut index = port.wildcard;
     if port.exact != 0 {
-        index = exact(packet).unwrap_or(index);
+        index = exact(frontend).unwrap_or(index);
     }
     if index == 0 {
         return None;
@@ -48,43 +56,50 @@ pub fn may_be_reply(packet: &Packet) -> bool {
 }
 
 #[inline(always)]
-fn exact(packet: &Packet) -> Option<u32> {
-    let mut frontend = Frontend {
-        address: packet.tuple.destination,
-        port: packet.tuple.destination_port,
-        protocol: packet.protocol as u16,
-    };
+fn exact(frontend: &Frontend) -> Option<u32> {
     // SAFETY: values of this map are one word, replaced as a whole.
-    if let Some(index) = unsafe { FRONTENDS.get(&frontend) } {
+    if let Some(index) = unsafe { FRONTENDS.get(frontend) } {
         return Some(*index);
     }
-    frontend.address = if packet.is_v4 {
-        Address::from_v4(0)
-    } else {
-        Address::UNSPECIFIED
+    let any = Frontend {
+        address: if frontend.address.is_v4() {
+            Address::from_v4(0)
+        } else {
+            Address::UNSPECIFIED
+        },
+        ..*frontend
     };
     // SAFETY: as above.
-    unsafe { FRONTENDS.get(&frontend) }.copied()
+    unsafe { FRONTENDS.get(&any) }.copied()
 }
 
-/// Whether a new flow may begin with this packet.
+/// Whether the packet is for this host, as a published port must be.
+///
+/// # Errors
+/// `NotLocal`.
+#[inline(always)]
+pub fn arrived(packet: &Packet) -> Result<(), Reason> {
+    let destination = packet.tuple.destination;
+    let here = if packet.is_from_this_host() {
+        destination.is_unicast()
+    } else {
+        is_local(destination)
+    };
+    if here { Ok(()) } else { Err(Reason::NotLocal) }
+}
+
+/// Whether a new flow may begin with this packet, which has [`arrived`].
 ///
 /// # Errors
 /// The reason against it.
 #[inline(always)]
 pub fn admit(packet: &Packet, published: &Published) -> Result<(), Reason> {
     let (tuple, publish) = (&packet.tuple, published.publish);
-    if packet.is_from_this_host() {
-        if !tuple.destination.is_unicast() {
-            return Err(Reason::NotLocal);
-        }
-    } else {
-        if !is_local(tuple.destination) {
-            return Err(Reason::NotLocal);
-        }
-        if !tuple.source.is_unicast() || tuple.source.is_loopback() || is_local(tuple.source) {
-            return Err(Reason::Martian);
-        }
+    let from_outside = !packet.is_from_this_host();
+    if from_outside
+        && (!tuple.source.is_unicast() || tuple.source.is_loopback() || is_local(tuple.source))
+    {
+        return Err(Reason::Martian);
     }
     if packet.protocol == TCP && !packet.opens() {
         return Err(Reason::NotSyn);

@@ -18,7 +18,7 @@ use futures_util::StreamExt as _;
 use ipnet::IpNet;
 use serde::Serialize;
 use tokio::{
-    signal::unix::{SignalKind, signal},
+    signal::unix::{Signal, SignalKind, signal},
     sync::{broadcast, mpsc},
     time::{Instant, sleep_until},
 };
@@ -30,8 +30,8 @@ use crate::{
     control::{self, Call, Ending, Request, Response, Socket},
     datapath::{self, Datapath},
     interfaces::{self, Reader, Snapshot},
-    output,
-    proxy::{Held, Options as ProxyOptions, Proxy, Stop, raise_descriptor_limit},
+    kernel, output,
+    proxy::{Held, Options as ProxyOptions, Proxy, Stop, is_wide, raise_descriptor_limit},
     spec::Spec,
 };
 
@@ -50,6 +50,8 @@ struct Published {
     entry: Option<Entry>,
     /// Why the fast path doesn't serve it.
     reason: Option<String>,
+    /// One socket in each family holds all of its ports.
+    steered: bool,
     /// Whether its ports are in `PORTS` and `FRONTENDS`.
     in_front: bool,
     /// Packets and bytes of flows that have ended.
@@ -84,6 +86,8 @@ pub struct Daemon {
 /// # Errors
 /// What could not be begun; everything begun before is undone.
 pub async fn run(instance: &str, options: Run) -> Result<()> {
+    // Before anything is made that a signal would have to undo, and long before anybody reads `ready`.
+    let signals = [SignalKind::interrupt(), SignalKind::terminate()].map(signal);
     let mut socket = Socket::bind(instance)?;
     raise_descriptor_limit();
     let mut daemon = Daemon::new(instance, options).await?;
@@ -110,7 +114,7 @@ pub async fn run(instance: &str, options: Run) -> Result<()> {
     socket.serve(sender);
     println!("ready");
     notify_ready();
-    daemon.serve(calls).await
+    daemon.serve(calls, signals).await
 }
 
 impl Daemon {
@@ -146,9 +150,12 @@ impl Daemon {
         Ok(daemon)
     }
 
-    async fn serve(mut self, mut calls: mpsc::Receiver<Call>) -> Result<()> {
-        let mut interrupt = signal(SignalKind::interrupt())?;
-        let mut terminate = signal(SignalKind::terminate())?;
+    async fn serve(
+        mut self,
+        mut calls: mpsc::Receiver<Call>,
+        [interrupt, terminate]: [std::io::Result<Signal>; 2],
+    ) -> Result<()> {
+        let (mut interrupt, mut terminate) = (interrupt?, terminate?);
         let mut changes = match self.reader {
             Some(_) => interfaces::changes()?.left_stream(),
             None => futures_util::stream::pending().right_stream(),
@@ -233,8 +240,8 @@ impl Daemon {
     }
 
     async fn publish_one(&mut self, spec: &Spec, allow: &[IpNet]) -> Result<u32> {
-        let held = Held::bind(spec)?;
         let id = self.free_id()?;
+        let (held, steered) = self.hold(id, spec)?;
         let options = ProxyOptions {
             proxy_protocol: self.options.proxy_protocol,
             allow: allow.to_vec(),
@@ -245,6 +252,7 @@ impl Daemon {
             proxy: Some(Proxy::start(held, spec.clone(), options)),
             entry: None,
             reason: self.datapath.is_none().then(|| self.without.clone()),
+            steered,
             in_front: false,
             ended: (0, 0),
         };
@@ -262,6 +270,22 @@ impl Daemon {
             return Err(error);
         }
         Ok(id)
+    }
+
+    /// Holds a publish's ports: by a socket each, or a wide range by one socket if the kernel can steer. Returns
+    /// which.
+    fn hold(&mut self, id: u32, spec: &Spec) -> Result<(Held, bool)> {
+        let Some(datapath) = self.datapath.as_mut().filter(|_| is_wide(spec)) else {
+            return Ok((Held::bind(spec)?, false));
+        };
+        if let Err(error) = datapath.enable_steering() {
+            warn!("{spec} is held by a socket for each port: {error:#}");
+            return Ok((Held::bind(spec)?, false));
+        }
+        let held = Held::bind_steered(spec, datapath.own_mark())?;
+        held.try_for_each(|is_v4, socket| datapath.steer(id, is_v4, &socket))
+            .with_context(|| format!("publish {spec}"))?;
+        Ok((held, true))
     }
 
     /// The next number, so that one is not used again soon.
@@ -449,11 +473,17 @@ fn json(value: impl Serialize) -> Result<serde_json::Value> {
 }
 
 fn load(instance: &str) -> Result<Datapath> {
-    let pins = datapath::has_bpffs().then(|| datapath::pin_directory(instance));
-    Datapath::load(&datapath::Options {
+    let pins = kernel::has_bpffs().then(|| datapath::pin_directory(instance));
+    let mut datapath = Datapath::load(&datapath::Options {
+        instance: instance.to_owned(),
         pins,
         snat: snat_ports(),
-    })
+    })?;
+    if let Err(error) = datapath.rehearse() {
+        datapath.remove();
+        return Err(error);
+    }
+    Ok(datapath)
 }
 
 /// The larger part of the unprivileged ports that the kernel gives to no socket by itself.
@@ -503,5 +533,5 @@ pub fn down(instance: &str) -> Result<bool> {
         bail!("instance {instance} is running: stop it by SIGINT or SIGTERM first");
     }
     let socket = control::remove_stale(instance);
-    Ok(datapath::remove_pins(&datapath::pin_directory(instance))? || socket)
+    Ok(datapath::remove_left(instance)? || socket)
 }

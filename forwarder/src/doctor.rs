@@ -1,10 +1,14 @@
-//! What this machine can do for the fast path, and what would change it. Only looks, changes nothing.
+//! What this machine can do for the fast path, and what would change it. What is loaded, and on kernels
+//! without TCX attached to `lo` for a moment, goes again; nothing is changed.
 
-use std::{fs, path::Path};
+use std::path::Path;
 
 use serde::Serialize;
 
-use crate::datapath;
+use crate::{
+    datapath::{self, Datapath},
+    kernel::{Attach, Kernel, Memory, has_bpffs, kernel},
+};
 
 /// One finding.
 #[derive(Clone, Debug, Serialize)]
@@ -18,88 +22,127 @@ pub struct Finding {
 
 /// Looks at everything.
 pub fn examine() -> Vec<Finding> {
+    let kernel = kernel();
     let mut findings = Vec::new();
-    let mut add = |check, ok: bool, found: String, remedy: &str| {
-        let remedy = (!ok).then(|| remedy.to_owned());
+    let mut add = |check, ok: bool, found: &str, remedy: &str| {
         findings.push(Finding {
             check,
             ok,
-            found,
-            remedy,
+            found: found.to_owned(),
+            remedy: (!ok).then(|| remedy.to_owned()),
         });
     };
-    let release = fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
-    add("kernel", true, release.trim().into(), "");
+    add("kernel", true, &kernel.release, "");
+    add(
+        "privilege",
+        kernel.missing_capabilities.is_empty(),
+        &listed(&kernel.missing_capabilities, "CAP_BPF and CAP_NET_ADMIN"),
+        "run as root or with CAP_BPF and CAP_NET_ADMIN",
+    );
+    let built_in = datapath::is_built_in();
     add(
         "eBPF program",
-        datapath::is_built_in(),
-        if datapath::is_built_in() {
+        built_in,
+        if built_in {
             "built in"
         } else {
             "missing from this binary"
-        }
-        .into(),
+        },
         "build the binary by `cargo xtask`",
     );
-    let load = datapath::Datapath::load(&datapath::Options {
+    let load = Datapath::load(&datapath::Options {
+        instance: "doctor".into(),
         pins: None,
         snat: (1024, 1),
-    });
+    })
+    .and_then(|mut datapath| datapath.rehearse());
     add(
         "load",
         load.is_ok(),
-        load.as_ref().map_or_else(
-            |error| format!("{error:#}"),
-            |_| "the verifier accepts it".into(),
-        ),
+        &load
+            .as_ref()
+            .err()
+            .map_or("the kernel takes it".into(), |error| format!("{error:#}")),
         "see the message; until then --datapath auto serves in user space",
     );
-    drop(load);
-    add(
-        "attach",
-        datapath::has_tcx(),
-        if datapath::has_tcx() {
-            "TCX links"
-        } else {
-            "clsact filters"
-        }
-        .into(),
-        "a kernel from 6.6 on: links are pinned, so that forwarding survives the daemon",
-    );
+    if kernel.missing_capabilities.is_empty() {
+        add_features(kernel, &mut add);
+    }
     add(
         "bpffs",
-        datapath::has_bpffs(),
-        if datapath::has_bpffs() {
+        has_bpffs(),
+        if has_bpffs() {
             "/sys/fs/bpf"
         } else {
             "not mounted"
-        }
-        .into(),
+        },
         "mount -t bpf bpf /sys/fs/bpf: pins make flows survive a restart",
     );
     add(
         "BTF",
-        Path::new("/sys/kernel/btf/vmlinux").exists(),
-        if Path::new("/sys/kernel/btf/vmlinux").exists() {
-            "present"
-        } else {
-            "absent"
-        }
-        .into(),
+        kernel.btf,
+        if kernel.btf { "present" } else { "absent" },
         "a kernel with CONFIG_DEBUG_INFO_BTF; not needed by the fast path, helps bpftool",
     );
+    if let Some(lockdown) = &kernel.lockdown {
+        add("lockdown", true, lockdown, "");
+    }
+    let ipv6 = Path::new("/proc/net/if_inet6").exists();
     add(
         "IPv6",
-        Path::new("/proc/net/if_inet6").exists(),
-        if Path::new("/proc/net/if_inet6").exists() {
-            "enabled"
-        } else {
-            "disabled"
-        }
-        .into(),
+        ipv6,
+        if ipv6 { "enabled" } else { "disabled" },
         "boot without ipv6.disable=1",
     );
     findings
+}
+
+/// What only a privileged process can ask for.
+fn add_features(kernel: &Kernel, add: &mut impl FnMut(&'static str, bool, &str, &str)) {
+    add(
+        "redirects",
+        kernel.missing_helpers.is_empty(),
+        &listed(
+            &kernel.missing_helpers,
+            "bpf_redirect_peer and bpf_redirect_neigh",
+        ),
+        "a kernel from 5.10 on",
+    );
+    let tcx = kernel.attach == Attach::Tcx;
+    add(
+        "attach",
+        tcx,
+        if tcx { "TCX links" } else { "clsact filters" },
+        "a kernel from 6.6 on; until then run `down` in the network namespace that `run` was in",
+    );
+    add(
+        "peer from lo",
+        kernel.peer_from_lo,
+        if kernel.peer_from_lo {
+            "bpf_redirect_peer"
+        } else {
+            "through the veth's queue"
+        },
+        "a kernel from 6.1 on: datagrams from this host that exceed the container's MTU are lost",
+    );
+    add(
+        "memory",
+        true,
+        match kernel.memory {
+            Memory::ControlGroup => "charged to the control group",
+            Memory::Memlock => "charged to RLIMIT_MEMLOCK, which is raised",
+        },
+        "",
+    );
+}
+
+/// What is missing, or all that was looked for.
+fn listed(missing: &[&str], all: &str) -> String {
+    if missing.is_empty() {
+        all.to_owned()
+    } else {
+        format!("no {}", missing.join(", no "))
+    }
 }
 
 /// Findings as a person reads them.

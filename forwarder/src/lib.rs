@@ -2,11 +2,13 @@
 
 pub mod backends;
 pub mod cli;
+pub mod clsact;
 pub mod control;
 pub mod daemon;
 pub mod datapath;
 pub mod doctor;
 pub mod interfaces;
+pub mod kernel;
 pub mod maps;
 pub mod output;
 pub mod proxy;

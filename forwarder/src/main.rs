@@ -70,7 +70,6 @@ fn run(cli: Cli) -> Result<()> {
             output::stats(rows)
         }),
         Command::Doctor(format) => {
-            // Loading maps starts no task, but removing a qdisc would; a runtime is there for it.
             let findings = doctor::examine();
             emit(&findings, format, || doctor::text(&findings))
         }

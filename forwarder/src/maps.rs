@@ -1,13 +1,13 @@
 //! The BPF maps seen from user space: typed access, and nothing decided. Together with `datapath.rs`
 //! the only user of `aya`.
 
-use std::{collections::HashMap as StdHashMap, net::IpAddr};
+use std::{collections::HashMap as StdHashMap, net::IpAddr, os::fd::RawFd};
 
 use anyhow::{Context as _, Result};
 use aya::{
     Ebpf,
     maps::{
-        Array, HashMap, LpmTrie, MapData, MapError, PerCpuArray,
+        Array, HashMap, LpmTrie, MapData, MapError, PerCpuArray, SockHash,
         lpm_trie::{Key, LpmTrie as Trie},
     },
 };
@@ -29,6 +29,7 @@ pub struct Maps {
     allow: Trie<MapData, Allowed, u32>,
     flows: HashMap<MapData, Tuple, Flow>,
     aliases: HashMap<MapData, Tuple, Tuple>,
+    sockets: SockHash<MapData, u32>,
     stats: PerCpuArray<MapData, u64>,
 }
 
@@ -57,6 +58,7 @@ impl Maps {
             allow: LpmTrie::try_from(map("ALLOW")?)?,
             flows: HashMap::try_from(map("FLOWS")?)?,
             aliases: HashMap::try_from(map("ALIASES")?)?,
+            sockets: SockHash::try_from(map("SOCKETS")?)?,
             stats: PerCpuArray::try_from(map("STATS")?)?,
         })
     }
@@ -121,6 +123,16 @@ impl Maps {
             entry.backends - 1
         };
         self.ports.set(element, entry, 0).context("write PORTS")
+    }
+
+    /// Puts a socket into the map, which forgets it when it is closed.
+    ///
+    /// # Errors
+    /// The map is full, or the kernel refuses the socket.
+    pub fn set_socket(&mut self, index: u32, socket: RawFd) -> Result<()> {
+        self.sockets
+            .insert(index, socket, 0)
+            .context("write SOCKETS")
     }
 
     /// # Errors

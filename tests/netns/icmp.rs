@@ -8,7 +8,7 @@ use std::{
 
 use forwarder_tests::{
     daemon::{Daemon, Datapath},
-    deadline::{PATIENCE, wait_for},
+    deadline::{patience, wait_for},
     hearsay::{Heard, Listener},
     netns::Netns,
     topology::{
@@ -151,7 +151,7 @@ fn refused(family: Family) {
         let before = daemon.counted("forwarded_error").unwrap();
         let any = if family == V4 { "0.0.0.0:0" } else { "[::]:0" };
         let socket = client.enter(|| UdpSocket::bind(any)).unwrap();
-        socket.set_read_timeout(Some(PATIENCE)).unwrap();
+        socket.set_read_timeout(Some(patience())).unwrap();
         socket.connect(SocketAddr::new(host, PORT)).unwrap();
         socket.send(b"anybody there?").unwrap();
         let error = socket.recv(&mut [0; 16]).unwrap_err();
@@ -201,7 +201,7 @@ fn learns(sender: &Listener, to: Option<SocketAddr>) {
 /// A client's first datagram reaches the backend; returns where the backend saw it come from.
 #[track_caller]
 fn greeted(client: &Listener, backend: &Listener) -> SocketAddr {
-    backend.socket.set_read_timeout(Some(PATIENCE)).unwrap();
+    backend.socket.set_read_timeout(Some(patience())).unwrap();
     client.socket.send(b"hello").unwrap();
     backend.socket.recv_from(&mut [0; 16]).unwrap().1
 }

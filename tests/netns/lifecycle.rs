@@ -3,7 +3,7 @@
 use std::{collections::BTreeMap, net::SocketAddr, path::Path};
 
 use forwarder_tests::{
-    daemon::{Daemon, Datapath},
+    daemon::{Daemon, Datapath, interrupt_at_start},
     deadline::wait_for,
     netns::Netns,
     topology::{Family, Topology},
@@ -153,6 +153,15 @@ fn a_range_in_front_of_one_port_leads_there() {
         }
     });
     daemon.stop().unwrap();
+}
+
+#[test]
+fn an_interrupt_at_the_start_leaves_nothing_either() {
+    let topology = Topology::new().unwrap();
+    let spec = spec(&topology.backend, Family::V4, Protocol::Tcp);
+    let (status, pins) = interrupt_at_start(&topology.host, &[&spec]).unwrap();
+    assert!(status.success(), "{status}");
+    assert!(!pins.exists(), "{pins:?} is left");
 }
 
 /// What a forwarder could have left in the host's namespace: sysctls, and everything else.

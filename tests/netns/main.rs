@@ -1,17 +1,20 @@
 //! Tier 2: real sockets in network namespaces, through the daemon as a user starts it.
 //!
 //! `matrix` has every kind of client, `firewall` what a firewall does meanwhile, `lifecycle` what
-//! comes and goes, `promises` what must not be reachable, and `usage` what a mistake is answered
+//! comes and goes, `filters` other people's tc filters, `promises` what must not be reachable, and `usage` what a mistake is answered
 //! with. Every test makes its own machine, so they run side by side.
 
 mod bulk;
+mod filters;
 mod firewall;
 mod icmp;
 mod lifecycle;
 mod machine;
 mod matrix;
 mod promises;
+mod range;
 mod restart;
+mod restricted;
 mod scene;
 mod topology;
 mod trace;

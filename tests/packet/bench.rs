@@ -90,7 +90,12 @@ pub(crate) fn bench_with_ports(snat: (u16, u32), scenario: impl FnOnce(&mut Benc
              link add veth0 type veth peer name veth0p\nlink set veth0 up")
         .unwrap();
     netns.enter(|| {
-        let datapath = Datapath::load(&Options { pins: None, snat }).unwrap();
+        let datapath = Datapath::load(&Options {
+            instance: "bench".into(),
+            pins: None,
+            snat,
+        })
+        .unwrap();
         let index = |name| if_nametoindex(name).unwrap();
         let mut bench = Bench {
             datapath,

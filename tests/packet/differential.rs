@@ -135,6 +135,7 @@ impl Arena {
         let (host, ends) = Self::wired();
         let datapath = host.enter(|| {
             let options = Options {
+                instance: "bench".into(),
                 pins: None,
                 snat: (61_000, 4_000),
             };

@@ -1,5 +1,6 @@
 //! Clients on the host itself, and a backend that asks for itself: SNAT.
 
+use forwarder::kernel::kernel;
 use forwarder_tests::frame::{Frame, Protocol};
 
 use crate::bench::{Bench, LO, at, bench};
@@ -90,5 +91,31 @@ fn a_backend_that_asks_for_itself_sees_the_gateway() {
         );
         assert_eq!(frame.source.ip(), at("172.31.0.1:0").ip());
         assert_eq!(frame.ttl, 63);
+    });
+}
+
+/// A datagram of that length from a client on the host.
+fn from_localhost(bench: &mut Bench, length: usize) -> (Vec<u8>, crate::bench::Outcome) {
+    bench.publish(Protocol::Udp, 8080, "172.31.0.2:80");
+    let client = at("127.0.0.1:4000");
+    let mut frame = Frame::first(Protocol::Udp, client, at("127.0.0.1:8080"));
+    frame.payload = vec![7; length];
+    (frame.bytes(), bench.send(&frame, LO))
+}
+
+#[test]
+fn a_datagram_of_the_mtu_is_forwarded_from_localhost() {
+    bench(|b| drop(from_localhost(b, 1_472).1.forwarded()));
+}
+
+#[test]
+fn a_longer_datagram_from_localhost_is_the_proxys_where_the_kernel_cannot_deliver_it() {
+    bench(|b| {
+        let (bytes, outcome) = from_localhost(b, 1_473);
+        if kernel().peer_from_lo {
+            outcome.forwarded();
+        } else {
+            outcome.passed(&bytes, "longer_than_mtu");
+        }
     });
 }

@@ -344,6 +344,40 @@ pub fn run_to_failure(netns: &Netns, flags: &[&str]) -> Result<(ExitStatus, Stri
     Ok((ended?, errors))
 }
 
+/// Starts an instance, interrupts it as soon as it has pinned something, and returns how it ended and where its
+/// pins were.
+///
+/// # Errors
+/// It pins nothing, or does not end in time.
+pub fn interrupt_at_start(netns: &Netns, specs: &[&str]) -> Result<(ExitStatus, PathBuf)> {
+    let instance = format!("interrupted-{}", std::process::id());
+    let binary = binary().to_string_lossy().into_owned();
+    let mut words = vec![binary.as_str(), "run", "--instance", &instance];
+    words.extend(specs.iter().flat_map(|spec| ["-p", *spec]));
+    let words: Vec<String> = words.into_iter().map(Into::into).collect();
+    let (mut child, _) = spawn(netns, &words)?;
+    let pins = PathBuf::from("/sys/fs/bpf/forwarder").join(&instance);
+    let ended = wait_for("the first pin", || pins.exists().then_some(())).and_then(|()| {
+        kill(Pid::from_raw(child.id().cast_signed()), Signal::SIGINT)?;
+        wait_for("the end of forwarder", || child.try_wait().ok().flatten())
+    });
+    let _ = child.kill();
+    child.wait()?;
+    Ok((ended?, pins))
+}
+
+/// Removes what an instance that has ended left.
+///
+/// # Errors
+/// It fails.
+pub fn down(netns: &Netns, instance: &str) -> Result<()> {
+    let output = forwarder(netns)
+        .args(["down", "--instance", instance])
+        .output()?;
+    ensure!(output.status.success(), "`forwarder down`: {output:?}");
+    Ok(())
+}
+
 /// Starts a command line in a namespace, its output collected.
 fn spawn(netns: &Netns, words: &[String]) -> Result<(Child, Output)> {
     let (program, arguments) = words.split_first().context("an empty command line")?;

@@ -8,20 +8,30 @@ use std::{
 use anyhow::{Context, Result};
 
 /// How long anything in these tests may take.
-pub const PATIENCE: Duration = Duration::from_secs(10);
+pub fn patience() -> Duration {
+    slack() * 10
+}
 
-/// Asks `probe` again and again until it returns something, at most for [`PATIENCE`].
+/// A second, or as many as `FORWARDER_TEST_SLACK` says: an emulated machine is slower.
+pub fn slack() -> Duration {
+    let factor = std::env::var("FORWARDER_TEST_SLACK").ok();
+    let factor = factor.and_then(|text| text.parse().ok()).unwrap_or(1);
+    Duration::from_secs(factor)
+}
+
+/// Asks `probe` again and again until it returns something, at most for [`patience`].
 ///
 /// # Errors
 /// `what` did not come in time.
 pub fn wait_for<T>(what: &str, mut probe: impl FnMut() -> Option<T>) -> Result<T> {
-    let deadline = Instant::now() + PATIENCE;
+    let patience = patience();
+    let deadline = Instant::now() + patience;
     loop {
         if let Some(found) = probe() {
             return Ok(found);
         }
         if Instant::now() >= deadline {
-            return Err(anyhow::anyhow!("waited {} s", PATIENCE.as_secs()))
+            return Err(anyhow::anyhow!("waited {} s", patience.as_secs()))
                 .context(what.to_owned());
         }
         thread::sleep(Duration::from_millis(10));

@@ -20,7 +20,10 @@ use nix::sys::{
     time::{TimeVal, TimeValLike},
 };
 
-use crate::{deadline::PATIENCE, netns::Netns};
+use crate::{
+    deadline::{patience, slack},
+    netns::Netns,
+};
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Protocol {
@@ -29,7 +32,9 @@ pub enum Protocol {
 }
 
 /// How long a datagram may take until it is sent again.
-const RETRY: Duration = Duration::from_millis(300);
+fn retry() -> Duration {
+    slack() * 3 / 10
+}
 /// How often a server looks whether it should end.
 const TICK: Duration = Duration::from_millis(20);
 
@@ -101,7 +106,7 @@ fn converse(mut stream: TcpStream, peer: SocketAddr, requests: &AtomicU64) {
         return;
     };
     // A test that fails leaves the connection; the thread must not stay for ever.
-    let _ = stream.set_read_timeout(Some(3 * PATIENCE));
+    let _ = stream.set_read_timeout(Some(3 * patience()));
     for line in BufReader::new(input).lines() {
         let Ok(line) = line else { return };
         requests.fetch_add(1, Ordering::SeqCst);
@@ -155,7 +160,7 @@ pub fn ask(
     netns
         .enter(|| match protocol {
             Protocol::Tcp => Connection::open_here(frontend)?.ask(payload),
-            Protocol::Udp => ask_udp(frontend, payload, PATIENCE),
+            Protocol::Udp => ask_udp(frontend, payload, patience()),
         })
         .with_context(|| format!("{protocol:?} from {} to {frontend}", netns.label()))
 }
@@ -175,7 +180,7 @@ pub fn send_datagram(netns: &Netns, destination: SocketAddr, payload: &str) -> R
 fn ask_udp(frontend: SocketAddr, payload: &str, patience: Duration) -> Result<Answer> {
     // Not connected: such a socket would hide an answer from a wrong address.
     let socket = UdpSocket::bind((unspecified(frontend), 0))?;
-    socket.set_read_timeout(Some(RETRY))?;
+    socket.set_read_timeout(Some(retry()))?;
     let deadline = Instant::now() + patience;
     let mut buffer = vec![0; 65536];
     while Instant::now() < deadline {
@@ -207,8 +212,8 @@ impl Connection {
     }
 
     fn open_here(frontend: SocketAddr) -> Result<Self> {
-        let stream = TcpStream::connect_timeout(&frontend, PATIENCE).context("connect")?;
-        stream.set_read_timeout(Some(PATIENCE))?;
+        let stream = TcpStream::connect_timeout(&frontend, patience()).context("connect")?;
+        stream.set_read_timeout(Some(patience()))?;
         stream.set_nodelay(true)?;
         Ok(Self {
             input: BufReader::new(stream),

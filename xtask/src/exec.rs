@@ -112,6 +112,33 @@ pub(crate) fn in_path(program: &str) -> bool {
         .is_some_and(|path| std::env::split_paths(&path).any(|dir| dir.join(program).is_file()))
 }
 
+/// Where a program is; a user's PATH often lacks the folders where `ip` and `nft` live.
+pub(crate) fn find(program: &str) -> Option<PathBuf> {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    std::env::split_paths(&path)
+        .chain(["/usr/sbin", "/sbin"].map(PathBuf::from))
+        .map(|folder| folder.join(program))
+        .find(|candidate| candidate.is_file())
+}
+
+/// Fails if one of these programs is missing, naming the Debian packages (given second) to install.
+pub(crate) fn need(programs: &[(&str, &str)]) -> Result<()> {
+    let missing: Vec<_> = programs
+        .iter()
+        .filter(|(program, _)| find(program).is_none())
+        .collect();
+    if missing.is_empty() {
+        return Ok(());
+    }
+    let names: Vec<_> = missing.iter().map(|(program, _)| *program).collect();
+    let packages: Vec<_> = missing.iter().map(|(_, package)| *package).collect();
+    bail!(
+        "{} missing: apt-get install {}",
+        names.join(", "),
+        packages.join(" ")
+    )
+}
+
 pub(crate) fn is_root() -> bool {
     // SAFETY: takes nothing, cannot fail.
     unsafe { libc::geteuid() == 0 }

@@ -12,6 +12,8 @@ mod setup;
 mod test;
 #[cfg(test)]
 mod tidy;
+mod verifier;
+mod vm;
 
 use clap::{Parser, Subcommand};
 
@@ -38,6 +40,10 @@ enum Task {
     Test(test::Options),
     /// Measures forwarder beside iptables, nftables, docker-proxy and others; `--help` says more
     Bench(bench::Options),
+    /// Runs tiers 1 and 2, or a command, under Debian's kernels 5.10, 6.1, 6.12 and the newest, in QEMU
+    Vm(vm::Options),
+    /// Prints what the verifier says of each program under each kernel, as docs/verifier.md has it
+    Verifier(verifier::Options),
     /// What must pass before a change goes in: formatting, clippy, all tests
     Ci,
 }
@@ -49,6 +55,8 @@ fn main() {
         Task::Run(options) => run::run(&options),
         Task::Test(options) => test::test(&options),
         Task::Bench(options) => bench::bench(&options),
+        Task::Vm(options) => vm::vm(&options),
+        Task::Verifier(options) => verifier::verifier(&options),
         Task::Ci => ci::ci(),
     };
     if let Err(error) = done {

@@ -1,6 +1,6 @@
 //! The benchmark's packet generator, an XDP program that writes a whole frame over each that the kernel hands it
 //! (BPF_PROG_TEST_RUN with live frames), numbers its flow and redirects it out of one device; and the sink, which
-//! drops such frames where they arrive, before anybody's stack spends time on them.
+//! drops such frames where they arrive, before anybody's stack spends time on them, or reflects them.
 //! No part of `forwarder`; kept in this crate because it is built the same way.
 #![cfg_attr(target_arch = "bpf", no_std, no_main)]
 #![cfg_attr(
@@ -24,8 +24,8 @@ use forwarder_common::{checksum, tuple::UDP};
 /// Words of a frame of 60 bytes: what a 64-byte Ethernet frame has without its frame check sequence.
 const WORDS: usize = 15;
 
-/// Set by the benchmark: Ethernet, IPv4 and UDP without a checksum. The low half of the source address and
-/// the source port are zero, and filled in by the flow's number.
+/// Set by the benchmark: Ethernet, IPv4 and UDP without a checksum. The flow's number is added to the low half of
+/// the source address and becomes the source port.
 #[unsafe(no_mangle)]
 static TEMPLATE: [u32; WORDS] = [0; WORDS];
 /// Set by the benchmark: flows that take turns.
@@ -67,7 +67,6 @@ fn generate(ctx: XdpContext) -> u32 {
         )
     };
     let flow = number % flows;
-    let address = ((flow / PORTS) as u16).to_be();
     let port = ((PORTS + flow % PORTS) as u16).to_be();
     // SAFETY: the bounds were checked above. The kernel's live frames begin behind a headroom that is a
     // multiple of eight (net/bpf/test_run.c), so the words are aligned. What the frame was before does not
@@ -78,10 +77,13 @@ fn generate(ctx: XdpContext) -> u32 {
             *words.add(at) = ptr::read_volatile((&raw const TEMPLATE).cast::<u32>().add(at));
         }
         let frame = start as *mut u8;
-        *frame.add(SOURCE_LOW).cast() = address;
+        let low = frame.add(SOURCE_LOW).cast::<u16>();
+        let (first, sum) = (*low, frame.add(IPV4_CHECKSUM).cast::<u16>());
+        *low = u16::from_be(first)
+            .wrapping_add((flow / PORTS) as u16)
+            .to_be();
+        *sum = checksum::update(*sum, checksum::difference(first as u32, *low as u32));
         *frame.add(SOURCE_PORT).cast() = port;
-        let sum = frame.add(IPV4_CHECKSUM).cast::<u16>();
-        *sum = checksum::update(*sum, checksum::difference(0, address as u32));
     }
     // SAFETY: a helper without pointers.
     if unsafe { bpf_redirect(ifindex, 0) } == XDP_REDIRECT as i64 {
@@ -112,6 +114,32 @@ fn sink(ctx: TcContext) -> i32 {
         TC_ACT_SHOT
     } else {
         TC_ACT_UNSPEC
+    }
+}
+
+/// tc ingress of the container: frames for the port go back to where they came from. A checksum does not
+/// change when what it covers changes places.
+#[classifier]
+fn reflect(ctx: TcContext) -> i32 {
+    let start = ctx.data();
+    if ctx.len() as usize != WORDS * 4 || start + WORDS * 4 > ctx.data_end() {
+        return TC_ACT_UNSPEC;
+    }
+    // SAFETY: the bounds were checked above, and headers are aligned to two bytes as the frame is (NET_IP_ALIGN).
+    // The constant is one that the loader changed, read as it is now.
+    unsafe {
+        let frame = start as *mut u8;
+        let port = *frame.add(DESTINATION_PORT).cast::<u16>();
+        if *frame.add(PROTOCOL) != UDP || port != ptr::read_volatile(&raw const PORT) {
+            return TC_ACT_UNSPEC;
+        }
+        ptr::swap(frame.cast::<[u16; 3]>(), frame.add(6).cast());
+        ptr::swap(frame.add(26).cast::<[u16; 2]>(), frame.add(30).cast());
+        ptr::swap(
+            frame.add(SOURCE_PORT).cast::<u16>(),
+            frame.add(DESTINATION_PORT).cast(),
+        );
+        bpf_redirect((*ctx.skb.skb).ifindex, 0) as i32
     }
 }
 

@@ -156,6 +156,7 @@ impl Daemon {
         } else {
             flag::ALLOW_LIST
         };
+        flags |= if published.steered { flag::STEERED } else { 0 };
         flags |= if published.draining() {
             flag::DRAINING
         } else {

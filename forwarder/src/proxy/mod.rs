@@ -19,7 +19,7 @@ use std::{
 use ipnet::IpNet;
 use tokio::{sync::watch, task::JoinSet};
 
-pub use self::sockets::{BindError, Held, raise_descriptor_limit};
+pub use self::sockets::{BindError, Held, is_wide, raise_descriptor_limit};
 use crate::spec::Spec;
 
 /// How a publish is served in user space.

@@ -2,20 +2,43 @@
 //! the fast path does not take arrives here.
 
 use std::{
+    collections::BTreeSet,
     fs, io,
     net::{IpAddr, SocketAddr},
+    os::fd::{AsFd as _, AsRawFd as _, BorrowedFd, RawFd},
 };
 
+use forwarder_common::publish::own_priority;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
-use socket2::{Domain, SockAddr, Socket, Type};
+use socket2::{Domain, SockAddr, SockRef, Socket, Type};
 
+use super::{batch, tcp};
 use crate::spec::{Protocol, Spec};
 
-/// Listening sockets of one publish, or bound ones for UDP, with the port of each.
+/// Listening sockets of one publish, or bound ones for UDP.
 #[derive(Debug, Default)]
 pub struct Held {
-    pub(super) tcp: Vec<(u16, std::net::TcpListener)>,
-    pub(super) udp: Vec<(u16, std::net::UdpSocket)>,
+    pub(super) tcp: Vec<(Port, std::net::TcpListener)>,
+    pub(super) udp: Vec<(Port, std::net::UdpSocket)>,
+}
+
+/// Which port clients of a socket meant.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Port {
+    One(u16),
+    /// Any of a range, whose traffic is steered here; each connection and each datagram says which. Sockets that
+    /// answer from another port of it are bound with this mark.
+    Steered {
+        mark: u32,
+    },
+}
+
+/// A range of more ports is held by one socket, where the kernel can steer.
+const WIDE: u32 = 256;
+
+/// Whether a range is so wide that a socket for each port would be a waste.
+pub fn is_wide(spec: &Spec) -> bool {
+    spec.ports.count() > WIDE && spec.protocol != Protocol::Sctp
 }
 
 /// A port that could not be had, and what to do about it.
@@ -57,7 +80,7 @@ impl Held {
         let mut held = Self::default();
         for address in frontends {
             for port in spec.ports.first..=spec.ports.last {
-                match held.add(address, port, spec.protocol) {
+                match held.add(address, port, spec.protocol, None) {
                     Ok(()) => {}
                     Err(error) if spec.address.is_none() && is_without_ipv6(address, &error) => {}
                     Err(error) => {
@@ -69,27 +92,77 @@ impl Held {
         Ok(held)
     }
 
-    fn add(&mut self, address: IpAddr, port: u16, protocol: Protocol) -> io::Result<()> {
-        let domain = if address.is_ipv4() {
-            Domain::IPV4
-        } else {
-            Domain::IPV6
-        };
+    /// Binds one socket for each family to the first port of a range; those of the others are found taken if
+    /// somebody has them now. `mark` keeps our own ports from being refused to us.
+    ///
+    /// # Errors
+    /// The first port that could not be had.
+    pub fn bind_steered(spec: &Spec, mark: u32) -> Result<Self, BindError> {
+        let taken = ports_in_use(spec);
+        let mut held = Self::default();
+        for address in spec.frontends() {
+            let without =
+                |error: &io::Error| spec.address.is_none() && is_without_ipv6(address, error);
+            let fail = |port, error: &io::Error| BindError {
+                frontend: SocketAddr::new(address, port),
+                protocol: spec.protocol,
+                problem: explain(error, address, port, spec),
+            };
+            match held.add(address, spec.ports.first, spec.protocol, Some(mark)) {
+                Err(error) if without(&error) => continue,
+                result => result.map_err(|error| fail(spec.ports.first, &error))?,
+            }
+            for &port in taken.iter().filter(|port| **port != spec.ports.first) {
+                // The kernel itself says whether this address conflicts.
+                let tried = Self::default().add(address, port, spec.protocol, Some(mark));
+                tried.map_err(|error| fail(port, &error))?;
+            }
+        }
+        Ok(held)
+    }
+
+    /// Hands each socket to `each`, with whether it is for IPv4.
+    ///
+    /// # Errors
+    /// The first of `each`.
+    pub fn try_for_each<E>(
+        &self,
+        mut each: impl FnMut(bool, RawFd) -> Result<(), E>,
+    ) -> Result<(), E> {
+        let tcp = self.tcp.iter().map(|(_, socket)| socket.as_raw_fd());
+        let udp = self.udp.iter().map(|(_, socket)| socket.as_raw_fd());
+        for fd in tcp.chain(udp) {
+            // SAFETY: the descriptor is open for as long as `self` lives.
+            let socket = unsafe { BorrowedFd::borrow_raw(fd) };
+            let v4 = SockRef::from(&socket)
+                .domain()
+                .is_ok_and(|domain| domain == Domain::IPV4);
+            each(v4, fd)?;
+        }
+        Ok(())
+    }
+
+    fn add(
+        &mut self,
+        address: IpAddr,
+        port: u16,
+        protocol: Protocol,
+        steered: Option<u32>,
+    ) -> io::Result<()> {
         let kind = match protocol {
             Protocol::Tcp => Type::STREAM,
             Protocol::Udp => Type::DGRAM,
             Protocol::Sctp => return Err(io::ErrorKind::Unsupported.into()),
         };
-        let socket = Socket::new(domain, kind.nonblocking().cloexec(), None)?;
-        if address.is_ipv6() {
-            socket.set_only_v6(true)?;
-        }
-        let bind = SockAddr::from(SocketAddr::new(address, port));
+        let socket = socket(address, kind)?;
+        let bind = SocketAddr::new(address, port);
+        let held = steered.map_or(Port::One(port), |mark| Port::Steered { mark });
         if protocol == Protocol::Tcp {
             socket.set_reuse_address(true)?; // restart while old connections are in TIME_WAIT
-            socket.bind(&bind)?;
+            tcp::tune(SockRef::from(&socket))?;
+            bind_as(&socket, bind, steered)?;
             socket.listen(4096)?;
-            self.tcp.push((port, socket.into()));
+            self.tcp.push((held, socket.into()));
         } else {
             // The address that a datagram was sent to is the one that the reply must come from.
             let fd = &socket;
@@ -99,12 +172,64 @@ impl Held {
                 let option = nix::sys::socket::sockopt::Ipv6RecvPacketInfo;
                 nix::sys::socket::setsockopt(fd, option, &true)?;
             }
+            if steered.is_some() {
+                batch::tell_destination(socket.as_fd(), address.is_ipv4())?;
+            }
             let _ = socket.set_recv_buffer_size(4 << 20);
-            socket.bind(&bind)?;
-            self.udp.push((port, socket.into()));
+            bind_as(&socket, bind, steered)?;
+            self.udp.push((held, socket.into()));
         }
         Ok(())
     }
+}
+
+fn socket(address: IpAddr, kind: Type) -> io::Result<Socket> {
+    let domain = Domain::for_address(SocketAddr::new(address, 0));
+    let socket = Socket::new(domain, kind.nonblocking().cloexec(), None)?;
+    if address.is_ipv6() {
+        socket.set_only_v6(true)?;
+    }
+    Ok(socket)
+}
+
+/// Binds, with a mark that is gone afterwards: routing would heed it.
+fn bind_as(socket: &Socket, address: SocketAddr, mark: Option<u32>) -> io::Result<()> {
+    if let Some(mark) = mark {
+        socket.set_mark(mark)?;
+    }
+    socket.bind(&SockAddr::from(address))?;
+    if mark.is_some() {
+        socket.set_mark(0)?;
+    }
+    Ok(())
+}
+
+/// A socket that answers from one port of a range whose datagrams are steered to another socket.
+///
+/// # Errors
+/// Somebody had the port before the range was published.
+pub(super) fn answering(address: SocketAddr, mark: u32) -> io::Result<std::net::UdpSocket> {
+    let socket = socket(address.ip(), Type::DGRAM)?;
+    // Above 6, this takes CAP_NET_ADMIN.
+    let priority = own_priority(mark).cast_signed();
+    nix::sys::socket::setsockopt(&socket, nix::sys::socket::sockopt::Priority, &priority)?;
+    bind_as(&socket, address, Some(mark))?;
+    Ok(socket.into())
+}
+
+/// Ports of a range that some socket of this network namespace has.
+fn ports_in_use(spec: &Spec) -> BTreeSet<u16> {
+    let all = tables(spec.protocol)
+        .into_iter()
+        .filter_map(|table| fs::read_to_string(table).ok());
+    all.flat_map(|text| {
+        let ports = text
+            .lines()
+            .filter_map(|line| held_port(line).map(|(port, _)| port));
+        ports.collect::<Vec<_>>()
+    })
+    .filter(|port| (spec.ports.first..=spec.ports.last).contains(port))
+    .collect()
 }
 
 fn is_without_ipv6(address: IpAddr, error: &io::Error) -> bool {
@@ -158,20 +283,15 @@ fn explain(error: &io::Error, address: IpAddr, port: u16, spec: &Spec) -> String
 
 /// Who holds a port: the socket's inode from /proc/net, its owner from /proc/PID/fd.
 fn holder(address: IpAddr, port: u16, protocol: Protocol) -> Option<(u32, String)> {
-    let tables = match protocol {
-        Protocol::Tcp => ["/proc/net/tcp", "/proc/net/tcp6"],
-        Protocol::Udp => ["/proc/net/udp", "/proc/net/udp6"],
-        Protocol::Sctp => return None,
-    };
     // A dual-stack socket on [::] holds the port for IPv4 as well.
-    let inodes: Vec<String> = tables
-        .iter()
+    let inodes: Vec<String> = tables(protocol)
+        .into_iter()
         .skip(usize::from(address.is_ipv6()))
         .filter_map(|table| fs::read_to_string(table).ok())
         .flat_map(|text| {
-            let inodes = text.lines().filter_map(|line| inode(line, port));
-            inodes
-                .map(|inode| format!("socket:[{inode}]"))
+            let held = text.lines().filter_map(held_port);
+            held.filter(|(held, _)| *held == port)
+                .map(|(_, inode)| format!("socket:[{inode}]"))
                 .collect::<Vec<_>>()
         })
         .collect();
@@ -201,15 +321,23 @@ fn holder(address: IpAddr, port: u16, protocol: Protocol) -> Option<(u32, String
     None
 }
 
-/// The inode of a line of /proc/net/tcp and its like (proc_net_tcp, Documentation/networking), if it
-/// is a listener or a bound socket on the port.
-fn inode(line: &str, port: u16) -> Option<&str> {
+fn tables(protocol: Protocol) -> Vec<&'static str> {
+    match protocol {
+        Protocol::Tcp => vec!["/proc/net/tcp", "/proc/net/tcp6"],
+        Protocol::Udp => vec!["/proc/net/udp", "/proc/net/udp6"],
+        Protocol::Sctp => vec![],
+    }
+}
+
+/// The port and inode of a line of /proc/net/tcp and its like (proc_net_tcp, Documentation/networking), if it
+/// is a listener or a bound socket.
+fn held_port(line: &str) -> Option<(u16, &str)> {
     let mut words = line.split_whitespace();
     let local = words.nth(1)?;
     let state = words.nth(1)?;
-    let same = u16::from_str_radix(local.rsplit_once(':')?.1, 16).ok()? == port;
+    let port = u16::from_str_radix(local.rsplit_once(':')?.1, 16).ok()?;
     let inode = words.nth(5)?;
-    (same && ["0A", "07"].contains(&state)).then_some(inode)
+    ["0A", "07"].contains(&state).then_some((port, inode))
 }
 
 #[cfg(test)]

@@ -2,23 +2,33 @@
 //! bytes stay in the kernel. Half-close and reset go through to the other side.
 
 use std::{
+    cell::RefCell,
+    future::poll_fn,
     io,
     net::SocketAddr,
     os::fd::{AsFd as _, OwnedFd},
-    sync::Arc,
+    pin::Pin,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering::Relaxed},
+    },
+    task::{Poll, ready},
     time::Duration,
 };
 
 use nix::fcntl::{OFlag, SpliceFFlags, splice};
 use socket2::{SockRef, TcpKeepalive};
 use tokio::{
-    io::{AsyncWriteExt as _, Interest},
-    net::{TcpListener, TcpStream},
+    io::{AsyncRead as _, AsyncWriteExt as _, Interest, ReadBuf},
+    net::{
+        TcpListener, TcpStream,
+        tcp::{ReadHalf, WriteHalf},
+    },
     sync::watch,
 };
 use tracing::{debug, warn};
 
-use super::{Shared, Stop, ended, protocol_header};
+use super::{Shared, Stop, ended, protocol_header, sockets::Port};
 
 const BUFFER: usize = 16 << 10;
 /// A direction that filled its buffer this often is worth a pipe.
@@ -31,30 +41,38 @@ const BACK_OFF: Duration = Duration::from_millis(100);
 /// Accepts clients until the task is ended.
 pub(super) async fn serve(
     listener: std::net::TcpListener,
-    port: u16,
+    port: Port,
     shared: Arc<Shared>,
     stopped: watch::Receiver<Option<Stop>>,
 ) {
+    let spec = &shared.spec;
     let listener = match TcpListener::from_std(listener) {
         Ok(listener) => listener,
-        Err(error) => return warn!("serve port {port}: {error}"),
+        Err(error) => return warn!("serve {spec}: {error}"),
     };
     let mut warned = false;
     loop {
         match listener.accept().await {
             Ok((client, address)) => {
                 warned = false;
+                let port = match port {
+                    Port::One(port) => port,
+                    Port::Steered { .. } => match client.local_addr() {
+                        Ok(local) => local.port(),
+                        Err(_) => continue, // the client has gone already
+                    },
+                };
                 let task = connection(client, address, port, shared.clone(), stopped.clone());
                 tokio::spawn(task);
             }
             Err(error) if is_exhaustion(&error) => {
                 if !warned {
-                    warn!("port {port} accepts no more for now: {error}");
+                    warn!("{spec} accepts no more for now: {error}");
                     warned = true;
                 }
                 tokio::time::sleep(BACK_OFF).await;
             }
-            Err(error) => debug!("accept on port {port}: {error}"), // the client has gone already
+            Err(error) => debug!("accept for {spec}: {error}"), // the client has gone already
         }
     }
 }
@@ -67,7 +85,7 @@ fn is_exhaustion(error: &io::Error) -> bool {
 }
 
 async fn connection(
-    client: TcpStream,
+    mut client: TcpStream,
     address: SocketAddr,
     port: u16,
     shared: Arc<Shared>,
@@ -82,7 +100,7 @@ async fn connection(
         backend = connect(&client, address, port, &shared) => backend,
         _ = ended(&mut stopped) => return reset(&client),
     };
-    let backend = match backend {
+    let mut backend = match backend {
         Ok(backend) => backend,
         Err(error) => {
             debug!("connect to {}: {error}", shared.backend(port));
@@ -90,7 +108,7 @@ async fn connection(
         }
     };
     let result = tokio::select! {
-        result = both_ways(&client, &backend, &shared) => result,
+        result = both_ways(&mut client, &mut backend, &shared) => result,
         how = ended(&mut stopped) => match how {
             Stop::Reset => Err(io::ErrorKind::ConnectionReset.into()),
             Stop::Cut | Stop::Drain => Ok(()),
@@ -109,9 +127,8 @@ async fn connect(
     port: u16,
     shared: &Shared,
 ) -> io::Result<TcpStream> {
-    tune(client)?;
     let mut backend = TcpStream::connect(shared.backend(port)).await?;
-    tune(&backend)?;
+    tune(SockRef::from(&backend))?;
     if shared.options.proxy_protocol {
         let header = protocol_header::tcp(address, client.local_addr()?);
         backend.write_all(&header).await?;
@@ -119,12 +136,13 @@ async fn connect(
     Ok(backend)
 }
 
-fn tune(stream: &TcpStream) -> io::Result<()> {
-    stream.set_nodelay(true)?;
+/// What both ends of a conversation get. Accepted streams have it of their listener.
+pub(super) fn tune(socket: SockRef<'_>) -> io::Result<()> {
+    socket.set_tcp_nodelay(true)?;
     let keepalive = TcpKeepalive::new()
         .with_time(KEEPALIVE)
         .with_interval(KEEPALIVE);
-    SockRef::from(stream).set_tcp_keepalive(&keepalive)
+    socket.set_tcp_keepalive(&keepalive)
 }
 
 /// Makes the close, which follows, a reset.
@@ -132,24 +150,41 @@ fn reset(stream: &TcpStream) {
     let _ = SockRef::from(stream).set_linger(Some(Duration::ZERO));
 }
 
-/// Both directions until both have ended; an error in one ends the other.
-async fn both_ways(client: &TcpStream, backend: &TcpStream, shared: &Shared) -> io::Result<()> {
+/// Both directions until both have ended; an error in one ends the other. What closes the streams afterwards
+/// closes the direction that ended last.
+async fn both_ways(
+    client: &mut TcpStream,
+    backend: &mut TcpStream,
+    shared: &Shared,
+) -> io::Result<()> {
+    let (from_client, to_client) = client.split();
+    let (from_backend, to_backend) = backend.split();
+    let over = AtomicBool::new(false);
     tokio::try_join!(
-        one_way(client, backend, shared),
-        one_way(backend, client, shared)
+        one_way(from_client, to_backend, &over, shared),
+        one_way(from_backend, to_client, &over, shared)
     )?;
     Ok(())
 }
 
-/// Copies until the end of the stream, then half-closes the other side.
-async fn one_way(from: &TcpStream, to: &TcpStream, shared: &Shared) -> io::Result<()> {
-    if copy(from, to, shared).await? == Copied::Bulk {
+/// Copies until the end of the stream, then half-closes the other side, unless the other direction is over: a
+/// close, which follows, does as much.
+async fn one_way(
+    mut from: ReadHalf<'_>,
+    to: WriteHalf<'_>,
+    other_is_over: &AtomicBool,
+    shared: &Shared,
+) -> io::Result<()> {
+    if copy(&mut from, &to, shared).await? == Copied::Bulk {
         match pipe() {
-            Ok(pipe) => by_splice(from, to, &pipe, shared).await?,
-            Err(_) => while copy(from, to, shared).await? == Copied::Bulk {},
+            Ok(pipe) => by_splice(from.as_ref(), to.as_ref(), &pipe, shared).await?,
+            Err(_) => while copy(&mut from, &to, shared).await? == Copied::Bulk {},
         }
     }
-    match SockRef::from(to).shutdown(std::net::Shutdown::Write) {
+    if other_is_over.swap(true, Relaxed) {
+        return Ok(());
+    }
+    match SockRef::from(to.as_ref()).shutdown(std::net::Shutdown::Write) {
         Err(error) if error.kind() != io::ErrorKind::NotConnected => Err(error),
         _ => Ok(()),
     }
@@ -162,36 +197,55 @@ enum Copied {
     Bulk,
 }
 
-async fn copy(from: &TcpStream, to: &TcpStream, shared: &Shared) -> io::Result<Copied> {
-    // Taken when there is something to read, and given back: idle connections hold no buffer.
-    let mut buffer = Vec::new();
+async fn copy(from: &mut ReadHalf<'_>, to: &WriteHalf<'_>, shared: &Shared) -> io::Result<Copied> {
     let mut full = 0;
-    loop {
-        from.readable().await?;
-        buffer.resize(BUFFER, 0);
-        let read = match from.try_read(&mut buffer) {
-            Ok(0) => return Ok(Copied::All),
-            Ok(read) => read,
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                buffer = Vec::new();
-                continue;
-            }
-            Err(error) => return Err(error),
-        };
+    while full < FULL_READS {
+        let (read, rest) = pass(from, to).await?;
+        if read == 0 {
+            return Ok(Copied::All);
+        }
         shared.carried(read);
-        let mut rest = &buffer[..read];
+        let mut rest = &rest[..];
         while !rest.is_empty() {
+            to.writable().await?;
             match to.try_write(rest) {
                 Ok(written) => rest = &rest[written..],
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => to.writable().await?,
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
                 Err(error) => return Err(error),
             }
         }
         full = if read == BUFFER { full + 1 } else { 0 };
-        if full == FULL_READS {
-            return Ok(Copied::Bulk);
-        }
     }
+    Ok(Copied::Bulk)
+}
+
+thread_local! {
+    /// What is read and written in one go needs no buffer of its own.
+    static SCRATCH: RefCell<Vec<u8>> = RefCell::new(vec![0; BUFFER]);
+}
+
+/// Reads once, and writes what the other side takes at once. Returns how much was read, 0 at the end of the
+/// stream, and what is still to be written.
+async fn pass(from: &mut ReadHalf<'_>, to: &WriteHalf<'_>) -> io::Result<(usize, Vec<u8>)> {
+    poll_fn(|context| {
+        SCRATCH.with_borrow_mut(|scratch| {
+            let mut buffer = ReadBuf::new(scratch);
+            // Not `try_read`: this knows that a read which did not fill the buffer has emptied the socket, and
+            // saves the next one, which would only say so.
+            ready!(Pin::new(&mut *from).poll_read(context, &mut buffer))?;
+            let data = buffer.filled();
+            let mut written = 0;
+            if !data.is_empty() {
+                match to.try_write(data) {
+                    Ok(count) => written = count,
+                    Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+                    Err(error) => return Poll::Ready(Err(error)),
+                }
+            }
+            Poll::Ready(Ok((data.len(), data[written..].to_vec())))
+        })
+    })
+    .await
 }
 
 struct Pipe {

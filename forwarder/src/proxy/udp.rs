@@ -7,7 +7,7 @@ use std::{
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
     os::fd::{AsFd as _, AsRawFd as _},
     sync::{
-        Arc,
+        Arc, Weak,
         atomic::{AtomicBool, AtomicU64, Ordering::Relaxed},
     },
     time::Duration,
@@ -29,6 +29,7 @@ use super::{
     LiveFlow, Shared, Stop,
     batch::{self, Local},
     ended,
+    sockets::{self, Port},
 };
 
 /// nf_conntrack's timeouts (Documentation/networking/nf_conntrack-sysctl.rst).
@@ -74,14 +75,20 @@ impl Flow {
 /// Serves a held port until the task is ended; its flows end with it.
 pub(super) async fn serve(
     socket: std::net::UdpSocket,
-    port: u16,
+    port: Port,
     shared: Arc<Shared>,
     stopped: watch::Receiver<Option<Stop>>,
 ) {
-    let frontend = match UdpSocket::from_std(socket) {
-        Ok(socket) => Arc::new(socket),
-        Err(error) => return warn!("serve port {port}: {error}"),
+    let spec = &shared.spec;
+    let mut answering = match UdpSocket::from_std(socket) {
+        Ok(socket) => Answering {
+            port,
+            frontend: Arc::new(socket),
+            others: HashMap::new(),
+        },
+        Err(error) => return warn!("serve {spec}: {error}"),
     };
+    let frontend = answering.frontend.clone();
     let mut flows: HashMap<Key, Arc<Flow>> = HashMap::new();
     let (gone, mut over) = mpsc::unbounded_channel();
     let mut warned = false;
@@ -90,21 +97,18 @@ pub(super) async fn serve(
             return;
         }
         if flows.get(&key).is_none_or(|flow| flow.over.load(Relaxed)) {
-            match begin(port, &shared, flows.len()) {
-                Ok(flow) => {
-                    let task = replies(
-                        frontend.clone(),
-                        flow.clone(),
-                        key,
-                        shared.clone(),
-                        gone.clone(),
-                    );
+            let begun = answering
+                .for_datagram(key.1)
+                .and_then(|(port, answering)| Ok((begin(port, &shared, flows.len())?, answering)));
+            match begun {
+                Ok((flow, answering)) => {
+                    let task = replies(answering, flow.clone(), key, shared.clone(), gone.clone());
                     tokio::spawn(until_stopped(task, stopped.clone()));
                     flows.insert(key, flow);
                 }
                 Err(error) => {
                     if !warned {
-                        warn!("port {port}/udp takes no more clients for now: {error}");
+                        warn!("{spec} takes no more clients for now: {error}");
                         warned = true;
                     }
                     return;
@@ -124,16 +128,17 @@ pub(super) async fn serve(
             ready = frontend.readable() => {
                 let received = ready.and_then(|()| {
                     frontend.try_io(Interest::READABLE, || {
-                        batch::receive(frontend.as_fd(), |data, source, local| {
+                        let count = batch::receive(frontend.as_fd(), |data, source, local| {
                             if let Some(source) = source {
                                 receive(data, &mut flows, (source, local));
                             }
-                        })
+                        })?;
+                        unless_emptied(count)
                     })
                 });
                 match received {
                     Err(error) if error.kind() != io::ErrorKind::WouldBlock => {
-                        debug!("receive on port {port}: {error}");
+                        debug!("receive for {spec}: {error}");
                     }
                     _ => {}
                 }
@@ -147,10 +152,51 @@ pub(super) async fn serve(
     }
 }
 
+/// For `try_io`: `WouldBlock` after a read that has emptied the socket saves another that would only say so. The
+/// kernel reports what has come since anew (EPOLLET, epoll(7)).
+fn unless_emptied(datagrams: usize) -> io::Result<()> {
+    if batch::was_all(datagrams) {
+        return Err(io::ErrorKind::WouldBlock.into());
+    }
+    Ok(())
+}
+
 async fn until_stopped(task: impl Future<Output = ()>, mut stopped: watch::Receiver<Option<Stop>>) {
     tokio::select! {
         () = task => {}
         _ = ended(&mut stopped) => {}
+    }
+}
+
+/// The sockets that replies leave by.
+struct Answering {
+    port: Port,
+    /// The one that holds the publish.
+    frontend: Arc<UdpSocket>,
+    /// Those of other ports of a range, while they have flows.
+    others: HashMap<u16, Weak<UdpSocket>>,
+}
+
+impl Answering {
+    /// The port that a datagram was sent to, and the socket that its answers leave by.
+    fn for_datagram(&mut self, local: Option<Local>) -> io::Result<(u16, Arc<UdpSocket>)> {
+        let mark = match self.port {
+            Port::One(port) => return Ok((port, self.frontend.clone())),
+            Port::Steered { mark } => mark,
+        };
+        let bound = self.frontend.local_addr()?;
+        let port = local.map_or(bound.port(), |local| local.port);
+        if port == bound.port() {
+            return Ok((port, self.frontend.clone()));
+        }
+        if let Some(socket) = self.others.get(&port).and_then(Weak::upgrade) {
+            return Ok((port, socket));
+        }
+        self.others.retain(|_, socket| socket.strong_count() > 0);
+        let socket = sockets::answering(SocketAddr::new(bound.ip(), port), mark)?;
+        let socket = Arc::new(UdpSocket::from_std(socket)?);
+        self.others.insert(port, Arc::downgrade(&socket));
+        Ok((port, socket))
     }
 }
 
@@ -190,17 +236,20 @@ async fn replies(
             ready = flow.backend.readable() => {
                 let answered = ready.and_then(|()| {
                     flow.backend.try_io(Interest::READABLE, || {
-                        batch::answer(flow.backend.as_fd(), frontend.as_fd(), client, local)
-                    })
-                });
-                match answered {
-                    Ok((datagrams, bytes)) => {
+                        let (backend, frontend) = (flow.backend.as_fd(), frontend.as_fd());
+                        let (datagrams, bytes) = batch::answer(backend, frontend, client, local)?;
                         flow.touch();
                         flow.replied.store(true, Relaxed);
                         shared.carried_many(datagrams, bytes);
-                    }
+                        unless_emptied(datagrams)
+                    })
+                });
+                match answered {
                     // The backend refused (ICMP): it may be back for the next datagram.
-                    Err(error) => debug!("{client}: {error}"),
+                    Err(error) if error.kind() != io::ErrorKind::WouldBlock => {
+                        debug!("{client}: {error}");
+                    }
+                    _ => {}
                 }
             }
             () = tokio::time::sleep_until(flow.expires()) => {

@@ -15,7 +15,7 @@ use aya::Ebpf;
 use tempfile::TempDir;
 
 use crate::{
-    generator::{self, Load, Until},
+    generator::{self, End, Load, Until},
     process::{Placement, Process, pin, wait_for_port},
     rules::{self, Port},
 };
@@ -49,6 +49,15 @@ pub(crate) const PORTS: [Port; 5] = [
         number: SINK,
     },
 ];
+
+/// So many ports that nobody asks for.
+pub(crate) fn other_ports(count: u16) -> Vec<Port> {
+    let port = |number| Port {
+        protocol: "tcp",
+        number,
+    };
+    (0..count).map(|n| port(20_000 + n)).collect()
+}
 
 /// Where the generator's flows say they come from, behind the client.
 const SOURCES: &str = "198.19.0.0/16";
@@ -162,7 +171,7 @@ pub(crate) struct Arena {
     pub(crate) contender: Contender,
     topology: Topology,
     /// Where the servers are.
-    backend: Netns,
+    pub(crate) backend: Netns,
     servers: Vec<Process>,
     proxies: Vec<Process>,
     pub(crate) daemon: Option<Daemon>,
@@ -175,6 +184,19 @@ impl Arena {
     /// # Errors
     /// Something that the contender needs isn't there; the message names it.
     pub(crate) fn new(contender: Contender, programs: &Programs) -> Result<Self> {
+        let others = match contender {
+            Contender::RoutingBeside(publishes) => publishes,
+            Contender::ForwarderAmongRules => 100,
+            _ => 0,
+        };
+        Self::among(contender, programs, others)
+    }
+
+    /// The same, among so many other published ports, all of which come first where there is an order.
+    ///
+    /// # Errors
+    /// As [`Arena::new`].
+    pub(crate) fn among(contender: Contender, programs: &Programs, others: u16) -> Result<Self> {
         let topology = Topology::new()?;
         let backend = if contender == Contender::Pasta {
             Netns::new("pasta")?
@@ -192,17 +214,22 @@ impl Arena {
             sink: None,
         };
         arena.wire()?;
-        arena.set_up(programs)?;
+        arena.set_up(programs, &other_ports(others))?;
         arena.serve()?;
         let devices: &[&str] = match contender {
             Contender::Pasta => &["eth1"],
             _ => &["eth0", "wire0"],
         };
-        arena.sink = Some(generator::sink(&arena.backend, devices, SINK)?);
+        arena.sink = Some(generator::sink(
+            &arena.backend,
+            devices,
+            SINK,
+            End::Dropped,
+        )?);
         Ok(arena)
     }
 
-    fn host(&self) -> &Netns {
+    pub(crate) fn host(&self) -> &Netns {
         &self.topology.host
     }
 
@@ -238,36 +265,35 @@ impl Arena {
         Ok(())
     }
 
-    fn set_up(&mut self, programs: &Programs) -> Result<()> {
+    fn set_up(&mut self, programs: &Programs, others: &[Port]) -> Result<()> {
         let host = self.topology.host.clone();
+        let all = [others, &PORTS].concat();
         if self.contender.needs_forwarding() {
             set_sysctl(&host, "net/ipv4/ip_forward", "1")?;
         }
-        let specs: Vec<String> = PORTS
-            .iter()
-            .map(|Port { protocol, number }| format!("{number}:172.31.0.2:{number}/{protocol}"))
-            .collect();
+        let published = match self.contender {
+            Contender::RoutingBeside(_) => others,
+            Contender::ForwarderAmongRules => &PORTS,
+            _ => &all,
+        };
+        let specs: Vec<String> = published.iter().map(Port::spec).collect();
         let specs: Vec<&str> = specs.iter().map(String::as_str).collect();
         match self.contender {
             Contender::Wire | Contender::Routing => {}
-            Contender::RoutingBeside(publishes) => {
-                let specs: Vec<String> = (0..publishes)
-                    .map(|n| format!("0.0.0.0:{}:172.31.0.2:80", 20_000 + n))
-                    .collect();
-                let specs: Vec<&str> = specs.iter().map(String::as_str).collect();
+            Contender::RoutingBeside(_) => {
                 self.daemon = Some(Daemon::start(&host, &specs, Datapath::Ebpf)?);
             }
             Contender::Iptables => {
                 masquerade_localhost(&host)?;
-                host.feed("iptables-restore", &rules::docker(&PORTS))?;
+                host.feed("iptables-restore", &rules::docker(&all))?;
             }
             Contender::IptablesBare => {
-                host.feed("iptables-restore", &rules::bare(&PORTS))?;
+                host.feed("iptables-restore", &rules::bare(&all))?;
             }
             Contender::Nftables | Contender::Flowtable => {
                 masquerade_localhost(&host)?;
                 let fast = self.contender == Contender::Flowtable;
-                let loaded = host.feed("nft -f -", &rules::nftables(&PORTS, fast));
+                let loaded = host.feed("nft -f -", &rules::nftables(&all, fast));
                 match loaded {
                     Err(_) if fast => bail!("this kernel's nftables has no flowtable"),
                     result => result?,
@@ -321,13 +347,7 @@ impl Arena {
                 self.daemon = Some(Daemon::start(&host, &specs, Datapath::Ebpf)?);
             }
             Contender::ForwarderAmongRules => {
-                let others: Vec<Port> = (0..100)
-                    .map(|n| Port {
-                        protocol: "tcp",
-                        number: 7000 + n,
-                    })
-                    .collect();
-                host.feed("iptables-restore", &rules::docker(&others))?;
+                host.feed("iptables-restore", &rules::docker(others))?;
                 self.daemon = Some(Daemon::start(&host, &specs, Datapath::Ebpf)?);
             }
             Contender::Userland => {

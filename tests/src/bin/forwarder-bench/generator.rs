@@ -12,8 +12,8 @@ use anyhow::{Context, Result};
 use aya::{
     Ebpf, EbpfLoader,
     programs::{
-        SchedClassifier, TcAttachType, TestRun as _, TestRunAttrs, TestRunOptions, Xdp,
-        tc::qdisc_add_clsact,
+        LinkOrder, SchedClassifier, TcAttachType, TestRun as _, TestRunAttrs, TestRunOptions, Xdp,
+        tc::TcAttachOptions,
     },
 };
 use forwarder_tests::netns::Netns;
@@ -90,26 +90,39 @@ pub(crate) fn generate(load: &Load<'_>, until: Until) -> Result<Duration> {
     })
 }
 
-/// Drops the generator's frames at the ingress of these devices, for as long as what it returns lives.
+/// What becomes of the generator's frames at the container.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum End {
+    Dropped,
+    /// Sent back to where they came from.
+    Reflected,
+}
+
+/// Takes the generator's frames at the ingress of these devices, for as long as what it returns lives, before
+/// what was attached earlier.
 ///
 /// # Errors
 /// The object is missing or the kernel refuses it.
-pub(crate) fn sink(netns: &Netns, devices: &[&str], port: u16) -> Result<Ebpf> {
+pub(crate) fn sink(netns: &Netns, devices: &[&str], port: u16, end: End) -> Result<Ebpf> {
     let object = object()?;
     netns.enter(|| {
         let mut ebpf = EbpfLoader::new()
             .override_global("PORT", &port.to_be(), true)
             .load(&object)
             .context("load the sink")?;
+        let name = match end {
+            End::Dropped => "sink",
+            End::Reflected => "reflect",
+        };
         let program: &mut SchedClassifier = ebpf
-            .program_mut("sink")
-            .context("the object has no program sink")?
+            .program_mut(name)
+            .with_context(|| format!("the object has no program {name}"))?
             .try_into()?;
         program.load().context("load the sink")?;
         for device in devices {
-            let _ = qdisc_add_clsact(device); // where there is no TCX
+            let options = TcAttachOptions::TcxOrder(LinkOrder::first());
             program
-                .attach(device, TcAttachType::Ingress)
+                .attach_with_options(device, TcAttachType::Ingress, options)
                 .with_context(|| format!("attach the sink to {device}"))?;
         }
         Ok(ebpf)
@@ -126,10 +139,9 @@ fn object() -> Result<Vec<u8>> {
 fn template(load: &Load<'_>) -> [u32; 15] {
     let [destination, source] = load.macs;
     let payload = [0; 60 - 14 - 20 - 8];
-    let [a, b, _, _] = load.source.octets();
     let mut frame = Vec::new();
     etherparse::PacketBuilder::ethernet2(source, destination)
-        .ipv4([a, b, 0, 0], load.destination.octets(), 64)
+        .ipv4(load.source.octets(), load.destination.octets(), 64)
         .udp(0, load.port)
         .write(&mut frame, &payload)
         .unwrap_or_else(|error| unreachable!("a short frame: {error}"));

@@ -91,7 +91,11 @@ fn bench(options: &Options) -> Result<()> {
         conversations(options, &programs, &mut report)?;
     }
     if !options.no_scale && !options.quick {
-        report.scale = Some(Scale::measure(&programs, &mut report.notes)?);
+        report.scale = Some(Scale::measure(
+            &programs,
+            options.rounds.unwrap_or(3),
+            &mut report.notes,
+        )?);
     }
     println!("{}", report.markdown());
     let default = || Some(Path::new("docs/benchmarks").join(tools::date_and_host()));

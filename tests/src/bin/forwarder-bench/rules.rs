@@ -10,6 +10,14 @@ pub(crate) struct Port {
     pub(crate) number: u16,
 }
 
+impl Port {
+    /// As `forwarder run -p` takes it. On IPv4 addresses alone, as the rules are.
+    pub(crate) fn spec(&self) -> String {
+        let Self { protocol, number } = self;
+        format!("0.0.0.0:{number}:{CONTAINER}:{number}/{protocol}")
+    }
+}
+
 const CONTAINER: &str = "172.31.0.2";
 const NETWORK: &str = "172.31.0.0/24";
 

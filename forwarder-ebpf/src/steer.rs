@@ -1,0 +1,178 @@
+//! Wide ranges, which one socket holds in each family: it gets what comes for any of their ports and the fast path
+//! has not taken, and no other process may bind them. What is a wide range is the loader's decision.
+//!
+//! The kernel still chooses source ports out of a range for the host's own UDP clients, whose answers are theirs.
+
+use core::ptr;
+
+use aya_ebpf::{
+    bindings::{BPF_F_CURRENT_NETNS, bpf_sk_lookup, bpf_sock, bpf_sock_addr, bpf_sock_tuple},
+    helpers::{
+        bpf_get_netns_cookie, bpf_set_retval, bpf_sk_assign, bpf_sk_lookup_udp, bpf_sk_release,
+    },
+    programs::{SkLookupContext, SockAddrContext, TcContext},
+};
+use forwarder_common::{
+    publish::{Frontend, flag, own_priority, socket_index},
+    reason::Reason,
+    tuple::{Address, UDP},
+};
+
+use crate::{
+    maps::{LOOKING, NETNS, SOCKETS},
+    parse::Packet,
+    publish::{self, Published},
+    setting,
+};
+
+/// Set by the loader: the mark of sockets while this instance binds them, which only CAP_NET_ADMIN can set.
+#[unsafe(no_mangle)]
+static OWN_MARK: u32 = 0;
+/// Set by the loader: the kernel can be told which error bind(2) returns (5.18).
+#[unsafe(no_mangle)]
+static SET_RETVAL: u8 = 0;
+
+/// include/linux/socket.h
+const AF_INET: u32 = 2;
+const EADDRINUSE: i32 = 98;
+
+/// The kernel looks for a socket: the range's own, if the port is of one.
+#[inline(always)]
+pub fn steer(ctx: &SkLookupContext) {
+    if LOOKING.get(0).is_none_or(|looking| *looking != 0) {
+        return;
+    }
+    let lookup: *const bpf_sk_lookup = ctx.lookup;
+    // SAFETY: the context that the kernel gave; its fields are readable.
+    // VERIFIER: both addresses are read, each from its own fixed offset. Chosen first, they would be read through a
+    // pointer into the context that is computed, which is refused.
+    let (is_v4, v4, v6, port, protocol) = unsafe {
+        (
+            (*lookup).family == AF_INET,
+            ptr::read_volatile(&raw const (*lookup).local_ip4),
+            ptr::read_volatile(&raw const (*lookup).local_ip6),
+            (*lookup).local_port,
+            (*lookup).protocol,
+        )
+    };
+    let frontend = Frontend {
+        address: if is_v4 {
+            Address::from_v4(v4)
+        } else {
+            Address(v6)
+        },
+        port: (port as u16).to_be(),
+        protocol: protocol as u16,
+    };
+    if let Some(published) = publish::at(&frontend)
+        && is_steered(&published)
+    {
+        // Without a socket, the kernel goes on looking as if this program were not there.
+        let _ = SOCKETS.redirect_sk_lookup(ctx, socket_index(published.index, is_v4), 0);
+    }
+}
+
+#[inline(always)]
+fn is_steered(published: &Published) -> bool {
+    published.publish.flags & (flag::STEERED | flag::DRAINING) == flag::STEERED
+}
+
+/// Whether a process may bind an address.
+#[inline(always)]
+pub fn may_bind(ctx: &SockAddrContext, is_v4: bool) -> bool {
+    // SAFETY: the context that the kernel gave; its fields are readable, the socket behind it as well. The helper
+    // takes the context.
+    let (frontend, mark, netns, own) = unsafe {
+        let request: *const bpf_sock_addr = ctx.sock_addr;
+        let address = if is_v4 {
+            Address::from_v4((*request).user_ip4)
+        } else {
+            Address((*request).user_ip6)
+        };
+        let frontend = Frontend {
+            address,
+            port: (*request).user_port as u16,
+            protocol: (*request).protocol as u16,
+        };
+        let mark = (*(*request).__bindgen_anon_1.sk).mark;
+        let netns = bpf_get_netns_cookie(ctx.sock_addr.cast());
+        (frontend, mark, netns, setting(&OWN_MARK))
+    };
+    if mark == own {
+        let _ = NETNS.set(0, &netns, 0);
+        return true;
+    }
+    let here = NETNS.get(0).is_some_and(|ours| *ours == netns);
+    if !here || !publish::at(&frontend).is_some_and(|published| is_steered(&published)) {
+        return true;
+    }
+    if setting(&SET_RETVAL) != 0 {
+        // SAFETY: a helper without pointers.
+        unsafe { bpf_set_retval(-EADDRINUSE) };
+    }
+    false
+}
+
+/// A datagram for a port of a range that begins no flow if some socket of this host has the port: it is given to
+/// that socket, since the kernel would steer it away from one that is not connected.
+///
+/// # Errors
+/// `OtherSocket` if there is one.
+#[inline(always)]
+pub fn give_way(ctx: &TcContext, packet: &Packet, published: &Published) -> Result<(), Reason> {
+    if packet.protocol != UDP || !is_steered(published) {
+        return Ok(());
+    }
+    // The sockets that hold the range itself are bound to its first port.
+    if u16::from_be(packet.tuple.destination_port) == published.publish.first_port {
+        return Ok(());
+    }
+    let Some(looking) = LOOKING.get_ptr_mut(0) else {
+        return Ok(()); // there is an element 0
+    };
+    // SAFETY: the element belongs to this CPU, and tc programs are not preempted by one another on a CPU; the
+    // program that reads it runs inside of the helper. A socket is released before it is forgotten.
+    unsafe {
+        ptr::write_volatile(looking, 1);
+        let socket = find_udp(ctx, packet);
+        ptr::write_volatile(looking, 0);
+        if socket.is_null() {
+            return Ok(());
+        }
+        let others = (*socket).priority != own_priority(setting(&OWN_MARK));
+        if others {
+            bpf_sk_assign(ctx.skb.skb.cast(), socket.cast(), 0);
+        }
+        bpf_sk_release(socket.cast());
+        if others {
+            return Err(Reason::OtherSocket);
+        }
+    }
+    Ok(())
+}
+
+#[inline(always)]
+fn find_udp(ctx: &TcContext, packet: &Packet) -> *mut bpf_sock {
+    // SAFETY: plain integers, for which zero is a value.
+    let mut tuple: bpf_sock_tuple = unsafe { core::mem::zeroed() };
+    let (old, names) = (&packet.tuple, &mut tuple.__bindgen_anon_1);
+    // SAFETY: the helper reads as many bytes of the tuple as it is told; both shapes fit into it.
+    unsafe {
+        let size = if packet.is_v4 {
+            names.ipv4.saddr = old.source.v4();
+            names.ipv4.daddr = old.destination.v4();
+            names.ipv4.sport = old.source_port;
+            names.ipv4.dport = old.destination_port;
+            size_of_val(&names.ipv4)
+        } else {
+            names.ipv6.saddr = old.source.0;
+            names.ipv6.daddr = old.destination.0;
+            names.ipv6.sport = old.source_port;
+            names.ipv6.dport = old.destination_port;
+            size_of_val(&names.ipv6)
+        };
+        let netns = BPF_F_CURRENT_NETNS as i64 as u64;
+        let skb = ctx.skb.skb.cast();
+        bpf_sk_lookup_udp(skb, &raw mut tuple, size as u32, netns, 0)
+    }
+}

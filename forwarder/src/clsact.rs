@@ -1,0 +1,210 @@
+//! tc filters, on kernels without TCX links: which are this instance's, how they are taken away, and the
+//! qdisc with them if it was made for them. Nobody else's are touched. Attaching is in `datapath.rs`.
+//!
+//! A filter stays when its process ends, as a pinned link does. The instance's name is in its handle, so that
+//! it is found again. Netlink is spoken without waiting for a runtime: `down` has none, and the last thing that
+//! `run` does is to take its filters away.
+
+use std::io;
+
+use netlink_packet_core::{NLM_F_ACK, NLM_F_DUMP, NLM_F_REQUEST, NetlinkMessage, NetlinkPayload};
+use netlink_packet_route::{
+    RouteNetlinkMessage,
+    tc::{TcAttribute, TcFilterBpf, TcFilterBpfOption, TcHandle, TcHeader, TcMessage, TcOption},
+};
+use netlink_sys::{Socket, SocketAddr, protocols::NETLINK_ROUTE};
+use nix::sys::{
+    socket::{setsockopt, sockopt},
+    time::{TimeVal, TimeValLike as _},
+};
+
+/// ETH_P_ALL as `tcm_info` has it (include/uapi/linux/if_ether.h).
+const EVERY_PROTOCOL: u32 = 0x0003_u16.to_be() as u32;
+
+/// One of our filters.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Filter {
+    pub ifindex: u32,
+    pub priority: u16,
+    handle: TcHandle,
+}
+
+/// The handle of an instance's filters (FNV-1a of its name; 0 would ask the kernel for any).
+pub fn handle(instance: &str) -> u32 {
+    let hash = instance.bytes().fold(0x811c_9dc5_u32, |hash, byte| {
+        (hash ^ u32::from(byte)).wrapping_mul(0x0100_0193)
+    });
+    hash.max(1)
+}
+
+/// The filter with that handle that runs one of `programs` on a device of this network namespace.
+///
+/// # Errors
+/// Netlink is not to be had.
+pub fn find(ifindex: u32, handle: u32, programs: &[&str]) -> io::Result<Option<Filter>> {
+    let there = filters(ifindex, TcHandle::MIN_INGRESS)?;
+    let ours = there.into_iter().flatten().find(|message| {
+        message.header.handle == handle.into()
+            && name(message).is_some_and(|name| programs.contains(&name))
+    });
+    Ok(ours.map(|message| Filter {
+        ifindex,
+        priority: (message.header.info >> 16) as u16,
+        handle: message.header.handle,
+    }))
+}
+
+/// The same, on all devices.
+///
+/// # Errors
+/// As [`find`].
+pub fn find_all(handle: u32, programs: &[&str]) -> io::Result<Vec<Filter>> {
+    let mut all = Vec::new();
+    for device in &nix::net::if_::if_nameindex()? {
+        all.extend(find(device.index(), handle, programs)?);
+    }
+    Ok(all)
+}
+
+/// The priority to attach at: before everybody else's filters, as TCX links are. Filters of another kind
+/// cannot share theirs.
+///
+/// # Errors
+/// As [`find`].
+pub fn priority(ifindex: u32) -> io::Result<u16> {
+    let there = filters(ifindex, TcHandle::MIN_INGRESS)?;
+    let taken = |priority: &u16| {
+        there.iter().flatten().any(|message| {
+            let bpf = TcAttribute::Kind(TcFilterBpf::KIND.to_owned());
+            (message.header.info >> 16) as u16 == *priority && !message.attributes.contains(&bpf)
+        })
+    };
+    let free = (1..u16::MAX).find(|priority| !taken(priority));
+    free.ok_or_else(|| io::Error::other("no free priority"))
+}
+
+/// # Errors
+/// It has gone.
+pub fn remove(filter: &Filter) -> io::Result<()> {
+    let mut message = TcMessage::default();
+    message.header = TcHeader {
+        index: filter.ifindex.cast_signed(),
+        handle: filter.handle,
+        parent: side(TcHandle::MIN_INGRESS),
+        info: u32::from(filter.priority) << 16 | EVERY_PROTOCOL,
+        ..TcHeader::default()
+    };
+    ask(RouteNetlinkMessage::DelTrafficFilter(message), NLM_F_ACK).map(drop)
+}
+
+/// Removes the qdisc unless there are filters on it, in either direction.
+///
+/// # Errors
+/// It has gone, or netlink is not to be had.
+pub fn remove_idle_qdisc(ifindex: u32) -> io::Result<()> {
+    for direction in [TcHandle::MIN_INGRESS, TcHandle::MIN_EGRESS] {
+        if !filters(ifindex, direction)?.is_empty() {
+            return Ok(());
+        }
+    }
+    let mut message = TcMessage::default();
+    message.header = TcHeader {
+        index: ifindex.cast_signed(),
+        handle: 0xffff_0000.into(),
+        parent: TcHandle::CLSACT,
+        ..TcHeader::default()
+    };
+    ask(RouteNetlinkMessage::DelQueueDiscipline(message), NLM_F_ACK).map(drop)
+}
+
+fn side(direction: u16) -> TcHandle {
+    TcHandle {
+        major: TcHandle::CLSACT.major,
+        minor: direction,
+    }
+}
+
+/// What is on one side of the qdisc; `None` is a filter that is none of ours in any case.
+fn filters(ifindex: u32, direction: u16) -> io::Result<Vec<Option<TcMessage>>> {
+    let mut message = TcMessage::default();
+    message.header = TcHeader {
+        index: ifindex.cast_signed(),
+        parent: side(direction),
+        ..TcHeader::default()
+    };
+    match ask(RouteNetlinkMessage::GetTrafficFilter(message), NLM_F_DUMP) {
+        // No qdisc, or no such device any more.
+        Err(error) if matches!(error.raw_os_error(), Some(libc::EINVAL | libc::ENODEV)) => {
+            Ok(Vec::new())
+        }
+        other => other,
+    }
+}
+
+/// The program's name as the filter has it.
+fn name(message: &TcMessage) -> Option<&str> {
+    let options = message
+        .attributes
+        .iter()
+        .filter_map(|attribute| match attribute {
+            TcAttribute::Options(options) => Some(options),
+            _ => None,
+        });
+    options.flatten().find_map(|option| match option {
+        TcOption::Bpf(TcFilterBpfOption::ProgName(name)) => Some(name.as_str()),
+        _ => None,
+    })
+}
+
+/// One request and its answers; those that cannot be read are `None`.
+fn ask(request: RouteNetlinkMessage, flags: u16) -> io::Result<Vec<Option<TcMessage>>> {
+    let mut socket = Socket::new(NETLINK_ROUTE)?;
+    socket.bind_auto()?;
+    // An answer that does not come is an error, and nothing to wait for.
+    setsockopt(&socket, sockopt::ReceiveTimeout, &TimeVal::seconds(10))?;
+    let mut message = NetlinkMessage::from(request);
+    message.header.flags = NLM_F_REQUEST | flags;
+    message.finalize();
+    let mut bytes = vec![0; message.buffer_len()];
+    message.serialize(&mut bytes);
+    socket.send_to(&bytes, &SocketAddr::new(0, 0), 0)?;
+
+    let mut answers = Vec::new();
+    loop {
+        let (datagram, _) = socket.recv_from_full()?;
+        let mut rest = datagram.as_slice();
+        while let Some(length) = length(rest) {
+            let answer = NetlinkMessage::<RouteNetlinkMessage>::deserialize(&rest[..length]);
+            match answer.map(|answer| answer.payload) {
+                Ok(NetlinkPayload::Done(_)) => return Ok(answers),
+                Ok(NetlinkPayload::Error(error)) if error.code.is_none() => return Ok(answers),
+                Ok(NetlinkPayload::Error(error)) => return Err(error.to_io()),
+                Ok(NetlinkPayload::InnerMessage(RouteNetlinkMessage::NewTrafficFilter(filter))) => {
+                    answers.push(Some(filter));
+                }
+                Ok(_) => {}
+                Err(_) => answers.push(None),
+            }
+            rest = &rest[length.next_multiple_of(4).min(rest.len())..];
+        }
+    }
+}
+
+/// Bytes of the message that `bytes` begins with (`nlmsg_len`, include/uapi/linux/netlink.h).
+fn length(bytes: &[u8]) -> Option<usize> {
+    let length = u32::from_ne_bytes(*bytes.first_chunk()?) as usize;
+    (16..=bytes.len()).contains(&length).then_some(length)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn instances_have_handles_of_their_own() {
+        assert_ne!(handle("default"), handle("other"));
+        assert_ne!(handle("default"), 0);
+        // A later version must find what this one left.
+        assert_eq!(handle("default"), 0x933b_5bde);
+    }
+}

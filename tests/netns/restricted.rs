@@ -1,0 +1,45 @@
+//! A kernel that lacks something, as `cargo xtask vm` boots it (`vm.rs`, RESTRICTED): under lockdown, and without
+//! the qdisc that clsact filters are attached to. The same test passes where nothing is missing.
+
+use std::net::SocketAddr;
+
+use forwarder::kernel::{Attach, kernel};
+use forwarder_tests::{
+    daemon::{Daemon, Datapath},
+    netns::Netns,
+    topology::{Family, Topology},
+    traffic::{Backend, Protocol, ask},
+};
+
+use crate::scene::{BACKEND_PORT, PORT, on_the_fast_path, served_to_the_client, spec};
+
+/// A TCX link takes nothing but the kernel itself.
+fn can_attach() -> bool {
+    let elsewhere = Netns::new("elsewhere").unwrap();
+    kernel().attach == Attach::Tcx || elsewhere.run("tc qdisc add dev lo clsact").is_ok()
+}
+
+#[test]
+fn auto_serves_by_what_the_kernel_has_and_says_why() {
+    let topology = Topology::new().unwrap();
+    let _backend = Backend::start(&topology.backend.netns, Protocol::Tcp, BACKEND_PORT).unwrap();
+    let spec = spec(&topology.backend, Family::V4, Protocol::Tcp);
+    let daemon = Daemon::start(&topology.host, &[&spec], Datapath::Auto).unwrap();
+    if can_attach() {
+        on_the_fast_path(&daemon, || {
+            served_to_the_client(&topology, Protocol::Tcp, "hello")
+        });
+    } else {
+        let entry = daemon.entry().unwrap();
+        assert_eq!(entry["datapath"], "userland", "{entry}");
+        let reason = entry["reason"].as_str().unwrap();
+        assert!(
+            reason.contains("from 6.6 on, or the modules sch_ingress"),
+            "{reason}"
+        );
+        let frontend = SocketAddr::new(topology.host_address(Family::V4), PORT);
+        let answer = ask(&topology.client, Protocol::Tcp, frontend, "hello").unwrap();
+        assert_eq!(answer.seen.ip(), topology.backend.gateway(Family::V4));
+    }
+    daemon.stop().unwrap();
+}

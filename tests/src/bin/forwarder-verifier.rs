@@ -1,0 +1,237 @@
+//! What the verifier says of each program of an eBPF object, as a JSON line for each: instructions, instructions that
+//! it walked, stack, time. `cargo xtask verifier` runs it under several kernels and makes the table.
+//!
+//! Usage: `forwarder-verifier OBJECT`. The programs are loaded here by bpf(2), since aya keeps the verifier's log
+//! of a program that is accepted to itself.
+
+use std::{
+    collections::HashSet,
+    io,
+    os::fd::{AsFd as _, AsRawFd as _, FromRawFd as _, OwnedFd, RawFd},
+    time::Instant,
+};
+
+use anyhow::{Context as _, Result, bail, ensure};
+use aya::maps::MapData;
+use aya_obj::{EbpfSectionKind, Map, Object, ProgramSection};
+use forwarder::kernel::kernel;
+
+fn main() -> Result<()> {
+    let path = std::env::args().nth(1);
+    let path = path.context("usage: forwarder-verifier OBJECT")?;
+    let bytes = std::fs::read(&path).with_context(|| path.clone())?;
+    if let Some(refusal) = kernel().refusal() {
+        bail!(refusal);
+    }
+    kernel().raise_memory_limit()?;
+    let mut object = Object::parse(&bytes)?;
+    // As the daemon sets them: the verifier does not walk what a constant excludes.
+    let peer_from_lo = [u8::from(kernel().peer_from_lo)];
+    let ports = [0x00, 0xf0];
+    let count = 4_000_u32.to_ne_bytes();
+    object.patch_map_data(
+        [
+            ("PEER_FROM_LO", (&peer_from_lo[..], true)),
+            ("SNAT_FIRST", (&ports[..], true)),
+            ("SNAT_PORTS", (&count[..], true)),
+        ]
+        .into(),
+    )?;
+    let definitions: Vec<(String, Map)> = object.maps.drain().collect();
+    let maps = definitions
+        .iter()
+        .map(|(name, definition)| create(name, definition))
+        .collect::<Result<Vec<_>>>()?;
+    let text: HashSet<usize> = object
+        .functions
+        .keys()
+        .map(|(section, _)| *section)
+        .collect();
+    let placed = definitions.iter().zip(&maps);
+    object.relocate_maps(
+        placed.map(|((name, definition), map)| {
+            (name.as_str(), map.fd().as_fd().as_raw_fd(), definition)
+        }),
+        &text,
+    )?;
+    object.relocate_calls(&text)?;
+    let mut names: Vec<_> = object.programs.keys().cloned().collect();
+    names.sort();
+    for name in names {
+        println!("{}", examine(&object, &name)?);
+    }
+    Ok(())
+}
+
+/// Makes a map, and fills it if it holds constants.
+fn create(name: &str, definition: &Map) -> Result<MapData> {
+    let definition = definition.clone();
+    let data = definition.data().to_vec();
+    let kind = definition.section_kind();
+    let map = MapData::create(definition, name, None).with_context(|| format!("map {name}"))?;
+    if kind == EbpfSectionKind::Rodata {
+        let fd = map.fd().as_fd().as_raw_fd();
+        fill(fd, &data).with_context(|| format!("map {name}"))?;
+    }
+    Ok(map)
+}
+
+/// Commands of bpf(2), include/uapi/linux/bpf.h.
+const BPF_MAP_UPDATE_ELEM: i32 = 2;
+const BPF_PROG_LOAD: i32 = 5;
+const BPF_MAP_FREEZE: i32 = 22;
+
+/// Writes the only element of a map and makes it constant, which the verifier takes account of.
+fn fill(map: RawFd, data: &[u8]) -> Result<()> {
+    #[repr(C)]
+    struct Update {
+        map: u32,
+        padding: u32,
+        key: u64,
+        value: u64,
+        flags: u64,
+    }
+    let key = 0_u32;
+    let update = Update {
+        map: map.cast_unsigned(),
+        padding: 0,
+        key: &raw const key as u64,
+        value: data.as_ptr() as u64,
+        flags: 0,
+    };
+    // SAFETY: key and value live until the call returns, and are as long as the map was made for.
+    unsafe { bpf(BPF_MAP_UPDATE_ELEM, &update) }?;
+    // SAFETY: the command reads a descriptor.
+    unsafe { bpf(BPF_MAP_FREEZE, &map) }?;
+    Ok(())
+}
+
+/// What the verifier says of a program.
+fn examine(object: &Object, name: &str) -> Result<serde_json::Value> {
+    /// Bits of `log_level` (include/linux/bpf_verifier.h): every path, and the figures.
+    const PATHS: u32 = 1;
+    const FIGURES: u32 = 4;
+    let instructions = instructions(object, name).len();
+    let began = Instant::now();
+    let (loaded, log) = load(object, name, FIGURES, 1 << 16)?;
+    let took = began.elapsed();
+    if let Err(error) = loaded {
+        let (_, log) = load(object, name, PATHS, 1 << 24)?;
+        let lines: Vec<&str> = log.lines().filter(|line| !line.is_empty()).collect();
+        let end = &lines[lines.len().saturating_sub(8)..];
+        return Ok(serde_json::json!({
+            "program": name,
+            "instructions": instructions,
+            "refused": format!("{error}: {}", end.join(" | ")),
+        }));
+    }
+    let (verified, stack) = (number_after(&log, "processed "), stack(&log));
+    ensure!(
+        verified.is_some() && stack.is_some(),
+        "no figures in the verifier's log: {log}"
+    );
+    Ok(serde_json::json!({
+        "program": name,
+        "instructions": instructions,
+        "verified": verified,
+        "stack": stack,
+        "microseconds": took.as_micros() as u64,
+    }))
+}
+
+fn instructions<'a>(object: &'a Object, name: &str) -> &'a [aya_obj::generated::bpf_insn] {
+    &object.functions[&object.programs[name].function_key()].instructions
+}
+
+/// Loads a program; the verifier's log comes with it or without.
+fn load(
+    object: &Object,
+    name: &str,
+    log_level: u32,
+    log_size: u32,
+) -> Result<(io::Result<OwnedFd>, String)> {
+    #[repr(C)]
+    struct Load {
+        kind: u32,
+        count: u32,
+        code: u64,
+        license: u64,
+        log_level: u32,
+        log_size: u32,
+        log: u64,
+        kernel_version: u32,
+        flags: u32,
+        name: [u8; 16],
+        ifindex: u32,
+        attach_type: u32,
+    }
+    let program = &object.programs[name];
+    // Type and attach type, include/uapi/linux/bpf.h.
+    let (kind, attach_type) = match program.section {
+        ProgramSection::SchedClassifier => (3, 0),
+        ProgramSection::Xdp { .. } => (6, 0),
+        ProgramSection::SkLookup => (30, 36),
+        ref other => bail!("program {name}: forwarder-verifier cannot load a {other:?} yet"),
+    };
+    let code = instructions(object, name);
+    let mut log = vec![0_u8; log_size as usize];
+    let mut load = Load {
+        kind,
+        count: code.len().try_into()?,
+        code: code.as_ptr() as u64,
+        license: program.license.as_ptr() as u64,
+        log_level,
+        log_size,
+        log: log.as_mut_ptr() as u64,
+        kernel_version: 0,
+        flags: 0,
+        name: [0; 16],
+        ifindex: 0,
+        attach_type,
+    };
+    for (to, from) in load.name[..15].iter_mut().zip(name.bytes()) {
+        *to = from;
+    }
+    // SAFETY: code, license and log live until the call returns; their lengths are as given.
+    let loaded = unsafe { bpf(BPF_PROG_LOAD, &load) };
+    // SAFETY: the kernel has just given this descriptor to us alone.
+    let loaded = loaded.map(|fd| unsafe { OwnedFd::from_raw_fd(fd) });
+    let end = log.iter().position(|byte| *byte == 0).unwrap_or(log.len());
+    Ok((loaded, String::from_utf8_lossy(&log[..end]).into_owned()))
+}
+
+/// bpf(2).
+///
+/// # Safety
+/// Pointers in `attributes` must be valid for what the command does with them.
+unsafe fn bpf<T>(command: i32, attributes: &T) -> io::Result<RawFd> {
+    // SAFETY: as many bytes are read as there are; the rest is the caller's promise.
+    let result = unsafe {
+        libc::syscall(
+            libc::SYS_bpf,
+            command,
+            &raw const *attributes,
+            size_of::<T>(),
+        )
+    };
+    if result < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(result as RawFd)
+}
+
+fn number_after(text: &str, words: &str) -> Option<u64> {
+    let rest = text.split_once(words)?.1;
+    let end = rest.find(|c: char| !c.is_ascii_digit());
+    rest[..end.unwrap_or(rest.len())].parse().ok()
+}
+
+/// `stack depth 312+0+16`, of the program and each of its functions; what follows on newer kernels is left.
+fn stack(log: &str) -> Option<u64> {
+    let depths = log.split_once("stack depth ")?.1;
+    let depths = depths.split_whitespace().next()?;
+    depths
+        .split('+')
+        .map(|depth| depth.parse::<u64>().ok())
+        .sum()
+}

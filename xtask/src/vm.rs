@@ -1,0 +1,360 @@
+//! `vm`: the tests, or any command, under other kernels than the one that runs: Debian's, booted one after
+//! the other by QEMU's emulator with this repository's binaries inside. `vm/kernel.rs` has the kernels,
+//! `vm/initramfs.rs` what is inside, `vm/machine.rs` one boot.
+
+mod initramfs;
+pub(crate) mod kernel;
+mod machine;
+
+use std::{
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+use anyhow::{Result, bail};
+
+use self::kernel::Kernel;
+use crate::{
+    ebpf,
+    exec::{self, step},
+};
+
+/// How many times longer the guest may take: the emulator is that much slower at processes and connections.
+const SLACK: u32 = 8;
+
+#[derive(clap::Args)]
+pub(crate) struct Options {
+    /// 5.10, 6.1, 6.12, sid, or a folder that a kernel package was unpacked into; else those four
+    #[arg(value_name = "KERNEL")]
+    kernels: Vec<String>,
+    /// Only tests whose name contains this
+    #[arg(long)]
+    filter: Option<String>,
+    /// Only this tier: 1 packets, 2 network namespaces
+    #[arg(long, value_parser = clap::value_parser!(u8).range(1..=2))]
+    tier: Option<u8>,
+    /// Seconds that one boot may take
+    #[arg(long, default_value_t = 3600)]
+    timeout: u64,
+    /// Parameters for the kernel, such as `lockdown=integrity`
+    #[arg(long, default_value = "")]
+    append: String,
+    /// Fetch Debian's kernels anew
+    #[arg(long)]
+    refresh: bool,
+    /// A command to run instead of the tests, as the guest's root; `forwarder` is in its PATH
+    #[arg(last = true)]
+    command: Vec<String>,
+}
+
+/// What a group of tests came to under a kernel.
+struct Outcome {
+    kernel: String,
+    group: String,
+    passed: u32,
+    failed: u32,
+    /// It said how it ended.
+    ended: bool,
+    took: Duration,
+}
+
+pub(crate) fn vm(options: &Options) -> Result<()> {
+    let kernels = kernels(&options.kernels, options.refresh)?;
+    let programs = programs()?;
+    let limit = Duration::from_secs(options.timeout);
+    if !options.command.is_empty() {
+        let root = root(programs, &options.command)?;
+        let mut status = 0;
+        for kernel in &kernels {
+            step(&format!("{} ({})", kernel.name, kernel.release));
+            let ended = machine::boot(kernel, &root, &options.append, limit, |line| {
+                println!("{line}");
+            })?;
+            status = if status == 0 { ended } else { status };
+        }
+        std::process::exit(status);
+    }
+
+    let mut outcomes = Vec::new();
+    let mut broken = Vec::new();
+    // All at once: a build while the machines run must not change what the later ones test.
+    let boots = boots(options)
+        .into_iter()
+        .map(|boot| Ok((initramfs::root(&programs, &script(&boot.groups))?, boot)))
+        .collect::<Result<Vec<_>>>()?;
+    for kernel in &kernels {
+        for (root, boot) in &boots {
+            step(&format!("{} ({})", kernel.name, kernel.release));
+            let parameters = format!("{} {}", options.append, boot.parameters);
+            let before = outcomes.len();
+            let booted = machine::boot(kernel, root, &parameters, limit, |line| {
+                println!("[{}] {line}", kernel.name);
+                follow(&mut outcomes, kernel, line);
+            });
+            if let Err(error) = &booted {
+                eprintln!("error: {error:#}");
+            }
+            if booted.is_err() || outcomes.len() - before < boot.groups.len() {
+                broken.push(kernel.name.clone());
+            }
+        }
+    }
+    print!("{}", table(&outcomes));
+    let failed = outcomes
+        .iter()
+        .filter(|outcome| outcome.failed > 0 || !outcome.ended)
+        .map(|outcome| format!("{} on {}", outcome.group, outcome.kernel));
+    let failed: Vec<_> = failed
+        .chain(broken.iter().map(|name| format!("the run on {name}")))
+        .collect();
+    if !failed.is_empty() {
+        bail!("failed: {}", failed.join(", "));
+    }
+    Ok(())
+}
+
+/// The kernels of these names; Debian's four for none. What booting takes is looked for first.
+pub(crate) fn kernels(names: &[String], refresh: bool) -> Result<Vec<Kernel>> {
+    exec::need(&[&[machine::EMULATOR], &initramfs::TOOLS[..]].concat())?;
+    let names = if names.is_empty() {
+        kernel::names()
+    } else {
+        names.to_vec()
+    };
+    names
+        .iter()
+        .map(|name| kernel::kernel(name, refresh))
+        .collect()
+}
+
+/// Runs a program with arguments under a kernel and hands over each line that it prints.
+pub(crate) fn run(
+    kernel: &Kernel,
+    program: &Path,
+    arguments: &[&str],
+    files: &[(PathBuf, String)],
+    line: impl FnMut(&str),
+) -> Result<i32> {
+    let mut programs = vec![(program.to_owned(), "usr/bin/program".to_owned())];
+    programs.extend_from_slice(files);
+    let words = [&["program"], arguments].concat();
+    let root = initramfs::root(&programs, &quoted(words.iter()))?;
+    machine::boot(kernel, &root, "", Duration::from_secs(600), line)
+}
+
+/// Builds what is tested, and names where it goes in the guest.
+fn programs() -> Result<Vec<(PathBuf, String)>> {
+    ebpf::build()?;
+    step("building forwarder and its tests");
+    let binary =
+        exec::build_executables(&["build", "--package", "forwarder", "--bin", "forwarder"])?;
+    let tests = exec::build_executables(&[
+        "test",
+        "--no-run",
+        "--package",
+        "forwarder-tests",
+        "--tests",
+    ])?;
+    let mut programs = vec![(
+        exec::executable(&binary, "forwarder")?,
+        "usr/bin/forwarder".to_owned(),
+    )];
+    for group in ["packet", "netns"] {
+        let program = exec::executable(&tests, group)?;
+        programs.push((program, format!("tests/{group}")));
+    }
+    Ok(programs)
+}
+
+/// A command's root; its program is taken from this machine if the guest has none of that name.
+fn root(mut programs: Vec<(PathBuf, String)>, command: &[String]) -> Result<Vec<u8>> {
+    if let Some(name) = command.first()
+        && let Some(path) = exec::find(name)
+    {
+        let to = if name.contains('/') {
+            name.trim_start_matches('/').to_owned()
+        } else {
+            format!("usr/bin/{name}")
+        };
+        programs.push((path, to));
+    }
+    initramfs::root(&programs, &(variables() + &quoted(command.iter())))
+}
+
+/// Words as a shell reads them back.
+fn quoted(words: impl Iterator<Item = impl AsRef<str>>) -> String {
+    let quoted: Vec<_> = words
+        .map(|word| format!("'{}'", word.as_ref().replace('\'', r"'\''")))
+        .collect();
+    quoted.join(" ")
+}
+
+/// A kernel that lacks something: lockdown, and no qdisc to attach filters to. `tests/netns/restricted.rs`
+/// says what is expected of it.
+const RESTRICTED: &str = "lockdown=confidentiality module_blacklist=sch_ingress";
+
+/// One start of the machine.
+struct Boot {
+    parameters: &'static str,
+    groups: Vec<Group>,
+}
+
+/// A line of the table.
+struct Group {
+    name: &'static str,
+    program: &'static str,
+    filter: String,
+}
+
+fn boots(options: &Options) -> Vec<Boot> {
+    let group = |name, program, filter: Option<&str>| Group {
+        name,
+        program,
+        filter: filter.unwrap_or_default().to_owned(),
+    };
+    let asked = options.filter.as_deref();
+    let mut groups = vec![
+        group("packet", "packet", asked),
+        group("netns", "netns", asked),
+    ];
+    if let Some(tier) = options.tier {
+        groups = groups
+            .into_iter()
+            .skip(usize::from(tier) - 1)
+            .take(1)
+            .collect();
+    }
+    let mut boots = vec![Boot {
+        parameters: "",
+        groups,
+    }];
+    if asked.is_none() && options.tier != Some(1) {
+        boots.push(Boot {
+            parameters: RESTRICTED,
+            groups: vec![group("restricted", "netns", Some("restricted"))],
+        });
+    }
+    boots
+}
+
+const GROUP: &str = "==> group ";
+
+/// What runs in the guest: each group under a line that names it.
+fn script(groups: &[Group]) -> String {
+    let mut script = format!("{}status=0\n", variables());
+    for Group {
+        name,
+        program,
+        filter,
+    } in groups
+    {
+        let filter = Some(filter).filter(|filter| !filter.is_empty());
+        script += &format!(
+            "echo '{GROUP}{name}'\n/tests/{program} {} || status=1\n",
+            quoted(filter.iter())
+        );
+    }
+    script + "exit $status\n"
+}
+
+/// What the harness reads.
+fn variables() -> String {
+    format!(
+        "export FORWARDER_BIN=/usr/bin/forwarder FORWARDER_TEST_SLACK={SLACK} RUST_BACKTRACE=0\n"
+    )
+}
+
+/// Takes notice of a line of the test programs' output.
+fn follow(outcomes: &mut Vec<Outcome>, kernel: &Kernel, line: &str) {
+    if let Some(group) = line.strip_prefix(GROUP) {
+        outcomes.push(Outcome {
+            kernel: kernel.release.clone(),
+            group: group.to_owned(),
+            passed: 0,
+            failed: 0,
+            ended: false,
+            took: Duration::ZERO,
+        });
+        return;
+    }
+    let Some(outcome) = outcomes.last_mut() else {
+        return;
+    };
+    let Some(result) = line.strip_prefix("test result: ") else {
+        return;
+    };
+    // ok. 41 passed; 0 failed; 0 ignored; 0 measured; 0 filtered out; finished in 1.23s
+    let words: Vec<_> = result.split_whitespace().collect();
+    for pair in words.windows(2) {
+        match pair[1] {
+            "passed;" => outcome.passed = pair[0].parse().unwrap_or(0),
+            "failed;" => outcome.failed = pair[0].parse().unwrap_or(0),
+            _ => {}
+        }
+    }
+    let seconds = words.last().and_then(|word| word.strip_suffix('s'));
+    let seconds = seconds.and_then(|word| word.parse().ok()).unwrap_or(0.0);
+    outcome.took = Duration::from_secs_f64(seconds);
+    outcome.ended = true;
+}
+
+/// Markdown, so that it can be shown as it is.
+fn table(outcomes: &[Outcome]) -> String {
+    let mut text = format!(
+        "\n| {:<28} | {:<10} | passed | failed | seconds |\n|{}|{}|-------:|-------:|--------:|\n",
+        "kernel",
+        "tests",
+        "-".repeat(30),
+        "-".repeat(12)
+    );
+    for outcome in outcomes {
+        let failed = if outcome.ended {
+            outcome.failed.to_string()
+        } else {
+            "no end".to_owned()
+        };
+        text += &format!(
+            "| {:<28} | {:<10} | {:>6} | {failed:>6} | {:>7.0} |\n",
+            outcome.kernel,
+            outcome.group,
+            outcome.passed,
+            outcome.took.as_secs_f64()
+        );
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn results_are_counted_by_group() {
+        let kernel = Kernel {
+            name: "6.1".into(),
+            release: "6.1.0-1-cloud-amd64".into(),
+            image: PathBuf::new(),
+            modules: PathBuf::new(),
+        };
+        let mut outcomes = Vec::new();
+        for line in [
+            "==> group packet",
+            "test forward::tcp ... ok",
+            "test result: FAILED. 41 passed; 2 failed; 0 ignored; 0 measured; 0 filtered out; finished in 12.50s",
+            "==> group netns",
+            "Segmentation fault",
+        ] {
+            follow(&mut outcomes, &kernel, line);
+        }
+        assert_eq!((outcomes[0].passed, outcomes[0].failed), (41, 2));
+        assert_eq!(outcomes[0].took, Duration::from_millis(12_500));
+        assert!(outcomes[0].ended && !outcomes[1].ended);
+        assert!(table(&outcomes).contains("| no end |"));
+    }
+
+    #[test]
+    fn a_command_survives_the_shell() {
+        let words = ["echo", "it's", "a $HOME"];
+        assert_eq!(quoted(words.iter()), r"'echo' 'it'\''s' 'a $HOME'");
+    }
+}
