@@ -8,7 +8,7 @@ pub const FRONTENDS: u32 = 262_144;
 pub const SOCKETS: u32 = 1024;
 /// Addresses of the host.
 pub const LOCAL_ADDRESSES: u32 = 16_384;
-/// Devices that clients on this machine come in by.
+/// Devices.
 pub const INTERFACES: u32 = 65_536;
 /// Flows at once. Entries are allocated as they are needed.
 pub const FLOWS: u32 = 1_048_576;

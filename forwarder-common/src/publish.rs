@@ -109,13 +109,15 @@ pub struct Allowed {
     pub source: Address,
 }
 
-/// An element of `INTERFACES`: how replies get back out of the device that a client came in by.
+/// An element of `INTERFACES`: how packets leave by a device.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Pod, Zeroable)]
 pub struct Interface {
-    /// One of [`crate::flow::delivery`]: `PEER` and `DEVICE` answer to the MAC that the packet came
-    /// from, `NEIGHBOUR` asks the kernel.
+    /// How replies get back to a client that came in by it, one of [`crate::flow::delivery`]: `PEER` and `DEVICE`
+    /// answer to the MAC that the packet came from, `NEIGHBOUR` asks the kernel.
     pub delivery: u32,
+    /// The longest packet that it takes, without the link header.
+    pub mtu: u32,
 }
 
 /// The priority (SO_PRIORITY) of sockets that answer from a port of a wide range, by the instance's mark. Its low four

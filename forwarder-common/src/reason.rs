@@ -24,6 +24,8 @@ reasons! {
     ForwardedOriginal = "forwarded_original",
     /// Translated and delivered, backend to client.
     ForwardedReply = "forwarded_reply",
+    /// Translated and delivered: an ICMP error about a packet of a flow, in either direction.
+    ForwardedError = "forwarded_error",
     /// A new flow was made.
     NewFlow = "new_flow",
     /// Passed: neither a published port nor a reply of a flow. Not counted, to cost others nothing.
@@ -34,6 +36,8 @@ reasons! {
     OtherSocket = "other_socket",
     /// Passed: a fragment whose datagram's first was not carried; the slow path reassembles it.
     Fragment = "fragment",
+    /// Passed: TCP or UDP behind IPv4 options or IPv6 extension headers, whoever's it is.
+    Options = "options",
     /// Passed: a TCP packet without a flow that is no SYN.
     NotSyn = "not_syn",
     /// Passed: a link-local client, whose address means nothing on the backend's network.
@@ -44,8 +48,15 @@ reasons! {
     Unresolved = "unresolved",
     /// Passed: the publish takes no new flows.
     Draining = "draining",
-    /// Passed: the TTL or hop limit would end here.
+    /// Passed: longer than the way's MTU, and may be cut up, which the slow path does.
+    ToFragment = "to_fragment",
+    /// Answered: the TTL or hop limit ends here, as the sender is told.
     Expired = "ttl_expired",
+    /// Answered: longer than the way's MTU, as the sender is told.
+    TooBig = "too_big",
+    /// Dropped: the TTL has ended or the packet is too long, but its sender must not be told: it is an ICMP error or
+    /// a later fragment, or too many were told just now.
+    Untold = "untold",
     /// Passed: a client on this host sends more than the container's MTU, and the kernel (before 6.1) cannot deliver
     /// that; the userland proxy can.
     LongerThanMtu = "longer_than_mtu",
@@ -76,6 +87,7 @@ impl Reason {
                 | Self::NoSourcePort
                 | Self::FlowsFull
                 | Self::NoWayBack
+                | Self::Untold
                 | Self::Unwritable
         )
     }

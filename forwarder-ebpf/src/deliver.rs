@@ -13,7 +13,7 @@ use forwarder_common::{
     reason::Reason,
 };
 
-use crate::{parse, rewrite};
+use crate::{maps::INTERFACES, parse, parse::Packet, rewrite};
 
 const PACKET_HOST: u32 = 0;
 const LOOPBACK_IFINDEX: u32 = 1;
@@ -57,6 +57,21 @@ pub fn deliver(ctx: &TcContext, hop: &Hop, peer_from_lo: bool) -> Result<i32, Re
     } else {
         Err(Reason::Unresolved)
     }
+}
+
+/// What any way takes (RFC 791), so that most packets need no lookup.
+const LEAST_MTU: u32 = 576;
+
+/// The MTU of the way, if the packet is longer, or what it will be cut into is (GSO). A container at the other end
+/// of a veth takes packets of any length.
+#[inline(always)]
+pub fn exceeded_mtu(ctx: &TcContext, packet: &Packet, hop: &Hop) -> Option<u32> {
+    if packet.length <= LEAST_MTU || hop.delivery == delivery::PEER {
+        return None;
+    }
+    // SAFETY: values of this map are two words, replaced as a whole.
+    let mtu = unsafe { INTERFACES.get(hop.ifindex) }?.mtu;
+    (parse::length_on_the_wire(ctx, packet) > mtu).then_some(mtu)
 }
 
 /// Whether the queue of a veth takes a packet: one that is no more than Ethernet's usual MTU, or that is many

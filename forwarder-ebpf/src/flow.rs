@@ -45,9 +45,12 @@ pub fn is_original(flow: &Flow, packet: &Packet) -> bool {
         && (flow.state & state::LOCAL_CLIENT != 0) == packet.is_from_this_host()
 }
 
-/// Follows the conversation: counters, time and state.
+/// Follows the conversation: counters, time and state. An ICMP error neither refreshes nor ends it.
 #[inline(always)]
 pub fn update(flow: &mut Flow, packet: &Packet, direction: usize) {
+    if packet.is_error() {
+        return;
+    }
     flow.last_seen = clock::now();
     if direction == ORIGINAL {
         flow.packets[0] += 1;

@@ -1,6 +1,6 @@
 //! The pipeline: every packet that enters by a device of this host, from top to bottom.
 
-use aya_ebpf::programs::TcContext;
+use aya_ebpf::{bindings::__sk_buff, programs::TcContext};
 use forwarder_common::{
     flow::{Flow, delivery, state},
     reason::Reason,
@@ -8,7 +8,8 @@ use forwarder_common::{
 };
 
 use crate::{
-    deliver, flow, fragment,
+    deliver, flow, fragment, icmp,
+    icmp::Obstacle,
     maps::count,
     parse::{self, Packet},
     publish::{self, Published},
@@ -53,9 +54,12 @@ fn forward(
     if let Some(published) = published {
         let mut key = publish::dnat(packet, published.publish);
         if let Some(flow) = original(packet, &published, &mut key) {
-            survives(packet)?;
+            if let Some(obstacle) = before_backend(ctx, packet, &published)? {
+                return tell(ctx, packet, obstacle, 0);
+            }
             flow::update(flow, packet, flow::ORIGINAL);
-            return to_backend(ctx, packet, &published, &key, trail);
+            let keeps_source = flow.state & state::ALIASED == 0;
+            return to_backend(ctx, packet, &published, &key, keeps_source, trail);
         }
     }
     // Nearly always it is the reply that carries the key of its flow, reversed.
@@ -64,24 +68,42 @@ fn forward(
     {
         return to_client(ctx, packet, flow, trail);
     }
-    let published = published.ok_or(Reason::NotOurs)?;
+    // An ICMP error is carried in both directions like a packet of its flow, but begins none.
+    let published = published
+        .filter(|_| !packet.is_error())
+        .ok_or(Reason::NotOurs)?;
     publish::arrived(packet)?;
     steer::give_way(ctx, packet, &published)?;
     publish::admit(packet, &published)?;
-    survives(packet)?;
+    if let Some(obstacle) = before_backend(ctx, packet, &published)? {
+        return tell(ctx, packet, obstacle, 0);
+    }
     let mut key = publish::dnat(packet, published.publish);
     begin(ctx, packet, &published, &mut key)?;
     count(Reason::NewFlow);
-    to_backend(ctx, packet, &published, &key, trail)
+    to_backend(ctx, packet, &published, &key, false, trail)
 }
 
-/// Whether the packet goes on behind this hop, where it is one.
+/// What keeps the packet from its backend, if anything.
+///
+/// # Errors
+/// `ToFragment` if the slow path gets round it.
 #[inline(always)]
-fn survives(packet: &Packet) -> Result<(), Reason> {
-    if !packet.is_from_this_host() && packet.ttl <= 1 {
-        return Err(Reason::Expired);
+fn before_backend(
+    ctx: &TcContext,
+    packet: &Packet,
+    published: &Published,
+) -> Result<Option<Obstacle>, Reason> {
+    let hop = !packet.is_from_this_host();
+    let obstacle = icmp::obstacle(ctx, packet, &published.publish.hop, hop);
+    match obstacle {
+        Some(obstacle)
+            if obstacle.reason == Reason::TooBig && icmp::slow_path_fragments(packet) =>
+        {
+            Err(Reason::ToFragment)
+        }
+        obstacle => Ok(obstacle),
     }
-    Ok(())
 }
 
 /// The flow of a packet from the client's side. `key` is the tuple after DNAT and becomes the
@@ -141,21 +163,27 @@ fn begin(
     )
 }
 
-/// DNAT, and SNAT where the key says so.
+/// DNAT, and SNAT where the key says so; an ICMP error is told whether it does.
 #[inline(always)]
 fn to_backend(
     ctx: &TcContext,
     packet: &Packet,
     published: &Published,
     key: &Tuple,
+    keeps_source: bool,
     trail: &mut Trail,
 ) -> Verdict {
     trail.rewritten(published.index, key, &published.publish.hop);
-    rewrite::tuple(ctx, packet, key, !packet.is_from_this_host())?;
+    let hop = !packet.is_from_this_host();
+    if packet.is_error() {
+        rewrite::error(ctx, packet, key, hop, keeps_source)?;
+    } else {
+        rewrite::tuple(ctx, packet, key, hop)?;
+    }
     let action = deliver::deliver(ctx, &published.publish.hop, setting(&PEER_FROM_LO) != 0)?;
     Ok(Forwarded {
         action,
-        reason: Reason::ForwardedOriginal,
+        reason: reason(packet, Reason::ForwardedOriginal),
     })
 }
 
@@ -163,8 +191,8 @@ fn to_backend(
 #[inline(always)]
 fn to_client(ctx: &TcContext, packet: &Packet, flow: &mut Flow, trail: &mut Trail) -> Verdict {
     let hop = flow.state & state::LOCAL_CLIENT == 0;
-    if hop && packet.ttl <= 1 {
-        return Err(Reason::NoWayBack);
+    if let Some(obstacle) = icmp::obstacle(ctx, packet, &flow.back, hop) {
+        return tell(ctx, packet, obstacle, flow.publish);
     }
     flow::update(flow, packet, flow::REPLY);
     let new = Tuple {
@@ -175,11 +203,52 @@ fn to_client(ctx: &TcContext, packet: &Packet, flow: &mut Flow, trail: &mut Trai
         protocol: packet.tuple.protocol,
     };
     trail.rewritten(flow.publish, &new, &flow.back);
-    rewrite::tuple(ctx, packet, &new, hop)?;
+    if packet.is_error() {
+        rewrite::error(ctx, packet, &new, hop, false)?;
+    } else {
+        rewrite::tuple(ctx, packet, &new, hop)?;
+    }
     let action = deliver::deliver(ctx, &flow.back, setting(&PEER_FROM_LO) != 0)
         .map_err(|_| Reason::NoWayBack)?;
     Ok(Forwarded {
         action,
-        reason: Reason::ForwardedReply,
+        reason: reason(packet, Reason::ForwardedReply),
     })
+}
+
+/// Turns the packet round, as an ICMP error that tells its sender of the obstacle. It comes from the address that the
+/// packet was sent to, or from this host's on the network of `publish`'s backend.
+#[inline(always)]
+fn tell(ctx: &TcContext, packet: &Packet, obstacle: Obstacle, publish: u32) -> Verdict {
+    icmp::may_tell(packet)?;
+    rewrite::into_error(ctx, packet, obstacle.mtu, publish::source(publish))?;
+    let action = send_back(ctx.skb.skb);
+    if action < 0 {
+        return Err(Reason::NoWayBack);
+    }
+    Ok(Forwarded {
+        action,
+        reason: obstacle.reason,
+    })
+}
+
+/// Sends what was turned round the way that it came; the action, or a negative number.
+// VERIFIER: a function of its own, for its share of the stack.
+#[inline(never)]
+fn send_back(skb: *mut __sk_buff) -> i32 {
+    let ctx = &TcContext::new(skb);
+    // SAFETY: `skb` is the context that the kernel gave; its fields are readable.
+    let ifindex = unsafe { (*skb).ifindex };
+    deliver::back(ctx, ifindex, publish::way_back(ifindex))
+        .and_then(|back| deliver::deliver(ctx, &back, setting(&PEER_FROM_LO) != 0))
+        .unwrap_or(-1)
+}
+
+#[inline(always)]
+fn reason(packet: &Packet, direction: Reason) -> Reason {
+    if packet.is_error() {
+        Reason::ForwardedError
+    } else {
+        direction
+    }
 }

@@ -16,6 +16,7 @@ mod clock;
 mod deliver;
 mod flow;
 mod fragment;
+mod icmp;
 mod ingress;
 mod maps;
 mod parse;
@@ -26,7 +27,7 @@ mod trace;
 mod verdict;
 
 use aya_ebpf::{
-    bindings::sk_action::SK_PASS,
+    bindings::{__sk_buff, TC_ACT_UNSPEC, sk_action::SK_PASS},
     macros::{cgroup_sock_addr, classifier, sk_lookup},
     programs::{SkLookupContext, SockAddrContext, TcContext},
 };
@@ -42,9 +43,19 @@ pub fn ingress(ctx: TcContext) -> i32 {
 /// The same, and a line for each packet.
 #[classifier]
 pub fn ingress_traced(ctx: TcContext) -> i32 {
-    let mut trail = Trail::default();
-    let verdict = ingress::ingress(&ctx, &mut trail);
-    trace::packet(&ctx, &trail, &verdict);
+    let Some(trail) = Trail::of_this_cpu() else {
+        return TC_ACT_UNSPEC; // there is an element 0
+    };
+    let action = ingress_followed(ctx.skb.skb, trail);
+    trace::packet(ctx.skb.skb, trail);
+    action
+}
+
+// VERIFIER: a function of its own, so that the line is written when the pipeline's stack is free again.
+#[inline(never)]
+fn ingress_followed(skb: *mut __sk_buff, trail: &mut Trail) -> i32 {
+    let verdict = ingress::ingress(&TcContext::new(skb), trail);
+    trail.ended(&verdict);
     verdict::action(verdict)
 }
 

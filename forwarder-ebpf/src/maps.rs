@@ -1,5 +1,5 @@
 //! The maps, and nothing else. Types and sizes come from `forwarder_common`; user space fills all but
-//! `FLOWS`, `ALIASES`, `FRAGMENTS`, `NETNS`, `LOOKING`, `STATS` and `CLOCK`.
+//! `FLOWS`, `ALIASES`, `FRAGMENTS`, `NETNS`, `LOOKING`, `STATS`, `CLOCK`, `TOLD` and `TRAIL`.
 
 use aya_ebpf::{
     bindings::BPF_F_NO_PREALLOC,
@@ -14,7 +14,7 @@ use forwarder_common::{
     tuple::{Address, Tuple},
 };
 
-use crate::clock::Reading;
+use crate::{clock::Reading, icmp::Told, trace::Trail};
 
 /// What is published on each port, by [`forwarder_common::publish::port_index`].
 #[map]
@@ -33,7 +33,7 @@ pub static PUBLISHES: Array<Publish> = Array::with_max_entries(limits::PUBLISHES
 pub static LOCAL_ADDRESSES: HashMap<Address, u32> =
     HashMap::with_max_entries(limits::LOCAL_ADDRESSES, BPF_F_NO_PREALLOC);
 
-/// Devices that clients on this machine come in by; any other device is an uplink.
+/// The devices.
 #[map]
 pub static INTERFACES: HashMap<u32, Interface> =
     HashMap::with_max_entries(limits::INTERFACES, BPF_F_NO_PREALLOC);
@@ -72,9 +72,17 @@ pub static LOOKING: PerCpuArray<u32> = PerCpuArray::with_max_entries(1, 0);
 #[map]
 pub static STATS: PerCpuArray<u64> = PerCpuArray::with_max_entries(Reason::COUNT, 0);
 
+/// How many senders were told of an obstacle just now.
+#[map]
+pub static TOLD: PerCpuArray<Told> = PerCpuArray::with_max_entries(1, 0);
+
 /// The time, and when it was read.
 #[map]
 pub static CLOCK: PerCpuArray<Reading> = PerCpuArray::with_max_entries(1, 0);
+
+/// What the traced program knows of the packet that it has.
+#[map]
+pub static TRAIL: PerCpuArray<Trail> = PerCpuArray::with_max_entries(1, 0);
 
 /// Adds one to a reason's counter.
 #[inline(always)]

@@ -1,4 +1,6 @@
-//! The only reader of packet bytes: Ethernet, IPv4 or IPv6, TCP or UDP.
+//! The only reader of packet bytes: Ethernet, IPv4 or IPv6, TCP or UDP, or an ICMP error that quotes one of them.
+
+mod icmp;
 
 use aya_ebpf::programs::TcContext;
 use forwarder_common::{
@@ -15,14 +17,26 @@ pub const L4_V6: usize = L3 + 40;
 pub const L4_V6_FRAGMENT: usize = L4_V6 + 8;
 /// The part of TCP's header that is read.
 const TCP_LENGTH: usize = 20;
+/// Where the checksums are in their headers.
+pub const TCP_CHECKSUM: usize = 16;
+pub const UDP_CHECKSUM: usize = 6;
+/// ICMP's header, type to the four octets that depend on it; an error's quotation follows (RFC 792, RFC 4443).
+pub const ICMP_LENGTH: usize = 8;
 
 const ETHERTYPE_IPV4: u16 = 0x0800_u16.to_be();
 const ETHERTYPE_IPV6: u16 = 0x86dd_u16.to_be();
-/// RFC 791: more fragments follow; the offset in units of eight bytes.
+/// RFC 791: do not fragment; more fragments follow; the offset in units of eight bytes.
+const DONT: u16 = 0x4000;
 const MORE: u16 = 0x2000;
 const OFFSET: u16 = 0x1fff;
 /// IPv6's fragment header: its number, and where the offset is in its third and fourth byte.
-const FRAGMENT_HEADER: u8 = 44;
+pub const FRAGMENT_HEADER: u8 = 44;
+/// IPv6's other extension headers (RFC 8200 section 4), each of which begins with the number of what follows.
+const HOP_BY_HOP: u8 = 0;
+const ROUTING: u8 = 43;
+const DESTINATION: u8 = 60;
+pub const ICMP: u8 = 1;
+pub const ICMPV6: u8 = 58;
 const OFFSET_V6: u16 = 0xfff8;
 
 /// TCP's flags (RFC 9293 section 3.1).
@@ -31,14 +45,14 @@ pub const SYN: u8 = 0x02;
 pub const RST: u8 = 0x04;
 pub const ACK: u8 = 0x10;
 
-#[repr(C, packed)]
+#[repr(C, packed(2))]
 pub struct Ethernet {
     pub destination: [u8; 6],
     pub source: [u8; 6],
     pub ethertype: u16,
 }
 
-#[repr(C, packed)]
+#[repr(C, packed(2))]
 pub struct Ipv4 {
     pub version_and_length: u8,
     pub tos: u8,
@@ -52,7 +66,7 @@ pub struct Ipv4 {
     pub destination: u32,
 }
 
-#[repr(C, packed)]
+#[repr(C, packed(2))]
 pub struct Ipv6 {
     pub version_and_flow: u32,
     pub payload_length: u16,
@@ -62,7 +76,7 @@ pub struct Ipv6 {
     pub destination: [u32; 4],
 }
 
-#[repr(C, packed)]
+#[repr(C, packed(2))]
 struct FragmentHeader {
     next_header: u8,
     reserved: u8,
@@ -71,32 +85,46 @@ struct FragmentHeader {
 }
 
 /// The start that TCP and UDP share.
-#[repr(C, packed)]
+#[repr(C, packed(2))]
 pub struct Ports {
     pub source: u16,
     pub destination: u16,
 }
 
-#[repr(C, packed)]
-struct Tcp {
-    ports: Ports,
-    sequence: [u32; 2],
-    data_offset: u8,
-    flags: u8,
-    rest: [u16; 3],
+#[repr(C, packed(2))]
+pub struct Tcp {
+    pub ports: Ports,
+    pub sequence: [u32; 2],
+    pub data_offset: u8,
+    pub flags: u8,
+    pub window: u16,
+    pub checksum: u16,
+    pub urgent: u16,
 }
 
-#[repr(C, packed)]
-struct Udp {
-    ports: Ports,
-    length: u16,
-    checksum: u16,
+#[repr(C, packed(2))]
+pub struct Udp {
+    pub ports: Ports,
+    pub length: u16,
+    pub checksum: u16,
 }
 
-/// Which part of a datagram the packet is.
+#[repr(C, packed(2))]
+pub struct Icmp {
+    pub kind: u8,
+    pub code: u8,
+    pub checksum: u16,
+    /// The MTU, in an error that tells it; in wire order.
+    pub rest: u32,
+}
+
+/// Which part of a datagram the packet has.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub enum Part {
     Whole,
+    /// Its beginning, quoted in an ICMP error. The error belongs to the flow of what it quotes and travels the
+    /// other way, so the tuple is the quoted one reversed: that of packets in the error's own direction.
+    Quoted,
     /// Has the ports, and others follow.
     First,
     /// Has no ports: those in the tuple are zero until somebody remembers them.
@@ -111,6 +139,8 @@ pub struct Packet {
     pub id: u32,
     pub protocol: u8,
     pub is_v4: bool,
+    /// No router may cut it up: it is IPv6, or says so (RFC 791).
+    pub dont_fragment: bool,
     pub ttl: u8,
     /// TCP's flags; 0 for UDP.
     pub flags: u8,
@@ -130,9 +160,15 @@ impl Packet {
     pub fn l4(&self) -> usize {
         match (self.is_v4, self.part) {
             (true, _) => L4_V4,
-            (false, Part::Whole) => L4_V6,
+            (false, Part::Whole | Part::Quoted) => L4_V6,
             (false, _) => L4_V6_FRAGMENT,
         }
+    }
+
+    /// An ICMP error about a packet of the tuple's conversation.
+    #[inline(always)]
+    pub fn is_error(&self) -> bool {
+        self.part == Part::Quoted
     }
 
     /// The first packet of a TCP connection.
@@ -140,6 +176,26 @@ impl Packet {
     pub fn opens(&self) -> bool {
         self.flags & (SYN | ACK | RST | FIN) == SYN
     }
+}
+
+/// The length of the longest packet that this becomes, without the link header. Segments that the kernel has merged
+/// (GSO) are cut apart again behind us.
+#[inline(always)]
+pub fn length_on_the_wire(ctx: &TcContext, packet: &Packet) -> u32 {
+    // SAFETY: `skb` is the context that the kernel gave; its fields are readable.
+    let segment = unsafe { (*ctx.skb.skb).gso_size };
+    let whole = packet.length - L3 as u32;
+    if segment == 0 {
+        return whole;
+    }
+    let l4 = packet.l4();
+    let transport = if packet.protocol == TCP {
+        // SAFETY: `header` checked the bounds; packed structs have no alignment.
+        header::<Tcp>(ctx, l4).map_or(0, |tcp| unsafe { (*tcp).data_offset } as u32 >> 4 << 2)
+    } else {
+        size_of::<Udp>() as u32
+    };
+    whole.min((l4 - L3) as u32 + transport + segment)
 }
 
 /// A pointer to a header, if the frame's linear part holds all of it.
@@ -165,19 +221,34 @@ pub fn packet(ctx: &TcContext) -> Result<Packet, Reason> {
     if vlan != 0 {
         return Err(Reason::NotOurs); // comes again, untagged, on the VLAN's own device
     }
+    // VERIFIER: filled in place. As results of their own, each family's would have its room on the stack.
+    let mut packet = Packet {
+        tuple: Tuple::default(),
+        part: Part::Whole,
+        id: 0,
+        protocol: 0,
+        is_v4: false,
+        dont_fragment: true,
+        ttl: 0,
+        flags: 0,
+        length: ctx.len(),
+        ifindex,
+    };
     let ethernet = header::<Ethernet>(ctx, 0).ok_or(Reason::NotOurs)?;
     // SAFETY: `header` checked the bounds; packed structs have no alignment.
     match unsafe { (*ethernet).ethertype } {
         ETHERTYPE_IPV4 => {
             linear(ctx, L4_V4 + TCP_LENGTH)?;
-            ipv4(ctx, ifindex)
+            ipv4(ctx, &mut packet)?;
         }
         ETHERTYPE_IPV6 => {
             linear(ctx, L4_V6 + TCP_LENGTH)?;
-            ipv6(ctx, ifindex)
+            ipv6(ctx, &mut packet)?;
         }
-        _ => Err(Reason::NotOurs),
+        _ => return Err(Reason::NotOurs),
     }
+    packet.tuple.protocol = packet.protocol as u32;
+    Ok(packet)
 }
 
 /// Brings so many bytes, or all that there are, into the frame's linear part. Locally sent TCP has its headers
@@ -193,36 +264,26 @@ fn linear(ctx: &TcContext, wanted: usize) -> Result<(), Reason> {
 }
 
 #[inline(always)]
-fn ipv4(ctx: &TcContext, ifindex: u32) -> Result<Packet, Reason> {
+fn ipv4(ctx: &TcContext, packet: &mut Packet) -> Result<(), Reason> {
     let ip = header::<Ipv4>(ctx, L3).ok_or(Reason::NotOurs)?;
     // SAFETY: `header` checked the bounds; packed structs have no alignment.
     let ip = unsafe { &*ip };
-    if ip.version_and_length != 0x45 || (ip.protocol != TCP && ip.protocol != UDP) {
-        return Err(Reason::NotOurs);
+    if ip.version_and_length != 0x45 {
+        return Err(behind_options(ip.protocol));
     }
-    let (offset, id) = (u16::from_be(ip.fragment), ip.id);
-    let part = part(offset & OFFSET != 0, offset & MORE != 0);
-    let source = Address::from_v4(ip.source);
-    let destination = Address::from_v4(ip.destination);
-    let (protocol, ttl) = (ip.protocol, ip.ttl);
-    let (ports, flags) = transport(ctx, L4_V4, protocol, part)?;
-    Ok(Packet {
-        tuple: Tuple {
-            source,
-            destination,
-            source_port: ports.0,
-            destination_port: ports.1,
-            protocol: protocol as u32,
-        },
-        part,
-        id: id as u32,
-        protocol,
-        is_v4: true,
-        ttl,
-        flags,
-        length: ctx.len(),
-        ifindex,
-    })
+    let fragment = u16::from_be(ip.fragment);
+    packet.is_v4 = true;
+    packet.dont_fragment = fragment & DONT != 0;
+    packet.ttl = ip.ttl;
+    packet.protocol = ip.protocol;
+    if ip.protocol != TCP && ip.protocol != UDP {
+        return icmp::v4(ctx, packet);
+    }
+    packet.part = part(fragment & OFFSET != 0, fragment & MORE != 0);
+    packet.id = ip.id as u32;
+    packet.tuple.source = Address::from_v4(ip.source);
+    packet.tuple.destination = Address::from_v4(ip.destination);
+    transport(ctx, L4_V4, packet)
 }
 
 #[inline(always)]
@@ -235,66 +296,66 @@ fn part(has_offset: bool, more: bool) -> Part {
 }
 
 #[inline(always)]
-fn ipv6(ctx: &TcContext, ifindex: u32) -> Result<Packet, Reason> {
+fn ipv6(ctx: &TcContext, packet: &mut Packet) -> Result<(), Reason> {
     let ip = header::<Ipv6>(ctx, L3).ok_or(Reason::NotOurs)?;
     // SAFETY: `header` checked the bounds; packed structs have no alignment.
     let ip = unsafe { &*ip };
-    let (mut protocol, mut part, mut id, mut l4) = (ip.next_header, Part::Whole, 0, L4_V6);
-    let (source, destination) = (Address(ip.source), Address(ip.destination));
-    let ttl = ip.hop_limit;
-    if protocol == FRAGMENT_HEADER {
+    packet.ttl = ip.hop_limit;
+    packet.protocol = ip.next_header;
+    packet.tuple.source = Address(ip.source);
+    packet.tuple.destination = Address(ip.destination);
+    let mut l4 = L4_V6;
+    if ip.next_header == FRAGMENT_HEADER {
         linear(ctx, L4_V6_FRAGMENT + TCP_LENGTH)?;
         let fragment = header::<FragmentHeader>(ctx, L4_V6).ok_or(Reason::NotOurs)?;
         // SAFETY: `header` checked the bounds; packed structs have no alignment.
         let fragment = unsafe { &*fragment };
         // A fragment that is all of its datagram (RFC 6946) counts as the first: its header is there.
-        part = self::part(u16::from_be(fragment.offset) & OFFSET_V6 != 0, true);
-        (protocol, id, l4) = (fragment.next_header, fragment.id, L4_V6_FRAGMENT);
+        packet.part = part(u16::from_be(fragment.offset) & OFFSET_V6 != 0, true);
+        packet.id = fragment.id;
+        packet.protocol = fragment.next_header;
+        l4 = L4_V6_FRAGMENT;
     }
-    if protocol != TCP && protocol != UDP {
-        return Err(Reason::NotOurs);
+    if packet.protocol != TCP && packet.protocol != UDP {
+        if matches!(packet.protocol, HOP_BY_HOP | ROUTING | DESTINATION) {
+            let next = header::<u8>(ctx, l4).ok_or(Reason::NotOurs)?;
+            // SAFETY: `header` checked the bounds.
+            return Err(behind_options(unsafe { *next }));
+        }
+        return icmp::v6(ctx, packet);
     }
-    let (ports, flags) = transport(ctx, l4, protocol, part)?;
-    Ok(Packet {
-        tuple: Tuple {
-            source,
-            destination,
-            source_port: ports.0,
-            destination_port: ports.1,
-            protocol: protocol as u32,
-        },
-        part,
-        id,
-        protocol,
-        is_v4: false,
-        ttl,
-        flags,
-        length: ctx.len(),
-        ifindex,
-    })
+    transport(ctx, l4, packet)
 }
 
-/// Source and destination port in wire order, and TCP's flags.
+/// What is behind them is the slow path's. Only what could be ours is counted.
 #[inline(always)]
-fn transport(
-    ctx: &TcContext,
-    offset: usize,
-    protocol: u8,
-    part: Part,
-) -> Result<((u16, u16), u8), Reason> {
-    if part == Part::Later {
-        return Ok(((0, 0), 0));
+fn behind_options(protocol: u8) -> Reason {
+    if protocol == TCP || protocol == UDP {
+        Reason::Options
+    } else {
+        Reason::NotOurs
+    }
+}
+
+/// The ports, and TCP's flags.
+#[inline(always)]
+fn transport(ctx: &TcContext, offset: usize, packet: &mut Packet) -> Result<(), Reason> {
+    if packet.part == Part::Later {
+        return Ok(());
     }
     // SAFETY (both): `header` checked the bounds; packed structs have no alignment.
-    if protocol == TCP {
+    let ports = if packet.protocol == TCP {
         let tcp = header::<Tcp>(ctx, offset).ok_or(Reason::NotOurs)?;
         // SAFETY: as above.
         let tcp = unsafe { &*tcp };
-        Ok(((tcp.ports.source, tcp.ports.destination), tcp.flags))
+        packet.flags = tcp.flags;
+        &tcp.ports
     } else {
         let udp = header::<Udp>(ctx, offset).ok_or(Reason::NotOurs)?;
         // SAFETY: as above.
-        let udp = unsafe { &*udp };
-        Ok(((udp.ports.source, udp.ports.destination), 0))
-    }
+        unsafe { &(*udp).ports }
+    };
+    packet.tuple.source_port = ports.source;
+    packet.tuple.destination_port = ports.destination;
+    Ok(())
 }

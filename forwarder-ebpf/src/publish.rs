@@ -147,6 +147,17 @@ pub fn way_back(ifindex: u32) -> u32 {
     unsafe { INTERFACES.get(ifindex) }.map_or(delivery::NEIGHBOUR, |interface| interface.delivery)
 }
 
+/// This host's address on the network of a publish's backend.
+#[inline(always)]
+pub fn source(publish: u32) -> Option<&'static Address> {
+    let publish = if publish == 0 {
+        None
+    } else {
+        PUBLISHES.get(publish)
+    };
+    publish.map(|publish| &publish.source)
+}
+
 /// The tuple that the packet gets if only its destination changes.
 #[inline(always)]
 pub fn dnat(packet: &Packet, publish: &Publish) -> Tuple {

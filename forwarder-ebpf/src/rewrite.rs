@@ -1,5 +1,8 @@
 //! The only writer of packet bytes: addresses, ports, TTL, their checksums, and MACs.
 
+mod answer;
+mod icmp;
+
 use aya_ebpf::{
     bindings::{BPF_F_MARK_MANGLED_0, BPF_F_PSEUDO_HDR},
     helpers::bpf_csum_update,
@@ -11,7 +14,11 @@ use forwarder_common::{
     tuple::{TCP, Tuple},
 };
 
-use crate::parse::{Ethernet, Ipv4, Ipv6, L3, Packet, Part, Ports, header};
+pub use answer::into_error;
+
+use crate::parse::{
+    Ethernet, Ipv4, Ipv6, L3, Packet, Part, Ports, TCP_CHECKSUM, UDP_CHECKSUM, header,
+};
 
 /// Gives the packet the addresses and ports of `new`, and takes one from the TTL or hop limit if
 /// `hop` is set, as a router does.
@@ -26,7 +33,14 @@ pub fn tuple(ctx: &TcContext, packet: &Packet, new: &Tuple, hop: bool) -> Result
         checksum::address_difference(old.destination, new.destination),
     );
     if packet.is_v4 {
-        ipv4(ctx, new, addresses, hop)?;
+        ipv4(
+            ctx,
+            L3,
+            new.source.v4(),
+            new.destination.v4(),
+            addresses,
+            hop,
+        )?;
     } else {
         ipv6(ctx, new, hop)?;
     }
@@ -47,19 +61,12 @@ pub fn tuple(ctx: &TcContext, packet: &Packet, new: &Tuple, hop: bool) -> Result
     // header's sum alone), which only the kernel knows: so its helper, not our arithmetic.
     // A UDP checksum of zero stays zero, and a sum that comes out as zero is sent as 0xffff.
     let (field, flags) = if packet.protocol == TCP {
-        (l4 + 16, 0)
+        (l4 + TCP_CHECKSUM, 0)
     } else {
-        (l4 + 6, BPF_F_MARK_MANGLED_0 as u64)
+        (l4 + UDP_CHECKSUM, BPF_F_MARK_MANGLED_0 as u64)
     };
     if addresses != 0 {
-        ctx.l4_csum_replace(field, 0, addresses as u64, flags | BPF_F_PSEUDO_HDR as u64)
-            .map_err(|_| Reason::Unwritable)?;
-        if !packet.is_v4 {
-            // For CHECKSUM_COMPLETE the helper assumes IPv4, where the header's own checksum makes up
-            // for the addresses. IPv6 has none, so the sum over the packet did not change.
-            // SAFETY: the context is valid; the helper ignores packets in any other state.
-            unsafe { bpf_csum_update(ctx.skb.skb, addresses) };
-        }
+        pseudo_header(ctx, field, addresses, flags, packet.is_v4)?;
     }
     if old_ports != new_ports {
         ctx.l4_csum_replace(field, old_ports as u64, new_ports as u64, flags | 4)
@@ -68,9 +75,72 @@ pub fn tuple(ctx: &TcContext, packet: &Packet, new: &Tuple, hop: bool) -> Result
     Ok(())
 }
 
+/// As [`tuple`], for an ICMP error: what it quotes gets the addresses and ports of `new`, the other way round. The
+/// error's own source stays if `keeps_source` says that it does not differ in `new`.
+///
+/// # Errors
+/// As [`tuple`].
 #[inline(always)]
-fn ipv4(ctx: &TcContext, new: &Tuple, addresses: u32, hop: bool) -> Result<(), Reason> {
-    let ip = header::<Ipv4>(ctx, L3).ok_or(Reason::Unwritable)?;
+pub fn error(
+    ctx: &TcContext,
+    packet: &Packet,
+    new: &Tuple,
+    hop: bool,
+    keeps_source: bool,
+) -> Result<(), Reason> {
+    let mut how = 0;
+    if hop {
+        how |= icmp::HOP;
+    }
+    if packet.protocol == TCP {
+        how |= icmp::IS_TCP;
+    }
+    if keeps_source {
+        how |= icmp::KEEPS_SOURCE;
+    }
+    let written = if packet.is_v4 {
+        icmp::error_v4(ctx.skb.skb, new, how)
+    } else {
+        icmp::error_v6(ctx.skb.skb, new, how)
+    };
+    if written {
+        Ok(())
+    } else {
+        Err(Reason::Unwritable)
+    }
+}
+
+/// Takes a change of addresses into the transport checksum at `field`.
+#[inline(always)]
+fn pseudo_header(
+    ctx: &TcContext,
+    field: usize,
+    addresses: u32,
+    flags: u64,
+    is_v4: bool,
+) -> Result<(), Reason> {
+    ctx.l4_csum_replace(field, 0, addresses as u64, flags | BPF_F_PSEUDO_HDR as u64)
+        .map_err(|_| Reason::Unwritable)?;
+    if !is_v4 {
+        // For CHECKSUM_COMPLETE the helper assumes IPv4, where the header's own checksum makes up
+        // for the addresses. IPv6 has none, so the sum over the packet did not change.
+        // SAFETY: the context is valid; the helper ignores packets in any other state.
+        unsafe { bpf_csum_update(ctx.skb.skb, addresses) };
+    }
+    Ok(())
+}
+
+/// The header at `offset`, of which `addresses` is the change.
+#[inline(always)]
+fn ipv4(
+    ctx: &TcContext,
+    offset: usize,
+    source: u32,
+    destination: u32,
+    addresses: u32,
+    hop: bool,
+) -> Result<(), Reason> {
+    let ip = header::<Ipv4>(ctx, offset).ok_or(Reason::Unwritable)?;
     // SAFETY: `header` checked the bounds; packed structs have no alignment.
     let ip = unsafe { &mut *ip };
     let mut change = addresses;
@@ -78,8 +148,8 @@ fn ipv4(ctx: &TcContext, new: &Tuple, addresses: u32, hop: bool) -> Result<(), R
         ip.ttl -= 1;
         change = checksum::add(change, checksum::difference(0x0100_u16.to_be() as u32, 0));
     }
-    ip.source = new.source.v4();
-    ip.destination = new.destination.v4();
+    ip.source = source;
+    ip.destination = destination;
     ip.checksum = checksum::update(ip.checksum, change);
     Ok(())
 }

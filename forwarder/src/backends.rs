@@ -5,6 +5,7 @@ use std::net::IpAddr;
 
 use forwarder_common::{
     flow::{Hop, delivery},
+    publish::Interface,
     tuple::Address,
 };
 
@@ -133,10 +134,10 @@ pub fn attached(snapshot: &Snapshot) -> impl Iterator<Item = (u32, &Link)> {
     })
 }
 
-/// How replies leave by a device to a client that came in by it, for devices with a container or a
-/// virtual machine behind them; the others are uplinks.
-pub fn ways_back(snapshot: &Snapshot) -> impl Iterator<Item = (u32, u32)> {
-    snapshot.links.iter().filter_map(|(&index, link)| {
+/// How packets leave by each device. Replies to a client that came in by it go back to the MAC where a container or
+/// a virtual machine is behind it; the others are uplinks.
+pub fn interfaces(snapshot: &Snapshot) -> impl Iterator<Item = (u32, Interface)> {
+    snapshot.links.iter().map(|(&index, link)| {
         let bridged = link.controller.is_some_and(|bridge| {
             snapshot
                 .links
@@ -147,8 +148,11 @@ pub fn ways_back(snapshot: &Snapshot) -> impl Iterator<Item = (u32, u32)> {
             .routes
             .iter()
             .any(|route| route.ifindex == index && is_host_route(route) && !route.gateway);
-        let delivery = way_to(link)?;
-        (bridged || routed).then_some((index, delivery))
+        let delivery = way_to(link)
+            .filter(|_| bridged || routed)
+            .unwrap_or(delivery::NEIGHBOUR);
+        let mtu = link.mtu;
+        (index, Interface { delivery, mtu })
     })
 }
 
@@ -219,6 +223,7 @@ mod tests {
             mac: Some(MAC_BR),
             controller,
             up: true,
+            mtu: 1500,
         }
     }
 
@@ -364,7 +369,19 @@ mod tests {
 
     #[test]
     fn only_containers_devices_answer_to_the_mac() {
-        let ways: Vec<_> = ways_back(&host()).collect();
+        let ways: Vec<_> = interfaces(&host())
+            .filter(|(_, interface)| interface.delivery != delivery::NEIGHBOUR)
+            .map(|(index, interface)| (index, interface.delivery))
+            .collect();
         assert_eq!(ways, [(4, delivery::PEER), (5, delivery::PEER)]);
+    }
+
+    #[test]
+    fn every_device_has_its_mtu() {
+        let mut host = host();
+        host.links.entry(3).and_modify(|bridge| bridge.mtu = 1400);
+        let mtu = |wanted| interfaces(&host).find(|(index, _)| *index == wanted);
+        let mtu = |index| mtu(index).map(|(_, interface)| interface.mtu);
+        assert_eq!((mtu(2), mtu(3), mtu(99)), (Some(1500), Some(1400), None));
     }
 }

@@ -51,6 +51,7 @@ pub struct Link {
     /// The bridge or bond that it is a port of.
     pub controller: Option<u32>,
     pub up: bool,
+    pub mtu: u32,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -234,10 +235,12 @@ async fn collect<T>(
 fn link(message: &LinkMessage) -> Option<(u32, Link)> {
     let mut name = None;
     let (mut info_kind, mut mac, mut controller, mut elsewhere) = (None, None, None, false);
+    let mut mtu = u32::MAX;
     for attribute in &message.attributes {
         match attribute {
             LinkAttribute::IfName(value) => name = Some(value.clone()),
             LinkAttribute::Address(value) => mac = Mac::try_from(value.as_slice()).ok(),
+            LinkAttribute::Mtu(value) => mtu = *value,
             LinkAttribute::Controller(value) => controller = Some(*value),
             LinkAttribute::LinkNetNsId(_) => elsewhere = true,
             LinkAttribute::LinkInfo(infos) => {
@@ -273,6 +276,7 @@ fn link(message: &LinkMessage) -> Option<(u32, Link)> {
             mac,
             controller,
             up,
+            mtu,
         },
     ))
 }

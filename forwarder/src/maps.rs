@@ -148,13 +148,13 @@ impl Maps {
         }
     }
 
-    /// How replies leave by a device; `None` makes it an uplink.
+    /// How packets leave by a device; `None` makes it an uplink that takes packets of any length.
     ///
     /// # Errors
     /// The map is full, or the kernel refuses the update.
-    pub fn set_way_back(&mut self, ifindex: u32, delivery: Option<u32>) -> Result<()> {
-        match delivery {
-            Some(delivery) => self.interfaces.insert(ifindex, Interface { delivery }, 0),
+    pub fn set_interface(&mut self, ifindex: u32, interface: Option<Interface>) -> Result<()> {
+        match interface {
+            Some(interface) => self.interfaces.insert(ifindex, interface, 0),
             None => ignore_missing(self.interfaces.remove(&ifindex)),
         }
         .context("write INTERFACES")

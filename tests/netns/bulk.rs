@@ -14,18 +14,23 @@ use forwarder_tests::{
     traffic::Protocol,
 };
 
+use nix::sys::{
+    socket::{setsockopt, sockopt},
+    time::{TimeVal, TimeValLike},
+};
+
 use crate::scene::{BACKEND_PORT, PORT, on_the_fast_path, packets, spec, wait_for_peer};
 
 const SIZE: usize = 32 << 20;
 
-/// Sends `SIZE` bytes each way over one connection from a client to the published port, and compares them.
-fn there_and_back(topology: &Topology, client: &Netns, host: IpAddr) {
+/// Sends `SIZE` bytes each way over one connection from a client to the published port of `host`, and compares them.
+pub(crate) fn there_and_back(backend: &Netns, client: &Netns, host: IpAddr) {
     let pattern: Vec<u8> = (0..SIZE).map(|at| (at ^ (at >> 13)) as u8).collect();
-    let listener = topology
-        .backend
-        .netns
-        .enter(|| TcpListener::bind((Ipv4Addr::UNSPECIFIED, BACKEND_PORT)))
+    let listener = backend
+        .enter(|| TcpListener::bind((Ipv6Addr::UNSPECIFIED, BACKEND_PORT)))
         .unwrap();
+    // For a listener this bounds `accept`, so that a client that fails is reported.
+    setsockopt(&listener, sockopt::ReceiveTimeout, &TimeVal::seconds(30)).unwrap();
     std::thread::scope(|scope| {
         scope.spawn(|| {
             let (mut stream, _) = listener.accept().unwrap();
@@ -62,7 +67,9 @@ fn tcp_in_bulk_arrives_whole_from_everywhere() {
         (&topology.peer.netns, lan),
         (&topology.backend.netns, lan),
     ] {
-        on_the_fast_path(&daemon, || there_and_back(&topology, client, host));
+        on_the_fast_path(&daemon, || {
+            there_and_back(&topology.backend.netns, client, host)
+        });
     }
     daemon.stop().unwrap();
 }

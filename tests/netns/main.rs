@@ -7,6 +7,7 @@
 mod bulk;
 mod filters;
 mod firewall;
+mod icmp;
 mod lifecycle;
 mod machine;
 mod matrix;

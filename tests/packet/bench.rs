@@ -6,7 +6,7 @@ use std::{collections::BTreeMap, net::SocketAddr};
 use forwarder::datapath::{Datapath, Options};
 use forwarder_common::{
     flow::{Flow, Hop, delivery},
-    publish::{Publish, flag},
+    publish::{Interface, Publish, flag},
     reason::Reason,
     tuple::Tuple,
 };
@@ -109,10 +109,14 @@ pub(crate) fn bench_with_ports(snat: (u16, u32), scenario: impl FnOnce(&mut Benc
                 .set_local(address.parse().unwrap(), true)
                 .unwrap();
         }
+        let container = Interface {
+            delivery: delivery::PEER,
+            mtu: 1500,
+        };
         bench
             .datapath
             .maps
-            .set_way_back(bench.container, Some(delivery::PEER))
+            .set_interface(bench.container, Some(container))
             .unwrap();
         scenario(&mut bench);
     });

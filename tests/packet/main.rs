@@ -2,9 +2,12 @@
 //! of what comes out is compared, checksums are recomputed, and the counted reason is named.
 
 mod bench;
+mod differential;
 mod forward;
 mod fragment;
+mod icmp;
 mod local;
+mod obstacle;
 mod pass;
 mod refuse;
 mod source_port;

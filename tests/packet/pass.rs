@@ -111,19 +111,6 @@ fn a_backend_that_cannot_be_reached_is_the_proxys() {
 }
 
 #[test]
-fn a_packet_that_may_go_no_further_is_the_stacks() {
-    bench(|bench| {
-        bench.publish(Protocol::Tcp, 8080, "172.31.0.2:80");
-        bench.send(&syn(), bench.uplink).forwarded();
-        let mut frame = syn();
-        frame.ttl = 1;
-        bench
-            .send(&frame, bench.uplink)
-            .passed(&frame.bytes(), "ttl_expired");
-    });
-}
-
-#[test]
 fn a_draining_publish_takes_no_new_flow_and_keeps_its_old_ones() {
     bench(|bench| {
         bench.publish(Protocol::Tcp, 8080, "172.31.0.2:80");
@@ -145,15 +132,15 @@ fn headers_that_are_not_understood_are_left_alone() {
     bench(|bench| {
         bench.publish(Protocol::Tcp, 8080, "172.31.0.2:80");
         let whole = syn().bytes();
-        let mut options = whole.clone();
-        options[14] = 0x46; // IPv4 with options
         let mut icmp = whole.clone();
         icmp[14 + 9] = 1;
         let mut arp = whole.clone();
         arp[12..14].copy_from_slice(&[0x08, 0x06]);
         let mut short = whole.clone();
         short.truncate(14 + 20 + 8); // half of a TCP header
-        for bytes in [options, icmp, arp, short] {
+        let mut tagged = whole.clone();
+        tagged.splice(12..12, [0x81, 0x00, 0, 10]); // comes again on the VLAN's device
+        for bytes in [icmp, arp, short, tagged] {
             bench.send_bytes(&bytes, bench.uplink).passed(&bytes, "");
         }
     });
@@ -165,5 +152,40 @@ fn a_multicast_packet_on_lo_is_the_stacks() {
         bench.publish(Protocol::Udp, 5353, "172.31.0.2:5353");
         let frame = Frame::first(Protocol::Udp, at("127.0.0.1:4000"), at("224.0.0.251:5353"));
         bench.send(&frame, LO).passed(&frame.bytes(), "not_local");
+    });
+}
+
+#[test]
+fn what_is_behind_options_is_left_alone_and_counted() {
+    bench(|bench| {
+        bench.publish(Protocol::Tcp, 8080, "172.31.0.2:80");
+        bench.send(&syn(), bench.uplink).forwarded();
+        let mut bytes = syn().bytes();
+        bytes[14] = 0x46;
+        bytes.splice(34..34, [1, 1, 1, 0]); // no operation, three times, and the end (RFC 791)
+        bench
+            .send_bytes(&bytes, bench.uplink)
+            .passed(&bytes, "options");
+        bytes[14 + 9] = 2; // IGMP always has one, and is nobody's
+        bench.send_bytes(&bytes, bench.uplink).passed(&bytes, "");
+    });
+}
+
+#[test]
+fn what_is_behind_extension_headers_is_left_alone_and_counted() {
+    bench(|bench| {
+        bench.publish(Protocol::Udp, 8080, "[fd00:31::2]:80");
+        let (client, host) = (at("[2001:db8:100::9]:4000"), at("[2001:db8:100::2]:8080"));
+        let plain = Frame::first(Protocol::Udp, client, host).bytes();
+        for extension in [0, 43, 60] {
+            let mut bytes = plain.clone();
+            bytes[20] = extension;
+            bytes.splice(54..54, [17, 0, 1, 4, 0, 0, 0, 0]); // UDP follows, padding
+            bench
+                .send_bytes(&bytes, bench.uplink)
+                .passed(&bytes, "options");
+            bytes[54] = 58; // multicast listener discovery always has one
+            bench.send_bytes(&bytes, bench.uplink).passed(&bytes, "");
+        }
     });
 }

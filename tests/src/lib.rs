@@ -5,6 +5,9 @@
 pub mod daemon;
 pub mod deadline;
 pub mod frame;
+pub mod hearsay;
+pub mod icmp;
 pub mod netns;
 pub mod topology;
 pub mod traffic;
+pub mod wire;

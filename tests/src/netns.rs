@@ -6,6 +6,7 @@
 use std::{
     fs::File,
     io::Write,
+    net::{Ipv4Addr, UdpSocket},
     os::{
         fd::{AsRawFd, BorrowedFd},
         unix::process::CommandExt,
@@ -147,6 +148,34 @@ impl Netns {
             .context("piped above")?
             .write_all(input.as_bytes());
         finished(&format!("{line}\n{input}"), child.wait_with_output()?)
+    }
+
+    /// Has a device's packets leave with complete checksums, as from a network card that computes none, so that who
+    /// receives them verifies them.
+    ///
+    /// # Errors
+    /// No such device, or it cannot do without.
+    pub fn complete_checksums(&self, device: &str) -> Result<()> {
+        /// include/uapi/linux/sockios.h, include/uapi/linux/ethtool.h
+        const SIOCETHTOOL: libc::c_ulong = 0x8946;
+        const ETHTOOL_STXCSUM: u32 = 0x17;
+        self.enter(|| {
+            let socket = UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 0))?;
+            let mut value = [ETHTOOL_STXCSUM, 0];
+            // SAFETY: this C structure is valid when all zero.
+            let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
+            for (to, from) in request.ifr_name.iter_mut().zip(device.bytes()) {
+                *to = from.cast_signed();
+            }
+            request.ifr_ifru.ifru_data = (&raw mut value).cast();
+            // SAFETY: the request reads and writes two words, which live until it returns.
+            let done = unsafe { libc::ioctl(socket.as_raw_fd(), SIOCETHTOOL, &raw mut request) };
+            if done < 0 {
+                return Err(std::io::Error::last_os_error())
+                    .with_context(|| format!("turn off checksum offload of {device}"));
+            }
+            Ok(())
+        })
     }
 
     /// Runs `ip` commands, one a line, by one process.

@@ -9,7 +9,7 @@ use std::{
 use anyhow::Result;
 use forwarder_common::{
     flow::{Hop, delivery},
-    publish::{Publish as Entry, flag},
+    publish::{Interface, Publish as Entry, flag},
     tuple::Address,
 };
 use tokio::time::Instant;
@@ -108,13 +108,13 @@ impl Daemon {
         for address in old.symmetric_difference(&new) {
             datapath.maps.set_local(*address, new.contains(address))?;
         }
-        let old: BTreeMap<u32, u32> = backends::ways_back(before).collect();
-        let new: BTreeMap<u32, u32> = backends::ways_back(&self.snapshot).collect();
+        let old: BTreeMap<u32, Interface> = backends::interfaces(before).collect();
+        let new: BTreeMap<u32, Interface> = backends::interfaces(&self.snapshot).collect();
         for ifindex in old.keys().chain(new.keys()).collect::<BTreeSet<_>>() {
             if old.get(ifindex) != new.get(ifindex) {
                 datapath
                     .maps
-                    .set_way_back(*ifindex, new.get(ifindex).copied())?;
+                    .set_interface(*ifindex, new.get(ifindex).copied())?;
             }
         }
         Ok(())

@@ -1,0 +1,88 @@
+//! Reads ICMP errors that quote TCP or UDP, as packets of the conversation that they are about. All other ICMP
+//! is not ours. What an error says (its type, code and MTU) passes through unread.
+
+use aya_ebpf::programs::TcContext;
+use forwarder_common::{
+    reason::Reason,
+    tuple::{Address, TCP, UDP},
+};
+
+use super::{
+    ICMP, ICMP_LENGTH, ICMPV6, Icmp, Ipv4, Ipv6, L3, L4_V4, L4_V6, MORE, OFFSET, Packet, Part,
+    Ports, TCP_LENGTH, Udp, header, linear,
+};
+
+/// What an error quotes of the transport header at least (RFC 792).
+const QUOTED_LENGTH: usize = 8;
+
+/// Destination unreachable, source quench, time exceeded, parameter problem (RFC 792). A redirect is for the
+/// router that it is sent to, and is left to this host. The outer header was read.
+#[inline(always)]
+pub(super) fn v4(ctx: &TcContext, packet: &mut Packet) -> Result<(), Reason> {
+    const QUOTED: usize = L4_V4 + ICMP_LENGTH;
+    if packet.protocol != ICMP {
+        return Err(Reason::NotOurs);
+    }
+    linear(ctx, QUOTED + 20 + TCP_LENGTH)?;
+    let outer = header::<Ipv4>(ctx, L3).ok_or(Reason::NotOurs)?;
+    let message = header::<Icmp>(ctx, L4_V4).ok_or(Reason::NotOurs)?;
+    let quoted = header::<Ipv4>(ctx, QUOTED).ok_or(Reason::NotOurs)?;
+    let transport = header::<Udp>(ctx, QUOTED + 20).ok_or(Reason::NotOurs)?;
+    // SAFETY: `header` checked the bounds of all four; packed structs have no alignment.
+    let (outer, message, quoted, ports) =
+        unsafe { (&*outer, &*message, &*quoted, &(*transport).ports) };
+    if !matches!(message.kind, 3 | 4 | 11 | 12)
+        || u16::from_be(outer.fragment) & (MORE | OFFSET) != 0
+        || (u16::from_be(outer.total_length) as usize) < 20 + ICMP_LENGTH + 20 + QUOTED_LENGTH
+    {
+        return Err(Reason::NotOurs);
+    }
+    if quoted.version_and_length != 0x45
+        || u16::from_be(quoted.fragment) & OFFSET != 0
+        || quoted.source != outer.destination
+    {
+        return Err(Reason::NotOurs); // an error goes to who sent what it quotes
+    }
+    packet.tuple.source = Address::from_v4(quoted.destination);
+    packet.tuple.destination = Address::from_v4(quoted.source);
+    about(packet, quoted.protocol, ports)
+}
+
+/// Destination unreachable, packet too big, time exceeded, parameter problem (RFC 4443 section 3). The outer
+/// header was read.
+#[inline(always)]
+pub(super) fn v6(ctx: &TcContext, packet: &mut Packet) -> Result<(), Reason> {
+    const QUOTED: usize = L4_V6 + ICMP_LENGTH;
+    if packet.protocol != ICMPV6 || packet.part != Part::Whole {
+        return Err(Reason::NotOurs);
+    }
+    linear(ctx, QUOTED + 40 + TCP_LENGTH)?;
+    let outer = header::<Ipv6>(ctx, L3).ok_or(Reason::NotOurs)?;
+    let message = header::<Icmp>(ctx, L4_V6).ok_or(Reason::NotOurs)?;
+    let quoted = header::<Ipv6>(ctx, QUOTED).ok_or(Reason::NotOurs)?;
+    let transport = header::<Udp>(ctx, QUOTED + 40).ok_or(Reason::NotOurs)?;
+    // SAFETY: `header` checked the bounds of all four; packed structs have no alignment.
+    let (outer, message, quoted, ports) =
+        unsafe { (&*outer, &*message, &*quoted, &(*transport).ports) };
+    if !matches!(message.kind, 1..=4)
+        || (u16::from_be(outer.payload_length) as usize) < ICMP_LENGTH + 40 + QUOTED_LENGTH
+        || Address(quoted.source) != packet.tuple.destination
+    {
+        return Err(Reason::NotOurs); // as above
+    }
+    packet.tuple.source = Address(quoted.destination);
+    about(packet, quoted.next_header, ports)
+}
+
+/// What the two families' errors have in common.
+#[inline(always)]
+fn about(packet: &mut Packet, protocol: u8, quoted: &Ports) -> Result<(), Reason> {
+    if protocol != TCP && protocol != UDP {
+        return Err(Reason::NotOurs);
+    }
+    packet.part = Part::Quoted;
+    packet.protocol = protocol;
+    packet.tuple.source_port = quoted.destination;
+    packet.tuple.destination_port = quoted.source;
+    Ok(())
+}
