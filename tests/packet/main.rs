@@ -2,6 +2,7 @@
 //! of what comes out is compared, checksums are recomputed, and the counted reason is named.
 
 mod bench;
+mod flood;
 mod forward;
 mod fragment;
 mod local;
