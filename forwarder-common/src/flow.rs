@@ -39,22 +39,22 @@ const _: () = assert!(size_of::<Hop>() == 20);
 pub mod state {
     /// The backend's side has answered (TCP: with anything but a reset).
     pub const REPLIED: u32 = 1;
-    /// TCP: the client's side acknowledged the backend's SYN.
+    /// The client's side has heard that: TCP acknowledged it, UDP spoke again.
     pub const ESTABLISHED: u32 = 1 << 1;
     pub const FIN_ORIGINAL: u32 = 1 << 2;
     pub const FIN_REPLY: u32 = 1 << 3;
     pub const RESET: u32 = 1 << 4;
     /// The client is on this host: only packets from `lo` belong to the original direction.
     pub const LOCAL_CLIENT: u32 = 1 << 8;
-    /// Found through an entry of `ALIASES`, since the source was changed.
-    pub const ALIASED: u32 = 1 << 9;
+    /// In `FLOWS`. On an entry of `HALF_OPEN`: what was left behind there.
+    pub const KEPT: u32 = 1 << 9;
 
     /// Everything that a new conversation on the same tuple starts without.
     pub const PROGRESS: u32 = REPLIED | ESTABLISHED | FIN_ORIGINAL | FIN_REPLY | RESET;
     pub const BOTH_FIN: u32 = FIN_ORIGINAL | FIN_REPLY;
 }
 
-/// A value of `FLOWS`. Key: [`crate::tuple::Tuple`] from the client (or its SNAT source) to the
+/// A value of `FLOWS` and `HALF_OPEN`. Key: [`crate::tuple::Tuple`] from the client (or its SNAT source) to the
 /// backend.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Pod, Zeroable)]

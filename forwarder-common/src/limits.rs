@@ -3,15 +3,19 @@
 /// Publishes at once; element 0 of `PUBLISHES` stays empty.
 pub const PUBLISHES: u32 = 65_536;
 /// Published ports on specific addresses.
-pub const FRONTENDS: u32 = 262_144;
+pub const FRONTENDS: u32 = 131_072;
 /// Sockets that hold a wide range, one for each family.
 pub const SOCKETS: u32 = 1024;
 /// Addresses of the host.
 pub const LOCAL_ADDRESSES: u32 = 16_384;
 /// Devices.
-pub const INTERFACES: u32 = 65_536;
+pub const INTERFACES: u32 = 16_384;
 /// Flows at once. Entries are allocated as they are needed.
 pub const FLOWS: u32 = 1_048_576;
+/// Flows that have begun and are not proven; the oldest is forgotten for a new one.
+pub const HALF_OPEN: u32 = 65_536;
+/// Hashes of original tuples in `TRIES`.
+pub const TRIES: u32 = 65_536;
 /// Prefixes of all allow-lists.
 pub const ALLOW: u32 = 65_536;
 /// Source ports tried for a new SNAT flow before it is refused.

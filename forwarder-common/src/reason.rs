@@ -66,8 +66,10 @@ reasons! {
     NotAllowed = "not_allowed",
     /// Dropped: every source port towards this backend is in use.
     NoSourcePort = "no_source_port",
-    /// Dropped: the flow table is full.
+    /// Forwarded as well: the table of proven flows is full, and this one's stays among the half-open.
     FlowsFull = "flows_full",
+    /// Dropped: the kernel made no entry for a new flow.
+    NoEntry = "no_entry",
     /// Dropped: the reply of a flow could not be sent back.
     NoWayBack = "no_way_back",
     /// Dropped: the headers could not be written.
@@ -85,7 +87,7 @@ impl Reason {
             Self::Martian
                 | Self::NotAllowed
                 | Self::NoSourcePort
-                | Self::FlowsFull
+                | Self::NoEntry
                 | Self::NoWayBack
                 | Self::Untold
                 | Self::Unwritable

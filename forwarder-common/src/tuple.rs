@@ -118,6 +118,25 @@ impl Tuple {
             protocol: self.protocol,
         }
     }
+
+    /// Mixes the words as MurmurHash3 does (`MurmurHash3_x86_32` of its public-domain reference).
+    #[inline(always)]
+    pub fn hash(&self, seed: u32) -> u32 {
+        let words: &[u32; size_of::<Self>() / 4] = bytemuck::cast_ref(self);
+        let mut hash = seed;
+        for word in words {
+            let word = word.wrapping_mul(0xcc9e_2d51).rotate_left(15);
+            hash ^= word.wrapping_mul(0x1b87_3593);
+            hash = hash
+                .rotate_left(13)
+                .wrapping_mul(5)
+                .wrapping_add(0xe654_6b64);
+        }
+        hash ^= size_of::<Self>() as u32;
+        hash = (hash ^ hash >> 16).wrapping_mul(0x85eb_ca6b);
+        hash = (hash ^ hash >> 13).wrapping_mul(0xc2b2_ae35);
+        hash ^ hash >> 16
+    }
 }
 
 #[cfg(feature = "user")]

@@ -1,6 +1,8 @@
-//! Flows: found from both directions, made once, their state followed.
+//! Flows: found from both directions, made once, their state followed. They begin in `HALF_OPEN`, where a flood
+//! makes the oldest go, and are kept in `FLOWS` when the client has answered the backend's answer, which no
+//! sender of invented addresses does.
 
-use aya_ebpf::{bindings::BPF_NOEXIST, helpers::bpf_get_prandom_u32};
+use aya_ebpf::bindings::{BPF_ANY, BPF_NOEXIST};
 use forwarder_common::{
     flow::{Flow, state},
     limits,
@@ -10,39 +12,99 @@ use forwarder_common::{
 
 use crate::{
     clock,
-    maps::{ALIASES, FLOWS},
+    maps::{DRAFT, Draft, FLOWS, HALF_OPEN, count},
     parse::{ACK, FIN, Packet, RST},
+    source_port::Ports,
 };
 
 const EEXIST: i32 = -17;
+const NO_PORT: u32 = u32::MAX;
 
 pub const ORIGINAL: usize = 0;
 pub const REPLY: usize = 1;
 
-/// The flow whose key is `tuple`.
+/// The flow whose key is `tuple`. Proven ones come first: what is left of them in `HALF_OPEN` is not looked at.
 #[inline(always)]
 pub fn get(tuple: &Tuple) -> Option<&'static mut Flow> {
-    // SAFETY: an element stays readable and writable until the program ends, also when it is deleted
-    // meanwhile (RCU).
-    // RACE: other CPUs write the same element: a counter may lose a packet, and a state bit set
-    // on one CPU between another's read and write may come a packet late.
-    FLOWS.get_ptr_mut(tuple).map(|flow| unsafe { &mut *flow })
+    FLOWS
+        .get_ptr_mut(tuple)
+        .or_else(|| HALF_OPEN.get_ptr_mut(tuple))
+        // SAFETY: an element's memory stays readable and writable until the program ends, whatever becomes of it.
+        // RACE: other CPUs write the same element: a counter may lose a packet, and a state bit set
+        // on one CPU between another's read and write may come a packet late.
+        // RACE: an element of `HALF_OPEN` whose flow is evicted is another's at once. It is taken from those that were
+        // not looked up for longest, so not from under this packet, but for a lookup in the very nanoseconds between
+        // the kernel's choice and its removal: then one packet would go to the other client.
+        .map(|flow| unsafe { &mut *flow })
 }
 
-/// The key of the flow whose original tuple this is, if its source was changed.
+/// The flow with this key, if the packet is of its original direction.
 #[inline(always)]
-pub fn alias(original: &Tuple) -> Option<Tuple> {
-    // SAFETY: aliases are written once, before anybody can find them, and then deleted.
-    unsafe { ALIASES.get(original) }.copied()
+pub fn get_original(key: &Tuple, packet: &Packet) -> Option<&'static mut Flow> {
+    get(key).filter(|flow| is_original(flow, packet))
 }
 
-/// Whether the packet belongs to the flow's original direction: it asked for this frontend, and
-/// a client on this host is one that came by `lo`.
+/// The same, with one of the conversation's own source ports, which is left in `key`.
 #[inline(always)]
-pub fn is_original(flow: &Flow, packet: &Packet) -> bool {
-    flow.frontend == packet.tuple.destination
-        && flow.frontend_port == packet.tuple.destination_port
-        && (flow.state & state::LOCAL_CLIENT != 0) == packet.is_from_this_host()
+pub fn get_by_ports(key: &mut Tuple, packet: &Packet, ports: Ports) -> Option<&'static mut Flow> {
+    if ports.tries() == 0 {
+        return None;
+    }
+    let draft = draft()?;
+    draft.key = *key;
+    draft.original = packet.tuple;
+    draft.flow.state = local_client(packet);
+    key.source_port = u16::try_from(find_port(ports.0)).ok()?;
+    get_original(key, packet)
+}
+
+/// The source port of the flow that is drafted; more than a port if there is none.
+// VERIFIER: a function that others may call is walked once, and not in every state that a packet may come in.
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn find_port(hash: u32) -> u32 {
+    let ports = Ports(hash);
+    let Some(draft) = draft() else {
+        return NO_PORT;
+    };
+    let tries = ports.tries();
+    for attempt in 0..limits::SNAT_TRIES {
+        if attempt >= tries {
+            break;
+        }
+        draft.key.source_port = ports.nth(attempt);
+        if let Some(flow) = get(&draft.key)
+            && is_of(flow, &draft.original, draft.flow.state)
+        {
+            return draft.key.source_port as u32;
+        }
+    }
+    NO_PORT
+}
+
+/// Whether the packet is from this flow's client to its frontend; a client on this host is one that came by `lo`.
+#[inline(always)]
+fn is_original(flow: &Flow, packet: &Packet) -> bool {
+    is_of(flow, &packet.tuple, local_client(packet))
+}
+
+#[inline(always)]
+fn is_of(flow: &Flow, original: &Tuple, local_client: u32) -> bool {
+    flow.client_port == original.source_port
+        && flow.frontend_port == original.destination_port
+        && flow.client == original.source
+        && flow.frontend == original.destination
+        && flow.state & state::LOCAL_CLIENT == local_client
+}
+
+/// The part of a flow's state that its first packet says.
+#[inline(always)]
+pub fn local_client(packet: &Packet) -> u32 {
+    if packet.is_from_this_host() {
+        state::LOCAL_CLIENT
+    } else {
+        0
+    }
 }
 
 /// Follows the conversation: counters, time and state. An ICMP error neither refreshes nor ends it.
@@ -88,56 +150,94 @@ pub fn update(flow: &mut Flow, packet: &Packet, direction: usize) {
         }
     } else if direction == REPLY {
         after |= state::REPLIED;
+    } else if before & state::REPLIED != 0 {
+        after |= state::ESTABLISHED;
     }
     if after != before {
         flow.state = after;
     }
 }
 
-/// Inserts a flow under the tuple after DNAT. `Ok(false)`: the tuple is taken.
-///
-/// # Errors
-/// `FlowsFull`.
+/// Puts a flow that is proven where no new one takes its place. Called with a packet of the original direction. What
+/// `HALF_OPEN` has of it goes when it is the oldest: to remove it now would give its element to another flow
+/// while a reply on another CPU still reads it.
 #[inline(always)]
-pub fn insert(key: &Tuple, flow: &Flow) -> Result<bool, Reason> {
-    match FLOWS.insert(key, flow, BPF_NOEXIST as u64) {
-        Ok(()) => Ok(true),
-        Err(EEXIST) => Ok(false),
-        Err(_) => Err(Reason::FlowsFull),
+pub fn keep(key: &Tuple, flow: &mut Flow) {
+    const BITS: u32 = state::ESTABLISHED | state::RESET | state::KEPT;
+    if flow.state & BITS != state::ESTABLISHED {
+        return;
+    }
+    flow.state |= state::KEPT;
+    // RACE: two CPUs at once: the first's entry stays, both packets go on. What another CPU writes
+    // during the copy is a counter, or a state that the next packet's follows.
+    match FLOWS.insert(key, &*flow, BPF_NOEXIST as u64) {
+        Ok(()) | Err(EEXIST) => {}
+        Err(_) => {
+            flow.state &= !state::KEPT;
+            count(Reason::FlowsFull);
+        }
     }
 }
 
-/// Inserts a flow with a source port nobody else has towards this backend, and an alias from the
-/// original tuple to it; leaves the port in `key`.
+/// Where a flow is looked for or made, before anybody can find it. There is one.
+#[inline(always)]
+pub fn draft() -> Option<&'static mut Draft> {
+    // SAFETY: the element belongs to this CPU, and tc programs are not preempted by one another on a CPU.
+    DRAFT.get_ptr_mut(0).map(|draft| unsafe { &mut *draft })
+}
+
+/// Begins a flow under a tuple after NAT. `Ok(false)`: the tuple is taken. With `BPF_ANY` a half-open flow gives way.
 ///
 /// # Errors
-/// `NoSourcePort`, `FlowsFull`.
+/// `NoEntry`.
 #[inline(always)]
-pub fn insert_with_source_port(
-    original: &Tuple,
-    key: &mut Tuple,
-    flow: &Flow,
-    first: u16,
-    ports: u32,
-) -> Result<(), Reason> {
-    if ports == 0 {
-        return Err(Reason::NoSourcePort);
+pub fn insert(key: &Tuple, flow: &Flow, flags: u32) -> Result<bool, Reason> {
+    // RACE: a flow that another CPU puts into `FLOWS` right now is in `HALF_OPEN` too. Of two first packets at once
+    // the second takes another source port; answers to either come back, and later packets go by the first's.
+    if FLOWS.get_ptr(key).is_some() {
+        return Ok(false);
     }
-    // SAFETY: a helper without arguments.
-    let start = unsafe { bpf_get_prandom_u32() };
-    for attempt in 0..limits::SNAT_TRIES {
-        let offset = start.wrapping_add(attempt.wrapping_mul(0x9e37)) % ports;
-        key.source_port = first.wrapping_add(offset as u16).to_be();
-        if !insert(key, flow)? {
-            continue;
-        }
-        // RACE: two packets of one conversation at once: the second finds the alias taken, gives its port
-        // back and lets the stack have the packet; the client's retransmission finds the first's flow.
-        if ALIASES.insert(original, &*key, BPF_NOEXIST as u64).is_err() {
-            let _ = FLOWS.remove(&*key);
-            return Err(Reason::FlowsFull);
-        }
-        return Ok(());
+    match HALF_OPEN.insert(key, flow, flags as u64) {
+        Ok(()) => Ok(true),
+        Err(EEXIST) => Ok(false),
+        Err(_) => Err(Reason::NoEntry),
     }
-    Err(Reason::NoSourcePort)
+}
+
+/// Begins a flow with a source port nobody else has towards this backend, and leaves the port in `key`.
+///
+/// # Errors
+/// `NoSourcePort`.
+#[inline(always)]
+pub fn insert_by_ports(key: &mut Tuple, draft: &mut Draft, ports: Ports) -> Result<(), Reason> {
+    draft.key = *key;
+    let port = u16::try_from(take_port(ports.0)).map_err(|_| Reason::NoSourcePort)?;
+    key.source_port = port;
+    Ok(())
+}
+
+/// Begins the flow that is drafted, and returns its port; more than a port if there is none. If all are taken, the
+/// half-open flow of one gives way, so that a flood cannot hold them.
+// VERIFIER: as above.
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn take_port(hash: u32) -> u32 {
+    let ports = Ports(hash);
+    let Some(draft) = draft() else {
+        return NO_PORT;
+    };
+    for attempt in 0..2 * limits::SNAT_TRIES {
+        let (attempt, flags) = if attempt < limits::SNAT_TRIES {
+            (attempt, BPF_NOEXIST)
+        } else {
+            (attempt - limits::SNAT_TRIES, BPF_ANY)
+        };
+        draft.key.source_port = ports.nth(attempt);
+        if let Ok(true) = insert(&draft.key, &draft.flow, flags) {
+            // RACE: a packet of this conversation that comes before this takes a port of its own, as above.
+            ports.remember(attempt);
+            return draft.key.source_port as u32;
+        }
+    }
+    NO_PORT
 }

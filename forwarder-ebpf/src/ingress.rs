@@ -1,6 +1,9 @@
 //! The pipeline: every packet that enters by a device of this host, from top to bottom.
 
-use aya_ebpf::{bindings::__sk_buff, programs::TcContext};
+use aya_ebpf::{
+    bindings::{__sk_buff, BPF_NOEXIST},
+    programs::TcContext,
+};
 use forwarder_common::{
     flow::{Flow, delivery, state},
     reason::Reason,
@@ -13,7 +16,9 @@ use crate::{
     maps::count,
     parse::{self, Packet},
     publish::{self, Published},
-    rewrite, setting, steer,
+    rewrite, setting,
+    source_port::Ports,
+    steer,
     trace::Trail,
     verdict::{Forwarded, Verdict},
 };
@@ -21,11 +26,6 @@ use crate::{
 /// Set by the loader: `bpf_redirect_peer` works for packets from `lo` (kernel 6.1 and later).
 #[unsafe(no_mangle)]
 static PEER_FROM_LO: u8 = 1;
-/// Set by the loader: the source ports for SNAT, none of which the kernel gives to sockets.
-#[unsafe(no_mangle)]
-static SNAT_FIRST: u16 = 0;
-#[unsafe(no_mangle)]
-static SNAT_PORTS: u32 = 0;
 
 /// An existing flow in either direction comes first, then a published port may begin one.
 #[inline(always)]
@@ -58,8 +58,8 @@ fn forward(
                 return tell(ctx, packet, obstacle, 0);
             }
             flow::update(flow, packet, flow::ORIGINAL);
-            let keeps_source = flow.state & state::ALIASED == 0;
-            return to_backend(ctx, packet, &published, &key, keeps_source, trail);
+            flow::keep(&key, flow);
+            return to_backend(ctx, packet, &published, &key, trail);
         }
     }
     // Nearly always it is the reply that carries the key of its flow, reversed.
@@ -81,7 +81,7 @@ fn forward(
     let mut key = publish::dnat(packet, published.publish);
     begin(ctx, packet, &published, &mut key)?;
     count(Reason::NewFlow);
-    to_backend(ctx, packet, &published, &key, false, trail)
+    to_backend(ctx, packet, &published, &key, trail)
 }
 
 /// What keeps the packet from its backend, if anything.
@@ -110,15 +110,12 @@ fn before_backend(
 /// flow's key.
 #[inline(always)]
 fn original(packet: &Packet, published: &Published, key: &mut Tuple) -> Option<&'static mut Flow> {
-    if !publish::needs_snat(packet, published.publish) {
-        match flow::get(key) {
-            Some(flow) if flow::is_original(flow, packet) => return Some(flow),
-            Some(_) => {} // somebody else's: ours, if it is there, has another source port
-            None => return None,
-        }
+    if publish::needs_snat(packet, published.publish) {
+        key.source = published.publish.source;
+    } else if let Some(flow) = flow::get_original(key, packet) {
+        return Some(flow);
     }
-    *key = flow::alias(&packet.tuple)?;
-    flow::get(key).filter(|flow| flow::is_original(flow, packet))
+    flow::get_by_ports(key, packet, Ports::of(&packet.tuple)?)
 }
 
 /// Makes the flow that this packet begins, with the packet counted, and leaves its key.
@@ -129,38 +126,31 @@ fn begin(
     published: &Published,
     key: &mut Tuple,
 ) -> Result<(), Reason> {
-    let local = packet.is_from_this_host();
-    let way_back = if local {
+    let way_back = if packet.is_from_this_host() {
         delivery::NEIGHBOUR
     } else {
         publish::way_back(packet.ifindex)
     };
-    let mut flow = Flow {
+    let back = deliver::back(ctx, packet.ifindex, way_back)?;
+    let draft = flow::draft().ok_or(Reason::NoEntry)?;
+    draft.flow = Flow {
         client: packet.tuple.source,
         frontend: packet.tuple.destination,
         client_port: packet.tuple.source_port,
         frontend_port: packet.tuple.destination_port,
         publish: published.index,
-        back: deliver::back(ctx, packet.ifindex, way_back)?,
-        state: if local { state::LOCAL_CLIENT } else { 0 },
+        back,
+        state: flow::local_client(packet),
         ..Flow::default()
     };
-    flow::update(&mut flow, packet, flow::ORIGINAL);
-    let snat = publish::needs_snat(packet, published.publish);
-    if !snat && flow::insert(key, &flow)? {
+    flow::update(&mut draft.flow, packet, flow::ORIGINAL);
+    if publish::needs_snat(packet, published.publish) {
+        key.source = published.publish.source;
+    } else if flow::insert(key, &draft.flow, BPF_NOEXIST)? {
         return Ok(());
     }
-    if snat {
-        key.source = published.publish.source;
-    }
-    flow.state |= state::ALIASED;
-    flow::insert_with_source_port(
-        &packet.tuple,
-        key,
-        &flow,
-        setting(&SNAT_FIRST),
-        setting(&SNAT_PORTS),
-    )
+    let ports = Ports::of(&packet.tuple).ok_or(Reason::NoSourcePort)?;
+    flow::insert_by_ports(key, draft, ports)
 }
 
 /// DNAT, and SNAT where the key says so; an ICMP error is told whether it does.
@@ -170,12 +160,13 @@ fn to_backend(
     packet: &Packet,
     published: &Published,
     key: &Tuple,
-    keeps_source: bool,
     trail: &mut Trail,
 ) -> Verdict {
     trail.rewritten(published.index, key, &published.publish.hop);
     let hop = !packet.is_from_this_host();
     if packet.is_error() {
+        let old = &packet.tuple;
+        let keeps_source = key.source == old.source && key.source_port == old.source_port;
         rewrite::error(ctx, packet, key, hop, keeps_source)?;
     } else {
         rewrite::tuple(ctx, packet, key, hop)?;

@@ -22,6 +22,7 @@ mod maps;
 mod parse;
 mod publish;
 mod rewrite;
+mod source_port;
 mod steer;
 mod trace;
 mod verdict;

@@ -1,5 +1,5 @@
 //! The maps, and nothing else. Types and sizes come from `forwarder_common`; user space fills all but
-//! `FLOWS`, `ALIASES`, `FRAGMENTS`, `NETNS`, `LOOKING`, `STATS`, `CLOCK`, `TOLD` and `TRAIL`.
+//! `FLOWS`, `HALF_OPEN`, `TRIES`, `DRAFT`, `FRAGMENTS`, `NETNS`, `LOOKING`, `STATS`, `CLOCK`, `TOLD` and `TRAIL`.
 
 use aya_ebpf::{
     bindings::BPF_F_NO_PREALLOC,
@@ -42,19 +42,35 @@ pub static INTERFACES: HashMap<u32, Interface> =
 pub static ALLOW: LpmTrie<Allowed, u32> =
     LpmTrie::with_max_entries(limits::ALLOW, BPF_F_NO_PREALLOC);
 
-/// By the tuple after NAT, from the client's side.
+/// Flows that both sides have taken part in, by the tuple after NAT, from the client's side.
 #[map]
 pub static FLOWS: HashMap<Tuple, Flow> =
     HashMap::with_max_entries(limits::FLOWS, BPF_F_NO_PREALLOC);
 
-/// Original tuple to the key in `FLOWS`, where that cannot be computed from the packet: SNAT.
+/// Where every flow begins, by the same key: a flood turns over these entries alone. Small, to stay in the cache.
 #[map]
-pub static ALIASES: HashMap<Tuple, Tuple> =
-    HashMap::with_max_entries(limits::FLOWS, BPF_F_NO_PREALLOC);
+pub static HALF_OPEN: LruHashMap<Tuple, Flow> = LruHashMap::with_max_entries(limits::HALF_OPEN, 0);
+
+/// How many source ports flows may have, by a hash of their original tuple. Never made smaller.
+#[map]
+pub static TRIES: Array<u32> = Array::with_max_entries(limits::TRIES, 0);
 
 /// Datagrams whose first fragment was carried: addresses and identification to both ports.
 #[map]
 pub static FRAGMENTS: LruHashMap<Tuple, u32> = LruHashMap::with_max_entries(limits::FRAGMENTS, 0);
+
+/// A flow that is looked for, or made.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct Draft {
+    pub key: Tuple,
+    pub original: Tuple,
+    pub flow: Flow,
+}
+
+// VERIFIER: on the stack, the traced program would have more than 512 bytes.
+#[map]
+pub static DRAFT: PerCpuArray<Draft> = PerCpuArray::with_max_entries(1, 0);
 
 /// Sockets that hold wide ranges, by [`forwarder_common::publish::socket_index`].
 #[map]

@@ -175,6 +175,7 @@ impl Daemon {
         };
         let mut settled: Option<Instant> = None;
         let mut sweep = tokio::time::interval(SWEEP);
+        let mut sweeping: Option<flows::Sweep> = None;
         let (untrace, mut traces_ended) = mpsc::channel(1);
         loop {
             tokio::select! {
@@ -194,8 +195,15 @@ impl Daemon {
                     }
                 }
                 _ = sweep.tick() => {
-                    self.sweep();
+                    sweeping.get_or_insert_default();
                     self.ask_for_neighbours().await;
+                }
+                // A slice at a time, and whatever else is due in between.
+                sweep = async { sweeping.as_mut() }, if sweeping.is_some() => {
+                    if !sweep.is_some_and(|sweep| self.sweep(sweep)) {
+                        sweeping = None;
+                    }
+                    tokio::task::yield_now().await;
                 }
                 Some(()) = traces_ended.recv() => self.end_trace(),
             }

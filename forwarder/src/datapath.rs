@@ -34,14 +34,14 @@ use crate::{
 static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/forwarder.o"));
 
 /// Part of the pins' path: the layout of what is pinned. Another layout is not adopted.
-const LAYOUT: &str = "v1";
+const LAYOUT: &str = "v2";
 const PROGRAM: &str = "ingress";
 const TRACED: &str = "ingress_traced";
 const PROGRAMS: [&str; 2] = [PROGRAM, TRACED];
 /// Folder of the marks of qdiscs.
 const QDISCS: &str = "qdiscs";
 /// The maps that a later instance takes over, so that established flows survive a restart.
-const ADOPTED: [&str; 2] = ["FLOWS", "ALIASES"];
+const ADOPTED: [&str; 3] = ["FLOWS", "HALF_OPEN", "TRIES"];
 
 /// What the kernel is asked at load.
 #[derive(Clone, Debug)]
@@ -80,6 +80,13 @@ enum Attachment {
     },
 }
 
+/// The same from one start of this machine to the next, as pins are, and known to nobody outside.
+fn snat_seed() -> u32 {
+    let id = fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
+    let digits: String = id.chars().filter(char::is_ascii_hexdigit).take(8).collect();
+    u32::from_str_radix(&digits, 16).unwrap_or_default()
+}
+
 /// Where an instance's pins are.
 pub fn pin_directory(instance: &str) -> PathBuf {
     Path::new("/sys/fs/bpf/forwarder").join(instance)
@@ -105,6 +112,7 @@ impl Datapath {
         kernel().raise_memory_limit()?;
         let peer_from_lo = u8::from(kernel().peer_from_lo);
         let (snat_first, snat_ports) = options.snat;
+        let snat_seed = snat_seed();
         let own_mark = steering::own_mark();
         let set_retval = u8::from(kernel().bind_error);
         let mut loader = EbpfLoader::new();
@@ -113,6 +121,7 @@ impl Datapath {
             .override_global("PEER_FROM_LO", &peer_from_lo, true)
             .override_global("SNAT_FIRST", &snat_first, true)
             .override_global("SNAT_PORTS", &snat_ports, true)
+            .override_global("SNAT_SEED", &snat_seed, true)
             .override_global("OWN_MARK", &own_mark, true)
             .override_global("SET_RETVAL", &set_retval, true);
         let pins = options
@@ -120,6 +129,7 @@ impl Datapath {
             .as_ref()
             .map(|directory| directory.join(LAYOUT));
         if let Some(pins) = &pins {
+            remove_other_layouts(pins);
             fs::create_dir_all(pins.join("links"))
                 .with_context(|| format!("create {}", pins.display()))?;
             for map in ADOPTED {
@@ -470,6 +480,41 @@ pub fn remove_left(instance: &str) -> Result<bool> {
         }
     }
     Ok(remove_pins(&directory)? || found)
+}
+
+/// Removes what a version with another layout of its maps left: its links, so that no packet meets two programs, and
+/// its flows, which this one cannot read.
+fn remove_other_layouts(pins: &Path) {
+    let layouts = pins.parent().map(fs::read_dir);
+    for layout in layouts.into_iter().flatten().flatten().flatten() {
+        let path = layout.path();
+        if path == *pins {
+            continue;
+        }
+        tracing::warn!(
+            "{} is of another version: its flows end, and clients connect anew",
+            path.display()
+        );
+        for link in fs::read_dir(path.join("links"))
+            .into_iter()
+            .flatten()
+            .flatten()
+        {
+            remove_link(&link.path());
+        }
+        // Filters are found without pins, and replaced; their qdiscs stay marked.
+        let _ = fs::create_dir_all(pins.join(QDISCS));
+        for mark in fs::read_dir(path.join(QDISCS))
+            .into_iter()
+            .flatten()
+            .flatten()
+        {
+            let _ = fs::create_dir(pins.join(QDISCS).join(mark.file_name()));
+        }
+        if let Err(error) = fs::remove_dir_all(&path) {
+            tracing::warn!("remove {}: {error}", path.display());
+        }
+    }
 }
 
 /// Removes an instance's pins, and with them the links and maps that nobody else holds. Returns

@@ -1,7 +1,9 @@
 //! The BPF maps seen from user space: typed access, and nothing decided. Together with `datapath.rs`
 //! the only user of `aya`.
 
-use std::{collections::HashMap as StdHashMap, net::IpAddr, os::fd::RawFd};
+mod flows;
+
+use std::{net::IpAddr, os::fd::RawFd};
 
 use anyhow::{Context as _, Result};
 use aya::{
@@ -19,6 +21,8 @@ use forwarder_common::{
 };
 use ipnet::IpNet;
 
+pub use self::flows::Walk;
+
 /// All maps that user space touches.
 pub struct Maps {
     ports: Array<MapData, Port>,
@@ -28,7 +32,7 @@ pub struct Maps {
     interfaces: HashMap<MapData, u32, Interface>,
     allow: Trie<MapData, Allowed, u32>,
     flows: HashMap<MapData, Tuple, Flow>,
-    aliases: HashMap<MapData, Tuple, Tuple>,
+    half_open: HashMap<MapData, Tuple, Flow>,
     sockets: SockHash<MapData, u32>,
     stats: PerCpuArray<MapData, u64>,
 }
@@ -57,7 +61,7 @@ impl Maps {
             interfaces: HashMap::try_from(map("INTERFACES")?)?,
             allow: LpmTrie::try_from(map("ALLOW")?)?,
             flows: HashMap::try_from(map("FLOWS")?)?,
-            aliases: HashMap::try_from(map("ALIASES")?)?,
+            half_open: HashMap::try_from(map("HALF_OPEN")?)?,
             sockets: SockHash::try_from(map("SOCKETS")?)?,
             stats: PerCpuArray::try_from(map("STATS")?)?,
         })
@@ -179,50 +183,6 @@ impl Maps {
         } else {
             ignore_missing(self.allow.remove(&key)).context("write ALLOW")
         }
-    }
-
-    /// Every flow now in the table. One that is deleted meanwhile may make the walk begin
-    /// again, so each is given once.
-    ///
-    /// # Errors
-    /// The kernel refuses the walk.
-    pub fn flows(&self) -> Result<StdHashMap<Tuple, Flow>> {
-        let mut all = StdHashMap::new();
-        for entry in self.flows.iter() {
-            match entry {
-                Ok((key, flow)) => drop(all.insert(key, flow)),
-                Err(MapError::KeyNotFound) => {}
-                Err(error) => return Err(error).context("read FLOWS"),
-            }
-        }
-        Ok(all)
-    }
-
-    /// Overwrites a flow.
-    ///
-    /// # Errors
-    /// The kernel refuses the update.
-    pub fn set_flow(&mut self, key: &Tuple, flow: &Flow) -> Result<()> {
-        self.flows.insert(key, flow, 0).context("write FLOWS")
-    }
-
-    /// Deletes a flow and its alias.
-    ///
-    /// # Errors
-    /// The kernel refuses the update.
-    pub fn remove_flow(&mut self, key: &Tuple, flow: &Flow) -> Result<()> {
-        ignore_missing(self.flows.remove(key)).context("write FLOWS")?;
-        if flow.state & forwarder_common::flow::state::ALIASED != 0 {
-            let original = Tuple {
-                source: flow.client,
-                destination: flow.frontend,
-                source_port: flow.client_port,
-                destination_port: flow.frontend_port,
-                protocol: key.protocol,
-            };
-            ignore_missing(self.aliases.remove(&original)).context("write ALIASES")?;
-        }
-        Ok(())
     }
 
     /// Packets by reason, summed over CPUs.

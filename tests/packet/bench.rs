@@ -202,7 +202,7 @@ impl Bench {
 
     /// The only flow.
     pub(crate) fn flow(&self) -> (Tuple, Flow) {
-        let flows = self.datapath.maps.flows().unwrap();
+        let flows: Vec<_> = self.datapath.maps.flows().map(Result::unwrap).collect();
         assert_eq!(flows.len(), 1, "{flows:?}");
         flows.into_iter().next().unwrap()
     }

@@ -3,6 +3,7 @@
 
 mod bench;
 mod differential;
+mod flood;
 mod forward;
 mod fragment;
 mod icmp;

@@ -54,19 +54,15 @@ fn when_all_ports_are_in_use_a_new_client_is_refused_and_the_others_go_on() {
             let source = std::net::SocketAddr::from(([127, 0, 0, 1], port));
             Frame::first(Protocol::Udp, source, at("127.0.0.1:53"))
         };
-        bench.send(&client(4000), LO).forwarded();
-        bench.send(&client(4001), LO).forwarded();
+        for port in [4000, 4001] {
+            let arrived = bench.send(&client(port), LO).forwarded();
+            bench.send(&arrived.reply(), bench.container).forwarded();
+            bench.send(&client(port), LO).forwarded();
+        }
         bench.send(&client(4002), LO).dropped("no_source_port");
         bench.send(&client(4000), LO).forwarded();
-        let (key, flow) = bench
-            .datapath
-            .maps
-            .flows()
-            .unwrap()
-            .into_iter()
-            .next()
-            .unwrap();
-        bench.datapath.maps.remove_flow(&key, &flow).unwrap();
+        let (key, _) = bench.datapath.maps.flows().next().unwrap().unwrap();
+        bench.datapath.maps.remove_flow(&key).unwrap();
         bench.send(&client(4002), LO).forwarded();
     });
 }

@@ -107,6 +107,7 @@ fn only_datapath_maps_and_kernel_know_aya() {
             "datapath.rs",
             "datapath/steering.rs",
             "maps.rs",
+            "maps/flows.rs",
             "kernel.rs",
         ]
         .map(|file| format!("forwarder/src/{file}"));

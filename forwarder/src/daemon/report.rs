@@ -90,7 +90,8 @@ impl Daemon {
     pub(super) fn list(&self) -> Result<Vec<Listed>> {
         let mut sums: HashMap<u32, (u64, u64, u64)> = HashMap::new();
         if let Some(datapath) = &self.datapath {
-            for flow in datapath.maps.flows()?.values() {
+            for flow in datapath.maps.flows() {
+                let (_, flow) = flow?;
                 let sum = sums.entry(flow.publish).or_default();
                 sum.0 += 1;
                 sum.1 += flow.packets[0] + flow.packets[1];
@@ -139,8 +140,11 @@ impl Daemon {
             return Ok(Vec::new());
         };
         let now = monotonic();
-        let flows = datapath.maps.flows()?;
-        let mut listed: Vec<ListedFlow> = flows.iter().map(|(k, f)| list_flow(k, f, now)).collect();
+        let mut listed = datapath
+            .maps
+            .flows()
+            .map(|flow| flow.map(|(key, flow)| list_flow(&key, &flow, now)))
+            .collect::<Result<Vec<ListedFlow>>>()?;
         listed.sort_by(|a, b| (a.publish, &a.client).cmp(&(b.publish, &b.client)));
         Ok(listed)
     }

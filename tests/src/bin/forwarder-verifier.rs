@@ -13,7 +13,7 @@ use std::{
 
 use anyhow::{Context as _, Result, bail, ensure};
 use aya::maps::MapData;
-use aya_obj::{EbpfSectionKind, Map, Object, ProgramSection};
+use aya_obj::{EbpfSectionKind, Map, Object, ProgramSection, btf::BtfFeatures};
 use forwarder::kernel::kernel;
 
 fn main() -> Result<()> {
@@ -37,6 +37,7 @@ fn main() -> Result<()> {
         ]
         .into(),
     )?;
+    let types = load_types(&mut object).context("load the object's BTF")?;
     let definitions: Vec<(String, Map)> = object.maps.drain().collect();
     let maps = definitions
         .iter()
@@ -58,9 +59,37 @@ fn main() -> Result<()> {
     let mut names: Vec<_> = object.programs.keys().cloned().collect();
     names.sort();
     for name in names {
-        println!("{}", examine(&object, &name)?);
+        println!("{}", examine(&object, &types, &name)?);
     }
     Ok(())
+}
+
+/// Loads the types, by which the verifier knows functions that it walks by themselves.
+fn load_types(object: &mut Object) -> Result<OwnedFd> {
+    const BPF_BTF_LOAD: i32 = 18;
+    #[repr(C)]
+    struct Types {
+        btf: u64,
+        log: u64,
+        size: u32,
+        log_size: u32,
+        log_level: u32,
+    }
+    // What every kernel from 5.10 on has: functions, global ones, data sections.
+    let features = BtfFeatures::new(true, true, true, false, false, false, false, false);
+    let types = object.fixup_and_sanitize_btf(&features)?;
+    let types = types.context("the object has no BTF")?.to_bytes();
+    let load = Types {
+        btf: types.as_ptr() as u64,
+        log: 0,
+        size: types.len().try_into()?,
+        log_size: 0,
+        log_level: 0,
+    };
+    // SAFETY: the types live until the call returns; their length is as given.
+    let fd = unsafe { bpf(BPF_BTF_LOAD, &load) }?;
+    // SAFETY: the kernel has just given this descriptor to us alone.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
 /// Makes a map, and fills it if it holds constants.
@@ -107,16 +136,16 @@ fn fill(map: RawFd, data: &[u8]) -> Result<()> {
 }
 
 /// What the verifier says of a program.
-fn examine(object: &Object, name: &str) -> Result<serde_json::Value> {
+fn examine(object: &Object, types: &OwnedFd, name: &str) -> Result<serde_json::Value> {
     /// Bits of `log_level` (include/linux/bpf_verifier.h): every path, and the figures.
     const PATHS: u32 = 1;
     const FIGURES: u32 = 4;
     let instructions = instructions(object, name).len();
     let began = Instant::now();
-    let (loaded, log) = load(object, name, FIGURES, 1 << 16)?;
+    let (loaded, log) = load(object, types, name, FIGURES, 1 << 16)?;
     let took = began.elapsed();
     if let Err(error) = loaded {
-        let (_, log) = load(object, name, PATHS, 1 << 24)?;
+        let (_, log) = load(object, types, name, PATHS, 1 << 24)?;
         let lines: Vec<&str> = log.lines().filter(|line| !line.is_empty()).collect();
         let end = &lines[lines.len().saturating_sub(8)..];
         return Ok(serde_json::json!({
@@ -146,6 +175,7 @@ fn instructions<'a>(object: &'a Object, name: &str) -> &'a [aya_obj::generated::
 /// Loads a program; the verifier's log comes with it or without.
 fn load(
     object: &Object,
+    types: &OwnedFd,
     name: &str,
     log_level: u32,
     log_size: u32,
@@ -164,6 +194,10 @@ fn load(
         name: [u8; 16],
         ifindex: u32,
         attach_type: u32,
+        types: u32,
+        function_record: u32,
+        functions: u64,
+        function_count: u32,
     }
     let program = &object.programs[name];
     // Type and attach type, include/uapi/linux/bpf.h.
@@ -174,6 +208,8 @@ fn load(
         ref other => bail!("program {name}: forwarder-verifier cannot load a {other:?} yet"),
     };
     let code = instructions(object, name);
+    let function = &object.functions[&program.function_key()];
+    let functions = function.func_info.func_info_bytes();
     let mut log = vec![0_u8; log_size as usize];
     let mut load = Load {
         kind,
@@ -188,11 +224,15 @@ fn load(
         name: [0; 16],
         ifindex: 0,
         attach_type,
+        types: types.as_raw_fd().cast_unsigned(),
+        function_record: function.func_info_rec_size.try_into()?,
+        functions: functions.as_ptr() as u64,
+        function_count: function.func_info.len().try_into()?,
     };
     for (to, from) in load.name[..15].iter_mut().zip(name.bytes()) {
         *to = from;
     }
-    // SAFETY: code, license and log live until the call returns; their lengths are as given.
+    // SAFETY: code, license, functions and log live until the call returns; their lengths are as given.
     let loaded = unsafe { bpf(BPF_PROG_LOAD, &load) };
     // SAFETY: the kernel has just given this descriptor to us alone.
     let loaded = loaded.map(|fd| unsafe { OwnedFd::from_raw_fd(fd) });
@@ -226,12 +266,13 @@ fn number_after(text: &str, words: &str) -> Option<u64> {
     rest[..end.unwrap_or(rest.len())].parse().ok()
 }
 
-/// `stack depth 312+0+16`, of the program and each of its functions; what follows on newer kernels is left.
+/// `stack depth 312+0+16`, of the program and each of its functions, none of which calls another: the program and the
+/// largest. What follows on newer kernels is left.
 fn stack(log: &str) -> Option<u64> {
     let depths = log.split_once("stack depth ")?.1;
     let depths = depths.split_whitespace().next()?;
-    depths
+    let mut depths = depths
         .split('+')
-        .map(|depth| depth.parse::<u64>().ok())
-        .sum()
+        .map_while(|depth| depth.parse::<u64>().ok());
+    Some(depths.next()? + depths.max().unwrap_or(0))
 }

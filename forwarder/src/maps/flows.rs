@@ -1,0 +1,162 @@
+//! The two tables of flows, walked slice by slice, since they may have a million entries.
+
+use std::{
+    io,
+    os::fd::{AsFd as _, AsRawFd as _},
+};
+
+use anyhow::{Context as _, Result};
+use aya::maps::{HashMap, IterableMap as _, MapData, MapError};
+use bytemuck::Zeroable as _;
+use forwarder_common::{
+    flow::{Flow, state},
+    tuple::Tuple,
+};
+
+use super::{Maps, ignore_missing};
+
+/// Entries read by one system call: about a millisecond. Fewer than this are never in one bucket.
+const SLICE: usize = 4096;
+
+/// Where a walk over all flows is. Half-open ones come first: one that is kept meanwhile is then met twice rather than
+/// never.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Walk {
+    /// In `FLOWS`.
+    kept: bool,
+    /// Where the kernel goes on in that table; `None` for its beginning.
+    token: Option<u32>,
+    over: bool,
+}
+
+impl Maps {
+    /// The next slice of a walk, which may be empty; `None` at its end.
+    ///
+    /// # Errors
+    /// The kernel refuses the walk.
+    pub fn slice(&self, walk: &mut Walk) -> Result<Option<Vec<(Tuple, Flow)>>> {
+        if walk.over {
+            return Ok(None);
+        }
+        let table = if walk.kept {
+            &self.flows
+        } else {
+            &self.half_open
+        };
+        let mut entries = lookup_batch(table, &mut walk.token).context("read the flows")?;
+        if !walk.kept {
+            entries.retain(|(_, flow)| flow.state & state::KEPT == 0);
+        }
+        if walk.token.is_none() {
+            walk.over = walk.kept;
+            walk.kept = true;
+        }
+        Ok(Some(entries))
+    }
+
+    /// Every flow.
+    pub fn flows(&self) -> impl Iterator<Item = Result<(Tuple, Flow)>> {
+        let mut walk = Walk::default();
+        std::iter::from_fn(move || self.slice(&mut walk).transpose()).flat_map(|slice| {
+            let (entries, error) = match slice {
+                Ok(entries) => (entries, None),
+                Err(error) => (Vec::new(), Some(Err(error))),
+            };
+            entries.into_iter().map(Ok).chain(error)
+        })
+    }
+
+    /// The flow as it is now.
+    ///
+    /// # Errors
+    /// The kernel refuses the lookup.
+    pub fn flow(&self, key: &Tuple) -> Result<Option<Flow>> {
+        for table in [&self.flows, &self.half_open] {
+            match table.get(key, 0) {
+                Ok(flow) => return Ok(Some(flow)),
+                Err(MapError::KeyNotFound) => {}
+                Err(error) => return Err(error).context("read the flows"),
+            }
+        }
+        Ok(None)
+    }
+
+    /// Overwrites a flow where it is.
+    ///
+    /// # Errors
+    /// The kernel refuses the update.
+    pub fn set_flow(&mut self, key: &Tuple, flow: &Flow) -> Result<()> {
+        const BPF_EXIST: u64 = 2;
+        for table in [&mut self.half_open, &mut self.flows] {
+            ignore_missing(table.insert(key, flow, BPF_EXIST)).context("write the flows")?;
+        }
+        Ok(())
+    }
+
+    /// Deletes a flow.
+    ///
+    /// # Errors
+    /// The kernel refuses the update.
+    pub fn remove_flow(&mut self, key: &Tuple) -> Result<()> {
+        // In this order: what is left of a kept flow in HALF_OPEN must not come to life again.
+        for table in [&mut self.half_open, &mut self.flows] {
+            ignore_missing(table.remove(key)).context("write the flows")?;
+        }
+        Ok(())
+    }
+}
+
+/// BPF_MAP_LOOKUP_BATCH (5.6 and later), which aya does not have: one system call for a slice. `token` is moved on, and
+/// is `None` at the end of the table.
+fn lookup_batch(
+    table: &HashMap<MapData, Tuple, Flow>,
+    token: &mut Option<u32>,
+) -> io::Result<Vec<(Tuple, Flow)>> {
+    /// A command of bpf(2) and the fields of `union bpf_attr` that it reads (include/uapi/linux/bpf.h).
+    const BPF_MAP_LOOKUP_BATCH: libc::c_long = 24;
+    #[repr(C)]
+    struct Batch {
+        in_batch: u64,
+        out_batch: u64,
+        keys: u64,
+        values: u64,
+        count: u32,
+        map_fd: u32,
+        elem_flags: u64,
+        flags: u64,
+    }
+    let mut keys = vec![Tuple::zeroed(); SLICE];
+    let mut flows = vec![Flow::zeroed(); SLICE];
+    let start = *token;
+    let mut next = 0_u32;
+    let mut batch = Batch {
+        in_batch: start.as_ref().map_or(0, |start| &raw const *start as u64),
+        out_batch: &raw mut next as u64,
+        keys: keys.as_mut_ptr() as u64,
+        values: flows.as_mut_ptr() as u64,
+        count: SLICE as u32,
+        map_fd: table.map().fd().as_fd().as_raw_fd() as u32,
+        elem_flags: 0,
+        flags: 0,
+    };
+    // SAFETY: the kernel reads `start` and writes `next`, which are words as a hash table's tokens are, and at most
+    // `count` keys and values of the table's types; all of them live until it returns.
+    let result = unsafe {
+        libc::syscall(
+            libc::SYS_bpf,
+            BPF_MAP_LOOKUP_BATCH,
+            &raw mut batch,
+            size_of::<Batch>(),
+        )
+    };
+    *token = Some(next);
+    if result != 0 {
+        let error = io::Error::last_os_error();
+        if error.raw_os_error() != Some(libc::ENOENT) {
+            return Err(error);
+        }
+        *token = None;
+    }
+    keys.truncate(batch.count as usize);
+    Ok(keys.into_iter().zip(flows).collect())
+}

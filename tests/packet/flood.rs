@@ -1,0 +1,268 @@
+//! Floods from invented addresses: what they may cost, and whom. A flow is proven, and kept for good, when the client
+//! has answered the backend's answer.
+
+use std::net::{Ipv4Addr, SocketAddr};
+
+use forwarder_common::{
+    flow::{Flow, state},
+    limits,
+    publish::flag,
+    tuple::Tuple,
+};
+use forwarder_tests::frame::{ACK, Frame, Protocol, RST, SYN_ACK};
+
+use crate::bench::{Bench, LO, at, bench, bench_with_ports};
+
+const PORT: u16 = 8080;
+
+fn client(port: u16) -> SocketAddr {
+    SocketAddr::from(([198, 51, 100, 9], port))
+}
+
+fn first(protocol: Protocol, client: SocketAddr) -> Frame {
+    Frame::first(protocol, client, at("198.51.100.2:8080"))
+}
+
+/// Sends a client's first packet and has the backend answer it; returns the packet as the backend got it.
+#[track_caller]
+fn answered(bench: &Bench, sent: &Frame, ifindex: u32) -> Frame {
+    let arrived = bench.send(sent, ifindex).forwarded();
+    let answer = bench.send(&arrived.reply(), bench.container).forwarded();
+    assert_eq!(
+        (answer.source, answer.destination),
+        (sent.destination, sent.source)
+    );
+    arrived
+}
+
+/// The same, and the client answers in turn.
+#[track_caller]
+fn proven(bench: &Bench, sent: &Frame, ifindex: u32) -> Frame {
+    let arrived = answered(bench, sent, ifindex);
+    let again = bench.send(&sent.clone().with_flags(ACK), ifindex);
+    assert_eq!(again.reasons, ["forwarded_original"]);
+    assert_eq!(again.forwarded().source, arrived.source);
+    arrived
+}
+
+/// First packets from as many addresses.
+fn flood(bench: &Bench, protocol: Protocol, packets: u32) {
+    for number in 0..packets {
+        let source = Ipv4Addr::from(u32::from(Ipv4Addr::new(10, 0, 0, 1)) + number);
+        let frame = first(protocol, SocketAddr::from((source, 4000)));
+        let (action, _) = bench
+            .datapath
+            .try_frame(&frame.bytes(), bench.uplink)
+            .unwrap();
+        assert_eq!(action, crate::bench::REDIRECT, "{source}");
+    }
+}
+
+fn state_of(bench: &Bench, client: SocketAddr) -> Option<Flow> {
+    let flows = bench.datapath.maps.flows().map(Result::unwrap);
+    let mut of_client = flows.filter(|(_, flow)| {
+        (flow.client, flow.client_port) == (client.ip().into(), client.port().to_be())
+    });
+    let found: Option<(Tuple, Flow)> = of_client.next();
+    assert!(of_client.next().is_none(), "{client} has two flows");
+    found.map(|(_, flow)| flow)
+}
+
+fn is_kept(bench: &Bench, client: SocketAddr) -> bool {
+    state_of(bench, client).is_some_and(|flow| flow.state & state::KEPT != 0)
+}
+
+fn is_kept_when_the_client_answers_the_answer(protocol: Protocol) {
+    bench(|bench| {
+        bench.publish(protocol, PORT, "172.31.0.2:80");
+        let sent = first(protocol, client(4000));
+        answered(bench, &sent, bench.uplink);
+        assert!(!is_kept(bench, client(4000)));
+        let acknowledged = sent.clone().with_flags(ACK);
+        bench.send(&acknowledged, bench.uplink).forwarded();
+        assert!(is_kept(bench, client(4000)));
+        let flow = bench.flow().1;
+        let length = sent.bytes().len() as u64;
+        assert_eq!((flow.packets, flow.bytes), ([2, 1], [2 * length, length]));
+        bench.send(&acknowledged, bench.uplink).forwarded();
+        assert_eq!(bench.flow().1.packets, [3, 1], "it counts on");
+    });
+}
+
+#[test]
+fn a_tcp_flow_is_kept_when_its_handshake_is_complete() {
+    is_kept_when_the_client_answers_the_answer(Protocol::Tcp);
+}
+
+#[test]
+fn a_udp_flow_is_kept_when_the_client_answers_the_answer() {
+    is_kept_when_the_client_answers_the_answer(Protocol::Udp);
+}
+
+#[test]
+fn a_handshake_that_the_client_resets_is_not_kept() {
+    bench(|bench| {
+        bench.publish(Protocol::Tcp, PORT, "172.31.0.2:80");
+        let sent = first(Protocol::Tcp, client(4000));
+        answered(bench, &sent, bench.uplink);
+        let reset = forwarder_tests::frame::Flags { ack: true, ..RST };
+        bench
+            .send(&sent.with_flags(reset), bench.uplink)
+            .forwarded();
+        assert!(!is_kept(bench, client(4000)));
+    });
+}
+
+fn a_flood_ends_no_conversation(protocol: Protocol) {
+    bench(|bench| {
+        bench.publish(protocol, PORT, "172.31.0.2:80");
+        for port in 1..=100 {
+            proven(bench, &first(protocol, client(port)), bench.uplink);
+        }
+        flood(bench, protocol, 2 * limits::HALF_OPEN);
+        for port in 1..=100 {
+            let outcome = bench.send(&first(protocol, client(port)).with_flags(ACK), bench.uplink);
+            assert_eq!(outcome.reasons, ["forwarded_original"]);
+            bench
+                .send(&outcome.forwarded().reply(), bench.container)
+                .forwarded();
+        }
+        proven(bench, &first(protocol, client(5000)), bench.uplink);
+        assert!(is_kept(bench, client(5000)));
+        let flows = bench.datapath.maps.flows().count();
+        assert!(flows <= limits::HALF_OPEN as usize + 101, "{flows} flows");
+    });
+}
+
+#[test]
+fn a_flood_of_syns_ends_no_conversation() {
+    a_flood_ends_no_conversation(Protocol::Tcp);
+}
+
+#[test]
+fn a_flood_of_datagrams_ends_no_conversation() {
+    a_flood_ends_no_conversation(Protocol::Udp);
+}
+
+#[test]
+fn the_answer_to_a_forgotten_client_goes_nowhere_and_the_client_begins_again() {
+    bench(|bench| {
+        bench.publish(Protocol::Tcp, PORT, "172.31.0.2:80");
+        let sent = first(Protocol::Tcp, client(4000));
+        let arrived = bench.send(&sent, bench.uplink).forwarded();
+        flood(bench, Protocol::Tcp, 2 * limits::HALF_OPEN);
+        let late = arrived.reply();
+        bench.send(&late, bench.container).passed(&late.bytes(), "");
+        proven(bench, &sent, bench.uplink);
+    });
+}
+
+/// A backend on another machine: every client gets a source port.
+fn publish_remote(bench: &mut Bench, protocol: Protocol) {
+    let mut entry = bench.entry(PORT, "172.31.0.2:80");
+    entry.flags |= flag::REMOTE;
+    bench.publish_entry(1, None, protocol, PORT, &entry);
+}
+
+#[test]
+fn a_flood_towards_another_machine_ends_no_conversation_and_leaves_ports_for_new_ones() {
+    bench(|bench| {
+        publish_remote(bench, Protocol::Tcp);
+        let before: Vec<_> = (1..=100)
+            .map(|port| proven(bench, &first(Protocol::Tcp, client(port)), bench.uplink).source)
+            .collect();
+        flood(bench, Protocol::Tcp, 20_000); // there are 4,000 ports
+        for (port, source) in (1..=100).zip(before) {
+            let sent = first(Protocol::Tcp, client(port)).with_flags(ACK);
+            assert_eq!(bench.send(&sent, bench.uplink).forwarded().source, source);
+        }
+        for port in 5000..5100 {
+            proven(bench, &first(Protocol::Tcp, client(port)), bench.uplink);
+        }
+    });
+}
+
+#[test]
+fn the_port_of_a_half_open_flow_gives_way_and_that_of_a_proven_one_never() {
+    bench_with_ports((61_000, 2), |bench| {
+        publish_remote(bench, Protocol::Udp);
+        let [first, second, third, fourth] =
+            [1, 2, 3, 4].map(|port| first(Protocol::Udp, client(port)));
+        let kept = proven(bench, &first, bench.uplink).source;
+        let half_open = answered(bench, &second, bench.uplink).source;
+        assert_ne!(kept, half_open);
+        assert_eq!(proven(bench, &third, bench.uplink).source, half_open);
+        bench.send(&fourth, bench.uplink).dropped("no_source_port");
+        bench.send(&second, bench.uplink).dropped("no_source_port");
+        assert_eq!(bench.send(&first, bench.uplink).forwarded().source, kept);
+    });
+}
+
+#[test]
+fn an_answer_goes_to_the_client_that_has_the_port_now() {
+    bench_with_ports((61_000, 1), |bench| {
+        publish_remote(bench, Protocol::Udp);
+        let arrived = answered(bench, &first(Protocol::Udp, client(1)), bench.uplink);
+        proven(bench, &first(Protocol::Udp, client(2)), bench.uplink);
+        let answer = bench.send(&arrived.reply(), bench.container).forwarded();
+        assert_eq!(answer.destination, client(2));
+    });
+}
+
+#[test]
+fn a_flow_with_another_port_outlives_the_one_that_had_its_own() {
+    bench(|bench| {
+        let entry = bench.entry(8080, "172.31.0.2:80");
+        bench.publish_entry(1, None, Protocol::Tcp, 8080, &entry);
+        bench.publish_entry(2, None, Protocol::Tcp, 9090, &entry);
+        let one = Frame::first(Protocol::Tcp, client(4000), at("198.51.100.2:8080"));
+        let other = Frame::first(Protocol::Tcp, client(4000), at("198.51.100.2:9090"));
+        proven(bench, &one, bench.uplink);
+        let port = proven(bench, &other, bench.uplink).source.port();
+        let mut flows = bench.datapath.maps.flows().map(Result::unwrap);
+        let own = flows.find(|(key, _)| key.source_port == 4000_u16.to_be());
+        drop(flows);
+        bench.datapath.maps.remove_flow(&own.unwrap().0).unwrap();
+        let again = bench.send(&other.with_flags(ACK), bench.uplink).forwarded();
+        assert_eq!(again.source.port(), port);
+    });
+}
+
+#[test]
+fn a_client_whose_own_port_another_flow_was_given_is_not_taken_for_it() {
+    bench_with_ports((61_000, 1), |bench| {
+        let entry = bench.entry(8080, "172.31.0.2:80");
+        bench.publish_entry(1, None, Protocol::Udp, 8080, &entry);
+        bench.publish_entry(2, None, Protocol::Udp, 9090, &entry);
+        let at_9090 = |port| Frame::first(Protocol::Udp, client(port), at("198.51.100.2:9090"));
+        proven(bench, &first(Protocol::Udp, client(4000)), bench.uplink);
+        let given = proven(bench, &at_9090(4000), bench.uplink).source;
+        assert_eq!(given, client(61_000));
+        bench
+            .send(&at_9090(61_000), bench.uplink)
+            .dropped("no_source_port");
+    });
+}
+
+#[test]
+fn answered_datagrams_of_a_flood_are_forgotten_too() {
+    bench(|bench| {
+        bench.publish(Protocol::Udp, PORT, "172.31.0.2:80");
+        for port in 1..=100 {
+            answered(bench, &first(Protocol::Udp, client(port)), bench.uplink);
+            assert!(!is_kept(bench, client(port)));
+        }
+    });
+}
+
+#[test]
+fn a_local_client_is_kept_as_others_are() {
+    bench(|bench| {
+        bench.publish(Protocol::Tcp, PORT, "172.31.0.2:80");
+        let local = at("127.0.0.1:4000");
+        let sent = Frame::first(Protocol::Tcp, local, at("127.0.0.1:8080"));
+        assert_eq!(sent.reply().flags, SYN_ACK);
+        proven(bench, &sent, LO);
+        assert!(is_kept(bench, local));
+    });
+}
