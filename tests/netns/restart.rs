@@ -79,6 +79,30 @@ fn a_restart_with_many_publishes_disturbs_no_conversation() {
 }
 
 #[test]
+fn what_a_version_with_another_layout_left_is_replaced_and_said() {
+    let topology = Topology::new().unwrap();
+    let _backend = Backend::start(&topology.backend.netns, Protocol::Tcp, BACKEND_PORT).unwrap();
+    let spec = spec(&topology.backend, Family::V4, Protocol::Tcp);
+    let mut daemon = Daemon::start(&topology.host, &[&spec], Datapath::Ebpf).unwrap();
+    daemon.kill().unwrap();
+    let pins = PathBuf::from("/sys/fs/bpf/forwarder").join(daemon.instance());
+    let left = std::fs::read_dir(&pins).unwrap().next().unwrap().unwrap();
+    let other = pins.join("other");
+    std::fs::rename(left.path(), &other).unwrap();
+    daemon.restart().unwrap();
+    assert!(!other.exists());
+    assert!(
+        daemon.said().contains("another version"),
+        "{}",
+        daemon.said()
+    );
+    on_the_fast_path(&daemon, || {
+        served_to_the_client(&topology, Protocol::Tcp, "hello")
+    });
+    daemon.stop().unwrap();
+}
+
+#[test]
 fn down_removes_what_a_kill_left() {
     let topology = Topology::new().unwrap();
     let _backend = Backend::start(&topology.backend.netns, Protocol::Tcp, BACKEND_PORT).unwrap();

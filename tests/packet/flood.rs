@@ -100,6 +100,21 @@ fn a_udp_flow_is_kept_when_the_client_answers_the_answer() {
 }
 
 #[test]
+fn a_client_that_nobody_answers_is_not_kept_however_often_it_asks() {
+    for protocol in [Protocol::Tcp, Protocol::Udp] {
+        bench(|bench| {
+            bench.publish(protocol, PORT, "172.31.0.2:80");
+            for _ in 0..3 {
+                bench
+                    .send(&first(protocol, client(4000)), bench.uplink)
+                    .forwarded();
+            }
+            assert!(!is_kept(bench, client(4000)));
+        });
+    }
+}
+
+#[test]
 fn a_handshake_that_the_client_resets_is_not_kept() {
     bench(|bench| {
         bench.publish(Protocol::Tcp, PORT, "172.31.0.2:80");

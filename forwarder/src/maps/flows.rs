@@ -15,7 +15,8 @@ use forwarder_common::{
 
 use super::{Maps, ignore_missing};
 
-/// Entries read by one system call: about a millisecond. Fewer than this are never in one bucket.
+/// Entries read by one system call: about a millisecond. No bucket has as many, which
+/// the kernel would refuse.
 const SLICE: usize = 4096;
 
 /// Where a walk over all flows is. Half-open ones come first: one that is kept meanwhile is then met twice rather than
