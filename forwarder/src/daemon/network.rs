@@ -144,24 +144,16 @@ impl Daemon {
                 (resolved, Some(reason))
             }
         };
-        let mut flags = 0;
-        flags |= if spec.backend_is_single() {
-            flag::SINGLE_PORT
-        } else {
-            0
-        };
-        flags |= if resolved.remote { flag::REMOTE } else { 0 };
-        flags |= if published.allow.is_empty() {
-            0
-        } else {
-            flag::ALLOW_LIST
-        };
-        flags |= if published.steered { flag::STEERED } else { 0 };
-        flags |= if published.draining() {
-            flag::DRAINING
-        } else {
-            0
-        };
+        let flags = [
+            (flag::SINGLE_PORT, spec.backend_is_single()),
+            (flag::REMOTE, resolved.remote),
+            (flag::ALLOW_LIST, !published.allow.is_empty()),
+            (flag::STEERED, published.steered),
+            (flag::DRAINING, published.draining()),
+        ]
+        .into_iter()
+        .filter(|(_, set)| *set)
+        .fold(0, |flags, (flag, _)| flags | flag);
         let entry = Entry {
             backend: spec.backend.into(),
             source: resolved.source,
