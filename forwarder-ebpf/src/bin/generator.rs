@@ -31,6 +31,10 @@ static TEMPLATE: [u32; WORDS] = [0; WORDS];
 /// Set by the benchmark: flows that take turns.
 #[unsafe(no_mangle)]
 static FLOWS: u32 = 1;
+/// Set by the benchmark: frames of a flow that follow one another, a block of flows later each, so that answers come
+/// in between.
+#[unsafe(no_mangle)]
+static REPEAT: u32 = 1;
 /// Set by the benchmark: the device that frames leave by.
 #[unsafe(no_mangle)]
 static IFINDEX: u32 = 0;
@@ -47,6 +51,8 @@ const SOURCE_LOW: usize = 14 + 14;
 const PROTOCOL: usize = 14 + 9;
 const SOURCE_PORT: usize = 14 + 20;
 const DESTINATION_PORT: usize = 14 + 22;
+/// Flows whose frames are repeated together.
+const BLOCK: u32 = 4096;
 /// Flows of one source address: the ports from 32768 on.
 const PORTS: u32 = 1 << 15;
 
@@ -57,16 +63,18 @@ fn generate(ctx: XdpContext) -> u32 {
         return XDP_ABORTED;
     }
     // SAFETY: constants that the loader changed, read as they are now, and a counter that no other CPU has.
-    let (flows, ifindex, number) = unsafe {
+    let (flows, repeat, ifindex, number) = unsafe {
         let number = NEXT;
         NEXT = number.wrapping_add(1);
         (
             ptr::read_volatile(&raw const FLOWS).max(1),
+            ptr::read_volatile(&raw const REPEAT).max(1),
             ptr::read_volatile(&raw const IFINDEX),
             number,
         )
     };
-    let flow = number % flows;
+    let round = number / repeat.wrapping_mul(BLOCK).max(1);
+    let flow = round.wrapping_mul(BLOCK).wrapping_add(number % BLOCK) % flows;
     let port = ((PORTS + flow % PORTS) as u16).to_be();
     // SAFETY: the bounds were checked above. The kernel's live frames begin behind a headroom that is a
     // multiple of eight (net/bpf/test_run.c), so the words are aligned. What the frame was before does not

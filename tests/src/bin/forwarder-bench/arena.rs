@@ -455,6 +455,20 @@ impl Arena {
     /// # Errors
     /// The kernel cannot generate, or there is no path.
     pub(crate) fn flood(&self, flows: u32, first: u8, until: Until) -> Result<(u64, Duration)> {
+        self.flood_repeated(flows, 1, first, until)
+    }
+
+    /// The same, with each frame sent so many times before the next flow has its turn.
+    ///
+    /// # Errors
+    /// As [`Arena::flood`].
+    pub(crate) fn flood_repeated(
+        &self,
+        flows: u32,
+        repeat: u32,
+        first: u8,
+        until: Until,
+    ) -> Result<(u64, Duration)> {
         let wire = self.contender == Contender::Wire;
         let device = if wire { "wire0" } else { "eth0" };
         let Some((client, IpAddr::V4(destination))) = self.path(Client::External) else {
@@ -471,6 +485,7 @@ impl Arena {
             destination,
             port: SINK,
             flows,
+            repeat,
         };
         let before = self.received(device)?;
         let time = generator::generate(&load, until);

@@ -36,6 +36,8 @@ pub(crate) struct Load<'a> {
     pub(crate) port: u16,
     /// Flows that take turns.
     pub(crate) flows: u32,
+    /// Frames of a flow before the next one's turn.
+    pub(crate) repeat: u32,
 }
 
 /// When to stop.
@@ -57,6 +59,7 @@ pub(crate) fn generate(load: &Load<'_>, until: Until) -> Result<Duration> {
         let mut ebpf = EbpfLoader::new()
             .override_global("TEMPLATE", &template, true)
             .override_global("FLOWS", &load.flows, true)
+            .override_global("REPEAT", &load.repeat, true)
             .override_global("IFINDEX", &ifindex, true)
             .load(&object)
             .context("load the generator")?;
