@@ -13,7 +13,7 @@ use std::{
 
 use anyhow::{Context as _, Result, bail, ensure};
 use aya::maps::MapData;
-use aya_obj::{EbpfSectionKind, Map, Object, ProgramSection, btf::BtfFeatures};
+use aya_obj::{EbpfSectionKind, Map, Object, ProgramSection, generated::bpf_attach_type};
 use forwarder::kernel::kernel;
 
 fn main() -> Result<()> {
@@ -75,9 +75,8 @@ fn load_types(object: &mut Object) -> Result<OwnedFd> {
         log_size: u32,
         log_level: u32,
     }
-    // What every kernel from 5.10 on has: functions, global ones, data sections.
-    let features = BtfFeatures::new(true, true, true, false, false, false, false, false);
-    let types = object.fixup_and_sanitize_btf(&features)?;
+    let features = aya::features().btf().context("the kernel has no BTF")?;
+    let types = object.fixup_and_sanitize_btf(features)?;
     let types = types.context("the object has no BTF")?.to_bytes();
     let load = Types {
         btf: types.as_ptr() as u64,
@@ -205,6 +204,9 @@ fn load(
         ProgramSection::SchedClassifier => (3, 0),
         ProgramSection::Xdp { .. } => (6, 0),
         ProgramSection::SkLookup => (30, 36),
+        ProgramSection::CgroupSockAddr { attach_type } => {
+            (18, bpf_attach_type::from(attach_type) as u32)
+        }
         ref other => bail!("program {name}: forwarder-verifier cannot load a {other:?} yet"),
     };
     let code = instructions(object, name);
