@@ -64,6 +64,8 @@ pub mod flag {
     pub const DRAINING: u16 = 1 << 3;
     /// A wide range: one socket of `SOCKETS` holds all of its ports.
     pub const STEERED: u16 = 1 << 4;
+    /// Packets of other machines go through this host's stack, for its firewall to see them.
+    pub const STACK: u16 = 1 << 5;
 }
 
 /// An element of `PUBLISHES`: one publish and how its backend is reached now.

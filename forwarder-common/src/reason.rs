@@ -60,6 +60,9 @@ reasons! {
     /// Passed: a client on this host sends more than the container's MTU, and the kernel (before 6.1) cannot deliver
     /// that; the userland proxy can.
     LongerThanMtu = "longer_than_mtu",
+    /// Passed: the firewall is respected, and the backend's answers to another container could go past it; the userland
+    /// proxy serves it.
+    ContainerClient = "container_client",
     /// Dropped: a source that cannot be, such as a loopback address from outside.
     Martian = "martian_source",
     /// Dropped: the source is not on the allow-list.

@@ -4,7 +4,7 @@
 use core::ptr;
 
 use aya_ebpf::{
-    bindings::TC_ACT_REDIRECT,
+    bindings::{TC_ACT_REDIRECT, TC_ACT_UNSPEC},
     helpers::{bpf_redirect, bpf_redirect_neigh, bpf_redirect_peer},
     programs::TcContext,
 };
@@ -18,7 +18,7 @@ use crate::{maps::INTERFACES, parse, parse::Packet, rewrite};
 const PACKET_HOST: u32 = 0;
 const LOOPBACK_IFINDEX: u32 = 1;
 
-/// Sends the packet towards `hop`; the action to return.
+/// Sends the packet towards `hop`, or leaves it to the stack; the action to return.
 ///
 /// # Errors
 /// `Unresolved` if the hop leads nowhere, `Unwritable` if the kernel refuses to change the packet.
@@ -50,6 +50,7 @@ pub fn deliver(ctx: &TcContext, hop: &Hop, peer_from_lo: bool) -> Result<i32, Re
             // SAFETY: a null pointer with length 0 asks the helper for its own route lookup.
             unsafe { bpf_redirect_neigh(hop.ifindex, ptr::null_mut(), 0, 0) }
         }
+        delivery::STACK => return Ok(TC_ACT_UNSPEC),
         _ => return Err(Reason::Unresolved),
     };
     if action == TC_ACT_REDIRECT as i64 {

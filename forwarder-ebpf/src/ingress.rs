@@ -5,7 +5,8 @@ use aya_ebpf::{
     programs::TcContext,
 };
 use forwarder_common::{
-    flow::{Flow, delivery, state},
+    flow::{Flow, Hop, delivery, state},
+    publish::flag,
     reason::Reason,
     tuple::Tuple,
 };
@@ -26,6 +27,14 @@ use crate::{
 /// Set by the loader: `bpf_redirect_peer` works for packets from `lo` (kernel 6.1 and later).
 #[unsafe(no_mangle)]
 static PEER_FROM_LO: u8 = 1;
+
+/// The stack routes, resolves neighbours, cuts up and answers as ever.
+static THROUGH_THE_STACK: Hop = Hop {
+    ifindex: 0,
+    mac: [0; 6],
+    source_mac: [0; 6],
+    delivery: delivery::STACK,
+};
 
 /// An existing flow in either direction comes first, then a published port may begin one.
 #[inline(always)]
@@ -66,6 +75,9 @@ fn forward(
     if publish::may_be_reply(packet)
         && let Some(flow) = flow::get(&packet.tuple.reversed())
     {
+        if flow.back.delivery == delivery::STACK {
+            return Err(Reason::NotOurs); // until it leaves
+        }
         return to_client(ctx, packet, flow, trail);
     }
     // An ICMP error is carried in both directions like a packet of its flow, but begins none.
@@ -84,6 +96,28 @@ fn forward(
     to_backend(ctx, packet, &published, &key, trail)
 }
 
+/// The packet's way to the backend. This host's own clients have been through its firewall.
+#[inline(always)]
+fn way(packet: &Packet, published: &Published) -> &'static Hop {
+    if published.publish.flags & flag::STACK != 0 && !packet.is_from_this_host() {
+        &THROUGH_THE_STACK
+    } else {
+        &published.publish.hop
+    }
+}
+
+#[inline(always)]
+fn is_stack(way: &Hop) -> bool {
+    way.delivery == delivery::STACK
+}
+
+/// Whether this step takes one from the packet's TTL: the stack does so itself, and between processes of one host
+/// there is none.
+#[inline(always)]
+fn counts(packet: &Packet, way: &Hop) -> bool {
+    !packet.is_from_this_host() && !is_stack(way)
+}
+
 /// What keeps the packet from its backend, if anything.
 ///
 /// # Errors
@@ -94,8 +128,8 @@ fn before_backend(
     packet: &Packet,
     published: &Published,
 ) -> Result<Option<Obstacle>, Reason> {
-    let hop = !packet.is_from_this_host();
-    let obstacle = icmp::obstacle(ctx, packet, &published.publish.hop, hop);
+    let way = way(packet, published);
+    let obstacle = icmp::obstacle(ctx, packet, way, counts(packet, way));
     match obstacle {
         Some(obstacle)
             if obstacle.reason == Reason::TooBig && icmp::slow_path_fragments(packet) =>
@@ -131,7 +165,14 @@ fn begin(
     } else {
         publish::way_back(packet.ifindex)
     };
-    let back = deliver::back(ctx, packet.ifindex, way_back)?;
+    let back = if is_stack(way(packet, published)) {
+        if way_back != delivery::NEIGHBOUR {
+            return Err(Reason::ContainerClient);
+        }
+        THROUGH_THE_STACK
+    } else {
+        deliver::back(ctx, packet.ifindex, way_back)?
+    };
     let draft = flow::draft().ok_or(Reason::NoEntry)?;
     draft.flow = Flow {
         client: packet.tuple.source,
@@ -162,8 +203,9 @@ fn to_backend(
     key: &Tuple,
     trail: &mut Trail,
 ) -> Verdict {
-    trail.rewritten(published.index, key, &published.publish.hop);
-    let hop = !packet.is_from_this_host();
+    let way = way(packet, published);
+    trail.rewritten(published.index, key, way);
+    let hop = counts(packet, way);
     if packet.is_error() {
         let old = &packet.tuple;
         let keeps_source = key.source == old.source && key.source_port == old.source_port;
@@ -171,7 +213,7 @@ fn to_backend(
     } else {
         rewrite::tuple(ctx, packet, key, hop)?;
     }
-    let action = deliver::deliver(ctx, &published.publish.hop, setting(&PEER_FROM_LO) != 0)?;
+    let action = deliver::deliver(ctx, way, setting(&PEER_FROM_LO) != 0)?;
     Ok(Forwarded {
         action,
         reason: reason(packet, Reason::ForwardedOriginal),
@@ -180,8 +222,8 @@ fn to_backend(
 
 /// The reverse: from the frontend, to the client.
 #[inline(always)]
-fn to_client(ctx: &TcContext, packet: &Packet, flow: &mut Flow, trail: &mut Trail) -> Verdict {
-    let hop = flow.state & state::LOCAL_CLIENT == 0;
+pub fn to_client(ctx: &TcContext, packet: &Packet, flow: &mut Flow, trail: &mut Trail) -> Verdict {
+    let hop = flow.state & state::LOCAL_CLIENT == 0 && !is_stack(&flow.back);
     if let Some(obstacle) = icmp::obstacle(ctx, packet, &flow.back, hop) {
         return tell(ctx, packet, obstacle, flow.publish);
     }

@@ -14,6 +14,7 @@
 
 mod clock;
 mod deliver;
+mod egress;
 mod flow;
 mod fragment;
 mod icmp;
@@ -56,6 +57,31 @@ pub fn ingress_traced(ctx: TcContext) -> i32 {
 #[inline(never)]
 fn ingress_followed(skb: *mut __sk_buff, trail: &mut Trail) -> i32 {
     let verdict = ingress::ingress(&TcContext::new(skb), trail);
+    trail.ended(&verdict);
+    verdict::action(verdict)
+}
+
+/// tc egress of the same devices, where the host's firewall is respected.
+#[classifier]
+pub fn egress(ctx: TcContext) -> i32 {
+    verdict::action(egress::egress(&ctx, &mut Trail::default()))
+}
+
+/// The same, and a line for each packet.
+#[classifier]
+pub fn egress_traced(ctx: TcContext) -> i32 {
+    let Some(trail) = Trail::of_this_cpu() else {
+        return TC_ACT_UNSPEC; // there is an element 0
+    };
+    let action = egress_followed(ctx.skb.skb, trail);
+    trace::packet(ctx.skb.skb, trail);
+    action
+}
+
+// VERIFIER: as above.
+#[inline(never)]
+fn egress_followed(skb: *mut __sk_buff, trail: &mut Trail) -> i32 {
+    let verdict = egress::egress(&TcContext::new(skb), trail);
     trail.ended(&verdict);
     verdict::action(verdict)
 }

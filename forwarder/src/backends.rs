@@ -82,6 +82,31 @@ pub fn resolve(snapshot: &Snapshot, backend: IpAddr) -> Result<Resolved, String>
     })
 }
 
+/// Whether the stack can carry packets of other machines to the backend, and its answers back.
+///
+/// # Errors
+/// Why not, in a few words for `list`.
+pub fn through_the_stack(
+    snapshot: &Snapshot,
+    backend: IpAddr,
+    resolved: &Resolved,
+) -> Result<(), String> {
+    if resolved.remote {
+        return Err("--respect-firewall: the backend is on another machine".into());
+    }
+    let (routes, setting) = match backend {
+        IpAddr::V4(_) => (snapshot.forwards.0, "net.ipv4.ip_forward"),
+        IpAddr::V6(_) => (snapshot.forwards.1, "net.ipv6.conf.all.forwarding"),
+    };
+    if routes {
+        Ok(())
+    } else {
+        Err(format!(
+            "--respect-firewall: the host does not forward; `sysctl {setting}=1` would change that"
+        ))
+    }
+}
+
 /// How frames get to what is behind a container's or a virtual machine's device.
 fn way_to(port: &Link) -> Option<u32> {
     match port.kind {

@@ -75,6 +75,10 @@ pub struct Run {
     /// Who carries the packets; `auto` decides for each publish.
     #[arg(long, value_enum, default_value_t = DatapathChoice::Auto)]
     pub datapath: DatapathChoice,
+    /// Let this host's FORWARD rules (DOCKER-USER, ufw, firewalld) decide on the traffic of other machines: it goes
+    /// through the stack, slower.
+    #[arg(long)]
+    pub respect_firewall: bool,
     /// Serve only clients of this network; may be given several times.
     #[arg(long, value_name = "CIDR")]
     pub allow: Vec<IpNet>,

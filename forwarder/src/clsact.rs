@@ -21,10 +21,30 @@ use nix::sys::{
 /// ETH_P_ALL as `tcm_info` has it (include/uapi/linux/if_ether.h).
 const EVERY_PROTOCOL: u32 = 0x0003_u16.to_be() as u32;
 
+/// A side of the qdisc.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Side {
+    Ingress,
+    Egress,
+}
+
+impl Side {
+    const fn handle(self) -> TcHandle {
+        TcHandle {
+            major: TcHandle::CLSACT.major,
+            minor: match self {
+                Self::Ingress => TcHandle::MIN_INGRESS,
+                Self::Egress => TcHandle::MIN_EGRESS,
+            },
+        }
+    }
+}
+
 /// One of our filters.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Filter {
     pub ifindex: u32,
+    side: Side,
     pub priority: u16,
     handle: TcHandle,
 }
@@ -41,14 +61,20 @@ pub fn handle(instance: &str) -> u32 {
 ///
 /// # Errors
 /// Netlink is not to be had.
-pub fn find(ifindex: u32, handle: u32, programs: &[&str]) -> io::Result<Option<Filter>> {
-    let there = filters(ifindex, TcHandle::MIN_INGRESS)?;
+pub fn find(
+    ifindex: u32,
+    side: Side,
+    handle: u32,
+    programs: &[&str],
+) -> io::Result<Option<Filter>> {
+    let there = filters(ifindex, side)?;
     let ours = there.into_iter().flatten().find(|message| {
         message.header.handle == handle.into()
             && name(message).is_some_and(|name| programs.contains(&name))
     });
     Ok(ours.map(|message| Filter {
         ifindex,
+        side,
         priority: (message.header.info >> 16) as u16,
         handle: message.header.handle,
     }))
@@ -58,10 +84,10 @@ pub fn find(ifindex: u32, handle: u32, programs: &[&str]) -> io::Result<Option<F
 ///
 /// # Errors
 /// As [`find`].
-pub fn find_all(handle: u32, programs: &[&str]) -> io::Result<Vec<Filter>> {
+pub fn find_all(side: Side, handle: u32, programs: &[&str]) -> io::Result<Vec<Filter>> {
     let mut all = Vec::new();
     for device in &nix::net::if_::if_nameindex()? {
-        all.extend(find(device.index(), handle, programs)?);
+        all.extend(find(device.index(), side, handle, programs)?);
     }
     Ok(all)
 }
@@ -71,8 +97,8 @@ pub fn find_all(handle: u32, programs: &[&str]) -> io::Result<Vec<Filter>> {
 ///
 /// # Errors
 /// As [`find`].
-pub fn priority(ifindex: u32) -> io::Result<u16> {
-    let there = filters(ifindex, TcHandle::MIN_INGRESS)?;
+pub fn priority(ifindex: u32, side: Side) -> io::Result<u16> {
+    let there = filters(ifindex, side)?;
     let taken = |priority: &u16| {
         there.iter().flatten().any(|message| {
             let bpf = TcAttribute::Kind(TcFilterBpf::KIND.to_owned());
@@ -90,7 +116,7 @@ pub fn remove(filter: &Filter) -> io::Result<()> {
     message.header = TcHeader {
         index: filter.ifindex.cast_signed(),
         handle: filter.handle,
-        parent: side(TcHandle::MIN_INGRESS),
+        parent: filter.side.handle(),
         info: u32::from(filter.priority) << 16 | EVERY_PROTOCOL,
         ..TcHeader::default()
     };
@@ -102,8 +128,8 @@ pub fn remove(filter: &Filter) -> io::Result<()> {
 /// # Errors
 /// It has gone, or netlink is not to be had.
 pub fn remove_idle_qdisc(ifindex: u32) -> io::Result<()> {
-    for direction in [TcHandle::MIN_INGRESS, TcHandle::MIN_EGRESS] {
-        if !filters(ifindex, direction)?.is_empty() {
+    for side in [Side::Ingress, Side::Egress] {
+        if !filters(ifindex, side)?.is_empty() {
             return Ok(());
         }
     }
@@ -117,19 +143,12 @@ pub fn remove_idle_qdisc(ifindex: u32) -> io::Result<()> {
     ask(RouteNetlinkMessage::DelQueueDiscipline(message), NLM_F_ACK).map(drop)
 }
 
-fn side(direction: u16) -> TcHandle {
-    TcHandle {
-        major: TcHandle::CLSACT.major,
-        minor: direction,
-    }
-}
-
 /// What is on one side of the qdisc; `None` is a filter that is none of ours in any case.
-fn filters(ifindex: u32, direction: u16) -> io::Result<Vec<Option<TcMessage>>> {
+fn filters(ifindex: u32, side: Side) -> io::Result<Vec<Option<TcMessage>>> {
     let mut message = TcMessage::default();
     message.header = TcHeader {
         index: ifindex.cast_signed(),
-        parent: side(direction),
+        parent: side.handle(),
         ..TcHeader::default()
     };
     match ask(RouteNetlinkMessage::GetTrafficFilter(message), NLM_F_DUMP) {

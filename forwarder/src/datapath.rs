@@ -1,6 +1,6 @@
-//! Loads the eBPF object, attaches it to devices, pins what should outlive the process, and switches
-//! to the traced program and back. What goes into the maps is decided elsewhere.
+//! Loads the eBPF object, and pins what should outlive the process. What goes into the maps is decided elsewhere.
 
+pub mod devices;
 mod steering;
 
 use std::{
@@ -17,14 +17,11 @@ use std::{
 use anyhow::{Context as _, Result, bail};
 use aya::{
     Ebpf, EbpfLoader, VerifierLogLevel,
-    programs::{
-        LinkOrder, SchedClassifier, TcAttachType, TestRun as _, TestRunOptions,
-        links::{FdLink, PinnedLink},
-        tc::{NlOptions, SchedClassifierLink, SchedClassifierLinkId, TcAttachOptions, TcHandle},
-    },
+    programs::{SchedClassifier, TestRun as _, TestRunOptions},
 };
 use tokio::io::{Interest, unix::AsyncFd};
 
+use self::devices::{Attachment, Hook, Place};
 use crate::{
     clsact,
     kernel::{Attach, kernel},
@@ -35,9 +32,6 @@ static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/fo
 
 /// Part of the pins' path: the layout of what is pinned. Another layout is not adopted.
 const LAYOUT: &str = "v2";
-const PROGRAM: &str = "ingress";
-const TRACED: &str = "ingress_traced";
-const PROGRAMS: [&str; 2] = [PROGRAM, TRACED];
 /// Folder of the marks of qdiscs.
 const QDISCS: &str = "qdiscs";
 /// The maps that a later instance takes over, so that established flows survive a restart.
@@ -62,22 +56,11 @@ pub struct Datapath {
     pins: Option<PathBuf>,
     /// Handle of this instance's filters.
     handle: u32,
-    attached: BTreeMap<u32, Attachment>,
+    attached: BTreeMap<Place, Attachment>,
     traced: bool,
     own_mark: u32,
     /// The programs for wide ranges are attached.
     steering: bool,
-}
-
-#[derive(Debug)]
-enum Attachment {
-    Link(SchedClassifierLinkId),
-    /// The kernel holds it; `qdisc` is ours to remove.
-    Filter {
-        filter: clsact::Filter,
-        name: String,
-        qdisc: bool,
-    },
 }
 
 /// The same from one start of this machine to the next, as pins are, and known to nobody outside.
@@ -156,11 +139,7 @@ impl Datapath {
             own_mark,
             steering: false,
         };
-        datapath
-            .program(PROGRAM)?
-            .load()
-            .map_err(explain)
-            .context("load the program ingress")?;
+        datapath.current(Hook::Ingress)?;
         Ok(datapath)
     }
 
@@ -169,177 +148,6 @@ impl Datapath {
         Ok(program
             .with_context(|| format!("the eBPF object has no program {name}"))?
             .try_into()?)
-    }
-
-    fn current(&self) -> &'static str {
-        if self.traced { TRACED } else { PROGRAM }
-    }
-
-    /// Devices that have the program.
-    pub fn attached(&self) -> impl Iterator<Item = u32> + '_ {
-        self.attached.keys().copied()
-    }
-
-    /// Attaches to a device's tc ingress, in place of what an earlier instance attached.
-    ///
-    /// # Errors
-    /// The device has gone, or the kernel refuses.
-    pub fn attach(&mut self, ifindex: u32, name: &str) -> Result<()> {
-        let attachment = match kernel().attach {
-            Attach::Tcx => self.attach_link(ifindex, name),
-            Attach::Clsact => self.attach_filter(ifindex, name),
-        };
-        let attachment = attachment.with_context(|| format!("attach ingress to {name}"))?;
-        self.attached.insert(ifindex, attachment);
-        Ok(())
-    }
-
-    fn attach_link(&mut self, ifindex: u32, name: &str) -> Result<Attachment> {
-        let pin = self.link_pin(ifindex);
-        let program = self.program(self.current())?;
-        let options = TcAttachOptions::TcxOrder(LinkOrder::default());
-        let mut link = program.attach_with_options(name, TcAttachType::Ingress, options)?;
-        if let Some(pin) = pin {
-            // The new link works before an earlier instance's goes with its pin.
-            let _ = fs::remove_file(&pin);
-            let fd_link: FdLink = program.take_link(link)?.try_into()?;
-            let pinned: PinnedLink = fd_link
-                .pin(&pin)
-                .with_context(|| format!("pin {}", pin.display()))?;
-            link = program.attach_to_link(FdLink::from(pinned).try_into()?)?;
-        }
-        Ok(Attachment::Link(link))
-    }
-
-    fn attach_filter(&mut self, ifindex: u32, name: &str) -> Result<Attachment> {
-        let made = aya::programs::tc::qdisc_add_clsact(name).is_ok();
-        let mark = self.qdisc_mark(ifindex);
-        if let (true, Some(mark)) = (made, &mark) {
-            fs::create_dir_all(mark).with_context(|| format!("create {}", mark.display()))?;
-        }
-        let qdisc = made || mark.is_some_and(|mark| mark.exists());
-        let attached = match clsact::find(ifindex, self.handle, &PROGRAMS)? {
-            Some(filter) => self.replace_filter(name, &filter),
-            None => {
-                let options = TcAttachOptions::Netlink(NlOptions {
-                    priority: clsact::priority(ifindex)?,
-                    handle: TcHandle::from(self.handle),
-                    classid: None,
-                });
-                let program = self.program(self.current())?;
-                program
-                    .attach_with_options(name, TcAttachType::Ingress, options)
-                    .map_err(Into::into)
-                    .and_then(|link| leave_filter(program, link))
-            }
-        };
-        let found = attached.and_then(|()| {
-            clsact::find(ifindex, self.handle, &PROGRAMS)?.context("the filter has gone")
-        });
-        if found.is_err() && made {
-            self.remove_qdisc(ifindex);
-        }
-        Ok(Attachment::Filter {
-            filter: found?,
-            name: name.into(),
-            qdisc,
-        })
-    }
-
-    /// Puts the current program into a filter of ours, in one step.
-    fn replace_filter(&mut self, name: &str, filter: &clsact::Filter) -> Result<()> {
-        let handle = TcHandle::from(self.handle);
-        let link = SchedClassifierLink::attached(
-            name,
-            TcAttachType::Ingress,
-            filter.priority,
-            handle,
-            None,
-        )?;
-        let program = self.program(self.current())?;
-        let link = program.attach_to_link(link)?;
-        leave_filter(program, link)
-    }
-
-    /// Attaches to `lo` and detaches again, unless an earlier instance's program is there: some kernels
-    /// load the program and have nothing to attach it to.
-    ///
-    /// # Errors
-    /// What is missing.
-    pub fn rehearse(&mut self) -> Result<()> {
-        const LOOPBACK: u32 = 1;
-        if kernel().attach == Attach::Tcx
-            || clsact::find(LOOPBACK, self.handle, &PROGRAMS)?.is_some()
-        {
-            return Ok(());
-        }
-        self.attach(LOOPBACK, "lo").map_err(|error| {
-            anyhow::anyhow!(
-                "no way to attach eBPF to devices: it takes a kernel from 6.6 on, or the modules \
-                 sch_ingress and cls_bpf ({})",
-                error.root_cause()
-            )
-        })?;
-        self.detach(LOOPBACK);
-        Ok(())
-    }
-
-    /// Detaches from a device that may have gone.
-    pub fn detach(&mut self, ifindex: u32) {
-        match self.attached.remove(&ifindex) {
-            None => {}
-            Some(Attachment::Link(link)) => {
-                if let Some(pin) = self.link_pin(ifindex) {
-                    remove_link(&pin);
-                }
-                let current = self.current();
-                if let Ok(program) = self.program(current) {
-                    let _ = program.detach(link);
-                }
-            }
-            Some(Attachment::Filter { filter, qdisc, .. }) => {
-                let _ = clsact::remove(&filter);
-                if qdisc {
-                    self.remove_qdisc(ifindex);
-                }
-            }
-        }
-    }
-
-    /// Makes every attachment log its packets, or stop it: links are replaced atomically.
-    ///
-    /// # Errors
-    /// The kernel refuses the traced program.
-    pub fn trace(&mut self, on: bool) -> Result<()> {
-        if on == self.traced {
-            return Ok(());
-        }
-        let from = self.current();
-        let to = if on { TRACED } else { PROGRAM };
-        if self.program(to)?.fd().is_err() {
-            self.program(to)?
-                .load()
-                .context("load the program ingress_traced")?;
-        }
-        self.traced = on;
-        for (ifindex, attachment) in std::mem::take(&mut self.attached) {
-            let attachment = match attachment {
-                Attachment::Link(link) => {
-                    let link: SchedClassifierLink = self.program(from)?.take_link(link)?;
-                    Attachment::Link(self.program(to)?.attach_to_link(link)?)
-                }
-                Attachment::Filter {
-                    ref filter,
-                    ref name,
-                    ..
-                } => {
-                    self.replace_filter(name, filter)?;
-                    attachment
-                }
-            };
-            self.attached.insert(ifindex, attachment);
-        }
-        Ok(())
     }
 
     /// Hands each line of the traced program to `line`, until the future is dropped.
@@ -379,7 +187,7 @@ impl Datapath {
         options.ctx_in = Some(&context);
         let program = self
             .ebpf
-            .program(PROGRAM)
+            .program(Hook::Ingress.programs()[0])
             .context("the eBPF object has no program ingress")?;
         let program: &SchedClassifier = program.try_into()?;
         let result = program.test_run(options).context("BPF_PROG_TEST_RUN")?;
@@ -389,61 +197,11 @@ impl Datapath {
 
     /// Detaches everything and removes the pins.
     pub fn remove(mut self) {
-        for ifindex in self.attached.keys().copied().collect::<Vec<_>>() {
-            self.detach(ifindex);
+        for place in self.attached.keys().copied().collect::<Vec<_>>() {
+            self.detach(place);
         }
         if let Some(directory) = self.pins.as_deref().and_then(Path::parent) {
             let _ = remove_pins(directory);
-        }
-    }
-
-    /// Removes the attachments that an earlier instance left on devices this one has not.
-    pub fn forget_others(&self) {
-        if kernel().attach == Attach::Clsact {
-            for filter in clsact::find_all(self.handle, &PROGRAMS).unwrap_or_default() {
-                if !self.attached.contains_key(&filter.ifindex) {
-                    let _ = clsact::remove(&filter);
-                    if self
-                        .qdisc_mark(filter.ifindex)
-                        .is_some_and(|mark| mark.exists())
-                    {
-                        self.remove_qdisc(filter.ifindex);
-                    }
-                }
-            }
-            return;
-        }
-        let Some(links) = self.pins.as_ref().map(|pins| pins.join("links")) else {
-            return;
-        };
-        for entry in fs::read_dir(links).into_iter().flatten().flatten() {
-            let ours = entry
-                .file_name()
-                .to_str()
-                .and_then(|name| name.parse().ok());
-            if ours.is_none_or(|ifindex| !self.attached.contains_key(&ifindex)) {
-                remove_link(&entry.path());
-            }
-        }
-    }
-
-    fn link_pin(&self, ifindex: u32) -> Option<PathBuf> {
-        self.pins
-            .as_ref()
-            .map(|pins| pins.join("links").join(ifindex.to_string()))
-    }
-
-    /// A folder that says that a device's clsact qdisc is ours; bpffs holds nothing else.
-    fn qdisc_mark(&self, ifindex: u32) -> Option<PathBuf> {
-        self.pins
-            .as_ref()
-            .map(|pins| pins.join(QDISCS).join(ifindex.to_string()))
-    }
-
-    fn remove_qdisc(&self, ifindex: u32) {
-        let _ = clsact::remove_idle_qdisc(ifindex);
-        if let Some(mark) = self.qdisc_mark(ifindex) {
-            let _ = fs::remove_dir(mark);
         }
     }
 }
@@ -452,8 +210,8 @@ impl Datapath {
 impl Drop for Datapath {
     fn drop(&mut self) {
         if self.pins.is_none() {
-            for ifindex in self.attached.keys().copied().collect::<Vec<_>>() {
-                self.detach(ifindex);
+            for place in self.attached.keys().copied().collect::<Vec<_>>() {
+                self.detach(place);
             }
         }
     }
@@ -468,9 +226,12 @@ pub fn remove_left(instance: &str) -> Result<bool> {
     let directory = pin_directory(instance);
     let mut found = false;
     if kernel().attach == Attach::Clsact {
-        for filter in clsact::find_all(clsact::handle(instance), &PROGRAMS)? {
-            clsact::remove(&filter).context("remove a filter")?;
-            found = true;
+        for hook in Hook::ALL {
+            for filter in clsact::find_all(hook.side(), clsact::handle(instance), &hook.programs())?
+            {
+                clsact::remove(&filter).context("remove a filter")?;
+                found = true;
+            }
         }
         let marks = fs::read_dir(directory.join(LAYOUT).join(QDISCS));
         for mark in marks.into_iter().flatten().flatten() {
@@ -615,12 +376,6 @@ fn explain(error: impl std::error::Error + Send + Sync + 'static) -> anyhow::Err
         cause = current.source();
     }
     anyhow::Error::new(error)
-}
-
-/// Takes a filter out of aya's hands, which would remove it at the end of this process.
-fn leave_filter(program: &mut SchedClassifier, link: SchedClassifierLinkId) -> Result<()> {
-    std::mem::forget(program.take_link(link)?);
-    Ok(())
 }
 
 /// `aya_log`'s sink: the text alone.

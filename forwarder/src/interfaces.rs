@@ -90,6 +90,8 @@ pub struct Snapshot {
     pub neighbours: HashMap<(u32, IpAddr), Neighbour>,
     /// Bridge and MAC to port.
     pub forwarding: HashMap<(u32, Mac), u32>,
+    /// Whether this host routes IPv4, and IPv6.
+    pub forwards: (bool, bool),
 }
 
 /// A netlink connection that reads snapshots.
@@ -147,6 +149,7 @@ impl Reader {
             .get()
             .set_address_family(AddressFamily::Bridge);
         let entries: Vec<_> = collect(bridges.execute(), "bridge forwarding tables").await?;
+        snapshot.forwards = (is_on("ipv4/ip_forward"), is_on("ipv6/conf/all/forwarding"));
         let links = &snapshot.links;
         snapshot.forwarding = entries
             .iter()
@@ -196,6 +199,11 @@ impl Reader {
     }
 }
 
+/// Whether a sysctl of the own network namespace is set.
+fn is_on(setting: &str) -> bool {
+    std::fs::read_to_string(format!("/proc/sys/net/{setting}")).is_ok_and(|text| text.trim() != "0")
+}
+
 /// A stream that yields when something that a snapshot holds has changed.
 ///
 /// # Errors
@@ -208,6 +216,8 @@ pub fn changes() -> Result<impl Stream<Item = ()> + Unpin> {
         MulticastGroup::Ipv6Ifaddr,
         MulticastGroup::Ipv4Route,
         MulticastGroup::Ipv6Route,
+        MulticastGroup::Ipv4Netconf,
+        MulticastGroup::Ipv6Netconf,
     ])
     .context("open a netlink socket for events")?;
     tokio::spawn(connection);

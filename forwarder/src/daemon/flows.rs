@@ -5,7 +5,7 @@ use std::{collections::HashSet, time::Duration};
 
 use anyhow::Result;
 use forwarder_common::{
-    flow::Flow,
+    flow::{Flow, delivery},
     publish::Publish as Entry,
     tuple::{Address, Tuple},
 };
@@ -42,8 +42,13 @@ impl Daemon {
             .iter()
             .map(|(id, published)| (*id, published.spec.clone()))
             .collect();
+        let respects_firewall = self.options.respect_firewall;
         let adopted = self.change_flows(|key, flow, maps| {
-            let owner = owners.iter().find(|(_, spec)| owns(spec, key, flow));
+            // Nothing would rewrite the answers of one that goes through the stack.
+            let lost = flow.back.delivery == delivery::STACK && !respects_firewall;
+            let owner = owners
+                .iter()
+                .find(|(_, spec)| !lost && owns(spec, key, flow));
             match owner {
                 Some((id, _)) if flow.publish == *id => Ok(()),
                 Some((id, _)) => maps.set_flow(

@@ -15,9 +15,13 @@ use forwarder_common::{
 use tokio::time::Instant;
 use tracing::{debug, warn};
 
-use super::{ASK_AGAIN, Daemon, report::delivery_name};
+use super::{
+    ASK_AGAIN, Daemon,
+    report::{delivery_name, delivery_of},
+};
 use crate::{
     backends::{self, Resolved},
+    datapath::devices::{Hook, Place},
     interfaces::Snapshot,
     spec::Protocol,
 };
@@ -90,15 +94,24 @@ impl Daemon {
         let Some(datapath) = &mut self.datapath else {
             return Ok(());
         };
-        let wanted: BTreeMap<u32, String> = backends::attached(&self.snapshot)
-            .map(|(ifindex, link)| (ifindex, link.name.clone()))
+        let hooks: &[Hook] = if self.options.respect_firewall {
+            &Hook::ALL
+        } else {
+            &[Hook::Ingress]
+        };
+        let wanted: BTreeMap<Place, String> = backends::attached(&self.snapshot)
+            .flat_map(|(ifindex, link)| {
+                hooks
+                    .iter()
+                    .map(move |hook| ((ifindex, *hook), link.name.clone()))
+            })
             .collect();
-        let have: Vec<u32> = datapath.attached().collect();
-        for ifindex in have.iter().filter(|ifindex| !wanted.contains_key(ifindex)) {
-            datapath.detach(*ifindex);
+        let have: Vec<Place> = datapath.attached().collect();
+        for place in have.iter().filter(|place| !wanted.contains_key(place)) {
+            datapath.detach(*place);
         }
-        for (ifindex, name) in wanted.iter().filter(|(ifindex, _)| !have.contains(ifindex)) {
-            match datapath.attach(*ifindex, name) {
+        for (place, name) in wanted.iter().filter(|(place, _)| !have.contains(place)) {
+            match datapath.attach(*place, name) {
                 Ok(()) => debug!("attached to {name}"),
                 Err(error) => warn!("{error:#}"),
             }
@@ -131,6 +144,13 @@ impl Daemon {
             Protocol::Sctp => Err("SCTP is served in user space".to_owned()),
             Protocol::Tcp | Protocol::Udp => backends::resolve(&self.snapshot, spec.backend),
         };
+        let stack = self.options.respect_firewall;
+        let resolved = resolved.and_then(|resolved| {
+            if stack {
+                backends::through_the_stack(&self.snapshot, spec.backend, &resolved)?;
+            }
+            Ok(resolved)
+        });
         let (resolved, reason) = match resolved {
             Ok(resolved) => (resolved, None),
             // Without a hop, the program passes packets up to the proxy's socket.
@@ -150,6 +170,7 @@ impl Daemon {
             (flag::ALLOW_LIST, !published.allow.is_empty()),
             (flag::STEERED, published.steered),
             (flag::DRAINING, published.draining()),
+            (flag::STACK, stack),
         ]
         .into_iter()
         .filter(|(_, set)| *set)
@@ -171,7 +192,7 @@ impl Daemon {
             published.entry = Some(entry);
             debug!(
                 "publish {id} is delivered by {:?}",
-                delivery_name(entry.hop.delivery)
+                delivery_name(delivery_of(&entry))
             );
         }
         Ok(())

@@ -6,6 +6,7 @@ use std::{collections::HashMap, net::IpAddr};
 use anyhow::Result;
 use forwarder_common::{
     flow::{Flow, delivery, state},
+    publish::{Publish as Entry, flag},
     reason::Reason,
     tuple::{Address, TCP, Tuple},
 };
@@ -70,7 +71,7 @@ impl Daemon {
         let how = match (&published.reason, &published.entry) {
             (None, Some(entry)) => format!(
                 "ebpf, {}",
-                delivery_name(entry.hop.delivery).unwrap_or("unresolved")
+                delivery_name(delivery_of(entry)).unwrap_or("unresolved")
             ),
             (Some(reason), _) => format!("userland: {reason}"),
             (None, None) => "userland".into(),
@@ -109,7 +110,7 @@ impl Daemon {
             let hop = published
                 .entry
                 .filter(|_| published.reason.is_none())
-                .map(|e| e.hop.delivery);
+                .map(|entry| delivery_of(&entry));
             Listed {
                 id,
                 protocol: spec.protocol,
@@ -189,6 +190,15 @@ fn list_flow(key: &Tuple, flow: &Flow, now: u64) -> ListedFlow {
         idle_seconds: now.saturating_sub(flow.last_seen) / 1_000_000_000,
         packets: flow.packets,
         bytes: flow.bytes,
+    }
+}
+
+/// How packets of other machines get to the backend, one of [`delivery`].
+pub(super) const fn delivery_of(entry: &Entry) -> u32 {
+    if entry.flags & flag::STACK != 0 {
+        delivery::STACK
+    } else {
+        entry.hop.delivery
     }
 }
 

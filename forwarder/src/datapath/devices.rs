@@ -1,0 +1,318 @@
+//! The tc programs on devices, in either direction: attached, found again after an earlier instance, replaced in one
+//! step by the traced ones and back, taken away.
+
+use std::{collections::BTreeSet, fs, path::PathBuf};
+
+use anyhow::{Context as _, Result};
+use aya::programs::{
+    LinkOrder, SchedClassifier, TcAttachType,
+    links::{FdLink, PinnedLink},
+    tc::{NlOptions, SchedClassifierLink, SchedClassifierLinkId, TcAttachOptions, TcHandle},
+};
+
+use super::{Datapath, QDISCS, explain, remove_link};
+use crate::{
+    clsact::{self, Side},
+    kernel::{Attach, kernel},
+};
+
+/// A side of a device that has one of our programs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Hook {
+    Ingress,
+    Egress,
+}
+
+impl Hook {
+    pub const ALL: [Self; 2] = [Self::Ingress, Self::Egress];
+
+    /// The programs, plain and traced.
+    pub(super) const fn programs(self) -> [&'static str; 2] {
+        match self {
+            Self::Ingress => ["ingress", "ingress_traced"],
+            Self::Egress => ["egress", "egress_traced"],
+        }
+    }
+
+    const fn attach_type(self) -> TcAttachType {
+        match self {
+            Self::Ingress => TcAttachType::Ingress,
+            Self::Egress => TcAttachType::Egress,
+        }
+    }
+
+    pub(super) const fn side(self) -> Side {
+        match self {
+            Self::Ingress => Side::Ingress,
+            Self::Egress => Side::Egress,
+        }
+    }
+
+    /// What a link's pin is called.
+    fn pin(self, ifindex: u32) -> String {
+        match self {
+            Self::Ingress => ifindex.to_string(),
+            Self::Egress => format!("{ifindex}-egress"),
+        }
+    }
+}
+
+/// A device, and which side of it.
+pub type Place = (u32, Hook);
+
+#[derive(Debug)]
+pub(super) enum Attachment {
+    Link(SchedClassifierLinkId),
+    /// The kernel holds it; `qdisc` is ours to remove.
+    Filter {
+        filter: clsact::Filter,
+        name: String,
+        qdisc: bool,
+    },
+}
+
+impl Datapath {
+    /// Where the programs are.
+    pub fn attached(&self) -> impl Iterator<Item = Place> + '_ {
+        self.attached.keys().copied()
+    }
+
+    /// The program of a hook that is in use.
+    pub(super) fn current(&mut self, hook: Hook) -> Result<&mut SchedClassifier> {
+        let [plain, traced] = hook.programs();
+        let name = if self.traced { traced } else { plain };
+        let program = self.program(name)?;
+        if program.fd().is_err() {
+            program
+                .load()
+                .map_err(explain)
+                .with_context(|| format!("load the program {name}"))?;
+        }
+        Ok(program)
+    }
+
+    /// Attaches to a device, in place of what an earlier instance attached.
+    ///
+    /// # Errors
+    /// The device has gone, or the kernel refuses.
+    pub fn attach(&mut self, place: Place, name: &str) -> Result<()> {
+        let attachment = match kernel().attach {
+            Attach::Tcx => self.attach_link(place, name),
+            Attach::Clsact => self.attach_filter(place, name),
+        };
+        let [program, _] = place.1.programs();
+        let attachment = attachment.with_context(|| format!("attach {program} to {name}"))?;
+        self.attached.insert(place, attachment);
+        Ok(())
+    }
+
+    fn attach_link(&mut self, place: Place, name: &str) -> Result<Attachment> {
+        let pin = self.link_pin(place);
+        let program = self.current(place.1)?;
+        let options = TcAttachOptions::TcxOrder(LinkOrder::default());
+        let mut link = program.attach_with_options(name, place.1.attach_type(), options)?;
+        if let Some(pin) = pin {
+            // The new link works before an earlier instance's goes with its pin.
+            let _ = fs::remove_file(&pin);
+            let fd_link: FdLink = program.take_link(link)?.try_into()?;
+            let pinned: PinnedLink = fd_link
+                .pin(&pin)
+                .with_context(|| format!("pin {}", pin.display()))?;
+            link = program.attach_to_link(FdLink::from(pinned).try_into()?)?;
+        }
+        Ok(Attachment::Link(link))
+    }
+
+    fn attach_filter(&mut self, (ifindex, hook): Place, name: &str) -> Result<Attachment> {
+        let made = aya::programs::tc::qdisc_add_clsact(name).is_ok();
+        let mark = self.qdisc_mark(ifindex);
+        if let (true, Some(mark)) = (made, &mark) {
+            fs::create_dir_all(mark).with_context(|| format!("create {}", mark.display()))?;
+        }
+        let qdisc = made || mark.is_some_and(|mark| mark.exists());
+        let (side, handle) = (hook.side(), self.handle);
+        let find = || clsact::find(ifindex, side, handle, &hook.programs());
+        let attached = match find()? {
+            Some(filter) => self.replace_filter(hook, name, &filter),
+            None => {
+                let options = TcAttachOptions::Netlink(NlOptions {
+                    priority: clsact::priority(ifindex, side)?,
+                    handle: TcHandle::from(handle),
+                    classid: None,
+                });
+                let program = self.current(hook)?;
+                program
+                    .attach_with_options(name, hook.attach_type(), options)
+                    .map_err(Into::into)
+                    .and_then(|link| leave_filter(program, link))
+            }
+        };
+        let found = attached.and_then(|()| find()?.context("the filter has gone"));
+        if found.is_err() && made {
+            self.remove_qdisc(ifindex);
+        }
+        Ok(Attachment::Filter {
+            filter: found?,
+            name: name.into(),
+            qdisc,
+        })
+    }
+
+    /// Puts the current program into a filter of ours, in one step.
+    fn replace_filter(&mut self, hook: Hook, name: &str, filter: &clsact::Filter) -> Result<()> {
+        let handle = TcHandle::from(self.handle);
+        let link =
+            SchedClassifierLink::attached(name, hook.attach_type(), filter.priority, handle, None)?;
+        let program = self.current(hook)?;
+        let link = program.attach_to_link(link)?;
+        leave_filter(program, link)
+    }
+
+    /// Attaches to `lo` and detaches again, unless an earlier instance's program is there: some kernels
+    /// load the program and have nothing to attach it to.
+    ///
+    /// # Errors
+    /// What is missing.
+    pub fn rehearse(&mut self) -> Result<()> {
+        const LOOPBACK: u32 = 1;
+        let (ifindex, hook) = (LOOPBACK, Hook::Ingress);
+        if kernel().attach == Attach::Tcx
+            || clsact::find(ifindex, hook.side(), self.handle, &hook.programs())?.is_some()
+        {
+            return Ok(());
+        }
+        self.attach((ifindex, hook), "lo").map_err(|error| {
+            anyhow::anyhow!(
+                "no way to attach eBPF to devices: it takes a kernel from 6.6 on, or the modules \
+                 sch_ingress and cls_bpf ({})",
+                error.root_cause()
+            )
+        })?;
+        self.detach((ifindex, hook));
+        Ok(())
+    }
+
+    /// Detaches from a device that may have gone.
+    pub fn detach(&mut self, place: Place) {
+        match self.attached.remove(&place) {
+            None => {}
+            Some(Attachment::Link(link)) => {
+                if let Some(pin) = self.link_pin(place) {
+                    remove_link(&pin);
+                }
+                if let Ok(program) = self.current(place.1) {
+                    let _ = program.detach(link);
+                }
+            }
+            Some(Attachment::Filter { filter, qdisc, .. }) => {
+                let _ = clsact::remove(&filter);
+                if qdisc {
+                    self.remove_qdisc(place.0);
+                }
+            }
+        }
+    }
+
+    /// Makes every attachment log its packets, or stop it: links are replaced atomically.
+    ///
+    /// # Errors
+    /// The kernel refuses the traced program.
+    pub fn trace(&mut self, on: bool) -> Result<()> {
+        if on == self.traced {
+            return Ok(());
+        }
+        let before = usize::from(self.traced);
+        self.traced = on;
+        for hook in Hook::ALL {
+            let all = self.attached.keys();
+            let places: Vec<_> = all.filter(|place| place.1 == hook).copied().collect();
+            for place in places {
+                self.replace(place, hook.programs()[before])?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Puts the current program in place of another one.
+    fn replace(&mut self, place: Place, other: &str) -> Result<()> {
+        self.current(place.1)?; // is loaded before anything is taken away
+        let attachment = match self.attached.remove(&place) {
+            Some(Attachment::Link(link)) => {
+                let link: SchedClassifierLink = self.program(other)?.take_link(link)?;
+                Attachment::Link(self.current(place.1)?.attach_to_link(link)?)
+            }
+            Some(Attachment::Filter {
+                filter,
+                name,
+                qdisc,
+            }) => {
+                self.replace_filter(place.1, &name, &filter)?;
+                Attachment::Filter {
+                    filter,
+                    name,
+                    qdisc,
+                }
+            }
+            None => return Ok(()),
+        };
+        self.attached.insert(place, attachment);
+        Ok(())
+    }
+
+    /// Removes the attachments that an earlier instance left on devices this one has not.
+    pub fn forget_others(&self) {
+        if kernel().attach == Attach::Clsact {
+            for hook in Hook::ALL {
+                let left = clsact::find_all(hook.side(), self.handle, &hook.programs());
+                for filter in left.unwrap_or_default() {
+                    let ifindex = filter.ifindex;
+                    if self.attached.contains_key(&(ifindex, hook)) {
+                        continue;
+                    }
+                    let _ = clsact::remove(&filter);
+                    if self.qdisc_mark(ifindex).is_some_and(|mark| mark.exists()) {
+                        self.remove_qdisc(ifindex);
+                    }
+                }
+            }
+            return;
+        }
+        let Some(links) = self.pins.as_ref().map(|pins| pins.join("links")) else {
+            return;
+        };
+        let pins = self.attached().map(|(ifindex, hook)| hook.pin(ifindex));
+        let ours: BTreeSet<_> = pins.collect();
+        for entry in fs::read_dir(links).into_iter().flatten().flatten() {
+            let name = entry.file_name();
+            if !name.to_str().is_some_and(|name| ours.contains(name)) {
+                remove_link(&entry.path());
+            }
+        }
+    }
+
+    fn link_pin(&self, (ifindex, hook): Place) -> Option<PathBuf> {
+        self.pins
+            .as_ref()
+            .map(|pins| pins.join("links").join(hook.pin(ifindex)))
+    }
+
+    /// A folder that says that a device's clsact qdisc is ours; bpffs holds nothing else.
+    fn qdisc_mark(&self, ifindex: u32) -> Option<PathBuf> {
+        self.pins
+            .as_ref()
+            .map(|pins| pins.join(QDISCS).join(ifindex.to_string()))
+    }
+
+    fn remove_qdisc(&self, ifindex: u32) {
+        let _ = clsact::remove_idle_qdisc(ifindex);
+        if let Some(mark) = self.qdisc_mark(ifindex) {
+            let _ = fs::remove_dir(mark);
+        }
+    }
+}
+
+/// Takes a filter out of aya's hands, which would remove it at the end of this process.
+fn leave_filter(program: &mut SchedClassifier, link: SchedClassifierLinkId) -> Result<()> {
+    std::mem::forget(program.take_link(link)?);
+    Ok(())
+}
