@@ -120,6 +120,8 @@ pub struct Interface {
     pub delivery: u32,
     /// The longest packet that it takes, without the link header.
     pub mtu: u32,
+    /// Not 0 where the XDP program is attached.
+    pub xdp: u32,
 }
 
 /// The priority (SO_PRIORITY) of sockets that answer from a port of a wide range, by the instance's mark. Its low four

@@ -26,6 +26,8 @@ reasons! {
     ForwardedReply = "forwarded_reply",
     /// Translated and delivered: an ICMP error about a packet of a flow, in either direction.
     ForwardedError = "forwarded_error",
+    /// Translated and sent on to another machine by XDP, in either direction.
+    ForwardedEarly = "forwarded_xdp",
     /// A new flow was made.
     NewFlow = "new_flow",
     /// Passed: neither a published port nor a reply of a flow. Not counted, to cost others nothing.

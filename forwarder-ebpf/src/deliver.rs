@@ -13,7 +13,7 @@ use forwarder_common::{
     reason::Reason,
 };
 
-use crate::{maps::INTERFACES, parse, parse::Packet, rewrite};
+use crate::{frame::header, maps::INTERFACES, parse, parse::Packet, rewrite};
 
 const PACKET_HOST: u32 = 0;
 const LOOPBACK_IFINDEX: u32 = 1;
@@ -91,7 +91,7 @@ pub fn fits(ctx: &TcContext) -> Result<(), Reason> {
 /// Where replies go to the client of this packet: out of the device that it came in by.
 #[inline(always)]
 pub fn back(ctx: &TcContext, ifindex: u32, delivery: u32) -> Result<Hop, Reason> {
-    let ethernet = parse::header::<parse::Ethernet>(ctx, 0).ok_or(Reason::NotOurs)?;
+    let ethernet = header::<parse::Ethernet>(ctx, 0).ok_or(Reason::NotOurs)?;
     // SAFETY: `header` checked the bounds; packed structs have no alignment.
     let (mac, source_mac) = unsafe { ((*ethernet).source, (*ethernet).destination) };
     Ok(Hop {

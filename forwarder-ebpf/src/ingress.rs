@@ -143,7 +143,11 @@ fn before_backend(
 /// The flow of a packet from the client's side. `key` is the tuple after DNAT and becomes the
 /// flow's key.
 #[inline(always)]
-fn original(packet: &Packet, published: &Published, key: &mut Tuple) -> Option<&'static mut Flow> {
+pub fn original(
+    packet: &Packet,
+    published: &Published,
+    key: &mut Tuple,
+) -> Option<&'static mut Flow> {
     if publish::needs_snat(packet, published.publish) {
         key.source = published.publish.source;
     } else if let Some(flow) = flow::get_original(key, packet) {

@@ -14,9 +14,11 @@
 
 mod clock;
 mod deliver;
+mod early;
 mod egress;
 mod flow;
 mod fragment;
+mod frame;
 mod icmp;
 mod ingress;
 mod maps;
@@ -29,9 +31,9 @@ mod trace;
 mod verdict;
 
 use aya_ebpf::{
-    bindings::{__sk_buff, TC_ACT_UNSPEC, sk_action::SK_PASS},
-    macros::{cgroup_sock_addr, classifier, sk_lookup},
-    programs::{SkLookupContext, SockAddrContext, TcContext},
+    bindings::{__sk_buff, TC_ACT_UNSPEC, sk_action::SK_PASS, xdp_action},
+    macros::{cgroup_sock_addr, classifier, sk_lookup, xdp},
+    programs::{SkLookupContext, SockAddrContext, TcContext, XdpContext},
 };
 
 use crate::trace::Trail;
@@ -84,6 +86,18 @@ fn egress_followed(skb: *mut __sk_buff, trail: &mut Trail) -> i32 {
     let verdict = egress::egress(&TcContext::new(skb), trail);
     trail.ended(&verdict);
     verdict::action(verdict)
+}
+
+/// XDP of uplinks.
+#[xdp]
+pub fn early(ctx: XdpContext) -> u32 {
+    early::early(&ctx)
+}
+
+/// In its place while somebody looks on: tc carries everything, and shows it.
+#[xdp]
+pub fn early_traced(_: XdpContext) -> u32 {
+    xdp_action::XDP_PASS
 }
 
 /// The kernel looks for the socket of a new connection or a datagram, in the instance's network namespace.

@@ -8,6 +8,8 @@ use forwarder_common::{
     tuple::{Address, TCP, Tuple, UDP},
 };
 
+use crate::frame::{Frame, header};
+
 /// Offsets from the start of the frame. IPv4 with options and IPv6 with extension headers are left
 /// to the slow path, so the transport header has one place in each family.
 pub const L3: usize = 14;
@@ -198,27 +200,13 @@ pub fn length_on_the_wire(ctx: &TcContext, packet: &Packet) -> u32 {
     whole.min((l4 - L3) as u32 + transport + segment)
 }
 
-/// A pointer to a header, if the frame's linear part holds all of it.
-#[inline(always)]
-pub fn header<T>(ctx: &TcContext, offset: usize) -> Option<*mut T> {
-    let start = ctx.data() + offset;
-    // VERIFIER: the comparison with data_end, of the very pointer that is used, is what allows access.
-    if start + size_of::<T>() > ctx.data_end() {
-        None
-    } else {
-        Some(start as *mut T)
-    }
-}
-
 /// Reads what the pipeline needs.
 ///
 /// # Errors
 /// `NotOurs` for everything that cannot belong to a published port.
 #[inline(always)]
-pub fn packet(ctx: &TcContext) -> Result<Packet, Reason> {
-    // SAFETY: `skb` is the context that the kernel gave; its fields are readable.
-    let (vlan, ifindex) = unsafe { ((*ctx.skb.skb).vlan_present, (*ctx.skb.skb).ifindex) };
-    if vlan != 0 {
+pub fn packet(frame: &impl Frame) -> Result<Packet, Reason> {
+    if frame.is_tagged() {
         return Err(Reason::NotOurs); // comes again, untagged, on the VLAN's own device
     }
     // VERIFIER: filled in place. As results of their own, each family's would have its room on the stack.
@@ -231,19 +219,19 @@ pub fn packet(ctx: &TcContext) -> Result<Packet, Reason> {
         dont_fragment: true,
         ttl: 0,
         flags: 0,
-        length: ctx.len(),
-        ifindex,
+        length: frame.length(),
+        ifindex: frame.ifindex(),
     };
-    let ethernet = header::<Ethernet>(ctx, 0).ok_or(Reason::NotOurs)?;
+    let ethernet = header::<Ethernet>(frame, 0).ok_or(Reason::NotOurs)?;
     // SAFETY: `header` checked the bounds; packed structs have no alignment.
     match unsafe { (*ethernet).ethertype } {
         ETHERTYPE_IPV4 => {
-            linear(ctx, L4_V4 + TCP_LENGTH)?;
-            ipv4(ctx, &mut packet)?;
+            linear(frame, L4_V4 + TCP_LENGTH)?;
+            ipv4(frame, &mut packet)?;
         }
         ETHERTYPE_IPV6 => {
-            linear(ctx, L4_V6 + TCP_LENGTH)?;
-            ipv6(ctx, &mut packet)?;
+            linear(frame, L4_V6 + TCP_LENGTH)?;
+            ipv6(frame, &mut packet)?;
         }
         _ => return Err(Reason::NotOurs),
     }
@@ -254,18 +242,20 @@ pub fn packet(ctx: &TcContext) -> Result<Packet, Reason> {
 /// Brings so many bytes, or all that there are, into the frame's linear part. Locally sent TCP has its headers
 /// there and its payload elsewhere: a byte more would copy both.
 #[inline(always)]
-fn linear(ctx: &TcContext, wanted: usize) -> Result<(), Reason> {
-    let have = ctx.data_end() - ctx.data();
-    if have < wanted && have < ctx.len() as usize {
-        let wanted = ctx.len().min(wanted as u32);
-        ctx.pull_data(wanted).map_err(|_| Reason::NotOurs)?;
+fn linear(frame: &impl Frame, wanted: usize) -> Result<(), Reason> {
+    let have = frame.data_end() - frame.data();
+    if have < wanted
+        && have < frame.length() as usize
+        && !frame.pull(frame.length().min(wanted as u32))
+    {
+        return Err(Reason::NotOurs);
     }
     Ok(())
 }
 
 #[inline(always)]
-fn ipv4(ctx: &TcContext, packet: &mut Packet) -> Result<(), Reason> {
-    let ip = header::<Ipv4>(ctx, L3).ok_or(Reason::NotOurs)?;
+fn ipv4(frame: &impl Frame, packet: &mut Packet) -> Result<(), Reason> {
+    let ip = header::<Ipv4>(frame, L3).ok_or(Reason::NotOurs)?;
     // SAFETY: `header` checked the bounds; packed structs have no alignment.
     let ip = unsafe { &*ip };
     if ip.version_and_length != 0x45 {
@@ -277,13 +267,13 @@ fn ipv4(ctx: &TcContext, packet: &mut Packet) -> Result<(), Reason> {
     packet.ttl = ip.ttl;
     packet.protocol = ip.protocol;
     if ip.protocol != TCP && ip.protocol != UDP {
-        return icmp::v4(ctx, packet);
+        return icmp::v4(frame, packet);
     }
     packet.part = part(fragment & OFFSET != 0, fragment & MORE != 0);
     packet.id = ip.id as u32;
     packet.tuple.source = Address::from_v4(ip.source);
     packet.tuple.destination = Address::from_v4(ip.destination);
-    transport(ctx, L4_V4, packet)
+    transport(frame, L4_V4, packet)
 }
 
 #[inline(always)]
@@ -296,8 +286,8 @@ fn part(has_offset: bool, more: bool) -> Part {
 }
 
 #[inline(always)]
-fn ipv6(ctx: &TcContext, packet: &mut Packet) -> Result<(), Reason> {
-    let ip = header::<Ipv6>(ctx, L3).ok_or(Reason::NotOurs)?;
+fn ipv6(frame: &impl Frame, packet: &mut Packet) -> Result<(), Reason> {
+    let ip = header::<Ipv6>(frame, L3).ok_or(Reason::NotOurs)?;
     // SAFETY: `header` checked the bounds; packed structs have no alignment.
     let ip = unsafe { &*ip };
     packet.ttl = ip.hop_limit;
@@ -306,8 +296,8 @@ fn ipv6(ctx: &TcContext, packet: &mut Packet) -> Result<(), Reason> {
     packet.tuple.destination = Address(ip.destination);
     let mut l4 = L4_V6;
     if ip.next_header == FRAGMENT_HEADER {
-        linear(ctx, L4_V6_FRAGMENT + TCP_LENGTH)?;
-        let fragment = header::<FragmentHeader>(ctx, L4_V6).ok_or(Reason::NotOurs)?;
+        linear(frame, L4_V6_FRAGMENT + TCP_LENGTH)?;
+        let fragment = header::<FragmentHeader>(frame, L4_V6).ok_or(Reason::NotOurs)?;
         // SAFETY: `header` checked the bounds; packed structs have no alignment.
         let fragment = unsafe { &*fragment };
         // A fragment that is all of its datagram (RFC 6946) counts as the first: its header is there.
@@ -318,13 +308,13 @@ fn ipv6(ctx: &TcContext, packet: &mut Packet) -> Result<(), Reason> {
     }
     if packet.protocol != TCP && packet.protocol != UDP {
         if matches!(packet.protocol, HOP_BY_HOP | ROUTING | DESTINATION) {
-            let next = header::<u8>(ctx, l4).ok_or(Reason::NotOurs)?;
+            let next = header::<u8>(frame, l4).ok_or(Reason::NotOurs)?;
             // SAFETY: `header` checked the bounds.
             return Err(behind_options(unsafe { *next }));
         }
-        return icmp::v6(ctx, packet);
+        return icmp::v6(frame, packet);
     }
-    transport(ctx, l4, packet)
+    transport(frame, l4, packet)
 }
 
 /// What is behind them is the slow path's. Only what could be ours is counted.
@@ -339,19 +329,19 @@ fn behind_options(protocol: u8) -> Reason {
 
 /// The ports, and TCP's flags.
 #[inline(always)]
-fn transport(ctx: &TcContext, offset: usize, packet: &mut Packet) -> Result<(), Reason> {
+fn transport(frame: &impl Frame, offset: usize, packet: &mut Packet) -> Result<(), Reason> {
     if packet.part == Part::Later {
         return Ok(());
     }
     // SAFETY (both): `header` checked the bounds; packed structs have no alignment.
     let ports = if packet.protocol == TCP {
-        let tcp = header::<Tcp>(ctx, offset).ok_or(Reason::NotOurs)?;
+        let tcp = header::<Tcp>(frame, offset).ok_or(Reason::NotOurs)?;
         // SAFETY: as above.
         let tcp = unsafe { &*tcp };
         packet.flags = tcp.flags;
         &tcp.ports
     } else {
-        let udp = header::<Udp>(ctx, offset).ok_or(Reason::NotOurs)?;
+        let udp = header::<Udp>(frame, offset).ok_or(Reason::NotOurs)?;
         // SAFETY: as above.
         unsafe { &(*udp).ports }
     };

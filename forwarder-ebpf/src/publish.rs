@@ -95,18 +95,10 @@ pub fn arrived(packet: &Packet) -> Result<(), Reason> {
 #[inline(always)]
 pub fn admit(packet: &Packet, published: &Published) -> Result<(), Reason> {
     let (tuple, publish) = (&packet.tuple, published.publish);
-    let from_outside = !packet.is_from_this_host();
-    if from_outside
-        && (!tuple.source.is_unicast() || tuple.source.is_loopback() || is_local(tuple.source))
-    {
-        return Err(Reason::Martian);
-    }
     if packet.protocol == TCP && !packet.opens() {
         return Err(Reason::NotSyn);
     }
-    if publish.flags & flag::ALLOW_LIST != 0 && !allowed(published.index, tuple.source) {
-        return Err(Reason::NotAllowed);
-    }
+    permitted(packet, published)?;
     if publish.backend.is_v4() != packet.is_v4 {
         return Err(Reason::OtherFamily);
     }
@@ -118,6 +110,23 @@ pub fn admit(packet: &Packet, published: &Published) -> Result<(), Reason> {
     }
     if publish.hop.delivery == delivery::NONE {
         return Err(Reason::Unresolved);
+    }
+    Ok(())
+}
+
+/// Whether the packet's source may ask at all.
+///
+/// # Errors
+/// `Martian` or `NotAllowed`.
+#[inline(always)]
+pub fn permitted(packet: &Packet, published: &Published) -> Result<(), Reason> {
+    let source = packet.tuple.source;
+    let from_outside = !packet.is_from_this_host();
+    if from_outside && (!source.is_unicast() || source.is_loopback() || is_local(source)) {
+        return Err(Reason::Martian);
+    }
+    if published.publish.flags & flag::ALLOW_LIST != 0 && !allowed(published.index, source) {
+        return Err(Reason::NotAllowed);
     }
     Ok(())
 }

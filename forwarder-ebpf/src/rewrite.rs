@@ -1,6 +1,7 @@
 //! The only writer of packet bytes: addresses, ports, TTL, their checksums, and MACs.
 
 mod answer;
+mod complete;
 mod icmp;
 
 use aya_ebpf::{
@@ -15,9 +16,11 @@ use forwarder_common::{
 };
 
 pub use answer::into_error;
+pub use complete::complete;
 
-use crate::parse::{
-    Ethernet, Ipv4, Ipv6, L3, Packet, Part, Ports, TCP_CHECKSUM, UDP_CHECKSUM, header,
+use crate::{
+    frame::{Frame, header},
+    parse::{Ethernet, Ipv4, Ipv6, L3, Packet, Part, Ports, TCP_CHECKSUM, UDP_CHECKSUM},
 };
 
 /// Gives the packet the addresses and ports of `new`, and takes one from the TTL or hop limit if
@@ -48,12 +51,7 @@ pub fn tuple(ctx: &TcContext, packet: &Packet, new: &Tuple, hop: bool) -> Result
         return Ok(()); // the transport header, and the checksum over all parts, is in the first
     }
     let l4 = packet.l4();
-    let ports = header::<Ports>(ctx, l4).ok_or(Reason::Unwritable)?;
-    // SAFETY: `header` checked the bounds; packed structs have no alignment.
-    unsafe {
-        (*ports).source = new.source_port;
-        (*ports).destination = new.destination_port;
-    }
+    ports(ctx, l4, new)?;
     let old_ports = old.source_port as u32 | (old.destination_port as u32) << 16;
     let new_ports = new.source_port as u32 | (new.destination_port as u32) << 16;
 
@@ -71,6 +69,17 @@ pub fn tuple(ctx: &TcContext, packet: &Packet, new: &Tuple, hop: bool) -> Result
     if old_ports != new_ports {
         ctx.l4_csum_replace(field, old_ports as u64, new_ports as u64, flags | 4)
             .map_err(|_| Reason::Unwritable)?;
+    }
+    Ok(())
+}
+
+#[inline(always)]
+fn ports(frame: &impl Frame, l4: usize, new: &Tuple) -> Result<(), Reason> {
+    let ports = header::<Ports>(frame, l4).ok_or(Reason::Unwritable)?;
+    // SAFETY: `header` checked the bounds; packed structs have no alignment.
+    unsafe {
+        (*ports).source = new.source_port;
+        (*ports).destination = new.destination_port;
     }
     Ok(())
 }
@@ -133,14 +142,14 @@ fn pseudo_header(
 /// The header at `offset`, of which `addresses` is the change.
 #[inline(always)]
 fn ipv4(
-    ctx: &TcContext,
+    frame: &impl Frame,
     offset: usize,
     source: u32,
     destination: u32,
     addresses: u32,
     hop: bool,
 ) -> Result<(), Reason> {
-    let ip = header::<Ipv4>(ctx, offset).ok_or(Reason::Unwritable)?;
+    let ip = header::<Ipv4>(frame, offset).ok_or(Reason::Unwritable)?;
     // SAFETY: `header` checked the bounds; packed structs have no alignment.
     let ip = unsafe { &mut *ip };
     let mut change = addresses;
@@ -155,8 +164,8 @@ fn ipv4(
 }
 
 #[inline(always)]
-fn ipv6(ctx: &TcContext, new: &Tuple, hop: bool) -> Result<(), Reason> {
-    let ip = header::<Ipv6>(ctx, L3).ok_or(Reason::Unwritable)?;
+fn ipv6(frame: &impl Frame, new: &Tuple, hop: bool) -> Result<(), Reason> {
+    let ip = header::<Ipv6>(frame, L3).ok_or(Reason::Unwritable)?;
     // SAFETY: `header` checked the bounds; packed structs have no alignment.
     let ip = unsafe { &mut *ip };
     ip.hop_limit -= hop as u8;
@@ -170,8 +179,8 @@ fn ipv6(ctx: &TcContext, new: &Tuple, hop: bool) -> Result<(), Reason> {
 /// # Errors
 /// `Unwritable` if the frame is too short, which the parser excludes.
 #[inline(always)]
-pub fn macs(ctx: &TcContext, destination: [u8; 6], source: [u8; 6]) -> Result<(), Reason> {
-    let ethernet = header::<Ethernet>(ctx, 0).ok_or(Reason::Unwritable)?;
+pub fn macs(frame: &impl Frame, destination: [u8; 6], source: [u8; 6]) -> Result<(), Reason> {
+    let ethernet = header::<Ethernet>(frame, 0).ok_or(Reason::Unwritable)?;
     // SAFETY: `header` checked the bounds; packed structs have no alignment.
     unsafe {
         (*ethernet).destination = destination;

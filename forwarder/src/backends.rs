@@ -1,7 +1,7 @@
 //! Decides, from a snapshot and without IO: how packets get to a backend, which devices the program is
 //! attached to, and how replies leave by each.
 
-use std::net::IpAddr;
+use std::{collections::BTreeSet, net::IpAddr};
 
 use forwarder_common::{
     flow::{Hop, delivery},
@@ -9,7 +9,11 @@ use forwarder_common::{
     tuple::Address,
 };
 
-use crate::interfaces::{Kind, Link, Route, Snapshot};
+use crate::{
+    cli::XdpChoice,
+    datapath::xdp::Mode,
+    interfaces::{Kind, Link, Route, Snapshot},
+};
 
 /// How the fast path reaches a backend.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -159,6 +163,22 @@ pub fn attached(snapshot: &Snapshot) -> impl Iterator<Item = (u32, &Link)> {
     })
 }
 
+/// The devices that get the XDP program, and how: uplinks. Not veths by default: with native XDP the other end loses
+/// TSO; and not generically by default, which comes after GRO and copies.
+pub fn with_xdp(snapshot: &Snapshot, choice: XdpChoice) -> impl Iterator<Item = (u32, Mode)> {
+    let uplinks = interfaces(snapshot).filter(|(_, i)| i.delivery == delivery::NEIGHBOUR);
+    let uplinks: BTreeSet<u32> = uplinks.map(|(index, _)| index).collect();
+    attached(snapshot).filter_map(move |(index, link)| {
+        let mode = match (choice, link.kind) {
+            (XdpChoice::Off, _) | (_, Kind::Loopback | Kind::Tun) => return None,
+            (XdpChoice::Auto, Kind::Veth { .. }) => return None,
+            (XdpChoice::Auto | XdpChoice::Native, _) => Mode::Native,
+            (XdpChoice::Generic, _) => Mode::Generic,
+        };
+        uplinks.contains(&index).then_some((index, mode))
+    })
+}
+
 /// How packets leave by each device. Replies to a client that came in by it go back to the MAC where a container or
 /// a virtual machine is behind it; the others are uplinks.
 pub fn interfaces(snapshot: &Snapshot) -> impl Iterator<Item = (u32, Interface)> {
@@ -177,7 +197,14 @@ pub fn interfaces(snapshot: &Snapshot) -> impl Iterator<Item = (u32, Interface)>
             .filter(|_| bridged || routed)
             .unwrap_or(delivery::NEIGHBOUR);
         let mtu = link.mtu;
-        (index, Interface { delivery, mtu })
+        (
+            index,
+            Interface {
+                delivery,
+                mtu,
+                xdp: 0,
+            },
+        )
     })
 }
 

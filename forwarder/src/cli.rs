@@ -75,6 +75,10 @@ pub struct Run {
     /// Who carries the packets; `auto` decides for each publish.
     #[arg(long, value_enum, default_value_t = DatapathChoice::Auto)]
     pub datapath: DatapathChoice,
+    /// Whether XDP drops what is refused and carries what has a backend on another machine: in the driver (`native`),
+    /// in the stack's receive path (`generic`), or not at all. `auto`: native on devices that can, but for veths.
+    #[arg(long, value_enum, default_value_t = XdpChoice::Auto)]
+    pub xdp: XdpChoice,
     /// Let this host's FORWARD rules (DOCKER-USER, ufw, firewalld) decide on the traffic of other machines: it goes
     /// through the stack, slower.
     #[arg(long)]
@@ -98,6 +102,14 @@ pub enum DatapathChoice {
     Auto,
     Ebpf,
     Userland,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum XdpChoice {
+    Auto,
+    Native,
+    Generic,
+    Off,
 }
 
 #[derive(Clone, Copy, Debug, clap::Args)]

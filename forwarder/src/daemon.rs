@@ -13,7 +13,11 @@ mod network;
 mod report;
 
 use anyhow::{Context as _, Result, bail};
-use forwarder_common::{flow::Timeouts, limits, publish::Publish as Entry};
+use forwarder_common::{
+    flow::Timeouts,
+    limits,
+    publish::{Interface, Publish as Entry},
+};
 use futures_util::StreamExt as _;
 use ipnet::IpNet;
 use serde::Serialize;
@@ -77,6 +81,10 @@ pub struct Daemon {
     last_id: u32,
     timeouts: Timeouts,
     tracing: broadcast::Sender<String>,
+    /// What `INTERFACES` holds.
+    interfaces: BTreeMap<u32, Interface>,
+    /// Devices that XDP cannot be had on.
+    without_xdp: BTreeSet<u32>,
     /// The traced program's lines are being read.
     logging: bool,
     /// When the kernel was last asked for a backend's MAC, by device and address.
@@ -154,6 +162,8 @@ impl Daemon {
             last_id: 0,
             timeouts: Timeouts::default(),
             tracing: broadcast::channel(1024).0,
+            interfaces: BTreeMap::new(),
+            without_xdp: BTreeSet::new(),
             logging: false,
             asked: HashMap::new(),
         };
@@ -256,6 +266,7 @@ impl Daemon {
                 }
             }
         }
+        self.reconcile_interfaces()?;
         self.ask_for_neighbours().await;
         Ok(ids)
     }

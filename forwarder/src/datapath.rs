@@ -2,6 +2,7 @@
 
 pub mod devices;
 mod steering;
+pub mod xdp;
 
 use std::{
     collections::BTreeMap,
@@ -17,7 +18,7 @@ use std::{
 use anyhow::{Context as _, Result, bail};
 use aya::{
     Ebpf, EbpfLoader, VerifierLogLevel,
-    programs::{SchedClassifier, TestRun as _, TestRunOptions},
+    programs::{SchedClassifier, TestRun as _, TestRunOptions, xdp::XdpLinkId},
 };
 use tokio::io::{Interest, unix::AsyncFd};
 
@@ -57,6 +58,8 @@ pub struct Datapath {
     /// Handle of this instance's filters.
     handle: u32,
     attached: BTreeMap<Place, Attachment>,
+    /// Devices with the XDP program.
+    xdp: BTreeMap<u32, (xdp::Mode, XdpLinkId)>,
     traced: bool,
     own_mark: u32,
     /// The programs for wide ranges are attached.
@@ -135,6 +138,7 @@ impl Datapath {
             pins,
             handle: clsact::handle(&options.instance),
             attached: BTreeMap::new(),
+            xdp: BTreeMap::new(),
             traced: false,
             own_mark,
             steering: false,
@@ -199,6 +203,9 @@ impl Datapath {
     pub fn remove(mut self) {
         for place in self.attached.keys().copied().collect::<Vec<_>>() {
             self.detach(place);
+        }
+        for ifindex in self.xdp.keys().copied().collect::<Vec<_>>() {
+            self.detach_xdp(ifindex);
         }
         if let Some(directory) = self.pins.as_deref().and_then(Path::parent) {
             let _ = remove_pins(directory);

@@ -14,6 +14,7 @@ mod machine;
 mod matrix;
 mod promises;
 mod range;
+mod remote;
 mod respect;
 mod restart;
 mod restricted;

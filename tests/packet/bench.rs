@@ -112,6 +112,7 @@ pub(crate) fn bench_with_ports(snat: (u16, u32), scenario: impl FnOnce(&mut Benc
         let container = Interface {
             delivery: delivery::PEER,
             mtu: 1500,
+            xdp: 0,
         };
         bench
             .datapath

@@ -181,7 +181,11 @@ impl Arena {
                 (veth, "veth0", delivery::PEER),
             ] {
                 let mtu = if name == "eth0" { MTU } else { 1500 };
-                let interface = Interface { delivery, mtu };
+                let interface = Interface {
+                    delivery,
+                    mtu,
+                    xdp: 0,
+                };
                 datapath.maps.set_interface(index, Some(interface)).unwrap();
                 datapath.attach((index, Hook::Ingress), name).unwrap();
             }

@@ -97,6 +97,7 @@ fn narrow_uplink(bench: &mut Bench) {
     let uplink = Interface {
         delivery: delivery::NEIGHBOUR,
         mtu: MTU as u32,
+        xdp: 0,
     };
     let maps = &mut bench.datapath.maps;
     maps.set_interface(bench.uplink, Some(uplink)).unwrap();
@@ -201,6 +202,7 @@ fn a_container_takes_packets_of_any_length() {
             let interface = Interface {
                 delivery: delivery::PEER,
                 mtu: MTU as u32,
+                xdp: 0,
             };
             let maps = &mut bench.datapath.maps;
             maps.set_interface(bench.container, Some(interface))

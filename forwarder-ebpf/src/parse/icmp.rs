@@ -1,7 +1,6 @@
 //! Reads ICMP errors that quote TCP or UDP, as packets of the conversation that they are about. All other ICMP
 //! is not ours. What an error says (its type, code and MTU) passes through unread.
 
-use aya_ebpf::programs::TcContext;
 use forwarder_common::{
     reason::Reason,
     tuple::{Address, TCP, UDP},
@@ -9,8 +8,9 @@ use forwarder_common::{
 
 use super::{
     ICMP, ICMP_LENGTH, ICMPV6, Icmp, Ipv4, Ipv6, L3, L4_V4, L4_V6, MORE, OFFSET, Packet, Part,
-    Ports, TCP_LENGTH, Udp, header, linear,
+    Ports, TCP_LENGTH, Udp, linear,
 };
+use crate::frame::{Frame, header};
 
 /// What an error quotes of the transport header at least (RFC 792).
 const QUOTED_LENGTH: usize = 8;
@@ -18,16 +18,16 @@ const QUOTED_LENGTH: usize = 8;
 /// Destination unreachable, source quench, time exceeded, parameter problem (RFC 792). A redirect is for the
 /// router that it is sent to, and is left to this host. The outer header was read.
 #[inline(always)]
-pub(super) fn v4(ctx: &TcContext, packet: &mut Packet) -> Result<(), Reason> {
+pub(super) fn v4(frame: &impl Frame, packet: &mut Packet) -> Result<(), Reason> {
     const QUOTED: usize = L4_V4 + ICMP_LENGTH;
     if packet.protocol != ICMP {
         return Err(Reason::NotOurs);
     }
-    linear(ctx, QUOTED + 20 + TCP_LENGTH)?;
-    let outer = header::<Ipv4>(ctx, L3).ok_or(Reason::NotOurs)?;
-    let message = header::<Icmp>(ctx, L4_V4).ok_or(Reason::NotOurs)?;
-    let quoted = header::<Ipv4>(ctx, QUOTED).ok_or(Reason::NotOurs)?;
-    let transport = header::<Udp>(ctx, QUOTED + 20).ok_or(Reason::NotOurs)?;
+    linear(frame, QUOTED + 20 + TCP_LENGTH)?;
+    let outer = header::<Ipv4>(frame, L3).ok_or(Reason::NotOurs)?;
+    let message = header::<Icmp>(frame, L4_V4).ok_or(Reason::NotOurs)?;
+    let quoted = header::<Ipv4>(frame, QUOTED).ok_or(Reason::NotOurs)?;
+    let transport = header::<Udp>(frame, QUOTED + 20).ok_or(Reason::NotOurs)?;
     // SAFETY: `header` checked the bounds of all four; packed structs have no alignment.
     let (outer, message, quoted, ports) =
         unsafe { (&*outer, &*message, &*quoted, &(*transport).ports) };
@@ -51,16 +51,16 @@ pub(super) fn v4(ctx: &TcContext, packet: &mut Packet) -> Result<(), Reason> {
 /// Destination unreachable, packet too big, time exceeded, parameter problem (RFC 4443 section 3). The outer
 /// header was read.
 #[inline(always)]
-pub(super) fn v6(ctx: &TcContext, packet: &mut Packet) -> Result<(), Reason> {
+pub(super) fn v6(frame: &impl Frame, packet: &mut Packet) -> Result<(), Reason> {
     const QUOTED: usize = L4_V6 + ICMP_LENGTH;
     if packet.protocol != ICMPV6 || packet.part != Part::Whole {
         return Err(Reason::NotOurs);
     }
-    linear(ctx, QUOTED + 40 + TCP_LENGTH)?;
-    let outer = header::<Ipv6>(ctx, L3).ok_or(Reason::NotOurs)?;
-    let message = header::<Icmp>(ctx, L4_V6).ok_or(Reason::NotOurs)?;
-    let quoted = header::<Ipv6>(ctx, QUOTED).ok_or(Reason::NotOurs)?;
-    let transport = header::<Udp>(ctx, QUOTED + 40).ok_or(Reason::NotOurs)?;
+    linear(frame, QUOTED + 40 + TCP_LENGTH)?;
+    let outer = header::<Ipv6>(frame, L3).ok_or(Reason::NotOurs)?;
+    let message = header::<Icmp>(frame, L4_V6).ok_or(Reason::NotOurs)?;
+    let quoted = header::<Ipv6>(frame, QUOTED).ok_or(Reason::NotOurs)?;
+    let transport = header::<Udp>(frame, QUOTED + 40).ok_or(Reason::NotOurs)?;
     // SAFETY: `header` checked the bounds of all four; packed structs have no alignment.
     let (outer, message, quoted, ports) =
         unsafe { (&*outer, &*message, &*quoted, &(*transport).ports) };

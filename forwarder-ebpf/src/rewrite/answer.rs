@@ -14,9 +14,10 @@ use forwarder_common::{
     tuple::{Address, TCP},
 };
 
+use crate::frame::header;
 use crate::parse::{
     FRAGMENT_HEADER, ICMP, ICMP_LENGTH, ICMPV6, Icmp, Ipv4, Ipv6, L3, L4_V4, L4_V6, Packet,
-    TCP_CHECKSUM, UDP_CHECKSUM, header,
+    TCP_CHECKSUM, UDP_CHECKSUM,
 };
 
 /// What an error quotes at most: it has 576 octets, or IPv6's least MTU, and so goes everywhere.

@@ -8,7 +8,8 @@ use aya_ebpf::{bindings::__sk_buff, helpers::bpf_csum_diff, programs::TcContext}
 use forwarder_common::{checksum, reason::Reason, tuple::Tuple};
 
 use super::{ipv4, pseudo_header};
-use crate::parse::{ICMP_LENGTH, Ipv4, Ipv6, L3, L4_V4, L4_V6, Ports, Tcp, Udp, header};
+use crate::frame::header;
+use crate::parse::{ICMP_LENGTH, Ipv4, Ipv6, L3, L4_V4, L4_V6, Ports, Tcp, Udp};
 
 /// Bits of `how`.
 pub(super) const HOP: u32 = 1;

@@ -13,7 +13,7 @@ use forwarder_common::{
     tuple::Address,
 };
 use tokio::time::Instant;
-use tracing::{debug, warn};
+use tracing::{debug, info, warn};
 
 use super::{
     ASK_AGAIN, Daemon,
@@ -21,6 +21,7 @@ use super::{
 };
 use crate::{
     backends::{self, Resolved},
+    cli::XdpChoice,
     datapath::devices::{Hook, Place},
     interfaces::Snapshot,
     spec::Protocol,
@@ -46,6 +47,7 @@ impl Daemon {
         for id in ids {
             self.resolve(id)?;
         }
+        self.reconcile_interfaces()?;
         self.ask_for_neighbours().await;
         Ok(())
     }
@@ -121,15 +123,54 @@ impl Daemon {
         for address in old.symmetric_difference(&new) {
             datapath.maps.set_local(*address, new.contains(address))?;
         }
-        let old: BTreeMap<u32, Interface> = backends::interfaces(before).collect();
-        let new: BTreeMap<u32, Interface> = backends::interfaces(&self.snapshot).collect();
-        for ifindex in old.keys().chain(new.keys()).collect::<BTreeSet<_>>() {
-            if old.get(ifindex) != new.get(ifindex) {
-                datapath
-                    .maps
-                    .set_interface(*ifindex, new.get(ifindex).copied())?;
+        self.reconcile_interfaces()
+    }
+
+    /// The XDP program on the devices that it belongs on, and `INTERFACES`, which says where it is.
+    pub(super) fn reconcile_interfaces(&mut self) -> Result<()> {
+        let Some(datapath) = &mut self.datapath else {
+            return Ok(());
+        };
+        let entries = self.publishes.values().filter_map(|p| p.entry);
+        let has_work = entries
+            .into_iter()
+            .any(|entry| entry.flags & (flag::REMOTE | flag::ALLOW_LIST) != 0);
+        let (links, mode) = (&self.snapshot.links, self.options.xdp);
+        let gone = datapath.xdp().map(|(ifindex, _)| ifindex);
+        let gone: Vec<u32> = gone.filter(|i| !links.contains_key(i)).collect();
+        gone.into_iter().for_each(|i| datapath.detach_xdp(i));
+        self.without_xdp.retain(|i| links.contains_key(i));
+        for (ifindex, mode) in backends::with_xdp(&self.snapshot, mode).filter(|_| has_work) {
+            let there = datapath.xdp().any(|(there, _)| there == ifindex);
+            if there || self.without_xdp.contains(&ifindex) {
+                continue;
+            }
+            let name = &links[&ifindex].name;
+            match datapath.attach_xdp(ifindex, mode) {
+                Ok(()) => info!("{name} has XDP, {}", mode.name()),
+                Err(error) => {
+                    self.without_xdp.insert(ifindex);
+                    let why = format!("{name} has no {} XDP, tc does it: {error:#}", mode.name());
+                    if self.options.xdp == XdpChoice::Auto {
+                        debug!("{why}");
+                    } else {
+                        warn!("{why}");
+                    }
+                }
             }
         }
+        let mut new: BTreeMap<u32, Interface> = backends::interfaces(&self.snapshot).collect();
+        for (ifindex, _) in datapath.xdp() {
+            new.entry(ifindex).and_modify(|interface| interface.xdp = 1);
+        }
+        let old = &self.interfaces;
+        for ifindex in old.keys().chain(new.keys()).collect::<BTreeSet<_>>() {
+            if old.get(ifindex) != new.get(ifindex) {
+                let interface = new.get(ifindex).copied();
+                datapath.maps.set_interface(*ifindex, interface)?;
+            }
+        }
+        self.interfaces = new;
         Ok(())
     }
 

@@ -14,7 +14,7 @@ use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 
 use super::{Daemon, flows::monotonic};
-use crate::{proxy::Proxy, spec::Protocol};
+use crate::{datapath::Datapath, proxy::Proxy, spec::Protocol};
 
 /// A publish as `list` shows it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -70,8 +70,9 @@ impl Daemon {
         let spec = &published.spec;
         let how = match (&published.reason, &published.entry) {
             (None, Some(entry)) => format!(
-                "ebpf, {}",
-                delivery_name(delivery_of(entry)).unwrap_or("unresolved")
+                "ebpf, {}{}",
+                delivery_name(delivery_of(entry)).unwrap_or("unresolved"),
+                self.xdp_towards(entry)
             ),
             (Some(reason), _) => format!("userland: {reason}"),
             (None, None) => "userland".into(),
@@ -86,6 +87,15 @@ impl Daemon {
             String::new()
         };
         format!("{id}: {spec} ({how}{all_to_one})")
+    }
+
+    /// For a backend on another machine, whether XDP takes part.
+    fn xdp_towards(&self, entry: &Entry) -> String {
+        let remote = entry.flags & flag::REMOTE != 0;
+        let mut devices = self.datapath.iter().flat_map(Datapath::xdp);
+        let mode = devices.find(|(ifindex, _)| remote && *ifindex == entry.hop.ifindex);
+        mode.map(|(_, mode)| format!(", {} XDP", mode.name()))
+            .unwrap_or_default()
     }
 
     pub(super) fn list(&self) -> Result<Vec<Listed>> {

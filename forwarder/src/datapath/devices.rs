@@ -230,7 +230,7 @@ impl Datapath {
                 self.replace(place, hook.programs()[before])?;
             }
         }
-        Ok(())
+        self.trace_xdp(!on)
     }
 
     /// Puts the current program in place of another one.
@@ -264,24 +264,23 @@ impl Datapath {
         if kernel().attach == Attach::Clsact {
             for hook in Hook::ALL {
                 let left = clsact::find_all(hook.side(), self.handle, &hook.programs());
-                for filter in left.unwrap_or_default() {
-                    let ifindex = filter.ifindex;
-                    if self.attached.contains_key(&(ifindex, hook)) {
-                        continue;
-                    }
+                let left = left.unwrap_or_default().into_iter();
+                for filter in left.filter(|f| !self.attached.contains_key(&(f.ifindex, hook))) {
                     let _ = clsact::remove(&filter);
-                    if self.qdisc_mark(ifindex).is_some_and(|mark| mark.exists()) {
-                        self.remove_qdisc(ifindex);
+                    if self
+                        .qdisc_mark(filter.ifindex)
+                        .is_some_and(|mark| mark.exists())
+                    {
+                        self.remove_qdisc(filter.ifindex);
                     }
                 }
             }
-            return;
         }
         let Some(links) = self.pins.as_ref().map(|pins| pins.join("links")) else {
             return;
         };
         let pins = self.attached().map(|(ifindex, hook)| hook.pin(ifindex));
-        let ours: BTreeSet<_> = pins.collect();
+        let ours: BTreeSet<_> = pins.chain(self.xdp_pins()).collect();
         for entry in fs::read_dir(links).into_iter().flatten().flatten() {
             let name = entry.file_name();
             if !name.to_str().is_some_and(|name| ours.contains(name)) {

@@ -147,18 +147,17 @@ fn libraries(program: &Path) -> Result<Vec<PathBuf>> {
 }
 
 /// Programs that the tests call, with their Debian packages.
-pub(super) const TOOLS: [(&str, &str); 6] = [
+pub(super) const TOOLS: [(&str, &str); 7] = [
     ("bash", "bash"),
     ("busybox", "busybox-static"),
+    ("ethtool", "ethtool"),
     ("ip", "iproute2"),
     ("tc", "iproute2"),
     ("nft", "nftables"),
     ("setpriv", "util-linux"),
 ];
 /// Programs that help somebody who looks around; taken where they are.
-const USEFUL: [&str; 6] = [
-    "bpftool", "bridge", "ethtool", "iptables", "ping", "timeout",
-];
+const USEFUL: [&str; 5] = ["bpftool", "bridge", "iptables", "ping", "timeout"];
 
 /// Everything but the kernel's modules: the tools, `programs` (where each is, and where it goes), and a
 /// command that runs with root's rights.

@@ -1,0 +1,157 @@
+//! XDP, before there is an skb: what is refused ends here, and packets of flows with a backend on another machine go
+//! on. All else is tc's, which begins flows, resolves neighbours, tells senders of obstacles and knows every kind of packet.
+
+use aya_ebpf::{
+    bindings::{
+        BPF_FIB_LKUP_RET_SUCCESS, bpf_fib_lookup,
+        xdp_action::{XDP_DROP, XDP_PASS, XDP_REDIRECT, XDP_TX},
+    },
+    helpers::{bpf_fib_lookup as lookup, bpf_redirect},
+    programs::XdpContext,
+};
+use forwarder_common::{
+    flow::{Flow, delivery, state},
+    publish::flag,
+    reason::Reason,
+    tuple::Tuple,
+};
+
+use crate::{
+    flow,
+    frame::Frame as _,
+    ingress,
+    maps::{INTERFACES, count},
+    parse::{self, Packet, Part},
+    publish, rewrite,
+};
+
+const AF_INET: u8 = 2;
+const AF_INET6: u8 = 10;
+
+/// XDP's action.
+#[inline(always)]
+pub fn early(ctx: &XdpContext) -> u32 {
+    match go_on(ctx) {
+        Ok(action) => {
+            count(Reason::ForwardedEarly);
+            action
+        }
+        Err(reason) if reason.drops() => {
+            count(reason);
+            XDP_DROP
+        }
+        Err(_) => XDP_PASS, // tc counts it
+    }
+}
+
+/// Sends the packet on, or says why not.
+#[inline(always)]
+fn go_on(ctx: &XdpContext) -> Result<u32, Reason> {
+    let packet = parse::packet(ctx)?;
+    if packet.part != Part::Whole {
+        return Err(Reason::NotOurs);
+    }
+    let published = publish::find(&packet);
+    if let Some(published) = published
+        && published.publish.flags & flag::REMOTE != 0
+    {
+        let mut key = publish::dnat(&packet, published.publish);
+        if let Some(flow) = ingress::original(&packet, &published, &mut key) {
+            return to_backend(ctx, &packet, flow, &key);
+        }
+    }
+    if publish::may_be_reply(&packet)
+        && let Some(flow) = flow::get(&packet.tuple.reversed())
+    {
+        return to_client(ctx, &packet, flow);
+    }
+    let published = published.ok_or(Reason::NotOurs)?;
+    publish::arrived(&packet)?;
+    publish::permitted(&packet, &published)?;
+    Err(Reason::NotOurs)
+}
+
+#[inline(always)]
+fn to_backend(
+    ctx: &XdpContext,
+    packet: &Packet,
+    flow: &mut Flow,
+    key: &Tuple,
+) -> Result<u32, Reason> {
+    let action = send(ctx, packet, key)?;
+    flow::update(flow, packet, flow::ORIGINAL);
+    flow::keep(key, flow);
+    Ok(action)
+}
+
+/// Replies of other backends come by devices without this program.
+#[inline(always)]
+fn to_client(ctx: &XdpContext, packet: &Packet, flow: &mut Flow) -> Result<u32, Reason> {
+    if flow.state & state::LOCAL_CLIENT != 0 || flow.back.delivery != delivery::NEIGHBOUR {
+        return Err(Reason::NotOurs);
+    }
+    let new = Tuple {
+        source: flow.frontend,
+        destination: flow.client,
+        source_port: flow.frontend_port,
+        destination_port: flow.client_port,
+        protocol: packet.tuple.protocol,
+    };
+    let action = send(ctx, packet, &new)?;
+    flow::update(flow, packet, flow::REPLY);
+    Ok(action)
+}
+
+/// Rewrites the packet and sends it to its next hop, if the kernel knows that and the device takes frames.
+#[inline(always)]
+fn send(ctx: &XdpContext, packet: &Packet, new: &Tuple) -> Result<u32, Reason> {
+    if packet.ttl <= 1 {
+        return Err(Reason::NotOurs);
+    }
+    let complete = rewrite::complete(ctx, packet).ok_or(Reason::NotOurs)?;
+    // SAFETY: plain integers, of which any are valid.
+    let mut route: bpf_fib_lookup = unsafe { core::mem::zeroed() };
+    route.l4_protocol = packet.protocol;
+    route.ifindex = ctx.ifindex();
+    route.__bindgen_anon_1.tot_len = (packet.length - parse::L3 as u32) as u16;
+    if packet.is_v4 {
+        route.family = AF_INET;
+        route.__bindgen_anon_3.ipv4_src = new.source.v4();
+        route.__bindgen_anon_4.ipv4_dst = new.destination.v4();
+    } else {
+        route.family = AF_INET6;
+        route.__bindgen_anon_3.ipv6_src = new.source.0;
+        route.__bindgen_anon_4.ipv6_dst = new.destination.0;
+    }
+    // SAFETY: the context is valid, and the length is that of the structure.
+    let found = unsafe {
+        lookup(
+            ctx.ctx.cast(),
+            &raw mut route,
+            size_of::<bpf_fib_lookup>() as i32,
+            0,
+        )
+    };
+    if found != BPF_FIB_LKUP_RET_SUCCESS as i64 || !takes_frames(route.ifindex) {
+        return Err(Reason::NotOurs);
+    }
+    complete.tuple(ctx, packet, new)?;
+    rewrite::macs(ctx, route.dmac, route.smac)?;
+    if route.ifindex == ctx.ifindex() {
+        return Ok(XDP_TX);
+    }
+    // SAFETY: a helper without pointers.
+    let action = unsafe { bpf_redirect(route.ifindex, 0) } as u32;
+    if action == XDP_REDIRECT {
+        Ok(action)
+    } else {
+        Err(Reason::Unwritable)
+    }
+}
+
+/// Whether this program is on the device too: others may not take frames from it.
+#[inline(always)]
+fn takes_frames(ifindex: u32) -> bool {
+    // SAFETY: values of this map are words, each replaced as a whole.
+    unsafe { INTERFACES.get(ifindex) }.is_some_and(|interface| interface.xdp != 0)
+}

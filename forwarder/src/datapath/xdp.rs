@@ -1,0 +1,153 @@
+//! The XDP program on uplinks: attached once there is something for it to do, pinned, taken over by the next instance,
+//! and replaced in one step by one that passes everything while somebody traces.
+
+use std::{fs, path::PathBuf};
+
+use anyhow::{Context as _, Result};
+use aya::programs::{
+    Xdp, XdpMode,
+    links::{FdLink, PinnedLink},
+    xdp::{XdpLink, XdpLinkId},
+};
+
+use super::{Datapath, explain, remove_link};
+
+/// Where the kernel runs the program.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Mode {
+    /// In the device's driver, before there is an skb.
+    Native,
+    /// In the stack's receive path, for devices whose drivers cannot.
+    Generic,
+}
+
+impl Mode {
+    /// As on the command line.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Native => "native",
+            Self::Generic => "generic",
+        }
+    }
+
+    const fn other(self) -> Self {
+        match self {
+            Self::Native => Self::Generic,
+            Self::Generic => Self::Native,
+        }
+    }
+
+    fn pin(self, ifindex: u32) -> String {
+        format!("{ifindex}-xdp-{}", self.name())
+    }
+}
+
+impl Datapath {
+    fn xdp_program(&mut self, traced: bool) -> Result<&mut Xdp> {
+        let name = if traced { "early_traced" } else { "early" };
+        let program = self.ebpf.program_mut(name);
+        let program: &mut Xdp = program
+            .with_context(|| format!("the eBPF object has no program {name}"))?
+            .try_into()?;
+        if program.fd().is_err() {
+            program
+                .load()
+                .map_err(explain)
+                .with_context(|| format!("load the program {name}"))?;
+        }
+        Ok(program)
+    }
+
+    /// Where the program is.
+    pub fn xdp(&self) -> impl Iterator<Item = (u32, Mode)> + '_ {
+        self.xdp
+            .iter()
+            .map(|(ifindex, (mode, _))| (*ifindex, *mode))
+    }
+
+    /// Attaches to a device, in place of what an earlier instance attached.
+    ///
+    /// # Errors
+    /// The device cannot in this mode, has another program, or has gone.
+    pub fn attach_xdp(&mut self, ifindex: u32, mode: Mode) -> Result<()> {
+        let link = match self.adopt_xdp(ifindex, mode) {
+            Some(link) => link,
+            None => self.attach_new_xdp(ifindex, mode)?,
+        };
+        self.xdp.insert(ifindex, (mode, link));
+        Ok(())
+    }
+
+    /// A device has one program at a time, so an earlier instance's link gets the new program.
+    fn adopt_xdp(&mut self, ifindex: u32, mode: Mode) -> Option<XdpLinkId> {
+        if let Some(other) = self.xdp_pin(ifindex, mode.other()) {
+            remove_link(&other);
+        }
+        let pin = self.xdp_pin(ifindex, mode)?;
+        let link: FdLink = PinnedLink::from_pin(&pin).ok()?.into();
+        let adopted = XdpLink::try_from(link).ok().and_then(|link| {
+            self.xdp_program(self.traced)
+                .ok()?
+                .attach_to_link(link)
+                .ok()
+        });
+        if adopted.is_none() {
+            remove_link(&pin); // its device has gone
+        }
+        adopted
+    }
+
+    fn attach_new_xdp(&mut self, ifindex: u32, mode: Mode) -> Result<XdpLinkId> {
+        let pin = self.xdp_pin(ifindex, mode);
+        let program = self.xdp_program(self.traced)?;
+        let mode = match mode {
+            Mode::Native => XdpMode::Driver,
+            Mode::Generic => XdpMode::Skb,
+        };
+        let link = program.attach_to_if_index(ifindex, mode)?;
+        let Some(pin) = pin else {
+            return Ok(link);
+        };
+        let _ = fs::remove_file(&pin);
+        let link: FdLink = program.take_link(link)?.try_into()?;
+        let pinned = link
+            .pin(&pin)
+            .with_context(|| format!("pin {}", pin.display()))?;
+        Ok(program.attach_to_link(FdLink::from(pinned).try_into()?)?)
+    }
+
+    /// Detaches from a device that may have gone.
+    pub fn detach_xdp(&mut self, ifindex: u32) {
+        let Some((mode, link)) = self.xdp.remove(&ifindex) else {
+            return;
+        };
+        if let Some(pin) = self.xdp_pin(ifindex, mode) {
+            remove_link(&pin);
+        }
+        let traced = self.traced;
+        if let Ok(program) = self.xdp_program(traced) {
+            let _ = program.detach(link);
+        }
+    }
+
+    /// Puts the other program in place, as [`Datapath::trace`] does.
+    pub(super) fn trace_xdp(&mut self, from: bool) -> Result<()> {
+        for (ifindex, (mode, link)) in std::mem::take(&mut self.xdp) {
+            let link = self.xdp_program(from)?.take_link(link)?;
+            let link = self.xdp_program(self.traced)?.attach_to_link(link)?;
+            self.xdp.insert(ifindex, (mode, link));
+        }
+        Ok(())
+    }
+
+    /// What the pins of its links are called.
+    pub(super) fn xdp_pins(&self) -> impl Iterator<Item = String> + '_ {
+        self.xdp().map(|(ifindex, mode)| mode.pin(ifindex))
+    }
+
+    fn xdp_pin(&self, ifindex: u32, mode: Mode) -> Option<PathBuf> {
+        self.pins
+            .as_ref()
+            .map(|pins| pins.join("links").join(mode.pin(ifindex)))
+    }
+}

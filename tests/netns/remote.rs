@@ -1,0 +1,328 @@
+//! Backends on other machines: one beside the client, so that packets leave by the device that they came in by, and one
+//! behind another uplink. By tc, and by XDP, which the machines' veths carry once both ends are prepared for it.
+
+use std::net::SocketAddr;
+
+use forwarder::datapath::{self, xdp::Mode};
+use forwarder_tests::{
+    daemon::{Daemon, Datapath},
+    netns::Netns,
+    topology::{
+        Family::{self, V4, V6},
+        Network,
+    },
+    traffic::{
+        Backend,
+        Protocol::{self, Tcp, Udp},
+        ask,
+    },
+};
+
+use crate::{
+    bulk::there_and_back,
+    scene::{BACKEND_PORT, PORT, on_the_fast_path, suffix},
+};
+
+/// ```text
+///   client ----+
+///   near ------+ lan (a bridge) ---- eth0 | host | eth1 ---- far
+/// ```
+struct Lan {
+    host: Netns,
+    client: Netns,
+    near: Netns,
+    far: Netns,
+    bridge: Netns,
+    /// Programs of the machines at the other ends of the host's veths.
+    peers: Vec<datapath::Datapath>,
+}
+
+const LAN: Network = Network {
+    v4: [198, 51, 100],
+    v6: [0x2001, 0xdb8, 0x100, 0],
+};
+const FAR: Network = Network {
+    v4: [203, 0, 113],
+    v6: [0x2001, 0xdb8, 0x200, 0],
+};
+const HOST: u8 = 2;
+const CLIENT: u8 = 9;
+const OTHER: u8 = 10;
+
+#[derive(Clone, Copy, Debug)]
+enum Where {
+    Near,
+    Far,
+}
+
+impl Lan {
+    fn new() -> Self {
+        let [host, client, near, far, bridge] =
+            ["host", "client", "near", "far", "lan"].map(|label| Netns::new(label).unwrap());
+        bridge
+            .ip("link add lan type bridge\nlink set lan up\n")
+            .unwrap();
+        for (netns, port) in [(&host, "host0"), (&client, "client0"), (&near, "near0")] {
+            bridge
+                .ip(&format!(
+                    "link add {port} type veth peer name eth0 netns {}\nlink set {port} master lan up\n",
+                    netns.path()
+                ))
+                .unwrap();
+        }
+        host.ip(&format!(
+            "link add eth1 type veth peer name eth0 netns {}\n",
+            far.path()
+        ))
+        .unwrap();
+        for (netns, network, machine, device) in [
+            (&host, LAN, HOST, "eth0"),
+            (&host, FAR, HOST, "eth1"),
+            (&client, LAN, CLIENT, "eth0"),
+            (&near, LAN, OTHER, "eth0"),
+            (&far, FAR, OTHER, "eth0"),
+        ] {
+            let [v4, v6] = [V4, V6].map(|family| network.address(family, machine));
+            netns
+                .ip(&format!(
+                    "link set lo up\naddr add {v4}/24 dev {device}\naddr add {v6}/64 dev {device} nodad\n\
+                     link set {device} up\n"
+                ))
+                .unwrap();
+        }
+        Self {
+            host,
+            client,
+            near,
+            far,
+            bridge,
+            peers: Vec::new(),
+        }
+    }
+
+    /// What native XDP on a veth needs: an other end that takes frames, which one with a program of its own does; and
+    /// a host that routes, which XDP asks for the next hop.
+    fn with_xdp(mut self) -> Self {
+        for (netns, device) in [(&self.bridge, "host0"), (&self.far, "eth0")] {
+            let peer = netns.enter(|| {
+                let mut datapath = datapath::Datapath::load(&datapath::Options {
+                    instance: "peer".into(),
+                    pins: None,
+                    snat: (1024, 1),
+                })
+                .unwrap();
+                let ifindex = nix::net::if_::if_nametoindex(device).unwrap();
+                datapath.attach_xdp(ifindex, Mode::Native).unwrap();
+                datapath
+            });
+            self.peers.push(peer);
+        }
+        self.host.enter(|| {
+            for setting in ["ipv4/ip_forward", "ipv6/conf/all/forwarding"] {
+                std::fs::write(format!("/proc/sys/net/{setting}"), "1").unwrap();
+            }
+        });
+        self
+    }
+
+    /// Senders that finish their checksums, and cut up what is longer than the MTU.
+    fn without_offloads(self) -> Self {
+        for machine in [&self.client, &self.near, &self.far] {
+            machine.run("ethtool -K eth0 tx off").unwrap();
+        }
+        self
+    }
+
+    fn backend(&self, location: Where) -> (&Netns, Network) {
+        match location {
+            Where::Near => (&self.near, LAN),
+            Where::Far => (&self.far, FAR),
+        }
+    }
+
+    /// One for each protocol on both machines.
+    fn backends(&self) -> Vec<Backend> {
+        let all = [&self.near, &self.far].map(|netns| [(netns, Tcp), (netns, Udp)]);
+        all.into_iter()
+            .flatten()
+            .map(|(netns, protocol)| Backend::start(netns, protocol, BACKEND_PORT).unwrap())
+            .collect()
+    }
+
+    fn publish(&self, location: Where, family: Family, protocol: Protocol, xdp: &str) -> Daemon {
+        let (_, network) = self.backend(location);
+        let backend = SocketAddr::new(network.address(family, OTHER), BACKEND_PORT);
+        let spec = format!("{PORT}:{backend}{}", suffix(protocol));
+        let flags = ["--xdp", xdp];
+        Daemon::start_with(&self.host, &[&spec], Datapath::Ebpf, &flags).unwrap()
+    }
+
+    /// Asks from another machine, and from the host itself; the backend sees the host.
+    #[track_caller]
+    fn served(&self, location: Where, family: Family, protocol: Protocol) {
+        let (_, network) = self.backend(location);
+        let host = LAN.address(family, HOST);
+        let localhost = match family {
+            V4 => "127.0.0.1".parse().unwrap(),
+            V6 => "::1".parse().unwrap(),
+        };
+        for (from, address) in [
+            (&self.client, host),
+            (&self.host, host),
+            (&self.host, localhost),
+        ] {
+            let frontend = SocketAddr::new(address, PORT);
+            let answer = ask(from, protocol, frontend, "hello").unwrap();
+            assert_eq!(answer.payload, "hello");
+            assert_eq!(answer.seen.ip(), network.address(family, HOST));
+        }
+    }
+}
+
+const ALL: [(Family, Protocol); 4] = [(V4, Tcp), (V6, Tcp), (V4, Udp), (V6, Udp)];
+
+#[test]
+fn tc_carries_both_ways() {
+    let lan = Lan::new();
+    let _backends = lan.backends();
+    for location in [Where::Near, Where::Far] {
+        for (family, protocol) in ALL {
+            let daemon = lan.publish(location, family, protocol, "off");
+            assert_eq!(daemon.entry().unwrap()["delivery"], "neighbour");
+            on_the_fast_path(&daemon, || lan.served(location, family, protocol));
+            assert_eq!(daemon.counted("forwarded_xdp").unwrap(), 0);
+            daemon.stop().unwrap();
+        }
+    }
+}
+
+fn xdp_carries(mode: &str) {
+    let lan = Lan::new().with_xdp().without_offloads();
+    let _backends = lan.backends();
+    for location in [Where::Near, Where::Far] {
+        for (family, protocol) in ALL {
+            let daemon = lan.publish(location, family, protocol, mode);
+            assert!(
+                daemon.said().contains(&format!("{mode} XDP")),
+                "{}",
+                daemon.said()
+            );
+            for _ in 0..3 {
+                lan.served(location, family, protocol);
+            }
+            let early = daemon.counted("forwarded_xdp").unwrap();
+            assert!(early > 2, "{location:?} {family:?} {protocol:?}: {early}");
+            daemon.stop().unwrap();
+        }
+    }
+}
+
+#[test]
+fn native_xdp_carries_both_ways() {
+    xdp_carries("native");
+}
+
+#[test]
+fn generic_xdp_carries_both_ways() {
+    xdp_carries("generic");
+}
+
+/// Checksums that a device would finish, and what is longer than the MTU: XDP leaves them to tc.
+#[test]
+fn native_xdp_passes_what_it_cannot_carry() {
+    let lan = Lan::new().with_xdp();
+    for location in [Where::Near, Where::Far] {
+        for family in [V4, V6] {
+            let daemon = lan.publish(location, family, Tcp, "native");
+            let (backend, _) = lan.backend(location);
+            on_the_fast_path(&daemon, || {
+                there_and_back(backend, &lan.client, LAN.address(family, HOST));
+            });
+            daemon.stop().unwrap();
+        }
+    }
+}
+
+#[test]
+fn bulk_passes_by_native_xdp() {
+    let lan = Lan::new().with_xdp().without_offloads();
+    for location in [Where::Near, Where::Far] {
+        let daemon = lan.publish(location, V4, Tcp, "native");
+        let (backend, _) = lan.backend(location);
+        there_and_back(backend, &lan.client, LAN.address(V4, HOST));
+        assert!(daemon.counted("forwarded_xdp").unwrap() > 1000);
+        daemon.stop().unwrap();
+    }
+}
+
+/// A veth gets none by itself: its other end would lose TSO.
+#[test]
+fn auto_leaves_veths_alone() {
+    let lan = Lan::new();
+    let daemon = lan.publish(Where::Far, V4, Tcp, "auto");
+    let links = lan.host.run("ip -details link").unwrap();
+    assert!(!links.contains("xdp"), "{links}");
+    daemon.stop().unwrap();
+}
+
+#[test]
+fn xdp_drops_what_an_allow_list_refuses() {
+    let lan = Lan::new().with_xdp().without_offloads();
+    let backend = SocketAddr::new(FAR.address(V4, OTHER), BACKEND_PORT);
+    let _backend = Backend::start(&lan.far, Tcp, BACKEND_PORT).unwrap();
+    let spec = format!("{PORT}:{backend}");
+    let flags = ["--xdp", "native", "--allow", "198.51.100.9/32"];
+    let daemon = Daemon::start_with(&lan.host, &[&spec], Datapath::Ebpf, &flags).unwrap();
+    let frontend = SocketAddr::new(LAN.address(V4, HOST), PORT);
+    ask(&lan.client, Tcp, frontend, "hello").unwrap();
+    // tc's own counters see nothing of what XDP drops; the program's do.
+    assert_eq!(daemon.counted("not_allowed").unwrap(), 0);
+    assert!(ask(&lan.near, Tcp, frontend, "hello").is_err());
+    assert!(daemon.counted("not_allowed").unwrap() > 0);
+    daemon.stop().unwrap();
+}
+
+#[test]
+fn the_xdp_program_outlives_a_kill_is_taken_over_and_goes() {
+    let lan = Lan::new().with_xdp().without_offloads();
+    let _backend = Backend::start(&lan.far, Udp, BACKEND_PORT).unwrap();
+    let mut daemon = lan.publish(Where::Far, V4, Udp, "native");
+    let attached = || {
+        let links = lan.host.run("ip -details link show eth0").unwrap();
+        links.contains("xdp")
+    };
+    daemon.kill().unwrap();
+    assert!(attached());
+    let frontend = SocketAddr::new(LAN.address(V4, HOST), PORT);
+    ask(&lan.client, Udp, frontend, "while it is dead").unwrap();
+    daemon.restart().unwrap();
+    for _ in 0..3 {
+        lan.served(Where::Far, V4, Udp);
+    }
+    assert!(daemon.counted("forwarded_xdp").unwrap() > 0);
+    daemon.stop().unwrap();
+    assert!(!attached());
+}
+
+#[test]
+fn a_trace_shows_what_xdp_carries_otherwise() {
+    let lan = Lan::new().with_xdp().without_offloads();
+    let _backend = Backend::start(&lan.far, Tcp, BACKEND_PORT).unwrap();
+    let daemon = lan.publish(Where::Far, V4, Tcp, "native");
+    let frontend = SocketAddr::new(LAN.address(V4, HOST), PORT);
+    daemon
+        .trace(
+            &[],
+            |line| line.contains("forwarded_reply"),
+            || {
+                ask(&lan.client, Tcp, frontend, "hello").unwrap();
+            },
+        )
+        .unwrap();
+    forwarder_tests::deadline::wait_for("XDP is back", || {
+        ask(&lan.client, Tcp, frontend, "hello").unwrap();
+        (daemon.counted("forwarded_xdp").ok()? > 10).then_some(())
+    })
+    .unwrap();
+    daemon.stop().unwrap();
+}
