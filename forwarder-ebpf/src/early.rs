@@ -28,6 +28,24 @@ use crate::{
 const AF_INET: u8 = 2;
 const AF_INET6: u8 = 10;
 
+/// `struct bpf_fib_lookup` (include/uapi/linux/bpf.h) in words, all of which are set: a call to clear it first would cost
+/// more than the lookup. IPv4 addresses are in the first words of theirs.
+#[repr(C)]
+struct Route {
+    family_and_protocol: u32,
+    /// The second half is the packet's length.
+    length: u32,
+    ifindex: u32,
+    flow: u32,
+    source: [u32; 4],
+    destination: [u32; 4],
+    vlan: u32,
+    /// Source and destination.
+    macs: [u32; 3],
+}
+
+const _: () = assert!(size_of::<Route>() == size_of::<bpf_fib_lookup>());
+
 /// XDP's action.
 #[inline(always)]
 pub fn early(ctx: &XdpContext) -> u32 {
@@ -109,26 +127,27 @@ fn send(ctx: &XdpContext, packet: &Packet, new: &Tuple) -> Result<u32, Reason> {
         return Err(Reason::NotOurs);
     }
     let complete = rewrite::complete(ctx, packet).ok_or(Reason::NotOurs)?;
-    // SAFETY: plain integers, of which any are valid.
-    let mut route: bpf_fib_lookup = unsafe { core::mem::zeroed() };
-    route.l4_protocol = packet.protocol;
-    route.ifindex = ctx.ifindex();
-    route.__bindgen_anon_1.tot_len = (packet.length - parse::L3 as u32) as u16;
+    let [low, high] = (packet.length as u16 - parse::L3 as u16).to_ne_bytes();
+    let family = if packet.is_v4 { AF_INET } else { AF_INET6 };
+    let mut route = Route {
+        family_and_protocol: u32::from_ne_bytes([family, packet.protocol, 0, 0]),
+        length: u32::from_ne_bytes([0, 0, low, high]),
+        ifindex: ctx.ifindex(),
+        flow: 0,
+        source: new.source.0,
+        destination: new.destination.0,
+        vlan: 0,
+        macs: [0; 3],
+    };
     if packet.is_v4 {
-        route.family = AF_INET;
-        route.__bindgen_anon_3.ipv4_src = new.source.v4();
-        route.__bindgen_anon_4.ipv4_dst = new.destination.v4();
-    } else {
-        route.family = AF_INET6;
-        route.__bindgen_anon_3.ipv6_src = new.source.0;
-        route.__bindgen_anon_4.ipv6_dst = new.destination.0;
+        (route.source[0], route.destination[0]) = (new.source.v4(), new.destination.v4());
     }
     // SAFETY: the context is valid, and the length is that of the structure.
     let found = unsafe {
         lookup(
             ctx.ctx.cast(),
-            &raw mut route,
-            size_of::<bpf_fib_lookup>() as i32,
+            (&raw mut route).cast(),
+            size_of::<Route>() as i32,
             0,
         )
     };
@@ -136,7 +155,8 @@ fn send(ctx: &XdpContext, packet: &Packet, new: &Tuple) -> Result<u32, Reason> {
         return Err(Reason::NotOurs);
     }
     complete.tuple(ctx, packet, new)?;
-    rewrite::macs(ctx, route.dmac, route.smac)?;
+    let [source, destination]: [[u8; 6]; 2] = bytemuck::cast(route.macs);
+    rewrite::macs(ctx, destination, source)?;
     if route.ifindex == ctx.ifindex() {
         return Ok(XDP_TX);
     }

@@ -15,6 +15,7 @@ use crate::{
     maps::{DRAFT, Draft, FLOWS, HALF_OPEN, count},
     parse::{ACK, FIN, Packet, RST},
     source_port::Ports,
+    words::copy_tuple,
 };
 
 const EEXIST: i32 = -17;
@@ -51,8 +52,8 @@ pub fn get_by_ports(key: &mut Tuple, packet: &Packet, ports: Ports) -> Option<&'
         return None;
     }
     let draft = draft()?;
-    draft.key = *key;
-    draft.original = packet.tuple;
+    copy_tuple(key, &mut draft.key);
+    copy_tuple(&packet.tuple, &mut draft.original);
     draft.flow.state = local_client(packet);
     key.source_port = u16::try_from(find_port(ports.0)).ok()?;
     get_original(key, packet)
@@ -210,7 +211,7 @@ pub fn insert(key: &Tuple, flow: &Flow, flags: u32) -> Result<bool, Reason> {
 /// `NoSourcePort`.
 #[inline(always)]
 pub fn insert_by_ports(key: &mut Tuple, draft: &mut Draft, ports: Ports) -> Result<(), Reason> {
-    draft.key = *key;
+    copy_tuple(key, &mut draft.key);
     let port = u16::try_from(take_port(ports.0)).map_err(|_| Reason::NoSourcePort)?;
     key.source_port = port;
     Ok(())

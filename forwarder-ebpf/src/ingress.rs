@@ -22,6 +22,7 @@ use crate::{
     steer,
     trace::Trail,
     verdict::{Forwarded, Verdict},
+    words::copy_address,
 };
 
 /// Set by the loader: `bpf_redirect_peer` works for packets from `lo` (kernel 6.1 and later).
@@ -149,7 +150,7 @@ pub fn original(
     key: &mut Tuple,
 ) -> Option<&'static mut Flow> {
     if publish::needs_snat(packet, published.publish) {
-        key.source = published.publish.source;
+        copy_address(&published.publish.source, &mut key.source);
     } else if let Some(flow) = flow::get_original(key, packet) {
         return Some(flow);
     }
@@ -190,7 +191,7 @@ fn begin(
     };
     flow::update(&mut draft.flow, packet, flow::ORIGINAL);
     if publish::needs_snat(packet, published.publish) {
-        key.source = published.publish.source;
+        copy_address(&published.publish.source, &mut key.source);
     } else if flow::insert(key, &draft.flow, BPF_NOEXIST)? {
         return Ok(());
     }

@@ -29,6 +29,7 @@ mod source_port;
 mod steer;
 mod trace;
 mod verdict;
+mod words;
 
 use aya_ebpf::{
     bindings::{__sk_buff, TC_ACT_UNSPEC, sk_action::SK_PASS, xdp_action},

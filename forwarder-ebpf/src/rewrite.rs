@@ -21,6 +21,7 @@ pub use complete::complete;
 use crate::{
     frame::{Frame, header},
     parse::{Ethernet, Ipv4, Ipv6, L3, Packet, Part, Ports, TCP_CHECKSUM, UDP_CHECKSUM},
+    words::write_address,
 };
 
 /// Gives the packet the addresses and ports of `new`, and takes one from the TTL or hop limit if
@@ -167,10 +168,11 @@ fn ipv4(
 fn ipv6(frame: &impl Frame, new: &Tuple, hop: bool) -> Result<(), Reason> {
     let ip = header::<Ipv6>(frame, L3).ok_or(Reason::Unwritable)?;
     // SAFETY: `header` checked the bounds; packed structs have no alignment.
-    let ip = unsafe { &mut *ip };
-    ip.hop_limit -= hop as u8;
-    ip.source = new.source.0;
-    ip.destination = new.destination.0;
+    unsafe {
+        (*ip).hop_limit -= hop as u8;
+        write_address(&new.source, &raw mut (*ip).source);
+        write_address(&new.destination, &raw mut (*ip).destination);
+    }
     Ok(())
 }
 

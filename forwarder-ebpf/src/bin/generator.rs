@@ -13,7 +13,7 @@ use core::ptr;
 use aya_ebpf::{
     bindings::{
         TC_ACT_SHOT, TC_ACT_UNSPEC,
-        xdp_action::{XDP_ABORTED, XDP_REDIRECT},
+        xdp_action::{XDP_ABORTED, XDP_DROP, XDP_PASS, XDP_REDIRECT},
     },
     helpers::bpf_redirect,
     macros::{classifier, xdp},
@@ -104,9 +104,28 @@ fn generate(ctx: XdpContext) -> u32 {
 /// tc ingress of the container: the device has counted the frame already.
 #[classifier]
 fn sink(ctx: TcContext) -> i32 {
-    let start = ctx.data();
-    if ctx.len() as usize != WORDS * 4 || start + WORDS * 4 > ctx.data_end() {
-        return TC_ACT_UNSPEC;
+    if is_for_sink(ctx.data(), ctx.data_end()) {
+        TC_ACT_SHOT
+    } else {
+        TC_ACT_UNSPEC
+    }
+}
+
+/// The same in a driver, for frames that never become an skb.
+#[xdp]
+fn sink_early(ctx: XdpContext) -> u32 {
+    if is_for_sink(ctx.data(), ctx.data_end()) {
+        XDP_DROP
+    } else {
+        XDP_PASS
+    }
+}
+
+/// Whether the frame is one of the generator's for the port; all of it is in one piece.
+#[inline(always)]
+fn is_for_sink(start: usize, end: usize) -> bool {
+    if start + WORDS * 4 > end {
+        return false;
     }
     // SAFETY: the bounds were checked above, and a port behind an Ethernet and an IPv4 header is aligned to two
     // bytes as the frame is (NET_IP_ALIGN).
@@ -118,11 +137,7 @@ fn sink(ctx: TcContext) -> i32 {
         )
     };
     // SAFETY: a constant that the loader changed, read as it is now.
-    if protocol == UDP && port == unsafe { ptr::read_volatile(&raw const PORT) } {
-        TC_ACT_SHOT
-    } else {
-        TC_ACT_UNSPEC
-    }
+    protocol == UDP && port == unsafe { ptr::read_volatile(&raw const PORT) }
 }
 
 /// tc ingress of the container: frames for the port go back to where they came from. A checksum does not

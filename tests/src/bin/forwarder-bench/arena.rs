@@ -63,6 +63,9 @@ pub(crate) fn other_ports(count: u16) -> Vec<Port> {
 const SOURCES: &str = "198.19.0.0/16";
 const NETNS_FILE: &str = "netns";
 const WIRE: [&str; 2] = ["10.99.0.1", "10.99.0.2"];
+/// The host's address towards the other machine, and that machine's.
+const REMOTE_NEAR: &str = "10.98.0.1";
+const REMOTE: &str = "10.98.0.2";
 
 /// Who carries the packets.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -81,11 +84,17 @@ pub(crate) enum Contender {
     Forwarder,
     /// With Docker's rules loaded for other ports.
     ForwarderAmongRules,
+    /// Through the stack, among Docker's rules for the same ports.
+    ForwarderRespecting,
     Userland,
+    /// To another machine behind a second uplink.
+    RemoteIptables,
+    RemoteForwarder,
+    RemoteForwarderXdp,
 }
 
 impl Contender {
-    pub(crate) const ALL: [Self; 14] = [
+    pub(crate) const ALL: [Self; 18] = [
         Self::Wire,
         Self::Routing,
         Self::RoutingBeside(0),
@@ -99,7 +108,11 @@ impl Contender {
         Self::Pasta,
         Self::Forwarder,
         Self::ForwarderAmongRules,
+        Self::ForwarderRespecting,
         Self::Userland,
+        Self::RemoteIptables,
+        Self::RemoteForwarder,
+        Self::RemoteForwarderXdp,
     ];
 
     pub(crate) fn name(self) -> &'static str {
@@ -117,7 +130,11 @@ impl Contender {
             Self::Pasta => "pasta",
             Self::Forwarder => "forwarder",
             Self::ForwarderAmongRules => "forwarder among Docker's rules",
+            Self::ForwarderRespecting => "forwarder --respect-firewall",
             Self::Userland => "forwarder, userland",
+            Self::RemoteIptables => "iptables, remote backend",
+            Self::RemoteForwarder => "forwarder, remote backend",
+            Self::RemoteForwarderXdp => "forwarder --xdp native, remote backend",
         }
     }
 
@@ -136,6 +153,15 @@ impl Contender {
                 | Self::Nftables
                 | Self::Flowtable
                 | Self::ForwarderAmongRules
+                | Self::ForwarderRespecting
+        ) || self.is_remote()
+    }
+
+    /// Whether the backend is another machine.
+    pub(crate) fn is_remote(self) -> bool {
+        matches!(
+            self,
+            Self::RemoteIptables | Self::RemoteForwarder | Self::RemoteForwarderXdp
         )
     }
 }
@@ -200,6 +226,8 @@ impl Arena {
         let topology = Topology::new()?;
         let backend = if contender == Contender::Pasta {
             Netns::new("pasta")?
+        } else if contender.is_remote() {
+            Netns::new("remote")?
         } else {
             topology.backend.netns.clone()
         };
@@ -218,14 +246,15 @@ impl Arena {
         arena.serve()?;
         let devices: &[&str] = match contender {
             Contender::Pasta => &["eth1"],
+            _ if contender.is_remote() => &["eth0"],
             _ => &["eth0", "wire0"],
         };
-        arena.sink = Some(generator::sink(
-            &arena.backend,
-            devices,
-            SINK,
-            End::Dropped,
-        )?);
+        // Another machine takes frames in the way that costs this one least.
+        let end = match contender {
+            Contender::RemoteForwarderXdp => End::DroppedEarly,
+            _ => End::Dropped,
+        };
+        arena.sink = Some(generator::sink(&arena.backend, devices, SINK, end)?);
         Ok(arena)
     }
 
@@ -262,6 +291,16 @@ impl Arena {
         }
         let behind = self.topology.client_address(Family::V4);
         host.ip(&format!("route add {SOURCES} via {behind}\n"))?;
+        if self.contender.is_remote() {
+            host.ip(&format!(
+                "link add eth1 type veth peer name eth0 netns {}\naddr add {REMOTE_NEAR}/24 dev eth1\n\
+                 link set eth1 up\n",
+                self.backend.path()
+            ))?;
+            self.backend.ip(&format!(
+                "link set lo up\naddr add {REMOTE}/24 dev eth0\nlink set eth0 up\n"
+            ))?;
+        }
         Ok(())
     }
 
@@ -276,7 +315,11 @@ impl Arena {
             Contender::ForwarderAmongRules => &PORTS,
             _ => &all,
         };
-        let specs: Vec<String> = published.iter().map(Port::spec).collect();
+        let specs: Vec<String> = if self.contender.is_remote() {
+            published.iter().map(|port| port.spec_to(REMOTE)).collect()
+        } else {
+            published.iter().map(Port::spec).collect()
+        };
         let specs: Vec<&str> = specs.iter().map(String::as_str).collect();
         match self.contender {
             Contender::Wire | Contender::Routing => {}
@@ -349,6 +392,22 @@ impl Arena {
             Contender::ForwarderAmongRules => {
                 host.feed("iptables-restore", &rules::docker(others))?;
                 self.daemon = Some(Daemon::start(&host, &specs, Datapath::Ebpf)?);
+            }
+            Contender::ForwarderRespecting => {
+                host.feed("iptables-restore", &rules::docker(&all))?;
+                let flags = ["--respect-firewall"];
+                self.daemon = Some(Daemon::start_with(&host, &specs, Datapath::Ebpf, &flags)?);
+            }
+            Contender::RemoteIptables => {
+                host.feed(
+                    "iptables-restore",
+                    &rules::remote(&all, REMOTE, "10.98.0.0/24"),
+                )?;
+            }
+            Contender::RemoteForwarder | Contender::RemoteForwarderXdp => {
+                let native = self.contender == Contender::RemoteForwarderXdp;
+                let flags = ["--xdp", if native { "native" } else { "off" }];
+                self.daemon = Some(Daemon::start_with(&host, &specs, Datapath::Ebpf, &flags)?);
             }
             Contender::Userland => {
                 self.daemon = Some(Daemon::start(&host, &specs, Datapath::Userland)?);

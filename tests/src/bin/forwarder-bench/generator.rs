@@ -13,7 +13,7 @@ use aya::{
     Ebpf, EbpfLoader,
     programs::{
         LinkOrder, SchedClassifier, TcAttachType, TestRun as _, TestRunAttrs, TestRunOptions, Xdp,
-        tc::TcAttachOptions,
+        XdpMode, tc::TcAttachOptions,
     },
 };
 use forwarder_tests::netns::Netns;
@@ -97,6 +97,8 @@ pub(crate) fn generate(load: &Load<'_>, until: Until) -> Result<Duration> {
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum End {
     Dropped,
+    /// Dropped by XDP in the driver, for frames that come without an skb.
+    DroppedEarly,
     /// Sent back to where they came from.
     Reflected,
 }
@@ -115,8 +117,22 @@ pub(crate) fn sink(netns: &Netns, devices: &[&str], port: u16, end: End) -> Resu
             .context("load the sink")?;
         let name = match end {
             End::Dropped => "sink",
+            End::DroppedEarly => "sink_early",
             End::Reflected => "reflect",
         };
+        if let End::DroppedEarly = end {
+            let program = ebpf.program_mut(name);
+            let program: &mut Xdp = program
+                .with_context(|| format!("the object has no program {name}"))?
+                .try_into()?;
+            program.load().context("load the sink")?;
+            for device in devices {
+                program
+                    .attach(device, XdpMode::Driver)
+                    .with_context(|| format!("attach the sink to {device}"))?;
+            }
+            return Ok(ebpf);
+        }
         let program: &mut SchedClassifier = ebpf
             .program_mut(name)
             .with_context(|| format!("the object has no program {name}"))?

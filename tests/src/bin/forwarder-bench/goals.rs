@@ -36,11 +36,11 @@ const fn goal(
     }
 }
 
-const fn goals() -> [Goal; 29] {
+const fn goals() -> [Goal; 33] {
     use Client::{External, Hairpin, Localhost};
     use Contender::{
-        DockerProxy, Forwarder, ForwarderAmongRules, Haproxy, Iptables, Routing, RoutingBeside,
-        Userland, Wire,
+        DockerProxy, Forwarder, ForwarderAmongRules, Haproxy, Iptables, RemoteForwarder,
+        RemoteForwarderXdp, RemoteIptables, Routing, RoutingBeside, Userland, Wire,
     };
     use Placement::{Free, Same};
     use Workload::{Bulk, Capacity, Connect, NewFlows, TcpRoundTrip, UdpRoundTrip};
@@ -77,6 +77,31 @@ const fn goals() -> [Goal; 29] {
         goal(Userland, Haproxy, External, Same, TcpRoundTrip, 1.0),
         goal(Userland, Haproxy, External, Same, Bulk, 1.0),
         goal(Userland, Haproxy, External, Free, Connect, 1.0),
+        goal(
+            RemoteForwarderXdp,
+            RemoteIptables,
+            External,
+            Same,
+            Capacity,
+            5.0,
+        ),
+        goal(
+            RemoteForwarder,
+            RemoteIptables,
+            External,
+            Same,
+            Capacity,
+            2.0,
+        ),
+        goal(RoutingBeside(0), Routing, Hairpin, Same, TcpRoundTrip, 0.97),
+        goal(
+            RoutingBeside(10_000),
+            Routing,
+            Hairpin,
+            Same,
+            TcpRoundTrip,
+            0.97,
+        ),
         goal(RoutingBeside(0), Routing, External, Same, Capacity, 0.97),
         goal(
             RoutingBeside(0),

@@ -251,13 +251,24 @@ fn cases(quick: bool) -> Vec<Case> {
 
 /// Contenders that answer one question are measured for that alone.
 fn takes_part(arena: &Arena, case: &Case) -> bool {
+    let main = (case.client, case.placement) == (Client::External, Placement::Same);
     let special = match arena.contender {
+        Contender::RoutingBeside(_)
+            if (case.client, case.placement) == (Client::Hairpin, Placement::Same) =>
+        {
+            case.workload == Workload::TcpRoundTrip
+        }
         Contender::RoutingBeside(_) | Contender::ForwarderAmongRules | Contender::IptablesBare => {
-            (case.client, case.placement) == (Client::External, Placement::Same)
-                && matches!(
-                    case.workload,
-                    Workload::Capacity | Workload::NewFlows | Workload::TcpRoundTrip
-                )
+            main && matches!(
+                case.workload,
+                Workload::Capacity | Workload::NewFlows | Workload::TcpRoundTrip
+            )
+        }
+        Contender::ForwarderRespecting => main,
+        // What XDP takes part in is existing flows.
+        Contender::RemoteForwarderXdp => main && case.workload == Workload::Capacity,
+        contender if contender.is_remote() => {
+            main && matches!(case.workload, Workload::Capacity | Workload::NewFlows)
         }
         _ => true,
     };

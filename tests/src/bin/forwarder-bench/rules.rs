@@ -16,6 +16,12 @@ impl Port {
         let Self { protocol, number } = self;
         format!("0.0.0.0:{number}:{CONTAINER}:{number}/{protocol}")
     }
+
+    /// The same, to another machine.
+    pub(crate) fn spec_to(&self, backend: &str) -> String {
+        let Self { protocol, number } = self;
+        format!("0.0.0.0:{number}:{backend}:{number}/{protocol}")
+    }
 }
 
 const CONTAINER: &str = "172.31.0.2";
@@ -25,39 +31,50 @@ const NETWORK: &str = "172.31.0.0/24";
 /// libnetwork/drivers/bridge/setup_ip_tables_linux.go and portmapper/mapper.go), so that localhost and the
 /// container's own network are served as well, by masquerade.
 pub(crate) fn docker(ports: &[Port]) -> String {
+    docker_to(ports, CONTAINER, NETWORK, "br0")
+}
+
+/// The same rules for a backend on another machine, and masquerade, so that it answers to this one.
+pub(crate) fn remote(ports: &[Port], backend: &str, network: &str) -> String {
+    let masquerade = format!("-A POSTROUTING -d {backend}/32 -j MASQUERADE\nCOMMIT\n*filter");
+    docker_to(ports, backend, network, "eth1").replacen("COMMIT\n*filter", &masquerade, 1)
+}
+
+fn docker_to(ports: &[Port], backend: &str, network: &str, device: &str) -> String {
     let mut nat = "*nat\n:DOCKER - [0:0]\n\
         -A PREROUTING -m addrtype --dst-type LOCAL -j DOCKER\n\
         -A OUTPUT -m addrtype --dst-type LOCAL -j DOCKER\n"
         .to_owned();
-    let mut filter = "*filter\n:FORWARD DROP [0:0]\n:DOCKER - [0:0]\n:DOCKER-USER - [0:0]\n\
+    let mut filter = format!(
+        "*filter\n:FORWARD DROP [0:0]\n:DOCKER - [0:0]\n:DOCKER-USER - [0:0]\n\
         :DOCKER-ISOLATION-STAGE-1 - [0:0]\n:DOCKER-ISOLATION-STAGE-2 - [0:0]\n\
         -A FORWARD -j DOCKER-USER\n-A FORWARD -j DOCKER-ISOLATION-STAGE-1\n\
-        -A FORWARD -o br0 -m conntrack --ctstate RELATED,ESTABLISHED -j ACCEPT\n\
-        -A FORWARD -o br0 -j DOCKER\n-A FORWARD -i br0 ! -o br0 -j ACCEPT\n\
-        -A FORWARD -i br0 -o br0 -j ACCEPT\n\
-        -A DOCKER-ISOLATION-STAGE-1 -i br0 ! -o br0 -j DOCKER-ISOLATION-STAGE-2\n\
+        -A FORWARD -o {device} -m conntrack --ctstate RELATED,ESTABLISHED -j ACCEPT\n\
+        -A FORWARD -o {device} -j DOCKER\n-A FORWARD -i {device} ! -o {device} -j ACCEPT\n\
+        -A FORWARD -i {device} -o {device} -j ACCEPT\n\
+        -A DOCKER-ISOLATION-STAGE-1 -i {device} ! -o {device} -j DOCKER-ISOLATION-STAGE-2\n\
         -A DOCKER-ISOLATION-STAGE-1 -j RETURN\n\
-        -A DOCKER-ISOLATION-STAGE-2 -o br0 -j DROP\n-A DOCKER-ISOLATION-STAGE-2 -j RETURN\n\
+        -A DOCKER-ISOLATION-STAGE-2 -o {device} -j DROP\n-A DOCKER-ISOLATION-STAGE-2 -j RETURN\n\
         -A DOCKER-USER -j RETURN\n"
-        .to_owned();
+    );
     let mut masquerade = format!(
-        "-A POSTROUTING -o br0 -m addrtype --src-type LOCAL -j MASQUERADE\n\
-         -A POSTROUTING -s {NETWORK} ! -o br0 -j MASQUERADE\n"
+        "-A POSTROUTING -o {device} -m addrtype --src-type LOCAL -j MASQUERADE\n\
+         -A POSTROUTING -s {network} ! -o {device} -j MASQUERADE\n"
     );
     for Port { protocol, number } in ports {
         let _ = writeln!(
             nat,
-            "-A DOCKER -p {protocol} -m {protocol} --dport {number} -j DNAT --to-destination {CONTAINER}:{number}"
+            "-A DOCKER -p {protocol} -m {protocol} --dport {number} -j DNAT --to-destination {backend}:{number}"
         );
         // dockerd masquerades a container that asks for itself; for one that asks for its neighbour, the
         // bridge's own traffic has to pass netfilter or, as here, to be masqueraded as well.
         let _ = writeln!(
             masquerade,
-            "-A POSTROUTING -s {NETWORK} -d {CONTAINER}/32 -p {protocol} -m {protocol} --dport {number} -j MASQUERADE"
+            "-A POSTROUTING -s {network} -d {backend}/32 -p {protocol} -m {protocol} --dport {number} -j MASQUERADE"
         );
         let _ = writeln!(
             filter,
-            "-A DOCKER -d {CONTAINER}/32 ! -i br0 -o br0 -p {protocol} -m {protocol} --dport {number} -j ACCEPT"
+            "-A DOCKER -d {backend}/32 ! -i {device} -o {device} -p {protocol} -m {protocol} --dport {number} -j ACCEPT"
         );
     }
     format!("{nat}{masquerade}COMMIT\n{filter}COMMIT\n")
