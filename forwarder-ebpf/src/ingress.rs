@@ -5,7 +5,7 @@ use aya_ebpf::{
     programs::TcContext,
 };
 use forwarder_common::{
-    flow::{Flow, delivery, state},
+    flow::{Flow, ORIGINAL, REPLY, delivery, state},
     reason::Reason,
     tuple::Tuple,
 };
@@ -57,7 +57,7 @@ fn forward(
             if let Some(obstacle) = before_backend(ctx, packet, &published)? {
                 return tell(ctx, packet, obstacle, 0);
             }
-            flow::update(flow, packet, flow::ORIGINAL);
+            flow::update(ctx, flow, packet, ORIGINAL);
             flow::keep(&key, flow);
             return to_backend(ctx, packet, &published, &key, trail);
         }
@@ -143,7 +143,7 @@ fn begin(
         state: flow::local_client(packet),
         ..Flow::default()
     };
-    flow::update(&mut draft.flow, packet, flow::ORIGINAL);
+    flow::update(ctx, &mut draft.flow, packet, ORIGINAL);
     if publish::needs_snat(packet, published.publish) {
         key.source = published.publish.source;
     } else if flow::insert(key, &draft.flow, BPF_NOEXIST)? {
@@ -185,7 +185,7 @@ fn to_client(ctx: &TcContext, packet: &Packet, flow: &mut Flow, trail: &mut Trai
     if let Some(obstacle) = icmp::obstacle(ctx, packet, &flow.back, hop) {
         return tell(ctx, packet, obstacle, flow.publish);
     }
-    flow::update(flow, packet, flow::REPLY);
+    flow::update(ctx, flow, packet, REPLY);
     let new = Tuple {
         source: flow.frontend,
         destination: flow.client,

@@ -142,6 +142,10 @@ impl Daemon {
                 }
             },
         };
+        let mut timeouts = Timeouts::default();
+        for timeout in &options.timeout {
+            timeouts.set(timeout.phase, timeout.seconds);
+        }
         let reader = datapath.is_some().then(Reader::open).transpose()?;
         let mut daemon = Self {
             options,
@@ -152,7 +156,7 @@ impl Daemon {
             snapshot: Snapshot::default(),
             publishes: BTreeMap::new(),
             last_id: 0,
-            timeouts: Timeouts::default(),
+            timeouts,
             tracing: broadcast::channel(1024).0,
             logging: false,
             asked: HashMap::new(),
@@ -266,6 +270,7 @@ impl Daemon {
         let options = ProxyOptions {
             proxy_protocol: self.options.proxy_protocol,
             allow: allow.to_vec(),
+            timeouts: self.timeouts,
         };
         let published = Published {
             spec: spec.clone(),

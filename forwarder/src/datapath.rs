@@ -34,7 +34,7 @@ use crate::{
 static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/forwarder.o"));
 
 /// Part of the pins' path: the layout of what is pinned. Another layout is not adopted.
-const LAYOUT: &str = "v2";
+const LAYOUT: &str = "v3";
 const PROGRAM: &str = "ingress";
 const TRACED: &str = "ingress_traced";
 const PROGRAMS: [&str; 2] = [PROGRAM, TRACED];

@@ -94,6 +94,12 @@ fn an_unknown_protocol_is_wrong_usage() {
 }
 
 #[test]
+fn a_timeout_that_is_none_is_wrong_usage() {
+    wrong_usage(&["--timeout", "tcp-establised=5d"], "tcp-established");
+    wrong_usage(&["--timeout", "udp=0"], "udp=0");
+}
+
+#[test]
 fn publishes_that_overlap_are_refused() {
     let flags = [
         "-p",
