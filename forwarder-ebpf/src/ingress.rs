@@ -31,8 +31,16 @@ static PEER_FROM_LO: u8 = 1;
 #[inline(always)]
 pub fn ingress(ctx: &TcContext, trail: &mut Trail) -> Verdict {
     let mut packet = parse::packet(ctx)?;
-    fragment::complete(&mut packet)?;
+    if let Err(reason) = fragment::complete(&mut packet) {
+        if publish::arrived(&packet).is_ok() {
+            fragment::leave(&packet);
+        }
+        return Err(reason);
+    }
     let published = publish::find(&packet);
+    if published.is_some() {
+        fragment::rejoin(&packet)?;
+    }
     trail.parsed(&packet, published.map_or(0, |published| published.index));
     if published.is_some() && setting(&PEER_FROM_LO) == 0 && packet.is_from_this_host() {
         deliver::fits(ctx)?;

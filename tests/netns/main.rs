@@ -2,12 +2,13 @@
 //!
 //! `matrix` has every kind of client, `firewall` what a firewall does meanwhile, `flood` what a flood does, `lifecycle` what
 //! comes and goes, `filters` other people's tc filters, `promises` what must not be reachable, `timeout` when a flow ends,
-//! and `usage` what a mistake is answered with. Every test makes its own machine, so they run side by side.
+//! `fragment` datagrams in parts, and `usage` what a mistake is answered with. Every test makes its own machine, so they run side by side.
 
 mod bulk;
 mod filters;
 mod firewall;
 mod flood;
+mod fragment;
 mod icmp;
 mod lifecycle;
 mod machine;

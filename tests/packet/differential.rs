@@ -15,6 +15,7 @@ use forwarder_common::{
     publish::{Interface, Publish, flag},
 };
 use forwarder_tests::{
+    fragment::fix_header_checksum,
     frame::{ACK, FIN_ACK, Flags, Frame, Mac, Protocol, SYN, SYN_ACK},
     icmp::{IcmpError, quote},
     netns::Netns,
@@ -410,14 +411,6 @@ impl Report {
         error.quoted = quoted_bytes[14..14 + length].to_vec();
         error.bytes()
     }
-}
-
-fn fix_header_checksum(ip: &mut [u8]) {
-    ip[10..12].fill(0);
-    let header = etherparse::Ipv4HeaderSlice::from_slice(ip)
-        .unwrap()
-        .to_header();
-    ip[10..12].copy_from_slice(&header.calc_header_checksum().to_be_bytes());
 }
 
 /// The frames of a conversation and the end that each is sent from.
