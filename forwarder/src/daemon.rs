@@ -505,6 +505,7 @@ fn load(instance: &str) -> Result<Datapath> {
         instance: instance.to_owned(),
         pins,
         snat: snat_ports(),
+        flows: limits::FLOWS,
     })?;
     if let Err(error) = datapath.rehearse() {
         datapath.remove();

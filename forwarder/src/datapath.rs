@@ -52,6 +52,8 @@ pub struct Options {
     pub pins: Option<PathBuf>,
     /// First source port for SNAT, and how many there are.
     pub snat: (u16, u32),
+    /// Proven flows at once.
+    pub flows: u32,
 }
 
 /// The loaded programs and where they are attached. Dropping it detaches everything.
@@ -123,7 +125,8 @@ impl Datapath {
             .override_global("SNAT_PORTS", &snat_ports, true)
             .override_global("SNAT_SEED", &snat_seed, true)
             .override_global("OWN_MARK", &own_mark, true)
-            .override_global("SET_RETVAL", &set_retval, true);
+            .override_global("SET_RETVAL", &set_retval, true)
+            .map_max_entries("FLOWS", options.flows);
         let pins = options
             .pins
             .as_ref()

@@ -6,6 +6,7 @@ use std::{collections::BTreeMap, net::SocketAddr};
 use forwarder::datapath::{Datapath, Options};
 use forwarder_common::{
     flow::{Flow, Hop, delivery},
+    limits,
     publish::{Interface, Publish, flag},
     reason::Reason,
     tuple::Tuple,
@@ -78,11 +79,25 @@ impl Outcome {
 
 /// Runs a scenario on a fresh program.
 pub(crate) fn bench(scenario: impl FnOnce(&mut Bench) + Send) {
-    bench_with_ports((61_000, 4_000), scenario);
+    bench_with(options(), scenario);
 }
 
 /// The same, with SNAT ports: the first, and how many.
 pub(crate) fn bench_with_ports(snat: (u16, u32), scenario: impl FnOnce(&mut Bench) + Send) {
+    bench_with(Options { snat, ..options() }, scenario);
+}
+
+/// What a program is loaded with unless a test says otherwise.
+pub(crate) fn options() -> Options {
+    Options {
+        instance: "bench".into(),
+        pins: None,
+        snat: (61_000, 4_000),
+        flows: limits::FLOWS,
+    }
+}
+
+pub(crate) fn bench_with(options: Options, scenario: impl FnOnce(&mut Bench) + Send) {
     let netns = Netns::new("bench").unwrap();
     netns
         .ip("link set lo up\n\
@@ -90,12 +105,7 @@ pub(crate) fn bench_with_ports(snat: (u16, u32), scenario: impl FnOnce(&mut Benc
              link add veth0 type veth peer name veth0p\nlink set veth0 up")
         .unwrap();
     netns.enter(|| {
-        let datapath = Datapath::load(&Options {
-            instance: "bench".into(),
-            pins: None,
-            snat,
-        })
-        .unwrap();
+        let datapath = Datapath::load(&options).unwrap();
         let index = |name| if_nametoindex(name).unwrap();
         let mut bench = Bench {
             datapath,

@@ -12,6 +12,7 @@ use std::net::SocketAddr;
 use forwarder::datapath::{Datapath, Options};
 use forwarder_common::{
     flow::{Hop, delivery},
+    limits,
     publish::{Interface, Publish, flag},
 };
 use forwarder_tests::{
@@ -139,6 +140,7 @@ impl Arena {
                 instance: "bench".into(),
                 pins: None,
                 snat: (61_000, 4_000),
+                flows: limits::FLOWS,
             };
             let mut datapath = Datapath::load(&options).unwrap();
             let [uplink, veth] = ["eth0", "veth0"].map(|name| if_nametoindex(name).unwrap());

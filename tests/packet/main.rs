@@ -10,6 +10,7 @@ mod icmp;
 mod local;
 mod obstacle;
 mod pass;
+mod reason;
 mod refuse;
 mod source_port;
 mod state;
