@@ -35,23 +35,40 @@ pub struct Hop {
 
 const _: () = assert!(size_of::<Hop>() == 20);
 
+/// Directions, as indices of what a flow keeps for each.
+pub const ORIGINAL: usize = 0;
+pub const REPLY: usize = 1;
+
 /// Bits of [`Flow::state`].
 pub mod state {
-    /// The backend's side has answered (TCP: with anything but a reset).
+    /// The backend's side has answered (TCP: a SYN-ACK that acknowledges the client's SYN).
     pub const REPLIED: u32 = 1;
     /// The client's side has heard that: TCP acknowledged it, UDP spoke again.
     pub const ESTABLISHED: u32 = 1 << 1;
     pub const FIN_ORIGINAL: u32 = 1 << 2;
     pub const FIN_REPLY: u32 = 1 << 3;
     pub const RESET: u32 = 1 << 4;
+    /// The client's FIN was acknowledged.
+    pub const FIN_ORIGINAL_ACKNOWLEDGED: u32 = 1 << 5;
+    pub const FIN_REPLY_ACKNOWLEDGED: u32 = 1 << 6;
+    /// The client has sent a SYN while this was established.
+    pub const SYN_AGAIN: u32 = 1 << 7;
     /// The client is on this host: only packets from `lo` belong to the original direction.
     pub const LOCAL_CLIENT: u32 = 1 << 8;
     /// In `FLOWS`. On an entry of `HALF_OPEN`: what was left behind there.
     pub const KEPT: u32 = 1 << 9;
+    /// The client has gone on after a reset.
+    pub const SPOKE_ORIGINAL: u32 = 1 << 10;
+    pub const SPOKE_REPLY: u32 = 1 << 11;
 
-    /// Everything that a new conversation on the same tuple starts without.
-    pub const PROGRESS: u32 = REPLIED | ESTABLISHED | FIN_ORIGINAL | FIN_REPLY | RESET;
     pub const BOTH_FIN: u32 = FIN_ORIGINAL | FIN_REPLY;
+    pub const BOTH_ACKNOWLEDGED: u32 = FIN_ORIGINAL_ACKNOWLEDGED | FIN_REPLY_ACKNOWLEDGED;
+    pub const BOTH_SPOKE: u32 = SPOKE_ORIGINAL | SPOKE_REPLY;
+    /// Everything that a new conversation on the same tuple starts without.
+    pub const PROGRESS: u32 =
+        REPLIED | ESTABLISHED | BOTH_FIN | RESET | BOTH_ACKNOWLEDGED | SYN_AGAIN | BOTH_SPOKE;
+    /// Of these, an established TCP connection of which nobody has taken leave has `ESTABLISHED` alone.
+    pub const UNSETTLED: u32 = ESTABLISHED | BOTH_FIN | RESET;
 }
 
 /// A value of `FLOWS` and `HALF_OPEN`. Key: [`crate::tuple::Tuple`] from the client (or its SNAT source) to the
@@ -73,6 +90,8 @@ pub struct Flow {
     pub back: Hop,
     /// Bits of [`state`].
     pub state: u32,
+    /// TCP: the greatest number that the client's side has acknowledged, and the backend's; host byte order.
+    pub acknowledged: [u32; 2],
     /// Nanoseconds of `CLOCK_MONOTONIC`, of the newest packet, to the tick.
     pub last_seen: u64,
     /// Original direction, reply direction.
@@ -81,56 +100,86 @@ pub struct Flow {
     pub bytes: [u64; 2],
 }
 
-const _: () = assert!(size_of::<Flow>() == 104);
+const _: () = assert!(size_of::<Flow>() == 112);
 
-/// How long a flow may stay silent, in seconds; nf_conntrack's defaults
-/// (Documentation/networking/nf_conntrack-sysctl.rst).
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Timeouts {
-    pub tcp_syn: u64,
-    pub tcp_established: u64,
-    pub tcp_fin: u64,
-    pub tcp_time_wait: u64,
-    pub tcp_reset: u64,
-    pub udp: u64,
-    pub udp_stream: u64,
+macro_rules! phases {
+    ($($(#[$doc:meta])* $name:ident = $text:literal, $seconds:literal;)*) => {
+        /// What a flow is in the midst of: what nf_conntrack calls its state, and has a timeout for.
+        #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+        pub enum Phase { $($(#[$doc])* $name,)* }
+
+        impl Phase {
+            pub const ALL: &[Self] = &[$(Self::$name,)*];
+
+            /// The protocol and nf_conntrack's name, as in `tcp-time-wait`.
+            pub const fn name(self) -> &'static str {
+                match self { $(Self::$name => $text,)* }
+            }
+        }
+
+        impl Default for Timeouts {
+            /// nf_conntrack's (Documentation/networking/nf_conntrack-sysctl.rst).
+            fn default() -> Self {
+                Self([$($seconds,)*])
+            }
+        }
+    };
 }
 
-impl Default for Timeouts {
-    fn default() -> Self {
-        Self {
-            tcp_syn: 60,
-            tcp_established: 432_000,
-            tcp_fin: 120,
-            tcp_time_wait: 120,
-            tcp_reset: 10,
-            udp: 30,
-            udp_stream: 120,
+phases! {
+    TcpSynSent = "tcp-syn-sent", 120;
+    TcpSynRecv = "tcp-syn-recv", 60;
+    TcpEstablished = "tcp-established", 432_000;
+    /// One side has sent a FIN.
+    TcpFinWait = "tcp-fin-wait", 120;
+    /// The other side has acknowledged that.
+    TcpCloseWait = "tcp-close-wait", 60;
+    /// Both have sent one.
+    TcpLastAck = "tcp-last-ack", 30;
+    /// Both were acknowledged.
+    TcpTimeWait = "tcp-time-wait", 120;
+    /// Reset.
+    TcpClose = "tcp-close", 10;
+    /// Nobody has answered.
+    Udp = "udp", 30;
+    UdpStream = "udp-stream", 120;
+}
+
+impl Phase {
+    pub const fn of(protocol: u32, state: u32) -> Self {
+        if protocol != crate::tuple::TCP as u32 {
+            return if state & state::REPLIED != 0 {
+                Self::UdpStream
+            } else {
+                Self::Udp
+            };
+        }
+        if state & state::RESET != 0 {
+            return Self::TcpClose;
+        }
+        match (state & state::BOTH_FIN, state & state::BOTH_ACKNOWLEDGED) {
+            (state::BOTH_FIN, state::BOTH_ACKNOWLEDGED) => Self::TcpTimeWait,
+            (state::BOTH_FIN, _) => Self::TcpLastAck,
+            (0, _) if state & state::ESTABLISHED != 0 => Self::TcpEstablished,
+            (0, _) if state & state::REPLIED != 0 => Self::TcpSynRecv,
+            (0, _) => Self::TcpSynSent,
+            (_, 0) => Self::TcpFinWait,
+            _ => Self::TcpCloseWait,
         }
     }
 }
 
+/// How long a flow may stay silent in each [`Phase`], in seconds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Timeouts([u64; Phase::ALL.len()]);
+
 impl Timeouts {
-    /// The silence, in seconds, after which a flow in `state` ends.
-    pub const fn of(&self, protocol: u32, state: u32) -> u64 {
-        if protocol != crate::tuple::TCP as u32 {
-            return if state & state::REPLIED == 0 {
-                self.udp
-            } else {
-                self.udp_stream
-            };
-        }
-        if state & state::RESET != 0 {
-            self.tcp_reset
-        } else if state & state::BOTH_FIN == state::BOTH_FIN {
-            self.tcp_time_wait
-        } else if state & state::BOTH_FIN != 0 {
-            self.tcp_fin
-        } else if state & state::ESTABLISHED != 0 {
-            self.tcp_established
-        } else {
-            self.tcp_syn
-        }
+    pub const fn of(&self, phase: Phase) -> u64 {
+        self.0[phase as usize]
+    }
+
+    pub const fn set(&mut self, phase: Phase, seconds: u64) {
+        self.0[phase as usize] = seconds;
     }
 }
 
@@ -146,21 +195,41 @@ mod tests {
     use crate::tuple::{TCP, UDP};
 
     #[test]
-    fn a_tcp_flow_gets_the_timeout_of_its_state() {
+    fn timeouts_are_nf_conntracks() {
         let t = Timeouts::default();
-        let tcp = |state| t.of(TCP.into(), state);
-        assert_eq!(tcp(0), 60);
-        assert_eq!(tcp(state::REPLIED), 60);
-        assert_eq!(tcp(state::REPLIED | state::ESTABLISHED), 432_000);
-        assert_eq!(tcp(state::ESTABLISHED | state::FIN_REPLY), 120);
-        assert_eq!(tcp(state::ESTABLISHED | state::BOTH_FIN), 120);
-        assert_eq!(tcp(state::ESTABLISHED | state::BOTH_FIN | state::RESET), 10);
+        let of = |protocol: u8, state| {
+            let phase = Phase::of(protocol.into(), state);
+            (phase.name(), t.of(phase))
+        };
+        let established = state::REPLIED | state::ESTABLISHED;
+        let closed = established | state::BOTH_FIN | state::BOTH_ACKNOWLEDGED;
+        for (state, phase) in [
+            (0, ("tcp-syn-sent", 120)),
+            (state::REPLIED, ("tcp-syn-recv", 60)),
+            (established, ("tcp-established", 432_000)),
+            (established | state::FIN_REPLY, ("tcp-fin-wait", 120)),
+            (
+                established | state::FIN_REPLY | state::FIN_REPLY_ACKNOWLEDGED,
+                ("tcp-close-wait", 60),
+            ),
+            (established | state::BOTH_FIN, ("tcp-last-ack", 30)),
+            (closed, ("tcp-time-wait", 120)),
+            (closed | state::RESET, ("tcp-close", 10)),
+        ] {
+            assert_eq!(of(TCP, state), phase);
+        }
+        assert_eq!(of(UDP, 0), ("udp", 30));
+        assert_eq!(of(UDP, state::REPLIED), ("udp-stream", 120));
     }
 
     #[test]
-    fn a_udp_flow_lives_longer_once_answered() {
-        let t = Timeouts::default();
-        assert_eq!(t.of(UDP.into(), 0), 30);
-        assert_eq!(t.of(UDP.into(), state::REPLIED), 120);
+    fn each_timeout_can_be_set() {
+        let mut t = Timeouts::default();
+        for (seconds, phase) in (1..).zip(Phase::ALL) {
+            t.set(*phase, seconds);
+        }
+        for (seconds, phase) in (1..).zip(Phase::ALL) {
+            assert_eq!(t.of(*phase), seconds);
+        }
     }
 }

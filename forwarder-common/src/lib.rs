@@ -10,4 +10,5 @@ pub mod flow;
 pub mod limits;
 pub mod publish;
 pub mod reason;
+pub mod tcp;
 pub mod tuple;

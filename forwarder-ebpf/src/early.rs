@@ -10,7 +10,7 @@ use aya_ebpf::{
     programs::XdpContext,
 };
 use forwarder_common::{
-    flow::{Flow, delivery, state},
+    flow::{Flow, ORIGINAL, REPLY, delivery, state},
     publish::flag,
     reason::Reason,
     tuple::Tuple,
@@ -97,7 +97,7 @@ fn to_backend(
     key: &Tuple,
 ) -> Result<u32, Reason> {
     let action = send(ctx, packet, key)?;
-    flow::update(flow, packet, flow::ORIGINAL);
+    flow::update(ctx, flow, packet, ORIGINAL);
     flow::keep(key, flow);
     Ok(action)
 }
@@ -116,7 +116,7 @@ fn to_client(ctx: &XdpContext, packet: &Packet, flow: &mut Flow) -> Result<u32, 
         protocol: packet.tuple.protocol,
     };
     let action = send(ctx, packet, &new)?;
-    flow::update(flow, packet, flow::REPLY);
+    flow::update(ctx, flow, packet, REPLY);
     Ok(action)
 }
 

@@ -4,25 +4,24 @@
 
 use aya_ebpf::bindings::{BPF_ANY, BPF_NOEXIST};
 use forwarder_common::{
-    flow::{Flow, state},
+    flow::{Flow, REPLY, state},
     limits,
     reason::Reason,
+    tcp,
     tuple::{TCP, Tuple},
 };
 
 use crate::{
     clock,
+    frame::Frame,
     maps::{DRAFT, Draft, FLOWS, HALF_OPEN, count},
-    parse::{ACK, FIN, Packet, RST},
+    parse::{self, Packet},
     source_port::Ports,
     words::copy_tuple,
 };
 
 const EEXIST: i32 = -17;
 const NO_PORT: u32 = u32::MAX;
-
-pub const ORIGINAL: usize = 0;
-pub const REPLY: usize = 1;
 
 /// The flow whose key is `tuple`. Proven ones come first: what is left of them in `HALF_OPEN` is not looked at.
 #[inline(always)]
@@ -110,52 +109,26 @@ pub fn local_client(packet: &Packet) -> u32 {
 
 /// Follows the conversation: counters, time and state. An ICMP error neither refreshes nor ends it.
 #[inline(always)]
-pub fn update(flow: &mut Flow, packet: &Packet, direction: usize) {
+pub fn update(frame: &impl Frame, flow: &mut Flow, packet: &Packet, direction: usize) {
     if packet.is_error() {
         return;
     }
     flow.last_seen = clock::now();
-    if direction == ORIGINAL {
-        flow.packets[0] += 1;
-        flow.bytes[0] += packet.length as u64;
-    } else {
-        flow.packets[1] += 1;
-        flow.bytes[1] += packet.length as u64;
+    flow.packets[direction] += 1;
+    flow.bytes[direction] += packet.length as u64;
+    if packet.protocol == TCP {
+        if let Some(segment) = parse::segment(frame, packet) {
+            tcp::follow(flow, direction, segment);
+        }
+        return;
     }
     let before = flow.state;
-    let mut after = before;
-    if packet.protocol == TCP {
-        let flags = packet.flags;
-        if direction == ORIGINAL {
-            if packet.opens()
-                && (before & state::BOTH_FIN == state::BOTH_FIN || before & state::RESET != 0)
-            {
-                after &= !state::PROGRESS; // the tuple is used again
-            }
-            if flags & ACK != 0 && before & state::REPLIED != 0 {
-                after |= state::ESTABLISHED;
-            }
-            if flags & FIN != 0 {
-                after |= state::FIN_ORIGINAL;
-            }
-        } else {
-            if flags & RST == 0 {
-                after |= state::REPLIED;
-            }
-            if flags & FIN != 0 {
-                after |= state::FIN_REPLY;
-            }
+    if direction == REPLY {
+        if before & state::REPLIED == 0 {
+            flow.state = before | state::REPLIED;
         }
-        if flags & RST != 0 {
-            after |= state::RESET;
-        }
-    } else if direction == REPLY {
-        after |= state::REPLIED;
-    } else if before & state::REPLIED != 0 {
-        after |= state::ESTABLISHED;
-    }
-    if after != before {
-        flow.state = after;
+    } else if before & (state::REPLIED | state::ESTABLISHED) == state::REPLIED {
+        flow.state = before | state::ESTABLISHED;
     }
 }
 

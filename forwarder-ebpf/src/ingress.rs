@@ -5,7 +5,7 @@ use aya_ebpf::{
     programs::TcContext,
 };
 use forwarder_common::{
-    flow::{Flow, Hop, delivery, state},
+    flow::{Flow, Hop, ORIGINAL, REPLY, delivery, state},
     publish::flag,
     reason::Reason,
     tuple::Tuple,
@@ -41,8 +41,16 @@ static THROUGH_THE_STACK: Hop = Hop {
 #[inline(always)]
 pub fn ingress(ctx: &TcContext, trail: &mut Trail) -> Verdict {
     let mut packet = parse::packet(ctx)?;
-    fragment::complete(&mut packet)?;
+    if let Err(reason) = fragment::complete(&mut packet) {
+        if publish::arrived(&packet).is_ok() {
+            fragment::leave(&packet);
+        }
+        return Err(reason);
+    }
     let published = publish::find(&packet);
+    if published.is_some() {
+        fragment::rejoin(&packet)?;
+    }
     trail.parsed(&packet, published.map_or(0, |published| published.index));
     if published.is_some() && setting(&PEER_FROM_LO) == 0 && packet.is_from_this_host() {
         deliver::fits(ctx)?;
@@ -67,7 +75,7 @@ fn forward(
             if let Some(obstacle) = before_backend(ctx, packet, &published)? {
                 return tell(ctx, packet, obstacle, 0);
             }
-            flow::update(flow, packet, flow::ORIGINAL);
+            flow::update(ctx, flow, packet, ORIGINAL);
             flow::keep(&key, flow);
             return to_backend(ctx, packet, &published, &key, trail);
         }
@@ -189,7 +197,7 @@ fn begin(
         state: flow::local_client(packet),
         ..Flow::default()
     };
-    flow::update(&mut draft.flow, packet, flow::ORIGINAL);
+    flow::update(ctx, &mut draft.flow, packet, ORIGINAL);
     if publish::needs_snat(packet, published.publish) {
         copy_address(&published.publish.source, &mut key.source);
     } else if flow::insert(key, &draft.flow, BPF_NOEXIST)? {
@@ -232,7 +240,7 @@ pub fn to_client(ctx: &TcContext, packet: &Packet, flow: &mut Flow, trail: &mut 
     if let Some(obstacle) = icmp::obstacle(ctx, packet, &flow.back, hop) {
         return tell(ctx, packet, obstacle, flow.publish);
     }
-    flow::update(flow, packet, flow::REPLY);
+    flow::update(ctx, flow, packet, REPLY);
     let new = Tuple {
         source: flow.frontend,
         destination: flow.client,

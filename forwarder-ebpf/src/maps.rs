@@ -14,7 +14,7 @@ use forwarder_common::{
     tuple::{Address, Tuple},
 };
 
-use crate::{clock::Reading, icmp::Told, trace::Trail};
+use crate::{clock::Reading, fragment::Datagram, icmp::Told, trace::Trail};
 
 /// What is published on each port, by [`forwarder_common::publish::port_index`].
 #[map]
@@ -55,9 +55,10 @@ pub static HALF_OPEN: LruHashMap<Tuple, Flow> = LruHashMap::with_max_entries(lim
 #[map]
 pub static TRIES: Array<u32> = Array::with_max_entries(limits::TRIES, 0);
 
-/// Datagrams whose first fragment was carried: addresses and identification to both ports.
+/// Datagrams of which a fragment has come, by addresses and identification.
 #[map]
-pub static FRAGMENTS: LruHashMap<Tuple, u32> = LruHashMap::with_max_entries(limits::FRAGMENTS, 0);
+pub static FRAGMENTS: LruHashMap<Tuple, Datagram> =
+    LruHashMap::with_max_entries(limits::FRAGMENTS, 0);
 
 /// A flow that is looked for, or made.
 #[repr(C)]

@@ -5,6 +5,7 @@ mod icmp;
 use aya_ebpf::programs::TcContext;
 use forwarder_common::{
     reason::Reason,
+    tcp::{ACK, FIN, RST, SYN, Segment},
     tuple::{Address, TCP, Tuple, UDP},
 };
 
@@ -40,12 +41,6 @@ const DESTINATION: u8 = 60;
 pub const ICMP: u8 = 1;
 pub const ICMPV6: u8 = 58;
 const OFFSET_V6: u16 = 0xfff8;
-
-/// TCP's flags (RFC 9293 section 3.1).
-pub const FIN: u8 = 0x01;
-pub const SYN: u8 = 0x02;
-pub const RST: u8 = 0x04;
-pub const ACK: u8 = 0x10;
 
 #[repr(C, packed(2))]
 pub struct Ethernet {
@@ -96,7 +91,8 @@ pub struct Ports {
 #[repr(C, packed(2))]
 pub struct Tcp {
     pub ports: Ports,
-    pub sequence: [u32; 2],
+    pub sequence: u32,
+    pub acknowledgement: u32,
     pub data_offset: u8,
     pub flags: u8,
     pub window: u16,
@@ -178,6 +174,23 @@ impl Packet {
     pub fn opens(&self) -> bool {
         self.flags & (SYN | ACK | RST | FIN) == SYN
     }
+}
+
+/// What the header of a TCP packet says, if the packet has one.
+#[inline(always)]
+pub fn segment(frame: &impl Frame, packet: &Packet) -> Option<Segment> {
+    if packet.part == Part::Later {
+        return None;
+    }
+    // VERIFIER: read again, since the stack has no room for it between the two.
+    let tcp = header::<Tcp>(frame, packet.l4())?;
+    // SAFETY: `header` checked the bounds; packed structs have no alignment.
+    let tcp = unsafe { &*tcp };
+    Some(Segment {
+        flags: tcp.flags,
+        sequence: u32::from_be(tcp.sequence),
+        acknowledgement: u32::from_be(tcp.acknowledgement),
+    })
 }
 
 /// The length of the longest packet that this becomes, without the link header. Segments that the kernel has merged

@@ -4,6 +4,7 @@
 use std::path::PathBuf;
 
 use clap::{Parser, Subcommand, ValueEnum};
+use forwarder_common::flow::Phase;
 use ipnet::IpNet;
 
 use crate::spec::Spec;
@@ -86,6 +87,10 @@ pub struct Run {
     /// Serve only clients of this network; may be given several times.
     #[arg(long, value_name = "CIDR")]
     pub allow: Vec<IpNet>,
+    /// How long a flow may stay silent, such as `tcp-established=1h` or `udp=45s`; may be given several times. Names and
+    /// defaults are those of nf_conntrack's sysctls.
+    #[arg(long, value_name = "NAME=TIME")]
+    pub timeout: Vec<Timeout>,
     /// Send the PROXY protocol's header (version 2) to TCP backends; userland path only.
     #[arg(long)]
     pub proxy_protocol: bool,
@@ -117,6 +122,50 @@ pub struct Format {
     /// One JSON document instead of a table.
     #[arg(long)]
     pub json: bool,
+}
+
+/// A timeout that was chosen.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Timeout {
+    pub phase: Phase,
+    pub seconds: u64,
+}
+
+impl std::str::FromStr for Timeout {
+    type Err = String;
+
+    /// The name may also be the sysctl's own, `nf_conntrack_tcp_timeout_established`, and without a unit the time is in
+    /// seconds, as there.
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        let (name, time) = text
+            .split_once('=')
+            .ok_or("NAME=TIME is expected, such as tcp-established=1h")?;
+        let plain = name
+            .trim_start_matches("net.netfilter.")
+            .trim_start_matches("nf_conntrack_")
+            .replace("timeout_", "")
+            .trim_end_matches("_timeout")
+            .replace('_', "-");
+        let phase = Phase::ALL.iter().find(|phase| phase.name() == plain);
+        let &phase = phase.ok_or_else(|| {
+            let names: Vec<&str> = Phase::ALL.iter().map(|phase| phase.name()).collect();
+            format!("no timeout {name}; there are {}", names.join(", "))
+        })?;
+        let (number, unit) = match time.char_indices().last() {
+            Some((at, 's')) => (&time[..at], 1),
+            Some((at, 'm')) => (&time[..at], 60),
+            Some((at, 'h')) => (&time[..at], 3600),
+            Some((at, 'd')) => (&time[..at], 86_400),
+            _ => (time, 1),
+        };
+        match number.parse::<u32>() {
+            Ok(number) if number > 0 => Ok(Self {
+                phase,
+                seconds: u64::from(number) * unit,
+            }),
+            _ => Err(format!("{time} is no time; 90, 90s, 5m, 1h and 5d are")),
+        }
+    }
 }
 
 /// A publish named on the command line.
@@ -175,6 +224,37 @@ mod tests {
         assert_eq!("7".parse(), Ok(Named::Id(7)));
         let spec: Result<Named, _> = "8080:172.17.0.2:80".parse();
         assert_eq!(spec, Ok(Named::Spec("8080:172.17.0.2:80/tcp".into())));
+    }
+
+    #[test]
+    fn a_timeout_has_nf_conntracks_name_and_a_unit() {
+        let seconds = |text: &str| {
+            let timeout: Timeout = text.parse().expect("a timeout");
+            (timeout.phase, timeout.seconds)
+        };
+        let established = Phase::TcpEstablished;
+        assert_eq!(seconds("tcp-established=432000"), (established, 432_000));
+        assert_eq!(seconds("tcp_established=5d"), (established, 432_000));
+        let sysctl = "nf_conntrack_tcp_timeout_established=90m";
+        assert_eq!(seconds(sysctl), (established, 5400));
+        let sysctl = "net.netfilter.nf_conntrack_udp_timeout_stream=180s";
+        assert_eq!(seconds(sysctl), (Phase::UdpStream, 180));
+        assert_eq!(seconds("nf_conntrack_udp_timeout=1h"), (Phase::Udp, 3600));
+        for phase in Phase::ALL {
+            assert_eq!(seconds(&format!("{}=1", phase.name())).0, *phase);
+        }
+    }
+
+    #[test]
+    fn what_is_no_timeout_is_said() {
+        let error = |text: &str| text.parse::<Timeout>().expect_err(text);
+        assert!(error("tcp=5").contains("there are tcp-syn-sent,"));
+        for text in [
+            "udp=", "udp=0", "udp=-1", "udp=5x", "udp=s", "udp=5µ", "udp",
+        ] {
+            let said = error(text);
+            assert!(said.contains("is no time") || said.contains("NAME=TIME"));
+        }
     }
 
     #[test]

@@ -122,8 +122,11 @@ impl Socket {
 async fn client(stream: tokio::net::UnixStream, calls: mpsc::Sender<Call>) {
     let (reader, mut writer) = stream.into_split();
     let mut lines = AsyncReader::new(reader).lines();
-    while let Ok(Some(line)) = lines.next_line().await {
-        let request = match serde_json::from_str(&line) {
+    while let Some(line) = lines.next_line().await.transpose() {
+        let request = line.map_err(|error| error.to_string());
+        let request =
+            request.and_then(|line| serde_json::from_str(&line).map_err(|error| error.to_string()));
+        let request = match request {
             Ok(request) => request,
             Err(error) => {
                 let failed = Response::Failed(format!("not a request: {error}"));

@@ -150,6 +150,10 @@ impl Daemon {
                 }
             },
         };
+        let mut timeouts = Timeouts::default();
+        for timeout in &options.timeout {
+            timeouts.set(timeout.phase, timeout.seconds);
+        }
         let reader = datapath.is_some().then(Reader::open).transpose()?;
         let mut daemon = Self {
             options,
@@ -160,7 +164,7 @@ impl Daemon {
             snapshot: Snapshot::default(),
             publishes: BTreeMap::new(),
             last_id: 0,
-            timeouts: Timeouts::default(),
+            timeouts,
             tracing: broadcast::channel(1024).0,
             interfaces: BTreeMap::new(),
             without_xdp: BTreeSet::new(),
@@ -277,6 +281,7 @@ impl Daemon {
         let options = ProxyOptions {
             proxy_protocol: self.options.proxy_protocol,
             allow: allow.to_vec(),
+            timeouts: self.timeouts,
         };
         let published = Published {
             spec: spec.clone(),
@@ -511,6 +516,7 @@ fn load(instance: &str) -> Result<Datapath> {
         instance: instance.to_owned(),
         pins,
         snat: snat_ports(),
+        flows: limits::FLOWS,
     })?;
     if let Err(error) = datapath.rehearse() {
         datapath.remove();

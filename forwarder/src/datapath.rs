@@ -32,7 +32,7 @@ use crate::{
 static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/forwarder.o"));
 
 /// Part of the pins' path: the layout of what is pinned. Another layout is not adopted.
-const LAYOUT: &str = "v2";
+const LAYOUT: &str = "v3";
 /// Folder of the marks of qdiscs.
 const QDISCS: &str = "qdiscs";
 /// The maps that a later instance takes over, so that established flows survive a restart.
@@ -47,6 +47,8 @@ pub struct Options {
     pub pins: Option<PathBuf>,
     /// First source port for SNAT, and how many there are.
     pub snat: (u16, u32),
+    /// Proven flows at once.
+    pub flows: u32,
 }
 
 /// The loaded programs and where they are attached. Dropping it detaches everything.
@@ -109,7 +111,8 @@ impl Datapath {
             .override_global("SNAT_PORTS", &snat_ports, true)
             .override_global("SNAT_SEED", &snat_seed, true)
             .override_global("OWN_MARK", &own_mark, true)
-            .override_global("SET_RETVAL", &set_retval, true);
+            .override_global("SET_RETVAL", &set_retval, true)
+            .map_max_entries("FLOWS", options.flows);
         let pins = options
             .pins
             .as_ref()

@@ -3,6 +3,7 @@
 
 use std::path::Path;
 
+use forwarder_common::limits;
 use serde::Serialize;
 
 use crate::{
@@ -54,6 +55,7 @@ pub fn examine() -> Vec<Finding> {
         instance: "doctor".into(),
         pins: None,
         snat: (1024, 1),
+        flows: limits::FLOWS,
     })
     .and_then(|mut datapath| datapath.rehearse());
     add(

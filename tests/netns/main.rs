@@ -1,13 +1,14 @@
 //! Tier 2: real sockets in network namespaces, through the daemon as a user starts it.
 //!
 //! `matrix` has every kind of client, `firewall` what a firewall does meanwhile, `flood` what a flood does, `lifecycle` what
-//! comes and goes, `filters` other people's tc filters, `promises` what must not be reachable, and `usage` what a mistake is answered
-//! with. Every test makes its own machine, so they run side by side.
+//! comes and goes, `filters` other people's tc filters, `promises` what must not be reachable, `timeout` when a flow ends,
+//! `fragment` datagrams in parts, and `usage` what a mistake is answered with. Every test makes its own machine, so they run side by side.
 
 mod bulk;
 mod filters;
 mod firewall;
 mod flood;
+mod fragment;
 mod icmp;
 mod lifecycle;
 mod machine;
@@ -19,6 +20,7 @@ mod respect;
 mod restart;
 mod restricted;
 mod scene;
+mod timeout;
 mod topology;
 mod trace;
 mod usage;

@@ -122,3 +122,69 @@ fn only_allowed_clients_are_served() {
     );
     daemon.stop().unwrap();
 }
+
+#[test]
+fn a_backends_own_address_is_not_reached_through_the_host() {
+    let topology = Topology::new().unwrap();
+    let backend = Backend::start(&topology.backend.netns, Protocol::Udp, BACKEND_PORT).unwrap();
+    let address = SocketAddr::new(topology.backend.address(Family::V4), BACKEND_PORT);
+    let same_port = format!("{BACKEND_PORT}:{address}/udp");
+    let specs = [
+        &*same_port,
+        &spec(&topology.backend, Family::V4, Protocol::Udp),
+    ];
+    let daemon = Daemon::start(&topology.host, &specs, Datapath::Ebpf).unwrap();
+    let host = topology.host_address(Family::V4);
+    let route = format!("route add {}/32 via {host}", address.ip());
+    topology.client.ip(&route).unwrap();
+
+    send_datagram(&topology.client, address, "direct").unwrap();
+    served_to_the_client(&topology, Protocol::Udp, "through the port");
+    assert_eq!(backend.requests(), 1, "{address} was reached");
+    daemon.stop().unwrap();
+}
+
+#[test]
+fn only_published_ports_open() {
+    let topology = Topology::new().unwrap();
+    let ports = [BACKEND_PORT, BACKEND_PORT + 1, PORT + 1];
+    let backends = ports.map(|port| Backend::start(&topology.backend.netns, Protocol::Tcp, port));
+    let spec = spec(&topology.backend, Family::V4, Protocol::Tcp);
+    let daemon = Daemon::start(&topology.host, &[&spec], Datapath::Ebpf).unwrap();
+    on_the_fast_path(&daemon, || {
+        served_to_the_client(&topology, Protocol::Tcp, "hello")
+    });
+    let host = topology.host_address(Family::V4);
+    for port in ports {
+        let closed = SocketAddr::new(host, port);
+        assert!(ask(&topology.client, Protocol::Tcp, closed, "hello").is_err());
+    }
+    drop(backends);
+    daemon.stop().unwrap();
+}
+
+#[test]
+fn nothing_opens_when_the_daemon_dies() {
+    let topology = Topology::new().unwrap();
+    let backend = Backend::start(&topology.backend.netns, Protocol::Udp, BACKEND_PORT).unwrap();
+    let address = SocketAddr::new(topology.backend.address(Family::V4), BACKEND_PORT);
+    let specs = [
+        format!("{PORT}:{address}/udp"),
+        format!("127.0.0.1:{}:{address}/udp", PORT + 1),
+    ];
+    let specs = specs.each_ref().map(String::as_str);
+    let allow = ["--allow", "198.51.100.0/24"];
+    let mut daemon = Daemon::start_with(&topology.host, &specs, Datapath::Ebpf, &allow).unwrap();
+    served_to_the_client(&topology, Protocol::Udp, "before");
+    daemon.kill().unwrap();
+
+    let before = backend.requests();
+    let host = topology.host_address(Family::V4);
+    let not_allowed = SocketAddr::new(topology.other.gateway(Family::V4), PORT);
+    send_datagram(&topology.other.netns, not_allowed, "not allowed").unwrap();
+    for port in [PORT + 1, PORT + 2, BACKEND_PORT] {
+        send_datagram(&topology.client, SocketAddr::new(host, port), "closed").unwrap();
+    }
+    served_to_the_client(&topology, Protocol::Udp, "after");
+    assert_eq!(backend.requests(), before + 1);
+}

@@ -109,6 +109,7 @@ impl Lan {
                     instance: "peer".into(),
                     pins: None,
                     snat: (1024, 1),
+                    flows: 1,
                 })
                 .unwrap();
                 let ifindex = nix::net::if_::if_nametoindex(device).unwrap();

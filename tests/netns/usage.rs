@@ -1,15 +1,19 @@
 //! Mistakes: each gets one line that names the thing, and the right exit status.
 
-use std::net::{Ipv4Addr, TcpListener};
+use std::{
+    io::{BufRead as _, BufReader, Write as _},
+    net::{Ipv4Addr, SocketAddr, TcpListener},
+    os::unix::net::UnixStream,
+};
 
 use forwarder_tests::{
     daemon::{Daemon, Datapath, run_to_failure},
     netns::Netns,
     topology::{Family, Topology},
-    traffic::Protocol,
+    traffic::{Backend, Connection, Protocol},
 };
 
-use crate::scene::{PORT, spec};
+use crate::scene::{BACKEND_PORT, PORT, spec};
 
 /// The line that begins with `error: `, and that there is only one.
 #[track_caller]
@@ -94,6 +98,12 @@ fn an_unknown_protocol_is_wrong_usage() {
 }
 
 #[test]
+fn a_timeout_that_is_none_is_wrong_usage() {
+    wrong_usage(&["--timeout", "tcp-establised=5d"], "tcp-established");
+    wrong_usage(&["--timeout", "udp=0"], "udp=0");
+}
+
+#[test]
 fn publishes_that_overlap_are_refused() {
     let flags = [
         "-p",
@@ -104,4 +114,61 @@ fn publishes_that_overlap_are_refused() {
     let (status, errors) = run_to_failure(&empty_host(), &flags).unwrap();
     assert!(!status.success());
     assert!(error_line(&errors).contains("8080"), "{errors}");
+}
+
+#[test]
+fn a_request_that_fails_changes_nothing() {
+    let topology = Topology::new().unwrap();
+    let _backend = Backend::start(&topology.backend.netns, Protocol::Tcp, BACKEND_PORT).unwrap();
+    let first = spec(&topology.backend, Family::V4, Protocol::Tcp);
+    let daemon = Daemon::start(&topology.host, &[&first], Datapath::Ebpf).unwrap();
+    let frontend = SocketAddr::new(topology.host_address(Family::V4), PORT);
+    let mut connection = Connection::open(&topology.client, frontend).unwrap();
+    connection.ask("before").unwrap();
+    let _held = topology
+        .host
+        .enter(|| TcpListener::bind((Ipv4Addr::UNSPECIFIED, PORT + 2)))
+        .unwrap();
+
+    let good = format!("{}:172.31.0.2:80", PORT + 1);
+    let held = format!("{}:172.31.0.2:80", PORT + 2);
+    for (request, named) in [
+        (["publish", &good, &held], "8082"),
+        (["publish", &good, &first], "8080"),
+        (["unpublish", &first, "77"], "77"),
+    ] {
+        let error = daemon.control(&request).unwrap_err().to_string();
+        assert!(error_line_of(&error).contains(named), "{error}");
+        let listed = daemon.list().unwrap();
+        assert_eq!(listed.len(), 1, "after {request:?}: {listed:?}");
+        connection.ask("meanwhile").unwrap();
+    }
+    daemon.stop().unwrap();
+}
+
+/// The same line in what a failed command said.
+fn error_line_of(said: &str) -> &str {
+    said.split("error: ").nth(1).unwrap_or(said)
+}
+
+#[test]
+fn what_is_no_request_is_said_and_disturbs_nobody() {
+    let topology = Topology::new().unwrap();
+    let daemon = Daemon::start(&topology.host, &[], Datapath::Ebpf).unwrap();
+    let socket = format!("/run/forwarder/{}.sock", daemon.instance());
+    for line in [
+        &b"nonsense\n"[..],
+        b"{}\n",
+        b"{\"list\":7}\n",
+        b"\n",
+        b"\xff\xfe\n",
+    ] {
+        let mut stream = UnixStream::connect(&socket).unwrap();
+        stream.write_all(line).unwrap();
+        let mut answer = String::new();
+        BufReader::new(stream).read_line(&mut answer).unwrap();
+        assert!(answer.contains("not a request"), "{line:?}: {answer}");
+        assert!(daemon.list().unwrap().is_empty());
+    }
+    daemon.stop().unwrap();
 }

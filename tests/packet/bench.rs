@@ -3,9 +3,10 @@
 
 use std::{collections::BTreeMap, net::SocketAddr};
 
-use forwarder::datapath::{Datapath, Options};
+use forwarder::datapath::{Datapath, Options, xdp::Mode};
 use forwarder_common::{
     flow::{Flow, Hop, delivery},
+    limits,
     publish::{Interface, Publish, flag},
     reason::Reason,
     tuple::Tuple,
@@ -30,6 +31,10 @@ pub(crate) const LO: u32 = 1;
 pub(crate) const REDIRECT: u32 = 7;
 pub(crate) const SHOT: u32 = 2;
 pub(crate) const UNSPEC: u32 = u32::MAX;
+/// XDP's (include/uapi/linux/bpf.h).
+pub(crate) const XDP_DROP: u32 = 1;
+pub(crate) const XDP_PASS: u32 = 2;
+pub(crate) const XDP_TX: u32 = 3;
 
 pub(crate) struct Bench {
     pub(crate) datapath: Datapath,
@@ -78,11 +83,25 @@ impl Outcome {
 
 /// Runs a scenario on a fresh program.
 pub(crate) fn bench(scenario: impl FnOnce(&mut Bench) + Send) {
-    bench_with_ports((61_000, 4_000), scenario);
+    bench_with(options(), scenario);
 }
 
 /// The same, with SNAT ports: the first, and how many.
 pub(crate) fn bench_with_ports(snat: (u16, u32), scenario: impl FnOnce(&mut Bench) + Send) {
+    bench_with(Options { snat, ..options() }, scenario);
+}
+
+/// What a program is loaded with unless a test says otherwise.
+pub(crate) fn options() -> Options {
+    Options {
+        instance: "bench".into(),
+        pins: None,
+        snat: (61_000, 4_000),
+        flows: limits::FLOWS,
+    }
+}
+
+pub(crate) fn bench_with(options: Options, scenario: impl FnOnce(&mut Bench) + Send) {
     let netns = Netns::new("bench").unwrap();
     netns
         .ip("link set lo up\n\
@@ -90,12 +109,7 @@ pub(crate) fn bench_with_ports(snat: (u16, u32), scenario: impl FnOnce(&mut Benc
              link add veth0 type veth peer name veth0p\nlink set veth0 up")
         .unwrap();
     netns.enter(|| {
-        let datapath = Datapath::load(&Options {
-            instance: "bench".into(),
-            pins: None,
-            snat,
-        })
-        .unwrap();
+        let datapath = Datapath::load(&options).unwrap();
         let index = |name| if_nametoindex(name).unwrap();
         let mut bench = Bench {
             datapath,
@@ -181,8 +195,12 @@ impl Bench {
     }
 
     pub(crate) fn send_bytes(&self, bytes: &[u8], ifindex: u32) -> Outcome {
+        self.outcome(|| self.datapath.try_frame(bytes, ifindex).unwrap())
+    }
+
+    fn outcome(&self, run: impl FnOnce() -> (u32, Vec<u8>)) -> Outcome {
         let before = self.stats();
-        let (action, bytes) = self.datapath.try_frame(bytes, ifindex).unwrap();
+        let (action, bytes) = run();
         let after = self.stats();
         let counted = |name: &&str| (0..after[name] - before[name]).map(|_| ()).count() > 0;
         let reasons = after.keys().copied().filter(counted).collect();
@@ -191,6 +209,50 @@ impl Bench {
             bytes,
             reasons,
         }
+    }
+
+    /// Makes the uplink lead to another machine, the backend of a publish, with XDP and the kernel's answers that it needs.
+    /// Returns whether the kernel can run XDP programs for a device by themselves.
+    pub(crate) fn publish_beside(&mut self, protocol: Protocol, port: u16, backend: &str) -> bool {
+        let backend = at(backend);
+        let netns = Netns::current().unwrap();
+        netns
+            .ip(
+                "addr add 198.51.100.2/24 dev eth0\naddr add 2001:db8:100::2/64 dev eth0 nodad\n\
+                 link set eth0p up\n\
+                 neigh replace 198.51.100.9 lladdr 02:00:00:00:00:09 dev eth0\n\
+                 neigh replace 198.51.100.10 lladdr 02:00:00:00:00:10 dev eth0\n\
+                 neigh replace 2001:db8:100::9 lladdr 02:00:00:00:00:09 dev eth0\n\
+                 neigh replace 2001:db8:100::10 lladdr 02:00:00:00:00:10 dev eth0",
+            )
+            .unwrap();
+        for setting in ["ipv4/ip_forward", "ipv6/conf/all/forwarding"] {
+            std::fs::write(format!("/proc/sys/net/{setting}"), "1").unwrap();
+        }
+        self.datapath.attach_xdp(self.uplink, Mode::Native).unwrap();
+        let uplink = Interface {
+            delivery: delivery::NEIGHBOUR,
+            mtu: 1500,
+            xdp: 1,
+        };
+        let maps = &mut self.datapath.maps;
+        maps.set_interface(self.uplink, Some(uplink)).unwrap();
+        let mut entry = self.entry(port, &backend.to_string());
+        let source = if backend.is_ipv4() { HOST[0] } else { HOST[2] };
+        entry.source = source.parse::<std::net::IpAddr>().unwrap().into();
+        entry.flags |= flag::REMOTE;
+        entry.hop = Hop {
+            ifindex: self.uplink,
+            delivery: delivery::NEIGHBOUR,
+            ..Hop::default()
+        };
+        self.publish_entry(1, None, protocol, port, &entry);
+        self.datapath.try_early(&[0; 60], self.uplink).is_ok()
+    }
+
+    /// Has the XDP program see the frame.
+    pub(crate) fn send_early(&self, bytes: &[u8]) -> Outcome {
+        self.outcome(|| self.datapath.try_early(bytes, self.uplink).unwrap())
     }
 
     fn stats(&self) -> BTreeMap<&'static str, u64> {

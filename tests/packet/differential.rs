@@ -12,9 +12,11 @@ use std::net::SocketAddr;
 use forwarder::datapath::{Datapath, Options, devices::Hook};
 use forwarder_common::{
     flow::{Hop, delivery},
+    limits,
     publish::{Interface, Publish, flag},
 };
 use forwarder_tests::{
+    fragment::fix_header_checksum,
     frame::{ACK, FIN_ACK, Flags, Frame, Mac, Protocol, SYN, SYN_ACK},
     icmp::{IcmpError, quote},
     netns::Netns,
@@ -138,6 +140,7 @@ impl Arena {
                 instance: "bench".into(),
                 pins: None,
                 snat: (61_000, 4_000),
+                flows: limits::FLOWS,
             };
             let mut datapath = Datapath::load(&options).unwrap();
             let [uplink, veth] = ["eth0", "veth0"].map(|name| if_nametoindex(name).unwrap());
@@ -240,11 +243,11 @@ fn is_traffic(frame: &[u8]) -> bool {
 fn frame_of(v4: bool, protocol: Protocol, from_client: bool, port: u16) -> Frame {
     let addresses = if v4 { V4 } else { V6 };
     let client = SocketAddr::new(at(addresses[0]).ip(), port);
-    let mut frame = if from_client {
-        Frame::first(protocol, client, at(addresses[1]))
-    } else {
-        Frame::first(protocol, at(addresses[2]), client)
-    };
+    let mut frame = Frame::first(protocol, client, at(addresses[1]));
+    if !from_client {
+        frame = frame.reply();
+        frame.source = at(addresses[2]);
+    }
     (frame.source_mac, frame.destination_mac) = if from_client {
         (CLIENT_MAC, UPLINK_MAC)
     } else {
@@ -267,16 +270,20 @@ struct Shape {
 #[derive(Clone, Debug)]
 enum Step {
     Packet(bool, Shape),
-    /// About the last packet's like: from the container's side or the client's, by a router or by the end itself.
-    Error {
-        from_client: bool,
-        router: bool,
-        kind: (u8, u8),
-        rest: u32,
-        octets: usize,
-        ttl: u8,
-        about: Shape,
-    },
+    Error(Report),
+}
+
+/// An ICMP error about the last packet's like: from the container's side or the client's, by a router or by the end
+/// itself.
+#[derive(Clone, Debug)]
+struct Report {
+    from_client: bool,
+    router: bool,
+    kind: (u8, u8),
+    rest: u32,
+    octets: usize,
+    ttl: u8,
+    about: Shape,
 }
 
 #[derive(Clone, Debug)]
@@ -316,7 +323,7 @@ fn steps() -> impl Strategy<Value = Step> {
     let error = (any::<(bool, bool, u32)>(), kind, octets, ttl, shapes()).prop_map(
         |((from_client, router, rest), (kind, code), octets, ttl, about)| {
             let kind = (kind.index(4) as u8, code);
-            Step::Error {
+            Step::Error(Report {
                 from_client,
                 router,
                 kind,
@@ -324,7 +331,7 @@ fn steps() -> impl Strategy<Value = Step> {
                 octets,
                 ttl,
                 about,
-            }
+            })
         },
     );
     prop_oneof![
@@ -378,12 +385,38 @@ impl Shape {
     }
 }
 
-fn fix_header_checksum(ip: &mut [u8]) {
-    ip[10..12].fill(0);
-    let header = etherparse::Ipv4HeaderSlice::from_slice(ip)
-        .unwrap()
-        .to_header();
-    ip[10..12].copy_from_slice(&header.calc_header_checksum().to_be_bytes());
+impl Report {
+    /// The error's frame.
+    fn bytes(&self, v4: bool, protocol: Protocol, port: u16) -> Vec<u8> {
+        let addresses = if v4 { V4 } else { V6 };
+        // What this end was sent: by the container from its frontend, by the client to its backend.
+        let mut quoted = frame_of(v4, protocol, !self.from_client, port);
+        if self.from_client {
+            quoted.source = at(addresses[1]);
+        } else {
+            quoted.destination = at(addresses[2]);
+        }
+        if protocol == Protocol::Tcp {
+            quoted = quoted.with_flags(ACK);
+        }
+        self.about.apply(&mut quoted);
+        let quoted_bytes = self.about.bytes(&quoted);
+        let length = quote(&quoted, self.octets).len();
+        let mut error = IcmpError::port_unreachable(&quoted);
+        (error.source_mac, error.destination_mac) = if self.from_client {
+            (CLIENT_MAC, UPLINK_MAC)
+        } else {
+            (CONTAINER_MAC, VETH_MAC)
+        };
+        if self.router {
+            error.source = at(addresses[if self.from_client { 3 } else { 4 }]).ip();
+        }
+        error.kind = if v4 { [3, 4, 11, 12] } else { [1, 2, 3, 4] }[usize::from(self.kind.0)];
+        error.code = self.kind.1;
+        (error.rest, error.ttl) = (self.rest, self.ttl);
+        error.quoted = quoted_bytes[14..14 + length].to_vec();
+        error.bytes()
+    }
 }
 
 /// The frames of a conversation and the end that each is sent from.
@@ -392,7 +425,9 @@ fn frames(conversation: &Conversation, port: u16) -> Vec<(bool, Vec<u8>)> {
     let protocol = if *tcp { Protocol::Tcp } else { Protocol::Udp };
     let packet = |from_client, flags: Flags, shape: &Shape| {
         let mut frame = frame_of(*v4, protocol, from_client, port);
-        frame.flags = if *tcp { flags } else { Flags::default() };
+        if *tcp {
+            frame = frame.with_flags(flags);
+        }
         let mut shape = shape.clone();
         if from_client {
             shape.payload = shape.payload.min(1200);
@@ -410,42 +445,7 @@ fn frames(conversation: &Conversation, port: u16) -> Vec<(bool, Vec<u8>)> {
     for step in steps {
         all.push(match step {
             Step::Packet(from_client, shape) => packet(*from_client, ACK, shape),
-            Step::Error {
-                from_client,
-                router,
-                kind,
-                rest,
-                octets,
-                ttl,
-                about,
-            } => {
-                let addresses = if *v4 { V4 } else { V6 };
-                // What this end was sent: by the container from its frontend, by the client to its backend.
-                let mut quoted = frame_of(*v4, protocol, !from_client, port);
-                if *from_client {
-                    quoted.source = at(addresses[1]);
-                } else {
-                    quoted.destination = at(addresses[2]);
-                }
-                quoted.flags = if *tcp { ACK } else { Flags::default() };
-                about.apply(&mut quoted);
-                let quoted_bytes = about.bytes(&quoted);
-                let length = quote(&quoted, *octets).len();
-                let mut error = IcmpError::port_unreachable(&quoted);
-                (error.source_mac, error.destination_mac) = if *from_client {
-                    (CLIENT_MAC, UPLINK_MAC)
-                } else {
-                    (CONTAINER_MAC, VETH_MAC)
-                };
-                if *router {
-                    error.source = at(addresses[if *from_client { 3 } else { 4 }]).ip();
-                }
-                error.kind = if *v4 { [3, 4, 11, 12] } else { [1, 2, 3, 4] }[usize::from(kind.0)];
-                error.code = kind.1;
-                (error.rest, error.ttl) = (*rest, *ttl);
-                error.quoted = quoted_bytes[14..14 + length].to_vec();
-                (*from_client, error.bytes())
-            }
+            Step::Error(report) => (report.from_client, report.bytes(*v4, protocol, port)),
         });
     }
     all.push(packet(true, FIN_ACK, &plain));

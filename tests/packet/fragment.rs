@@ -1,73 +1,19 @@
 //! Datagrams in parts: the later ones have no ports, and go where the first went.
 
-use forwarder_tests::frame::{Frame, Protocol};
+use forwarder_tests::{
+    fragment::{cut, put_together},
+    frame::{Frame, Protocol},
+};
 
 use crate::bench::{Bench, REDIRECT, at, bench};
 
-/// A datagram's two halves: eight bytes of UDP header and eight of data, and the rest.
-fn halves(frame: &Frame) -> [Vec<u8>; 2] {
-    const CUT: usize = 16;
-    let whole = frame.bytes();
-    let v4 = frame.source.is_ipv4();
-    let l4 = if v4 { 34 } else { 54 };
-    [
-        (0..l4 + CUT, 0, true),
-        (l4 + CUT..whole.len(), CUT / 8, false),
-    ]
-    .map(|(range, offset, more)| {
-        let data = &whole[range.start.max(l4)..range.end];
-        let mut part = whole[..l4].to_vec();
-        if v4 {
-            part[16..18].copy_from_slice(&(20 + data.len() as u16).to_be_bytes());
-            part[18..20].copy_from_slice(&0x1234_u16.to_be_bytes());
-            let field = offset as u16 | u16::from(more) << 13;
-            part[20..22].copy_from_slice(&field.to_be_bytes());
-            part[24..26].fill(0);
-            let header = etherparse::Ipv4HeaderSlice::from_slice(&part[14..34]).unwrap();
-            let sum = header.to_header().calc_header_checksum();
-            part[24..26].copy_from_slice(&sum.to_be_bytes());
-        } else {
-            part[18..20].copy_from_slice(&(8 + data.len() as u16).to_be_bytes());
-            let next = std::mem::replace(&mut part[20], 44);
-            let field = (offset as u16) << 3 | u16::from(more);
-            part.extend([next, 0]);
-            part.extend(field.to_be_bytes());
-            part.extend(0x1234_5678_u32.to_be_bytes());
-        }
-        part.extend(data);
-        part
-    })
-}
-
-/// The datagram that two parts make, as the receiver puts it together.
-fn reassemble(frame: &Frame, [first, later]: &[Vec<u8>; 2]) -> Frame {
-    let v4 = frame.source.is_ipv4();
-    let (l4, headers) = if v4 { (34, 34) } else { (54, 62) };
-    let mut whole = first[..l4].to_vec();
-    whole.extend(&first[headers..]);
-    whole.extend(&later[headers..]);
-    let length = whole.len() as u16;
-    if v4 {
-        whole[16..18].copy_from_slice(&(length - 14).to_be_bytes());
-        whole[20..22].fill(0);
-        whole[24..26].fill(0);
-        let header = etherparse::Ipv4HeaderSlice::from_slice(&whole[14..34]).unwrap();
-        let sum = header.to_header().calc_header_checksum();
-        whole[24..26].copy_from_slice(&sum.to_be_bytes());
-    } else {
-        whole[18..20].copy_from_slice(&(length - 54).to_be_bytes());
-        whole[20] = 17;
-    }
-    Frame::parse(&whole).unwrap()
-}
-
 fn carried(bench: &Bench, frame: &Frame, ifindex: u32) -> Frame {
-    let parts = halves(frame).map(|part| {
+    let parts = cut::<3>(frame, 7).map(|part| {
         let outcome = bench.send_bytes(&part, ifindex);
         assert_eq!(outcome.action, REDIRECT, "{outcome:?}");
         outcome.bytes
     });
-    reassemble(frame, &parts)
+    put_together(frame.source.is_ipv4(), &parts)
 }
 
 fn both_ways(client: &str, host: &str, backend: &str) {
@@ -115,7 +61,7 @@ fn a_fragment_without_its_first_is_the_stacks() {
             bench.publish(Protocol::Udp, 53, backend);
             let mut frame = Frame::first(Protocol::Udp, at(client), at(host));
             frame.payload = vec![1; 100];
-            let [_, later] = halves(&frame);
+            let [_, later] = cut(&frame, 7);
             bench
                 .send_bytes(&later, bench.uplink)
                 .passed(&later, "fragment");
@@ -130,10 +76,104 @@ fn the_parts_of_a_datagram_that_is_not_ours_stay_together() {
         let elsewhere = at("198.51.100.2:54");
         let mut frame = Frame::first(Protocol::Udp, at("198.51.100.9:4000"), elsewhere);
         frame.payload = vec![1; 100];
-        let [first, later] = halves(&frame);
+        let [first, later] = cut(&frame, 7);
         bench.send_bytes(&first, bench.uplink).passed(&first, "");
         bench
             .send_bytes(&later, bench.uplink)
             .passed(&later, "fragment");
+    });
+}
+
+/// Client, frontend and backend of each family.
+const ENDS: [[&str; 3]; 2] = [
+    ["198.51.100.9:4000", "198.51.100.2:53", "172.31.0.2:53"],
+    [
+        "[2001:db8:100::9]:4000",
+        "[2001:db8:100::2]:53",
+        "[fd00:31::2]:53",
+    ],
+];
+
+/// Runs a scenario with a long first packet of each family, whose port is published.
+fn with_long_frames(protocol: Protocol, scenario: impl Fn(&mut Bench, &Frame) + Sync) {
+    for [client, host, backend] in ENDS {
+        bench(|bench| {
+            bench.publish(protocol, 53, backend);
+            let mut frame = Frame::first(protocol, at(client), at(host));
+            frame.payload = (0..100).collect();
+            scenario(bench, &frame);
+        });
+    }
+}
+
+#[test]
+fn a_datagram_whose_first_part_comes_late_is_the_stacks_in_every_part() {
+    with_long_frames(Protocol::Udp, |bench, frame| {
+        bench.send(frame, bench.uplink).forwarded();
+        for (id, order) in [(8, [1, 0, 2]), (9, [2, 1, 0]), (10, [1, 2, 0])] {
+            let parts = cut::<3>(frame, id);
+            for part in order.map(|number| &parts[number]) {
+                bench
+                    .send_bytes(part, bench.uplink)
+                    .passed(part, "fragment");
+            }
+        }
+        carried(bench, frame, bench.uplink);
+    });
+}
+
+#[test]
+fn once_the_first_part_was_carried_the_others_may_come_in_any_order() {
+    with_long_frames(Protocol::Udp, |bench, frame| {
+        let parts = cut::<4>(frame, 8);
+        let mut sent = [0, 2, 3, 1].map(|number| {
+            let outcome = bench.send_bytes(&parts[number], bench.uplink);
+            assert_eq!(outcome.action, REDIRECT, "{outcome:?}");
+            outcome.bytes
+        });
+        sent.swap(1, 3);
+        sent.swap(2, 3);
+        let whole = put_together(frame.source.is_ipv4(), &sent);
+        assert_eq!(whole.payload, frame.payload);
+    });
+}
+
+#[test]
+fn a_late_first_part_of_tcp_is_carried_since_no_socket_of_the_host_could_take_it() {
+    with_long_frames(Protocol::Tcp, |bench, frame| {
+        let [first, later] = cut(frame, 8);
+        bench
+            .send_bytes(&later, bench.uplink)
+            .passed(&later, "fragment");
+        assert_eq!(bench.send_bytes(&first, bench.uplink).action, REDIRECT);
+    });
+}
+
+#[test]
+fn a_late_first_part_of_an_answer_goes_back_to_the_client() {
+    with_long_frames(Protocol::Udp, |bench, frame| {
+        let answer = bench.send(frame, bench.uplink).forwarded().reply();
+        let [first, later] = cut(&answer, 8);
+        bench
+            .send_bytes(&later, bench.container)
+            .passed(&later, "fragment");
+        assert_eq!(bench.send_bytes(&first, bench.container).action, REDIRECT);
+    });
+}
+
+#[test]
+fn a_fragment_that_passes_through_this_host_is_not_remembered() {
+    bench(|bench| {
+        bench.publish(Protocol::Udp, 53, "172.31.0.2:53");
+        let (client, elsewhere) = (at("198.51.100.9:4000"), at("203.0.113.1:53"));
+        let mut frame = Frame::first(Protocol::Udp, client, elsewhere);
+        frame.payload = vec![1; 100];
+        let [first, later] = cut(&frame, 7);
+        bench
+            .send_bytes(&later, bench.uplink)
+            .passed(&later, "fragment");
+        bench
+            .send_bytes(&first, bench.uplink)
+            .passed(&first, "not_local");
     });
 }

@@ -3,6 +3,7 @@
 
 mod bench;
 mod differential;
+mod early;
 mod flood;
 mod forward;
 mod fragment;
@@ -10,6 +11,7 @@ mod icmp;
 mod local;
 mod obstacle;
 mod pass;
+mod reason;
 mod refuse;
 mod source_port;
 mod state;

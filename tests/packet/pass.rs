@@ -53,6 +53,63 @@ fn a_loopback_address_from_outside_is_not_local() {
             .send(&frame, bench.container)
             .passed(&frame.bytes(), "not_local");
     });
+    bench(|bench| {
+        let entry = bench.entry(8080, "[fd00:31::2]:80");
+        bench.publish_entry(1, Some("::1"), Protocol::Tcp, 8080, &entry);
+        let frame = Frame::first(
+            Protocol::Tcp,
+            at("[2001:db8:100::9]:4000"),
+            at("[::1]:8080"),
+        );
+        for ifindex in [bench.uplink, bench.container] {
+            let outcome = bench.send(&frame, ifindex);
+            outcome.passed(&frame.bytes(), "not_local");
+        }
+    });
+}
+
+#[test]
+fn a_packet_to_the_backend_itself_is_of_no_flow() {
+    bench(|bench| {
+        bench.publish(Protocol::Udp, 80, "172.31.0.2:80");
+        let client = at("198.51.100.9:4000");
+        let through = Frame::first(Protocol::Udp, client, at("198.51.100.2:80"));
+        let direct = Frame::first(Protocol::Udp, client, at("172.31.0.2:80"));
+        for _ in 0..2 {
+            let outcome = bench.send(&direct, bench.uplink);
+            outcome.passed(&direct.bytes(), "not_local");
+            let arrived = bench.send(&through, bench.uplink).forwarded();
+            assert_eq!(arrived.destination, direct.destination);
+        }
+        assert_eq!(bench.flow().1.packets, [2, 0]);
+    });
+}
+
+#[test]
+fn an_answer_to_no_flow_is_left_alone() {
+    for protocol in [Protocol::Tcp, Protocol::Udp] {
+        bench(|bench| {
+            bench.publish(protocol, 8080, "172.31.0.2:80");
+            let frame = Frame::first(protocol, syn().source, syn().destination);
+            let answer = bench.send(&frame, bench.uplink).forwarded().reply();
+            bench.send(&answer, bench.container).forwarded();
+            for (source, destination) in [
+                ("172.31.0.2:80", "198.51.100.9:4001"),
+                ("172.31.0.2:80", "198.51.100.8:4000"),
+                ("172.31.0.3:80", "198.51.100.9:4000"),
+                ("172.31.0.2:81", "198.51.100.9:4000"),
+            ] {
+                let mut other = answer.clone();
+                (other.source, other.destination) = (at(source), at(destination));
+                let outcome = bench.send(&other, bench.container);
+                outcome.passed(&other.bytes(), "");
+            }
+            let (key, _) = bench.flow();
+            bench.datapath.maps.remove_flow(&key).unwrap();
+            let outcome = bench.send(&answer, bench.container);
+            outcome.passed(&answer.bytes(), "");
+        });
+    }
 }
 
 #[test]

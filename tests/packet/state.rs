@@ -1,7 +1,7 @@
 //! The state of a flow, as it follows the packets of both directions.
 
-use forwarder_common::flow::state;
-use forwarder_tests::frame::{ACK, FIN_ACK, Frame, Protocol, RST, SYN, SYN_ACK};
+use forwarder_common::flow::{Phase, state};
+use forwarder_tests::frame::{ACK, FIN_ACK, Flags, Frame, Protocol, RST, RST_ACK, SYN, SYN_ACK};
 
 use crate::bench::{Bench, at, bench};
 
@@ -13,89 +13,340 @@ fn syn() -> Frame {
     )
 }
 
-/// Sends flags from the client (true) or the backend, and returns the flow's progress.
-fn after(bench: &mut Bench, steps: &[(bool, forwarder_tests::frame::Flags)]) -> u32 {
-    bench.publish(Protocol::Tcp, 8080, "172.31.0.2:80");
-    for &(from_client, flags) in steps {
-        if from_client {
-            bench
-                .send(&syn().with_flags(flags), bench.uplink)
-                .forwarded();
-        } else {
-            let answer = Frame {
-                destination: at("172.31.0.2:80"),
-                ..syn()
-            }
-            .reply();
-            bench
-                .send(&answer.with_flags(flags), bench.container)
-                .forwarded();
-        }
+/// The backend's answer to it.
+fn syn_ack() -> Frame {
+    let answer = syn().reply();
+    Frame {
+        source: at("172.31.0.2:80"),
+        ..answer
     }
-    bench.flow().1.state & state::PROGRESS
 }
 
-const HANDSHAKE: [(bool, forwarder_tests::frame::Flags); 3] =
-    [(true, SYN), (false, SYN_ACK), (true, ACK)];
+/// A segment from the client (true) or the backend, without payload.
+type Step = (bool, Flags);
 
-#[test]
-fn a_syn_alone_is_not_established() {
-    bench(|b| assert_eq!(after(b, &HANDSHAKE[..1]), 0));
-    bench(|b| assert_eq!(after(b, &HANDSHAKE[..2]), state::REPLIED));
+const HANDSHAKE: [Step; 3] = [(true, SYN), (false, SYN_ACK), (true, ACK)];
+const ESTABLISHED: u32 = state::REPLIED | state::ESTABLISHED;
+
+/// A conversation whose numbers are right, at the program.
+struct Talk<'a> {
+    bench: &'a mut Bench,
+    /// The next segments of the client and of the backend, as flags without SYN or FIN.
+    sides: [Frame; 2],
+}
+
+impl Talk<'_> {
+    fn say(&mut self, steps: &[Step]) -> &mut Self {
+        for &(from_client, flags) in steps {
+            let frame = self.sides[usize::from(!from_client)]
+                .clone()
+                .with_flags(flags);
+            self.send(from_client, frame);
+        }
+        self
+    }
+
+    /// Sends a frame, and both sides go on from what it says.
+    fn send(&mut self, from_client: bool, frame: Frame) {
+        self.forge(from_client, &frame);
+        let follows = frame.reply();
+        let [own, other] = if from_client { [0, 1] } else { [1, 0] };
+        self.sides[own].sequence = follows.acknowledgement;
+        self.sides[other].acknowledgement = follows.acknowledgement;
+    }
+
+    /// Sends a frame that neither side knows of.
+    fn forge(&mut self, from_client: bool, frame: &Frame) -> &mut Self {
+        let ifindex = if from_client {
+            self.bench.uplink
+        } else {
+            self.bench.container
+        };
+        self.bench.send(frame, ifindex).forwarded();
+        self
+    }
+
+    /// The same as its side would send next, with the numbers that far off.
+    fn forge_at(&mut self, from_client: bool, flags: Flags, off: u32) -> &mut Self {
+        let mut frame = self.sides[usize::from(!from_client)]
+            .clone()
+            .with_flags(flags);
+        frame.sequence = frame.sequence.wrapping_add(off);
+        frame.acknowledgement = frame.acknowledgement.wrapping_add(off);
+        self.forge(from_client, &frame)
+    }
+
+    /// The client begins again, from another number.
+    fn begin_again(&mut self) -> &mut Self {
+        self.sides = sides(77_000_000);
+        self
+    }
+
+    #[track_caller]
+    fn is(&mut self, progress: u32) -> &mut Self {
+        let state = self.bench.flow().1.state & state::PROGRESS;
+        assert_eq!(state, progress, "{state:#b} is not {progress:#b}");
+        self
+    }
+
+    #[track_caller]
+    fn is_in(&mut self, phase: Phase) -> &mut Self {
+        let (key, flow) = self.bench.flow();
+        assert_eq!(Phase::of(key.protocol, flow.state), phase);
+        self
+    }
+}
+
+/// What both sides send first, as if the SYN had been sent already.
+fn sides(further: u32) -> [Frame; 2] {
+    [syn(), syn_ack()].map(|frame| {
+        let mut frame = frame.with_flags(ACK);
+        frame.sequence += further;
+        frame.acknowledgement += further;
+        frame
+    })
+}
+
+fn talk(scenario: impl FnOnce(&mut Talk<'_>) + Send) {
+    bench(|bench| {
+        bench.publish(Protocol::Tcp, 8080, "172.31.0.2:80");
+        let sides = sides(0);
+        scenario(&mut Talk { bench, sides });
+    });
 }
 
 #[test]
 fn a_handshake_establishes() {
-    bench(|b| assert_eq!(after(b, &HANDSHAKE), state::REPLIED | state::ESTABLISHED));
+    talk(|t| {
+        t.say(&HANDSHAKE[..1]).is(0).is_in(Phase::TcpSynSent);
+        t.say(&HANDSHAKE[1..2]).is(state::REPLIED);
+        t.is_in(Phase::TcpSynRecv);
+        t.say(&HANDSHAKE[2..]).is(ESTABLISHED);
+        t.is_in(Phase::TcpEstablished);
+    });
 }
 
 #[test]
-fn both_sides_close() {
-    let established = state::REPLIED | state::ESTABLISHED;
-    bench(|b| {
-        let half = after(b, &[&HANDSHAKE[..], &[(true, FIN_ACK)]].concat());
-        assert_eq!(half, established | state::FIN_ORIGINAL);
-        assert_eq!(after(b, &[(false, FIN_ACK)]), established | state::BOTH_FIN);
+fn both_sides_may_open_at_once() {
+    talk(|t| {
+        t.say(&[(true, SYN), (false, SYN)]).is(state::REPLIED);
+        t.say(&[(true, SYN_ACK)]).is(ESTABLISHED);
+        t.say(&[(false, SYN_ACK), (true, ACK)]).is(ESTABLISHED);
+    });
+}
+
+#[test]
+fn an_answer_that_does_not_acknowledge_the_syn_is_none() {
+    talk(|t| {
+        t.say(&HANDSHAKE[..1]);
+        t.forge_at(false, SYN_ACK, 1 << 20).is(0);
+        t.forge_at(false, ACK, 0).is(0);
+        t.say(&HANDSHAKE[1..]).is(ESTABLISHED);
+    });
+}
+
+#[test]
+fn an_acknowledgement_of_something_else_proves_nothing() {
+    talk(|t| {
+        t.say(&HANDSHAKE[..2]);
+        for off in [1 << 20, 1 << 31, u32::MAX] {
+            t.forge_at(true, ACK, off).is(state::REPLIED);
+        }
+        t.say(&HANDSHAKE[2..]).is(ESTABLISHED);
+    });
+}
+
+#[test]
+fn a_backend_that_answers_with_data_at_once_is_established() {
+    talk(|t| {
+        t.say(&HANDSHAKE[..2]); // RFC 7413: data before the handshake is complete
+        let mut data = t.sides[1].clone();
+        data.payload = vec![0; 1000];
+        t.send(false, data);
+        t.say(&HANDSHAKE[2..]).is(ESTABLISHED);
+    });
+}
+
+#[test]
+fn one_side_closes_then_the_other() {
+    talk(|t| {
+        t.say(&HANDSHAKE).say(&[(true, FIN_ACK)]);
+        t.is_in(Phase::TcpFinWait);
+        t.say(&[(false, ACK)]).is_in(Phase::TcpCloseWait);
+        let mut data = t.sides[1].clone();
+        data.payload = vec![0; 1000];
+        t.send(false, data);
+        t.say(&[(true, ACK)]).is_in(Phase::TcpCloseWait);
+        t.say(&[(false, FIN_ACK)]).is_in(Phase::TcpLastAck);
+        t.say(&[(true, ACK)]).is_in(Phase::TcpTimeWait);
+    });
+}
+
+#[test]
+fn the_backend_may_close_first() {
+    talk(|t| {
+        t.say(&HANDSHAKE).say(&[(false, FIN_ACK)]);
+        t.is_in(Phase::TcpFinWait);
+        t.say(&[(true, ACK)]).is_in(Phase::TcpCloseWait);
+        t.say(&[(true, FIN_ACK)]).is_in(Phase::TcpLastAck);
+        t.say(&[(false, ACK)]).is_in(Phase::TcpTimeWait);
+    });
+}
+
+#[test]
+fn both_sides_may_close_at_once() {
+    talk(|t| {
+        t.say(&HANDSHAKE);
+        let [from_client, from_backend] = t.sides.clone().map(|side| side.with_flags(FIN_ACK));
+        t.send(true, from_client);
+        t.forge(false, &from_backend).is_in(Phase::TcpLastAck);
+        t.say(&[(true, ACK), (false, ACK)]);
+        t.is_in(Phase::TcpTimeWait);
+    });
+}
+
+#[test]
+fn a_fin_from_far_away_closes_nothing() {
+    talk(|t| {
+        t.say(&HANDSHAKE).forge_at(true, FIN_ACK, 1 << 30);
+        t.forge_at(false, FIN_ACK, 1 << 31).is(ESTABLISHED);
     });
 }
 
 #[test]
 fn a_refusal_is_a_reset() {
-    bench(|b| assert_eq!(after(b, &[(true, SYN), (false, RST)]), state::RESET));
-}
-
-#[test]
-fn a_closed_tuple_can_be_used_again() {
-    bench(|b| {
-        after(
-            b,
-            &[
-                &HANDSHAKE[..],
-                &[(true, FIN_ACK), (false, FIN_ACK), (true, ACK)],
-            ]
-            .concat(),
-        );
-        assert_eq!(after(b, &[(true, SYN)]), 0);
-        assert_eq!(
-            after(b, &HANDSHAKE[1..]),
-            state::REPLIED | state::ESTABLISHED
-        );
+    talk(|t| {
+        t.say(&[(true, SYN), (false, RST_ACK)]).is(state::RESET);
+        t.is_in(Phase::TcpClose);
     });
 }
 
 #[test]
-fn a_syn_on_a_live_flow_changes_nothing() {
-    bench(|b| {
-        let before = after(b, &HANDSHAKE);
-        assert_eq!(after(b, &[(true, SYN)]), before);
+fn a_reset_that_does_not_answer_the_syn_refuses_nothing() {
+    talk(|t| {
+        t.say(&[(true, SYN)]);
+        t.forge_at(false, RST_ACK, 1 << 20);
+        t.forge_at(false, RST, 0).is(0);
+    });
+}
+
+#[test]
+fn either_side_may_reset() {
+    for from_client in [true, false] {
+        talk(|t| {
+            t.say(&HANDSHAKE).say(&[(from_client, RST)]);
+            t.is(ESTABLISHED | state::RESET).is_in(Phase::TcpClose);
+        });
+    }
+}
+
+#[test]
+fn a_reset_may_follow_data_that_nobody_has_acknowledged() {
+    talk(|t| {
+        t.say(&HANDSHAKE);
+        let mut data = t.sides[1].clone();
+        data.payload = vec![0; 1000];
+        for _ in 0..10 {
+            t.send(false, data.clone());
+            data.sequence += 1000;
+        }
+        t.say(&[(false, RST)]).is(ESTABLISHED | state::RESET);
+    });
+}
+
+#[test]
+fn a_reset_that_is_guessed_ends_nothing() {
+    for from_client in [true, false] {
+        talk(|t| {
+            t.say(&HANDSHAKE);
+            // Long after the beginning, of which the numbers could be known.
+            for _ in 0..40_u32 {
+                t.sides[0].sequence += 1 << 20;
+                t.sides[1].acknowledgement += 1 << 20;
+                t.sides[1].sequence += 1 << 20;
+                t.sides[0].acknowledgement += 1 << 20;
+                t.say(&[(true, ACK), (false, ACK)]);
+            }
+            for off in [1 << 24, 1 << 31, (40_u32 << 20).wrapping_neg(), u32::MAX] {
+                t.forge_at(from_client, RST, off).is(ESTABLISHED);
+            }
+            t.say(&[(from_client, RST)]).is(ESTABLISHED | state::RESET);
+        });
+    }
+}
+
+#[test]
+fn a_conversation_that_goes_on_after_a_reset_is_not_over() {
+    for from_client in [true, false] {
+        talk(|t| {
+            t.say(&HANDSHAKE);
+            t.forge_at(from_client, RST, 7);
+            // What was on its way already says nothing.
+            t.say(&[(!from_client, ACK), (!from_client, ACK)]);
+            t.is_in(Phase::TcpClose);
+            t.say(&[(from_client, ACK)]).is(ESTABLISHED);
+            t.say(&[(from_client, RST)]).is_in(Phase::TcpClose);
+            t.say(&[(from_client, ACK)]).is_in(Phase::TcpClose);
+        });
+    }
+}
+
+#[test]
+fn a_tuple_that_is_closed_can_be_used_again_at_once() {
+    const FINS: [Step; 3] = [(true, FIN_ACK), (false, FIN_ACK), (true, ACK)];
+    for end in [&FINS[..], &FINS[..2], &[(false, RST)], &[(true, RST)]] {
+        talk(|t| {
+            t.say(&HANDSHAKE).say(end);
+            t.begin_again().say(&HANDSHAKE[..1]).is(0);
+            t.say(&HANDSHAKE[1..]).is(ESTABLISHED);
+            t.say(&[(true, RST)]).is_in(Phase::TcpClose);
+        });
+    }
+}
+
+#[test]
+fn a_syn_on_a_live_flow_changes_nothing_until_the_backend_takes_it() {
+    talk(|t| {
+        t.say(&HANDSHAKE);
+        let before = t.sides.clone();
+        t.begin_again().say(&HANDSHAKE[..1]);
+        t.is(ESTABLISHED | state::SYN_AGAIN);
+        // The backend has the old connection, and asks (RFC 5961); so does the client, who resets it.
+        t.sides = before;
+        t.say(&[(false, ACK)]).is_in(Phase::TcpEstablished);
+        t.say(&[(true, RST)]).is_in(Phase::TcpClose);
+        t.begin_again().say(&HANDSHAKE).is(ESTABLISHED);
+    });
+}
+
+#[test]
+fn a_backend_that_lost_a_connection_takes_a_new_one_on_its_tuple() {
+    talk(|t| {
+        t.say(&HANDSHAKE).begin_again();
+        t.say(&HANDSHAKE[..2]).is(state::REPLIED);
+        t.say(&HANDSHAKE[2..]).is(ESTABLISHED);
+        t.say(&[(false, RST)]).is_in(Phase::TcpClose);
+    });
+}
+
+#[test]
+fn a_handshake_that_is_sent_again_begins_nothing() {
+    talk(|t| {
+        t.say(&HANDSHAKE);
+        t.forge(true, &syn()).forge(false, &syn_ack());
+        t.is(ESTABLISHED | state::SYN_AGAIN);
+    });
+    talk(|t| {
+        t.say(&HANDSHAKE);
+        t.forge_at(false, SYN_ACK, 1 << 20).is(ESTABLISHED);
     });
 }
 
 #[test]
 fn packets_and_bytes_are_counted_by_direction() {
-    bench(|b| {
-        after(b, &HANDSHAKE);
-        let flow = b.flow().1;
+    talk(|t| {
+        t.say(&HANDSHAKE);
+        let flow = t.bench.flow().1;
         assert_eq!(flow.packets, [2, 1]);
         let length = syn().bytes().len() as u64;
         assert_eq!(flow.bytes, [2 * length, length]);

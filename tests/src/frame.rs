@@ -4,7 +4,7 @@
 use std::net::{IpAddr, SocketAddr};
 
 use anyhow::{Context as _, Result, bail, ensure};
-use etherparse::{NetSlice, PacketBuilder, SlicedPacket, TransportSlice};
+use etherparse::{NetSlice, PacketBuilder, SlicedPacket, TcpHeader, TransportSlice};
 
 pub use crate::traffic::Protocol;
 
@@ -21,6 +21,9 @@ pub struct Frame {
     /// TTL or hop limit.
     pub ttl: u8,
     pub flags: Flags,
+    /// TCP's numbers. The acknowledgement is only in a frame whose flags say so.
+    pub sequence: u32,
+    pub acknowledgement: u32,
     /// UDP over IPv4 without a checksum (RFC 768).
     pub no_checksum: bool,
     pub payload: Vec<u8>,
@@ -66,6 +69,16 @@ pub const RST: Flags = Flags {
     rst: true,
 };
 
+pub const RST_ACK: Flags = Flags {
+    syn: false,
+    ack: true,
+    fin: false,
+    rst: true,
+};
+
+/// The first numbers of the two sides of a connection.
+const ISN: [u32; 2] = [1_000_000, 2_000_000];
+
 impl Frame {
     /// A SYN, or a datagram that says hello.
     pub fn first(protocol: Protocol, source: SocketAddr, destination: SocketAddr) -> Self {
@@ -78,6 +91,8 @@ impl Frame {
             destination,
             ttl: 64,
             flags: if tcp { SYN } else { Flags::default() },
+            sequence: if tcp { ISN[0] } else { 0 },
+            acknowledgement: if tcp { ISN[1] + 1 } else { 0 },
             no_checksum: false,
             payload: if tcp { Vec::new() } else { b"hello".to_vec() },
         }
@@ -85,22 +100,37 @@ impl Frame {
 
     /// The other direction, as an answer to this frame.
     pub fn reply(&self) -> Self {
+        let opens = self.flags == SYN;
         Self {
             source_mac: self.destination_mac,
             destination_mac: self.source_mac,
             source: self.destination,
             destination: self.source,
             ttl: 64,
-            flags: if self.flags == SYN {
-                SYN_ACK
-            } else {
-                self.flags
-            },
+            flags: if opens { SYN_ACK } else { self.flags },
+            sequence: self.acknowledgement.wrapping_sub(u32::from(opens)),
+            acknowledgement: self.following(),
             ..self.clone()
         }
     }
 
+    /// The number that TCP has behind this segment.
+    fn following(&self) -> u32 {
+        if self.protocol != Protocol::Tcp {
+            return 0;
+        }
+        let flags = u32::from(self.flags.syn) + u32::from(self.flags.fin);
+        self.sequence
+            .wrapping_add(self.payload.len() as u32 + flags)
+    }
+
+    /// The same side's segment with other flags: the SYN comes before all others.
     pub fn with_flags(mut self, flags: Flags) -> Self {
+        match (self.flags.syn, flags.syn) {
+            (true, false) => self.sequence = self.sequence.wrapping_add(1),
+            (false, true) => self.sequence = self.sequence.wrapping_sub(1),
+            _ => {}
+        }
         self.flags = flags;
         self
     }
@@ -122,15 +152,11 @@ impl Frame {
         match self.protocol {
             Protocol::Udp => network.udp(from, to).write(&mut bytes, &self.payload),
             Protocol::Tcp => {
-                let mut tcp = network.tcp(from, to, 1_000_000, 65_000);
-                tcp = if self.flags.syn { tcp.syn() } else { tcp };
-                tcp = if self.flags.ack {
-                    tcp.ack(2_000_000)
-                } else {
-                    tcp
-                };
-                tcp = if self.flags.fin { tcp.fin() } else { tcp };
-                tcp = if self.flags.rst { tcp.rst() } else { tcp };
+                let mut tcp = TcpHeader::new(from, to, self.sequence, 65_000);
+                tcp.acknowledgment_number = self.acknowledgement;
+                (tcp.syn, tcp.ack) = (self.flags.syn, self.flags.ack);
+                (tcp.fin, tcp.rst) = (self.flags.fin, self.flags.rst);
+                let tcp = network.tcp_header(tcp);
                 tcp.write(&mut bytes, &self.payload)
             }
         }
@@ -180,6 +206,8 @@ impl Frame {
             destination: SocketAddr::new(destination, 0),
             ttl,
             flags: Flags::default(),
+            sequence: 0,
+            acknowledgement: 0,
             no_checksum: false,
             payload: Vec::new(),
         };
@@ -195,6 +223,8 @@ impl Frame {
                     fin: header.fin,
                     rst: header.rst,
                 };
+                frame.sequence = header.sequence_number;
+                frame.acknowledgement = header.acknowledgment_number;
                 frame.payload = tcp.payload().to_vec();
                 let right = match (source, destination) {
                     (IpAddr::V4(s), IpAddr::V4(d)) => {

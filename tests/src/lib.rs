@@ -4,6 +4,7 @@
 
 pub mod daemon;
 pub mod deadline;
+pub mod fragment;
 pub mod frame;
 pub mod hearsay;
 pub mod icmp;

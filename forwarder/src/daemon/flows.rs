@@ -5,7 +5,7 @@ use std::{collections::HashSet, time::Duration};
 
 use anyhow::Result;
 use forwarder_common::{
-    flow::{Flow, delivery},
+    flow::{Flow, Phase, delivery},
     publish::Publish as Entry,
     tuple::{Address, Tuple},
 };
@@ -103,7 +103,7 @@ impl Daemon {
         let now = monotonic();
         let expired = |key: &Tuple, flow: &Flow| {
             now.saturating_sub(flow.last_seen) / 1_000_000_000
-                >= self.timeouts.of(key.protocol, flow.state)
+                >= self.timeouts.of(Phase::of(key.protocol, flow.state))
         };
         for (key, flow) in slice {
             if !expired(&key, &flow) {

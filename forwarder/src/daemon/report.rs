@@ -5,7 +5,7 @@ use std::{collections::HashMap, net::IpAddr};
 
 use anyhow::Result;
 use forwarder_common::{
-    flow::{Flow, delivery, state},
+    flow::{Flow, Phase, delivery},
     publish::{Publish as Entry, flag},
     reason::Reason,
     tuple::{Address, TCP, Tuple},
@@ -178,16 +178,10 @@ fn list_flow(key: &Tuple, flow: &Flow, now: u64) -> ListedFlow {
         std::net::SocketAddr::new(address.into(), u16::from_be(port)).to_string()
     };
     let tcp = key.protocol == u32::from(TCP);
-    let is = |bits| flow.state & bits == bits;
-    let state = match tcp {
-        true if is(state::RESET) => "reset",
-        true if is(state::BOTH_FIN) => "time_wait",
-        true if flow.state & state::BOTH_FIN != 0 => "fin_wait",
-        true if is(state::ESTABLISHED) => "established",
-        true if is(state::REPLIED) => "syn_received",
-        true => "syn_sent",
-        false if is(state::REPLIED) => "replied",
-        false => "unreplied",
+    let state = match Phase::of(key.protocol, flow.state) {
+        Phase::Udp => "unreplied".into(),
+        Phase::UdpStream => "replied".into(),
+        phase => phase.name().trim_start_matches("tcp-").replace('-', "_"),
     };
     ListedFlow {
         publish: flow.publish,
@@ -196,7 +190,7 @@ fn list_flow(key: &Tuple, flow: &Flow, now: u64) -> ListedFlow {
         frontend: show(flow.frontend, flow.frontend_port),
         source: show(key.source, key.source_port),
         backend: show(key.destination, key.destination_port),
-        state: state.into(),
+        state,
         idle_seconds: now.saturating_sub(flow.last_seen) / 1_000_000_000,
         packets: flow.packets,
         bytes: flow.bytes,

@@ -5,7 +5,7 @@ use std::{fs, path::PathBuf};
 
 use anyhow::{Context as _, Result};
 use aya::programs::{
-    Xdp, XdpMode,
+    TestRun as _, TestRunOptions, Xdp, XdpMode,
     links::{FdLink, PinnedLink},
     xdp::{XdpLink, XdpLinkId},
 };
@@ -128,6 +128,28 @@ impl Datapath {
         if let Ok(program) = self.xdp_program(traced) {
             let _ = program.detach(link);
         }
+    }
+
+    /// As [`Datapath::try_frame`], by the XDP program, on a device that it is attached to; returns XDP's action and the
+    /// frame afterwards.
+    ///
+    /// # Errors
+    /// The kernel refuses the frame, or cannot run XDP programs for a device (before 5.15).
+    pub fn try_early(&self, frame: &[u8], ifindex: u32) -> Result<(u32, Vec<u8>)> {
+        let program = self.ebpf.program("early");
+        let program: &Xdp = program
+            .context("the eBPF object has no program early")?
+            .try_into()?;
+        // `struct xdp_md`: begin, end, metadata, device (include/uapi/linux/bpf.h).
+        let words = [0, u32::try_from(frame.len())?, 0, ifindex, 0, 0];
+        let context: Vec<u8> = words.into_iter().flat_map(u32::to_ne_bytes).collect();
+        let mut after = vec![0; frame.len()];
+        let mut options = TestRunOptions::new();
+        options.data_in = Some(frame);
+        options.data_out = Some(&mut after);
+        options.ctx_in = Some(&context);
+        let result = program.test_run(options).context("BPF_PROG_TEST_RUN")?;
+        Ok((result.return_value, after))
     }
 
     /// Puts the other program in place, as [`Datapath::trace`] does.

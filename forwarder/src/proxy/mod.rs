@@ -19,6 +19,7 @@ use std::{
     },
 };
 
+use forwarder_common::flow::Timeouts;
 use ipnet::IpNet;
 use tokio::{sync::Notify, task::JoinHandle};
 
@@ -36,6 +37,8 @@ pub struct Options {
     pub proxy_protocol: bool,
     /// Sources that are served; empty for all.
     pub allow: Vec<IpNet>,
+    /// Of UDP's flows.
+    pub timeouts: Timeouts,
 }
 
 /// What becomes of live connections.

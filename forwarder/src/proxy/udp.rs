@@ -13,6 +13,7 @@ use std::{
     time::Duration,
 };
 
+use forwarder_common::flow::{Phase, Timeouts};
 use nix::{
     errno::Errno,
     sys::socket::{self, MsgFlags},
@@ -26,9 +27,6 @@ use super::{
     sockets::{self, Port},
 };
 
-/// nf_conntrack's timeouts (Documentation/networking/nf_conntrack-sysctl.rst).
-const UNREPLIED: Duration = Duration::from_secs(30);
-const REPLIED: Duration = Duration::from_secs(120);
 const MAX_FLOWS: usize = 65_536;
 
 type Key = (SocketAddr, Option<Local>);
@@ -56,13 +54,14 @@ impl Flow {
         socket::send(self.backend.as_raw_fd(), data, MsgFlags::MSG_DONTWAIT)
     }
 
-    fn expires(&self) -> Instant {
-        let timeout = if self.replied.load(Relaxed) {
-            REPLIED
+    fn expires(&self, timeouts: &Timeouts) -> Instant {
+        let timeout = timeouts.of(if self.replied.load(Relaxed) {
+            Phase::UdpStream
         } else {
-            UNREPLIED
-        };
-        self.began + Duration::from_millis(self.seen.load(Relaxed)) + timeout
+            Phase::Udp
+        });
+        let seen = Duration::from_millis(self.seen.load(Relaxed));
+        self.began + seen + Duration::from_secs(timeout)
     }
 }
 
@@ -220,6 +219,7 @@ async fn replies(
     gone: mpsc::UnboundedSender<Key>,
 ) {
     let (client, local) = key;
+    let timeouts = &shared.options.timeouts;
     loop {
         tokio::select! {
             ready = flow.backend.readable() => {
@@ -241,8 +241,8 @@ async fn replies(
                     _ => {}
                 }
             }
-            () = tokio::time::sleep_until(flow.expires()) => {
-                if flow.expires() <= Instant::now() {
+            () = tokio::time::sleep_until(flow.expires(timeouts)) => {
+                if flow.expires(timeouts) <= Instant::now() {
                     break;
                 }
             }

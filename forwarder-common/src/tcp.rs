@@ -1,0 +1,186 @@
+//! TCP as a flow follows it: what a segment says of the conversation's state. The states are nf_conntrack's
+//! (net/netfilter/nf_conntrack_proto_tcp.c), told from bits of [`state`]; of the numbers, only those that either side
+//! has acknowledged are kept, and not its window.
+
+use crate::flow::{Flow, ORIGINAL, REPLY, state};
+
+/// Flags (RFC 9293 section 3.1).
+pub const FIN: u8 = 0x01;
+pub const SYN: u8 = 0x02;
+pub const RST: u8 = 0x04;
+pub const ACK: u8 = 0x10;
+
+/// How far a FIN or a reset may be from what the other side has acknowledged: more than is usually on its way.
+const WINDOW: u32 = 1 << 23;
+/// No window is larger (RFC 7323 section 2.3), so no acknowledgement goes further than this beyond the last.
+const LARGEST_WINDOW: u32 = 1 << 30;
+/// How much a SYN-ACK, and who answers it, may acknowledge besides the SYN (RFC 7413).
+const EARLY_DATA: u32 = 1 << 16;
+
+/// What a segment's header says, in host byte order.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Segment {
+    pub flags: u8,
+    pub sequence: u32,
+    pub acknowledgement: u32,
+}
+
+impl Segment {
+    #[inline(always)]
+    const fn has(self, flags: u8) -> bool {
+        self.flags & flags != 0
+    }
+}
+
+/// Whether `number` is `start` or at most `length` behind it.
+#[inline(always)]
+const fn within(number: u32, start: u32, length: u32) -> bool {
+    number.wrapping_sub(start) <= length
+}
+
+/// Follows one segment. What is not heeded here goes on all the same: to judge it is its receiver's business.
+#[inline(always)]
+pub fn follow(flow: &mut Flow, direction: usize, segment: Segment) {
+    if flow.state & state::UNSETTLED == state::ESTABLISHED && !segment.has(SYN | FIN | RST) {
+        acknowledge(flow, direction, segment);
+    } else {
+        flow.state = next(flow, direction, segment);
+    }
+}
+
+#[inline(always)]
+fn acknowledge(flow: &mut Flow, direction: usize, segment: Segment) {
+    let acknowledged = &mut flow.acknowledged[direction];
+    if segment.has(ACK) && within(segment.acknowledgement, *acknowledged, LARGEST_WINDOW) {
+        *acknowledged = segment.acknowledgement;
+    }
+}
+
+#[inline(always)]
+fn next(flow: &mut Flow, direction: usize, segment: Segment) -> u32 {
+    let before = flow.state;
+    if segment.has(RST) {
+        return if is_heeded(flow, direction, segment) {
+            before & !state::BOTH_SPOKE | state::RESET
+        } else {
+            before
+        };
+    }
+    let mut after = before;
+    if segment.has(SYN) {
+        after = synchronize(flow, direction, segment);
+    }
+    if after & state::ESTABLISHED == 0
+        && after & state::REPLIED != 0
+        && direction == ORIGINAL
+        && segment.has(ACK)
+        && within(
+            segment.acknowledgement,
+            flow.acknowledged[ORIGINAL],
+            EARLY_DATA,
+        )
+    {
+        after |= state::ESTABLISHED;
+    }
+    if after & state::ESTABLISHED != 0 {
+        acknowledge(flow, direction, segment);
+    }
+    let (fin, acknowledged, other_fin, spoke) = if direction == ORIGINAL {
+        (
+            state::FIN_ORIGINAL,
+            state::FIN_REPLY_ACKNOWLEDGED,
+            state::FIN_REPLY,
+            state::SPOKE_ORIGINAL,
+        )
+    } else {
+        (
+            state::FIN_REPLY,
+            state::FIN_ORIGINAL_ACKNOWLEDGED,
+            state::FIN_ORIGINAL,
+            state::SPOKE_REPLY,
+        )
+    };
+    if segment.has(ACK) && before & other_fin != 0 {
+        after |= acknowledged;
+    }
+    let expected = flow.acknowledged[other(direction)].wrapping_sub(WINDOW);
+    if segment.has(FIN) && within(segment.sequence, expected, 2 * WINDOW) {
+        after |= fin;
+    }
+    // Both sides go on: whoever was sent the reset did not take it, or it was not the other side's.
+    if after & state::RESET != 0 {
+        after |= spoke;
+        if after & state::BOTH_SPOKE == state::BOTH_SPOKE {
+            after &= !(state::RESET | state::BOTH_SPOKE);
+        }
+    }
+    after
+}
+
+/// A SYN or a SYN-ACK.
+#[inline(always)]
+fn synchronize(flow: &mut Flow, direction: usize, segment: Segment) -> u32 {
+    let mut after = flow.state;
+    let begun = segment.sequence.wrapping_add(1);
+    if direction == ORIGINAL {
+        if segment.has(ACK) {
+            return after; // the answer to a backend that opened at the same time
+        }
+        if after & state::BOTH_FIN == state::BOTH_FIN || after & state::RESET != 0 {
+            after &= !state::PROGRESS; // the tuple is used again
+        }
+        if after & state::ESTABLISHED == 0 {
+            flow.acknowledged[REPLY] = begun;
+        } else {
+            // The backend says whether it still has the old connection (RFC 5961 section 4) or takes a new one.
+            after |= state::SYN_AGAIN;
+        }
+        return after;
+    }
+    if after & state::ESTABLISHED != 0 {
+        if after & state::SYN_AGAIN == 0 || begun == flow.acknowledged[ORIGINAL] {
+            return after; // sent again
+        }
+        after &= !state::PROGRESS;
+        flow.acknowledged[REPLY] = segment.acknowledgement;
+    }
+    if !segment.has(ACK)
+        || within(
+            segment.acknowledgement,
+            flow.acknowledged[REPLY],
+            EARLY_DATA,
+        )
+    {
+        flow.acknowledged[ORIGINAL] = begun;
+        after |= state::REPLIED;
+    }
+    after
+}
+
+/// Whether a reset may be the sender's own: it answers the SYN, or carries on from what was acknowledged. A forger that
+/// sees nothing of the conversation has to guess that.
+#[inline(always)]
+fn is_heeded(flow: &Flow, direction: usize, segment: Segment) -> bool {
+    if direction == REPLY && flow.state & state::REPLIED == 0 {
+        return segment.has(ACK)
+            && within(
+                segment.acknowledgement,
+                flow.acknowledged[REPLY],
+                EARLY_DATA,
+            );
+    }
+    within(
+        segment.sequence,
+        flow.acknowledged[other(direction)],
+        WINDOW,
+    )
+}
+
+#[inline(always)]
+const fn other(direction: usize) -> usize {
+    if direction == ORIGINAL {
+        REPLY
+    } else {
+        ORIGINAL
+    }
+}

@@ -1,0 +1,86 @@
+//! Datagrams in parts that a network has mixed up: they arrive all the same.
+
+use std::net::{SocketAddr, UdpSocket};
+
+use forwarder_tests::{
+    daemon::{Daemon, Datapath},
+    deadline::patience,
+    fragment::cut,
+    frame::{Frame, Mac, Protocol},
+    netns::Netns,
+    topology::{Family, Topology},
+    traffic::Backend,
+    wire::Wire,
+};
+
+use crate::scene::{BACKEND_PORT, PORT, spec};
+
+fn mac(netns: &Netns, device: &str) -> Mac {
+    let line = netns.run(&format!("ip -o link show {device}")).unwrap();
+    let mut words = line.split_whitespace();
+    let text = words.find(|&word| word == "link/ether").and(words.next());
+    let octets = text.unwrap().split(':');
+    let octets: Vec<u8> = octets.map(|o| u8::from_str_radix(o, 16).unwrap()).collect();
+    octets.try_into().unwrap()
+}
+
+/// Sends a datagram's parts in that order, and returns whom the backend saw. The answer must be the frontend's.
+fn seen(topology: &Topology, socket: &UdpSocket, id: u32, order: [usize; 3]) -> SocketAddr {
+    let family = if socket.local_addr().unwrap().is_ipv4() {
+        Family::V4
+    } else {
+        Family::V6
+    };
+    let frontend = SocketAddr::new(topology.host_address(family), PORT);
+    let mut frame = Frame::first(Protocol::Udp, socket.local_addr().unwrap(), frontend);
+    frame.source_mac = mac(&topology.client, "eth0");
+    frame.destination_mac = mac(&topology.host, "eth0");
+    frame.payload = format!("{id:0>1000}").into_bytes();
+    let wire = Wire::open(&topology.client, "eth0").unwrap();
+    let parts = cut::<3>(&frame, id);
+    for number in order {
+        wire.send(&parts[number]).unwrap();
+    }
+    let mut buffer = [0; 2000];
+    let (length, from) = socket.recv_from(&mut buffer).unwrap();
+    assert_eq!(from, frontend);
+    let answer = String::from_utf8_lossy(&buffer[..length]).into_owned();
+    let (seen, payload) = answer.split_once(' ').unwrap();
+    assert_eq!(payload.as_bytes(), frame.payload);
+    seen.parse().unwrap()
+}
+
+fn parts_in_any_order_arrive(family: Family) {
+    let topology = Topology::new().unwrap();
+    let _backend = Backend::start(&topology.backend.netns, Protocol::Udp, BACKEND_PORT).unwrap();
+    let spec = spec(&topology.backend, family, Protocol::Udp);
+    let daemon = Daemon::start(&topology.host, &[&spec], Datapath::Ebpf).unwrap();
+    let client = topology.client_address(family);
+    let socket = topology.client.enter(|| UdpSocket::bind((client, 0)));
+    let socket = socket.unwrap();
+    socket.set_read_timeout(Some(patience())).unwrap();
+    // The client's neighbour entry for the answers, and the host's for the client.
+    let frontend = SocketAddr::new(topology.host_address(family), PORT);
+    socket.send_to(b"hello", frontend).unwrap();
+    socket.recv(&mut [0; 100]).unwrap();
+
+    let in_order = seen(&topology, &socket, 1, [0, 1, 2]);
+    assert_eq!(in_order, socket.local_addr().unwrap(), "the fast path");
+    assert_eq!(seen(&topology, &socket, 2, [0, 2, 1]), in_order);
+    for (id, order) in [(3, [1, 0, 2]), (4, [2, 1, 0]), (5, [1, 2, 0])] {
+        let by_the_proxy = seen(&topology, &socket, id, order);
+        assert_eq!(by_the_proxy.ip(), topology.backend.gateway(family));
+    }
+    assert_eq!(seen(&topology, &socket, 6, [0, 1, 2]), in_order);
+    daemon.stop().unwrap();
+}
+
+#[test]
+fn the_parts_of_a_datagram_arrive_in_any_order_over_ipv4() {
+    parts_in_any_order_arrive(Family::V4);
+}
+
+#[test]
+fn the_parts_of_a_datagram_arrive_in_any_order_over_ipv6() {
+    parts_in_any_order_arrive(Family::V6);
+}
