@@ -27,6 +27,7 @@ use tokio::io::{Interest, unix::AsyncFd};
 
 use crate::{
     clsact,
+    interfaces::Header,
     kernel::{Attach, kernel},
     maps::Maps,
 };
@@ -37,11 +38,14 @@ static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/fo
 const LAYOUT: &str = "v2";
 const PROGRAM: &str = "ingress";
 const TRACED: &str = "ingress_traced";
-const PROGRAMS: [&str; 2] = [PROGRAM, TRACED];
+/// Puts Ethernet headers in front of packets, and runs one of the two.
+const L3: &str = "ingress_l3";
+const PROGRAMS: [&str; 3] = [PROGRAM, TRACED, L3];
 /// Folder of the marks of qdiscs.
 const QDISCS: &str = "qdiscs";
-/// The maps that a later instance takes over, so that established flows survive a restart.
-const ADOPTED: [&str; 3] = ["FLOWS", "HALF_OPEN", "TRIES"];
+/// The maps that a later instance takes over, so that established flows survive a restart. The kernel empties
+/// `PIPELINE` when neither a process nor a pin has it.
+const ADOPTED: [&str; 4] = ["FLOWS", "HALF_OPEN", "TRIES", "PIPELINE"];
 
 /// What the kernel is asked at load.
 #[derive(Clone, Debug)]
@@ -62,7 +66,7 @@ pub struct Datapath {
     pins: Option<PathBuf>,
     /// Handle of this instance's filters.
     handle: u32,
-    attached: BTreeMap<u32, Attachment>,
+    attached: BTreeMap<u32, (Header, Attachment)>,
     traced: bool,
     own_mark: u32,
     /// The programs for wide ranges are attached.
@@ -156,12 +160,14 @@ impl Datapath {
             own_mark,
             steering: false,
         };
-        datapath
-            .program(PROGRAM)?
-            .load()
-            .map_err(explain)
-            .context("load the program ingress")?;
+        datapath.run_pipeline()?;
         Ok(datapath)
+    }
+
+    /// Has `L3` run the current program.
+    fn run_pipeline(&mut self) -> Result<()> {
+        let fd = self.loaded(self.current())?.fd()?.try_clone()?;
+        self.maps.set_pipeline(&fd)
     }
 
     fn program(&mut self, name: &str) -> Result<&mut SchedClassifier> {
@@ -171,8 +177,27 @@ impl Datapath {
             .try_into()?)
     }
 
+    /// The program, which is in the kernel then.
+    fn loaded(&mut self, name: &str) -> Result<&mut SchedClassifier> {
+        let program = self.program(name)?;
+        if program.fd().is_err() {
+            let loaded = program.load().map_err(explain);
+            loaded.with_context(|| format!("load the program {name}"))?;
+        }
+        Ok(program)
+    }
+
     fn current(&self) -> &'static str {
         if self.traced { TRACED } else { PROGRAM }
+    }
+
+    /// The one that is attached to a device.
+    fn program_for(&self, header: Header) -> &'static str {
+        if header == Header::Ip {
+            L3
+        } else {
+            self.current()
+        }
     }
 
     /// Devices that have the program.
@@ -184,19 +209,21 @@ impl Datapath {
     ///
     /// # Errors
     /// The device has gone, or the kernel refuses.
-    pub fn attach(&mut self, ifindex: u32, name: &str) -> Result<()> {
-        let attachment = match kernel().attach {
-            Attach::Tcx => self.attach_link(ifindex, name),
-            Attach::Clsact => self.attach_filter(ifindex, name),
+    pub fn attach(&mut self, ifindex: u32, name: &str, header: Header) -> Result<()> {
+        let attach = match kernel().attach {
+            Attach::Tcx => Self::attach_link,
+            Attach::Clsact => Self::attach_filter,
         };
-        let attachment = attachment.with_context(|| format!("attach ingress to {name}"))?;
-        self.attached.insert(ifindex, attachment);
+        let program = self.program_for(header);
+        let attachment = attach(self, ifindex, name, program)
+            .with_context(|| format!("attach {program} to {name}"))?;
+        self.attached.insert(ifindex, (header, attachment));
         Ok(())
     }
 
-    fn attach_link(&mut self, ifindex: u32, name: &str) -> Result<Attachment> {
+    fn attach_link(&mut self, ifindex: u32, name: &str, program: &str) -> Result<Attachment> {
         let pin = self.link_pin(ifindex);
-        let program = self.program(self.current())?;
+        let program = self.loaded(program)?;
         let options = TcAttachOptions::TcxOrder(LinkOrder::default());
         let mut link = program.attach_with_options(name, TcAttachType::Ingress, options)?;
         if let Some(pin) = pin {
@@ -211,7 +238,7 @@ impl Datapath {
         Ok(Attachment::Link(link))
     }
 
-    fn attach_filter(&mut self, ifindex: u32, name: &str) -> Result<Attachment> {
+    fn attach_filter(&mut self, ifindex: u32, name: &str, program: &str) -> Result<Attachment> {
         let made = aya::programs::tc::qdisc_add_clsact(name).is_ok();
         let mark = self.qdisc_mark(ifindex);
         if let (true, Some(mark)) = (made, &mark) {
@@ -219,14 +246,14 @@ impl Datapath {
         }
         let qdisc = made || mark.is_some_and(|mark| mark.exists());
         let attached = match clsact::find(ifindex, self.handle, &PROGRAMS)? {
-            Some(filter) => self.replace_filter(name, &filter),
+            Some(filter) => self.replace_filter(name, &filter, program),
             None => {
                 let options = TcAttachOptions::Netlink(NlOptions {
                     priority: clsact::priority(ifindex)?,
                     handle: TcHandle::from(self.handle),
                     classid: None,
                 });
-                let program = self.program(self.current())?;
+                let program = self.loaded(program)?;
                 program
                     .attach_with_options(name, TcAttachType::Ingress, options)
                     .map_err(Into::into)
@@ -246,8 +273,8 @@ impl Datapath {
         })
     }
 
-    /// Puts the current program into a filter of ours, in one step.
-    fn replace_filter(&mut self, name: &str, filter: &clsact::Filter) -> Result<()> {
+    /// Puts a program into a filter of ours, in one step.
+    fn replace_filter(&mut self, name: &str, filter: &clsact::Filter, program: &str) -> Result<()> {
         let handle = TcHandle::from(self.handle);
         let link = SchedClassifierLink::attached(
             name,
@@ -256,7 +283,7 @@ impl Datapath {
             handle,
             None,
         )?;
-        let program = self.program(self.current())?;
+        let program = self.loaded(program)?;
         let link = program.attach_to_link(link)?;
         leave_filter(program, link)
     }
@@ -273,7 +300,7 @@ impl Datapath {
         {
             return Ok(());
         }
-        self.attach(LOOPBACK, "lo").map_err(|error| {
+        self.attach(LOOPBACK, "lo", Header::Ethernet).map_err(|error| {
             anyhow::anyhow!(
                 "no way to attach eBPF to devices: it takes a kernel from 6.6 on, or the modules \
                  sch_ingress and cls_bpf ({})",
@@ -288,16 +315,15 @@ impl Datapath {
     pub fn detach(&mut self, ifindex: u32) {
         match self.attached.remove(&ifindex) {
             None => {}
-            Some(Attachment::Link(link)) => {
+            Some((header, Attachment::Link(link))) => {
                 if let Some(pin) = self.link_pin(ifindex) {
                     remove_link(&pin);
                 }
-                let current = self.current();
-                if let Ok(program) = self.program(current) {
+                if let Ok(program) = self.program(self.program_for(header)) {
                     let _ = program.detach(link);
                 }
             }
-            Some(Attachment::Filter { filter, qdisc, .. }) => {
+            Some((_, Attachment::Filter { filter, qdisc, .. })) => {
                 let _ = clsact::remove(&filter);
                 if qdisc {
                     self.remove_qdisc(ifindex);
@@ -316,14 +342,12 @@ impl Datapath {
         }
         let from = self.current();
         let to = if on { TRACED } else { PROGRAM };
-        if self.program(to)?.fd().is_err() {
-            self.program(to)?
-                .load()
-                .context("load the program ingress_traced")?;
-        }
+        self.loaded(to)?;
         self.traced = on;
-        for (ifindex, attachment) in std::mem::take(&mut self.attached) {
+        self.run_pipeline()?;
+        for (ifindex, (header, attachment)) in std::mem::take(&mut self.attached) {
             let attachment = match attachment {
+                attachment if self.program_for(header) == L3 => attachment,
                 Attachment::Link(link) => {
                     let link: SchedClassifierLink = self.program(from)?.take_link(link)?;
                     Attachment::Link(self.program(to)?.attach_to_link(link)?)
@@ -333,11 +357,11 @@ impl Datapath {
                     ref name,
                     ..
                 } => {
-                    self.replace_filter(name, filter)?;
+                    self.replace_filter(name, filter, to)?;
                     attachment
                 }
             };
-            self.attached.insert(ifindex, attachment);
+            self.attached.insert(ifindex, (header, attachment));
         }
         Ok(())
     }

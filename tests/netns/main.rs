@@ -20,3 +20,4 @@ mod scene;
 mod topology;
 mod trace;
 mod usage;
+mod worlds;

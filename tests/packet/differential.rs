@@ -9,7 +9,10 @@
 
 use std::net::SocketAddr;
 
-use forwarder::datapath::{Datapath, Options};
+use forwarder::{
+    datapath::{Datapath, Options},
+    interfaces::Header,
+};
 use forwarder_common::{
     flow::{Hop, delivery},
     publish::{Interface, Publish, flag},
@@ -183,7 +186,7 @@ impl Arena {
                 let mtu = if name == "eth0" { MTU } else { 1500 };
                 let interface = Interface { delivery, mtu };
                 datapath.maps.set_interface(index, Some(interface)).unwrap();
-                datapath.attach(index, name).unwrap();
+                datapath.attach(index, name, Header::Ethernet).unwrap();
             }
             datapath
         });

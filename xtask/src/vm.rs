@@ -192,6 +192,8 @@ fn quoted(words: impl Iterator<Item = impl AsRef<str>>) -> String {
 /// A kernel that lacks something: lockdown, and no qdisc to attach filters to. `tests/netns/restricted.rs`
 /// says what is expected of it.
 const RESTRICTED: &str = "lockdown=confidentiality module_blacklist=sch_ingress";
+/// A kernel that knows one family, for that module of `tests/netns/worlds.rs`.
+const WITHOUT_IPV6: &str = "ipv6.disable=1";
 
 /// One start of the machine.
 struct Boot {
@@ -229,10 +231,10 @@ fn boots(options: &Options) -> Vec<Boot> {
         groups,
     }];
     if asked.is_none() && options.tier != Some(1) {
-        boots.push(Boot {
-            parameters: RESTRICTED,
-            groups: vec![group("restricted", "netns", Some("restricted"))],
-        });
+        for (parameters, name) in [(RESTRICTED, "restricted"), (WITHOUT_IPV6, "without_ipv6")] {
+            let groups = vec![group(name, "netns", Some(name))];
+            boots.push(Boot { parameters, groups });
+        }
     }
     boots
 }
@@ -260,7 +262,8 @@ fn script(groups: &[Group]) -> String {
 /// What the harness reads.
 fn variables() -> String {
     format!(
-        "export FORWARDER_BIN=/usr/bin/forwarder FORWARDER_TEST_SLACK={SLACK} RUST_BACKTRACE=0\n"
+        "export FORWARDER_BIN=/usr/bin/forwarder FORWARDER_TEST_SLACK={SLACK} FORWARDER_TEST_DEVICES=all \
+         RUST_BACKTRACE=0\n"
     )
 }
 

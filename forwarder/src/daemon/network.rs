@@ -18,7 +18,7 @@ use tracing::{debug, warn};
 use super::{ASK_AGAIN, Daemon, report::delivery_name};
 use crate::{
     backends::{self, Resolved},
-    interfaces::Snapshot,
+    interfaces::{Link, Snapshot},
     spec::Protocol,
 };
 
@@ -90,16 +90,14 @@ impl Daemon {
         let Some(datapath) = &mut self.datapath else {
             return Ok(());
         };
-        let wanted: BTreeMap<u32, String> = backends::attached(&self.snapshot)
-            .map(|(ifindex, link)| (ifindex, link.name.clone()))
-            .collect();
+        let wanted: BTreeMap<u32, &Link> = backends::attached(&self.snapshot).collect();
         let have: Vec<u32> = datapath.attached().collect();
         for ifindex in have.iter().filter(|ifindex| !wanted.contains_key(ifindex)) {
             datapath.detach(*ifindex);
         }
-        for (ifindex, name) in wanted.iter().filter(|(ifindex, _)| !have.contains(ifindex)) {
-            match datapath.attach(*ifindex, name) {
-                Ok(()) => debug!("attached to {name}"),
+        for (ifindex, link) in wanted.iter().filter(|(ifindex, _)| !have.contains(ifindex)) {
+            match datapath.attach(*ifindex, &link.name, link.header) {
+                Ok(()) => debug!("attached to {}", link.name),
                 Err(error) => warn!("{error:#}"),
             }
         }
