@@ -233,13 +233,25 @@ impl Daemon {
     /// # Errors
     /// The daemon does not answer, or has no such counter.
     pub fn counted(&self, reason: &str) -> Result<u64> {
+        self.counts([reason]).map(|[count]| count)
+    }
+
+    /// Several counters, as they were at one moment.
+    ///
+    /// # Errors
+    /// As [`Daemon::counted`].
+    pub fn counts<const N: usize>(&self, reasons: [&str; N]) -> Result<[u64; N]> {
         let text = self.control(&["stats", "--json"])?;
         let counters: Value = serde_json::from_str(&text)?;
-        counters
-            .as_array()
-            .and_then(|all| all.iter().find(|counter| counter["reason"] == reason))
-            .and_then(|counter| counter["packets"].as_u64())
-            .with_context(|| format!("no counter {reason}: {text}"))
+        let mut counts = [0; N];
+        for (count, reason) in counts.iter_mut().zip(reasons) {
+            *count = counters
+                .as_array()
+                .and_then(|all| all.iter().find(|counter| counter["reason"] == reason))
+                .and_then(|counter| counter["packets"].as_u64())
+                .with_context(|| format!("no counter {reason}: {text}"))?;
+        }
+        Ok(counts)
     }
 
     /// The only entry of the list.
