@@ -5,6 +5,7 @@
 //! with. Every test makes its own machine, so they run side by side.
 
 mod bulk;
+mod doctor;
 mod filters;
 mod firewall;
 mod flood;
