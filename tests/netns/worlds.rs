@@ -13,7 +13,7 @@ use forwarder_tests::{
         Family::{self, V4, V6},
         Topology,
     },
-    traffic::{Backend, Connection, Protocol, ask},
+    traffic::{Backend, Connection, Protocol, ask, send_datagram},
     tun,
 };
 
@@ -384,6 +384,52 @@ fn a_tunnel_that_comes_later_is_served_and_traced() {
         .unwrap();
     let seen = carried(&daemon, &topology.client, Protocol::Udp, lan[0], WORD[0]);
     assert_eq!(seen, topology.client_address(V4));
+    daemon.stop().unwrap();
+}
+
+#[test]
+fn a_tunnel_is_served_while_the_daemon_is_dead_and_when_it_is_back() {
+    let topology = Topology::new().unwrap();
+    let _wire = tunnel(&topology);
+    let client = &topology.client;
+    let _backends = backends(&topology.backend.netns);
+    let lan = FAMILIES.map(|family| topology.host_address(family));
+    let backend = |family| topology.backend.address(family);
+    let mut daemon = publish(&topology.host, lan, backend, Datapath::Ebpf);
+    let frontend = SocketAddr::new(lan[0], PORT);
+    let mut conversation = Connection::open(client, frontend).unwrap();
+    conversation.ask("before").unwrap();
+    daemon.kill().unwrap();
+    conversation.ask("meanwhile").unwrap();
+    let answer = ask(client, Protocol::Tcp, frontend, "new").unwrap();
+    assert_eq!(answer.seen.ip(), topology.client_address(V4));
+    daemon.restart().unwrap();
+    conversation.ask("after").unwrap();
+    let seen = carried(&daemon, client, Protocol::Tcp, lan[0], WORD[0]);
+    assert_eq!(seen, topology.client_address(V4));
+    daemon.stop().unwrap();
+}
+
+#[test]
+fn somebodys_filter_on_a_tunnel_finds_the_ip_header_where_it_was() {
+    const DROPPED: u16 = 7777;
+    let topology = Topology::new().unwrap();
+    let _wire = tunnel(&topology);
+    topology.host.run("tc qdisc add dev tun0 clsact").unwrap();
+    // Classic BPF: UDP (offset 9) to that port (offset 22) is dropped, all else goes on.
+    let code = format!("6,48 0 0 9,21 0 3 17,40 0 0 22,21 0 1 {DROPPED},6 0 0 2,6 0 0 4294967295");
+    let filter = format!(
+        "filter add dev tun0 ingress prio 10 protocol all bpf bytecode '{code}' direct-action\n"
+    );
+    topology.host.feed("tc -batch -", &filter).unwrap();
+    let dropped = Backend::start(&topology.host, Protocol::Udp, DROPPED).unwrap();
+    let _backends = backends(&topology.backend.netns);
+    let lan = FAMILIES.map(|family| topology.host_address(family));
+    let backend = |family| topology.backend.address(family);
+    let daemon = publish(&topology.host, lan, backend, Datapath::Ebpf);
+    send_datagram(&topology.client, SocketAddr::new(lan[0], DROPPED), "x").unwrap();
+    carried(&daemon, &topology.client, Protocol::Udp, lan[0], WORD[0]);
+    assert_eq!(dropped.requests(), 0, "the filter let a datagram pass");
     daemon.stop().unwrap();
 }
 
