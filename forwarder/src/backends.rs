@@ -192,6 +192,7 @@ fn source(snapshot: &Snapshot, route: &Route, backend: IpAddr) -> Option<IpAddr>
             .addresses
             .iter()
             .filter(|local| usable(&local.address))
+            .rev() // of equals the first, which is the primary address
             .max_by_key(|local| {
                 let here = local.ifindex == route.ifindex;
                 (here && contains(local.address, local.prefix, backend), here)
@@ -349,6 +350,31 @@ mod tests {
             );
             assert_eq!(IpAddr::from(resolved.source), ip("198.51.100.2"));
         }
+    }
+
+    #[test]
+    fn of_many_addresses_the_first_is_the_source() {
+        let mut host = host();
+        for address in ["198.51.100.3", "198.51.100.4"] {
+            host.addresses.push(Local {
+                ifindex: 2,
+                address: ip(address),
+                prefix: 24,
+            });
+        }
+        let resolved = resolve(&host, ip("203.0.113.5")).expect("a route");
+        assert_eq!(IpAddr::from(resolved.source), ip("198.51.100.2"));
+    }
+
+    #[test]
+    fn a_backend_behind_a_device_of_other_headers_says_so() {
+        let mut host = host();
+        let mut tunnel = link("gre1", Kind::Other, None);
+        (tunnel.header, tunnel.mac) = (Header::Other, None);
+        host.links.insert(6, tunnel);
+        host.routes.push(route("203.0.113.0", 24, 6, false));
+        let reason = resolve(&host, ip("203.0.113.5")).expect_err("no fast path");
+        assert!(reason.contains("gre1"), "{reason}");
     }
 
     #[test]

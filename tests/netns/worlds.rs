@@ -28,9 +28,7 @@ const WORD: [usize; 1] = [5];
 fn has(kind: &str, options: &str) -> bool {
     let there = Netns::new("there").unwrap();
     there.ip("link add eth0 type veth peer name eth1").unwrap();
-    let made = there.run(&format!(
-        "ip link add name probe0 link eth0 type {kind} {options}"
-    ));
+    let made = there.run(&format!("ip link add name probe0 {options} type {kind}"));
     if let Err(error) = &made {
         let error = format!("{error:#}");
         assert!(
@@ -149,7 +147,8 @@ fn served(topology: &Topology, lengths: &[usize]) {
     daemon.stop().unwrap();
 }
 
-/// A backend on the client's machine is reached by the kernel, from this host and from a container.
+/// A backend on the client's machine is reached by the kernel, from this host and from a container. It sees the
+/// address that this host would use itself.
 #[track_caller]
 fn reaches_another_machine(topology: &Topology) {
     let _backends = backends(&topology.client);
@@ -158,10 +157,14 @@ fn reaches_another_machine(topology: &Topology) {
     let far = |family| topology.client_address(family);
     let daemon = publish(&topology.host, gateways, far, Datapath::Ebpf);
     for (family, frontend) in FAMILIES.into_iter().zip(gateways) {
+        let route = format!("ip route get {}", far(family));
+        let route = topology.host.run(&route).unwrap();
+        let (_, own) = route.split_once(" src ").unwrap();
+        let own: IpAddr = own.split(' ').next().unwrap().parse().unwrap();
         for protocol in PROTOCOLS {
             for from in [&topology.host, &peer.netns] {
                 let seen = carried(&daemon, from, protocol, frontend, WORD[0]);
-                assert_eq!(seen, topology.host_address(family));
+                assert_eq!(seen, own);
             }
         }
     }
@@ -235,7 +238,7 @@ fn a_network_of_1280_bytes_is_served() {
 
 #[test]
 fn an_uplink_that_is_a_bond_outlives_one_of_its_ports() {
-    if !has("bond", "mode active-backup") {
+    if !has("bond", "") {
         return;
     }
     let topology = Topology::new().unwrap();
@@ -276,7 +279,7 @@ fn an_uplink_that_is_a_bond_outlives_one_of_its_ports() {
 
 #[test]
 fn an_uplink_that_is_a_vlan_is_served() {
-    if !has("vlan", "id 5") {
+    if !has("vlan id 5", "link eth0") {
         return;
     }
     let topology = Topology::new().unwrap();
@@ -317,7 +320,7 @@ fn a_bridge_with_a_mac_of_its_own_is_served() {
 /// A port that is no veth, so that it looks like a network card.
 #[test]
 fn a_bridge_whose_port_is_a_vlan_is_served() {
-    if !has("vlan", "id 5") {
+    if !has("vlan id 5", "link eth0") {
         return;
     }
     let topology = Topology::new().unwrap();
@@ -434,6 +437,80 @@ fn somebodys_filter_on_a_tunnel_finds_the_ip_header_where_it_was() {
 }
 
 #[test]
+fn a_tunnel_with_other_headers_is_left_to_user_space_with_its_reason() {
+    if !has("gre local 198.51.100.2 remote 198.51.100.9", "") {
+        return;
+    }
+    let topology = Topology::new().unwrap();
+    let Topology { host, client, .. } = &topology;
+    let [v4, v6] = FAMILIES.map(|family| {
+        [1, 2].map(|machine| match family {
+            V4 => IpAddr::from([192, 0, 2, machine]),
+            V6 => format!("2001:db8:9::{machine}").parse().unwrap(),
+        })
+    });
+    for (netns, at, local, remote) in [
+        (
+            host,
+            0,
+            topology.host_address(V4),
+            topology.client_address(V4),
+        ),
+        (
+            client,
+            1,
+            topology.client_address(V4),
+            topology.host_address(V4),
+        ),
+    ] {
+        netns
+            .ip(&format!(
+                "link add gre1 type gre local {local} remote {remote}\nlink set gre1 up\n\
+                 addr add {}/24 dev gre1\naddr add {}/64 dev gre1 nodad",
+                v4[at], v6[at]
+            ))
+            .unwrap();
+    }
+    let far = [v4[1], v6[1]];
+    let near = [v4[0], v6[0]];
+
+    // A backend behind it.
+    let _far = backends(client);
+    let gateways = FAMILIES.map(|family| topology.peer.gateway(family));
+    let daemon = publish(
+        host,
+        gateways,
+        |family| far[family as usize],
+        Datapath::Auto,
+    );
+    for entry in daemon.list().unwrap() {
+        assert_eq!(entry["datapath"], "userland", "{entry}");
+        let reason = entry["reason"].as_str().unwrap();
+        assert!(reason.contains("gre1"), "{reason}");
+    }
+    for (gateway, seen) in gateways.into_iter().zip(near) {
+        for protocol in PROTOCOLS {
+            let frontend = SocketAddr::new(gateway, PORT);
+            let answer = ask(&topology.peer.netns, protocol, frontend, "hello").unwrap();
+            assert_eq!(answer.seen.ip(), seen);
+        }
+    }
+    daemon.stop().unwrap();
+
+    // Clients that come by it.
+    let _near = backends(&topology.backend.netns);
+    let backend = |family| topology.backend.address(family);
+    let daemon = publish(host, near, backend, Datapath::Auto);
+    for (family, address) in FAMILIES.into_iter().zip(near) {
+        for protocol in PROTOCOLS {
+            let answer = ask(client, protocol, SocketAddr::new(address, PORT), "hello").unwrap();
+            assert_eq!(answer.seen.ip(), topology.backend.gateway(family));
+        }
+    }
+    daemon.stop().unwrap();
+}
+
+#[test]
 fn every_one_of_many_addresses_is_served_and_answers() {
     let topology = Topology::new().unwrap();
     let Topology { host, backend, .. } = &topology;
@@ -468,7 +545,7 @@ fn every_one_of_many_addresses_is_served_and_answers() {
 
 #[test]
 fn an_uplink_in_a_vrf_is_served() {
-    if !has("vrf", "table 10") {
+    if !has("vrf table 10", "") {
         return;
     }
     let topology = Topology::new().unwrap();
