@@ -74,10 +74,13 @@ pub fn exceeded_mtu(ctx: &TcContext, packet: &Packet, hop: &Hop) -> Option<u32> 
     (parse::length_on_the_wire(ctx, packet) > mtu).then_some(mtu)
 }
 
-/// Whether the queue of the hop's device takes a packet: one that is no longer than its MTU, or that is many
-/// segments. `lo` carries longer ones.
+/// Whether the queue of a container's veth takes a packet: one that is no longer than its MTU, or that is many
+/// segments. `lo` carries longer ones. Other ways are looked at by [`exceeded_mtu`].
 #[inline(always)]
 pub fn fits(ctx: &TcContext, hop: &Hop) -> Result<(), Reason> {
+    if hop.delivery != delivery::PEER {
+        return Ok(());
+    }
     // SAFETY: `skb` is the context that the kernel gave; its fields are readable.
     let (length, segment) = unsafe { ((*ctx.skb.skb).len, (*ctx.skb.skb).gso_size) };
     // SAFETY: values of this map are two words, replaced as a whole.

@@ -8,6 +8,11 @@ mod machine;
 
 use std::{
     path::{Path, PathBuf},
+    sync::{
+        OnceLock,
+        atomic::{AtomicUsize, Ordering},
+    },
+    thread,
     time::Duration,
 };
 
@@ -39,6 +44,9 @@ pub(crate) struct Options {
     /// Parameters for the kernel, such as `lockdown=integrity`
     #[arg(long, default_value = "")]
     append: String,
+    /// Kernels that run side by side, on a processor each; a command's run one by one
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u8).range(1..))]
+    jobs: u8,
     /// Fetch Debian's kernels anew
     #[arg(long)]
     refresh: bool,
@@ -75,42 +83,61 @@ pub(crate) fn vm(options: &Options) -> Result<()> {
         std::process::exit(status);
     }
 
-    let mut outcomes = Vec::new();
-    let mut broken = Vec::new();
     // All at once: a build while the machines run must not change what the later ones test.
     let boots = boots(options)
         .into_iter()
         .map(|boot| Ok((initramfs::root(&programs, &script(&boot.groups))?, boot)))
         .collect::<Result<Vec<_>>>()?;
-    for kernel in &kernels {
-        for (root, boot) in &boots {
-            step(&format!("{} ({})", kernel.name, kernel.release));
-            let parameters = format!("{} {}", options.append, boot.parameters);
-            let before = outcomes.len();
-            let booted = machine::boot(kernel, root, &parameters, limit, |line| {
-                println!("[{}] {line}", kernel.name);
-                follow(&mut outcomes, kernel, line);
+    let next = AtomicUsize::new(0);
+    let tested: Vec<OnceLock<Tested>> = kernels.iter().map(|_| OnceLock::new()).collect();
+    thread::scope(|scope| {
+        for _ in 0..options.jobs {
+            scope.spawn(|| {
+                while let at = next.fetch_add(1, Ordering::Relaxed)
+                    && let Some(kernel) = kernels.get(at)
+                {
+                    let _ = tested[at].set(test(kernel, &boots, &options.append, limit));
+                }
             });
-            if let Err(error) = &booted {
-                eprintln!("error: {error:#}");
-            }
-            if booted.is_err() || outcomes.len() - before < boot.groups.len() {
-                broken.push(kernel.name.clone());
-            }
         }
-    }
+    });
+    let tested = tested.into_iter().filter_map(OnceLock::into_inner);
+    let (outcomes, broken): (Vec<_>, Vec<_>) = tested.unzip();
+    let outcomes: Vec<Outcome> = outcomes.into_iter().flatten().collect();
     print!("{}", table(&outcomes));
     let failed = outcomes
         .iter()
         .filter(|outcome| outcome.failed > 0 || !outcome.ended)
         .map(|outcome| format!("{} on {}", outcome.group, outcome.kernel));
-    let failed: Vec<_> = failed
-        .chain(broken.iter().map(|name| format!("the run on {name}")))
-        .collect();
+    let failed: Vec<_> = failed.chain(broken.into_iter().flatten()).collect();
     if !failed.is_empty() {
         bail!("failed: {}", failed.join(", "));
     }
     Ok(())
+}
+
+/// What became of a kernel's groups, and the runs that broke off.
+type Tested = (Vec<Outcome>, Vec<String>);
+
+/// All boots of a kernel.
+fn test(kernel: &Kernel, boots: &[(Vec<u8>, Boot)], append: &str, limit: Duration) -> Tested {
+    let (mut outcomes, mut broken) = (Vec::new(), Vec::new());
+    for (root, boot) in boots {
+        step(&format!("{} ({})", kernel.name, kernel.release));
+        let parameters = format!("{append} {}", boot.parameters);
+        let before = outcomes.len();
+        let booted = machine::boot(kernel, root, &parameters, limit, |line| {
+            println!("[{}] {line}", kernel.name);
+            follow(&mut outcomes, kernel, line);
+        });
+        if let Err(error) = &booted {
+            eprintln!("error: {error:#}");
+        }
+        if booted.is_err() || outcomes.len() - before < boot.groups.len() {
+            broken.push(format!("the run on {}", kernel.name));
+        }
+    }
+    (outcomes, broken)
 }
 
 /// The kernels of these names; Debian's four for none. What booting takes is looked for first.
