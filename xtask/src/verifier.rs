@@ -116,12 +116,7 @@ fn parsed(lines: &[String]) -> Result<Vec<Value>> {
 }
 
 fn document(measured: &[Measured]) -> Result<String> {
-    let commit = exec::output(
-        Command::new("git")
-            .current_dir(exec::workspace())
-            .args(["describe", "--always", "--dirty"]),
-    )?;
-    let date = exec::output(Command::new("date").args(["-u", "+%Y-%m-%d"]))?;
+    let (date, commit) = exec::today_and_commit()?;
     let mut text = format!(
         "# What the verifier says\n\n\
          Written by `cargo xtask verifier --write` on {} at commit {}. Figures are the verifier's own (`BPF_LOG_STATS`);\n\
@@ -129,8 +124,7 @@ fn document(measured: &[Measured]) -> Result<String> {
          Kernels run in QEMU's emulator, where computing takes about five times as long, except for this machine's.\n\n\
          | kernel | program | instructions | verified | stack | load |\n\
          |---|---|--:|--:|--:|--:|\n",
-        date.trim(),
-        commit.trim()
+        date, commit
     );
     for on in measured {
         for program in &on.programs {

@@ -7,6 +7,7 @@ pub(crate) mod kernel;
 mod machine;
 
 use std::{
+    fs,
     path::{Path, PathBuf},
     sync::{
         OnceLock,
@@ -16,7 +17,7 @@ use std::{
     time::Duration,
 };
 
-use anyhow::{Result, bail};
+use anyhow::{Context, Result, bail};
 
 use self::kernel::Kernel;
 use crate::{
@@ -47,6 +48,9 @@ pub(crate) struct Options {
     /// Kernels that run side by side, on a processor each; a command's run one by one
     #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u8).range(1..))]
     jobs: u8,
+    /// Write the table to docs/kernels.md too
+    #[arg(long, conflicts_with_all = ["filter", "tier", "command"])]
+    write: bool,
     /// Fetch Debian's kernels anew
     #[arg(long)]
     refresh: bool,
@@ -104,7 +108,12 @@ pub(crate) fn vm(options: &Options) -> Result<()> {
     let tested = tested.into_iter().filter_map(OnceLock::into_inner);
     let (outcomes, broken): (Vec<_>, Vec<_>) = tested.unzip();
     let outcomes: Vec<Outcome> = outcomes.into_iter().flatten().collect();
-    print!("{}", table(&outcomes));
+    print!("\n{}", table(&outcomes));
+    if options.write {
+        let path = exec::workspace().join("docs/kernels.md");
+        fs::write(&path, document(&outcomes)?).with_context(|| path.display().to_string())?;
+        step("wrote docs/kernels.md");
+    }
     let failed = outcomes
         .iter()
         .filter(|outcome| outcome.failed > 0 || !outcome.ended)
@@ -328,10 +337,22 @@ fn follow(outcomes: &mut Vec<Outcome>, kernel: &Kernel, line: &str) {
     outcome.ended = true;
 }
 
+/// The table as it is committed.
+fn document(outcomes: &[Outcome]) -> Result<String> {
+    let (date, commit) = exec::today_and_commit()?;
+    Ok(format!(
+        "# The tests on other kernels\n\n\
+         Written by `cargo xtask vm --write` on {date} at commit {commit}: Debian's kernels in QEMU's emulator, where\n\
+         seconds say nothing of speed. `packet` and `netns` are tiers 1 and 2. `restricted` is a boot under lockdown\n\
+         (confidentiality) without the qdisc that clsact filters need, `without_ipv6` one with `ipv6.disable=1`.\n\n{}",
+        table(outcomes)
+    ))
+}
+
 /// Markdown, so that it can be shown as it is.
 fn table(outcomes: &[Outcome]) -> String {
     let mut text = format!(
-        "\n| {:<28} | {:<10} | passed | failed | seconds |\n|{}|{}|-------:|-------:|--------:|\n",
+        "| {:<28} | {:<10} | passed | failed | seconds |\n|{}|{}|-------:|-------:|--------:|\n",
         "kernel",
         "tests",
         "-".repeat(30),
