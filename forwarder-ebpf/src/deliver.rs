@@ -75,14 +75,18 @@ pub fn exceeded_mtu(ctx: &TcContext, packet: &Packet, hop: &Hop) -> Option<u32> 
     (parse::length_on_the_wire(ctx, packet) > mtu).then_some(mtu)
 }
 
-/// Whether the queue of a veth takes a packet: one that is no more than Ethernet's usual MTU, or that is many
-/// segments. `lo` carries longer ones.
+/// Whether the queue of a container's veth takes a packet: one that is no longer than its MTU, or that is many
+/// segments. `lo` carries longer ones. Other ways are looked at by [`exceeded_mtu`].
 #[inline(always)]
-pub fn fits(ctx: &TcContext) -> Result<(), Reason> {
-    const LONGEST: u32 = 14 + 1500;
+pub fn fits(ctx: &TcContext, hop: &Hop) -> Result<(), Reason> {
+    if hop.delivery != delivery::PEER {
+        return Ok(());
+    }
     // SAFETY: `skb` is the context that the kernel gave; its fields are readable.
     let (length, segment) = unsafe { ((*ctx.skb.skb).len, (*ctx.skb.skb).gso_size) };
-    if length > LONGEST && segment == 0 {
+    // SAFETY: values of this map are two words, replaced as a whole.
+    let mtu = unsafe { INTERFACES.get(hop.ifindex) }.map_or(LEAST_MTU, |device| device.mtu);
+    if length > mtu.saturating_add(parse::L3 as u32) && segment == 0 {
         return Err(Reason::LongerThanMtu);
     }
     Ok(())

@@ -52,8 +52,11 @@ pub fn ingress(ctx: &TcContext, trail: &mut Trail) -> Verdict {
         fragment::rejoin(&packet)?;
     }
     trail.parsed(&packet, published.map_or(0, |published| published.index));
-    if published.is_some() && setting(&PEER_FROM_LO) == 0 && packet.is_from_this_host() {
-        deliver::fits(ctx)?;
+    if setting(&PEER_FROM_LO) == 0
+        && packet.is_from_this_host()
+        && let Some(published) = &published
+    {
+        deliver::fits(ctx, &published.publish.hop)?;
     }
     let verdict = forward(ctx, &packet, published, trail);
     if verdict.is_ok() {

@@ -21,6 +21,7 @@ mod fragment;
 mod frame;
 mod icmp;
 mod ingress;
+mod l3;
 mod maps;
 mod parse;
 mod publish;
@@ -45,7 +46,14 @@ pub fn ingress(ctx: TcContext) -> i32 {
     verdict::action(ingress::ingress(&ctx, &mut Trail::default()))
 }
 
-/// The same, and a line for each packet.
+/// tc ingress of devices without Ethernet headers.
+#[classifier]
+pub fn ingress_l3(ctx: TcContext) -> i32 {
+    let _ = l3::enter(&ctx);
+    TC_ACT_UNSPEC
+}
+
+/// As `ingress`, and a line for each packet.
 #[classifier]
 pub fn ingress_traced(ctx: TcContext) -> i32 {
     let Some(trail) = Trail::of_this_cpu() else {

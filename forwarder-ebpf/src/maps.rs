@@ -4,7 +4,7 @@
 use aya_ebpf::{
     bindings::BPF_F_NO_PREALLOC,
     macros::map,
-    maps::{Array, HashMap, LpmTrie, LruHashMap, PerCpuArray, SockHash},
+    maps::{Array, HashMap, LpmTrie, LruHashMap, PerCpuArray, ProgramArray, SockHash},
 };
 use forwarder_common::{
     flow::Flow,
@@ -84,6 +84,10 @@ pub static NETNS: Array<u64> = Array::with_max_entries(1, 0);
 /// Not 0 while this CPU asks for a socket and means the ones that nothing is steered to.
 #[map]
 pub static LOOKING: PerCpuArray<u32> = PerCpuArray::with_max_entries(1, 0);
+
+/// The program that `ingress_l3` hands packets to.
+#[map]
+pub static PIPELINE: ProgramArray = ProgramArray::with_max_entries(1, 0);
 
 /// Packets, by [`Reason`].
 #[map]

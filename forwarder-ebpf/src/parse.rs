@@ -1,6 +1,7 @@
 //! The only reader of packet bytes: Ethernet, IPv4 or IPv6, TCP or UDP, or an ICMP error that quotes one of them.
 
 mod icmp;
+pub mod l3;
 
 use aya_ebpf::programs::TcContext;
 use forwarder_common::{

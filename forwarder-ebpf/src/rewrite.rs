@@ -6,7 +6,7 @@ mod icmp;
 
 use aya_ebpf::{
     bindings::{BPF_F_MARK_MANGLED_0, BPF_F_PSEUDO_HDR},
-    helpers::bpf_csum_update,
+    helpers::{bpf_csum_update, bpf_skb_change_head},
     programs::TcContext,
 };
 use forwarder_common::{
@@ -173,6 +173,22 @@ fn ipv6(frame: &impl Frame, new: &Tuple, hop: bool) -> Result<(), Reason> {
         write_address(&new.source, &raw mut (*ip).source);
         write_address(&new.destination, &raw mut (*ip).destination);
     }
+    Ok(())
+}
+
+/// Puts an Ethernet header without MACs in front of a packet that begins with its IP header.
+///
+/// # Errors
+/// `Unwritable` if the kernel has no room for it.
+#[inline(always)]
+pub fn push_ethernet(ctx: &TcContext) -> Result<(), Reason> {
+    // SAFETY: the context is valid.
+    if unsafe { bpf_skb_change_head(ctx.skb.skb, L3 as u32, 0) } != 0 {
+        return Err(Reason::Unwritable);
+    }
+    let ethernet = header::<Ethernet>(ctx, 0).ok_or(Reason::Unwritable)?;
+    // SAFETY: `skb` is the context that the kernel gave; `header` checked the bounds.
+    unsafe { (*ethernet).ethertype = (*ctx.skb.skb).protocol as u16 };
     Ok(())
 }
 

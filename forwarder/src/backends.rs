@@ -12,7 +12,7 @@ use forwarder_common::{
 use crate::{
     cli::XdpChoice,
     datapath::xdp::Mode,
-    interfaces::{Kind, Link, Route, Snapshot},
+    interfaces::{Header, Kind, Link, Route, Snapshot},
 };
 
 /// How the fast path reaches a backend.
@@ -53,6 +53,12 @@ pub fn resolve(snapshot: &Snapshot, backend: IpAddr) -> Result<Resolved, String>
     };
     let device_mac = device.mac.unwrap_or_default();
     let remote = !leads_to_local(snapshot, &route, device);
+    if remote && device.header == Header::Other {
+        return Err(format!(
+            "answers by {} begin with no known header",
+            device.name
+        ));
+    }
     if remote {
         return Ok(Resolved {
             hop: neighbour,
@@ -120,20 +126,20 @@ fn way_to(port: &Link) -> Option<u32> {
         Kind::Veth {
             peer_elsewhere: false,
         }
-        | Kind::Tun => Some(delivery::DEVICE),
+        | Kind::Tap => Some(delivery::DEVICE),
         Kind::Other | Kind::Loopback | Kind::Bridge | Kind::Bond => None,
     }
 }
 
-/// Whether the route ends on this machine: at a bridge all of whose ports do, or at a veth that has
-/// a route of its own for one address, as CNI's ptp and Calico lay them.
+/// Whether the route ends on this machine: at a bridge all of whose ports do and that leads to no gateway, or at a
+/// veth that has a route of its own for one address, as CNI's ptp and Calico lay them.
 fn leads_to_local(snapshot: &Snapshot, route: &Route, device: &Link) -> bool {
     if route.gateway {
         return false;
     }
     match device.kind {
         Kind::Bridge => is_local_bridge(snapshot, route.ifindex),
-        Kind::Veth { .. } | Kind::Tun => is_host_route(route),
+        Kind::Veth { .. } | Kind::Tap => is_host_route(route),
         Kind::Loopback | Kind::Bond | Kind::Other => false,
     }
 }
@@ -143,11 +149,14 @@ fn is_host_route(route: &Route) -> bool {
 }
 
 fn is_local_bridge(snapshot: &Snapshot, bridge: u32) -> bool {
-    snapshot
+    let mut routes = snapshot.routes.iter();
+    // Where this host is a container itself, its uplink is a veth too.
+    let is_uplink = routes.any(|route| route.ifindex == bridge && route.gateway);
+    let mut ports = snapshot
         .links
         .values()
-        .filter(|link| link.controller == Some(bridge))
-        .all(|port| way_to(port).is_some())
+        .filter(|link| link.controller == Some(bridge));
+    !is_uplink && ports.all(|port| way_to(port).is_some())
 }
 
 /// The devices that get the program: every one where packets enter, once.
@@ -158,7 +167,7 @@ pub fn attached(snapshot: &Snapshot) -> impl Iterator<Item = (u32, &Link)> {
             .and_then(|controller| snapshot.links.get(&controller))
             .is_some_and(|controller| controller.kind == Kind::Bond);
         // A bridge's frames are seen at its ports, a bond's at the bond.
-        let enters = link.kind != Kind::Bridge && !behind_bond && link.mac.is_some();
+        let enters = link.kind != Kind::Bridge && !behind_bond && link.header != Header::Other;
         (enters && link.up).then_some((index, link))
     })
 }
@@ -170,7 +179,8 @@ pub fn with_xdp(snapshot: &Snapshot, choice: XdpChoice) -> impl Iterator<Item = 
     let uplinks: BTreeSet<u32> = uplinks.map(|(index, _)| index).collect();
     attached(snapshot).filter_map(move |(index, link)| {
         let mode = match (choice, link.kind) {
-            (XdpChoice::Off, _) | (_, Kind::Loopback | Kind::Tun) => return None,
+            (XdpChoice::Off, _) | (_, Kind::Loopback | Kind::Tap) => return None,
+            _ if link.header != Header::Ethernet => return None,
             (XdpChoice::Auto, Kind::Veth { .. }) => return None,
             (XdpChoice::Auto | XdpChoice::Native, _) => Mode::Native,
             (XdpChoice::Generic, _) => Mode::Generic,
@@ -180,7 +190,7 @@ pub fn with_xdp(snapshot: &Snapshot, choice: XdpChoice) -> impl Iterator<Item = 
 }
 
 /// How packets leave by each device. Replies to a client that came in by it go back to the MAC where a container or
-/// a virtual machine is behind it; the others are uplinks.
+/// a virtual machine is behind it, and by a bridge's ports; the others are uplinks.
 pub fn interfaces(snapshot: &Snapshot) -> impl Iterator<Item = (u32, Interface)> {
     snapshot.links.iter().map(|(&index, link)| {
         let bridged = link.controller.is_some_and(|bridge| {
@@ -193,9 +203,12 @@ pub fn interfaces(snapshot: &Snapshot) -> impl Iterator<Item = (u32, Interface)>
             .routes
             .iter()
             .any(|route| route.ifindex == index && is_host_route(route) && !route.gateway);
-        let delivery = way_to(link)
-            .filter(|_| bridged || routed)
-            .unwrap_or(delivery::NEIGHBOUR);
+        // The kernel has no neighbours behind a bridge's port.
+        let delivery = match way_to(link) {
+            Some(delivery) if bridged || routed => delivery,
+            None if bridged => delivery::DEVICE,
+            _ => delivery::NEIGHBOUR,
+        };
         let mtu = link.mtu;
         (
             index,
@@ -232,6 +245,7 @@ fn source(snapshot: &Snapshot, route: &Route, backend: IpAddr) -> Option<IpAddr>
             .addresses
             .iter()
             .filter(|local| usable(&local.address))
+            .rev() // of equals the first, which is the primary address
             .max_by_key(|local| {
                 let here = local.ifindex == route.ifindex;
                 (here && contains(local.address, local.prefix, backend), here)
@@ -272,6 +286,7 @@ mod tests {
         Link {
             name: name.into(),
             kind,
+            header: Header::Ethernet,
             mac: Some(MAC_BR),
             controller,
             up: true,
@@ -357,7 +372,7 @@ mod tests {
     #[test]
     fn a_virtual_machine_on_the_bridge_is_reached_through_its_tap() {
         let mut host = host();
-        host.links.insert(6, link("tap0", Kind::Tun, Some(3)));
+        host.links.insert(6, link("tap0", Kind::Tap, Some(3)));
         host.neighbours.insert((3, ip("172.31.0.9")), NEIGHBOUR);
         host.forwarding.insert((3, MAC_A), 6);
         let hop = resolve(&host, ip("172.31.0.9")).expect("a route").hop;
@@ -391,9 +406,38 @@ mod tests {
     }
 
     #[test]
+    fn of_many_addresses_the_first_is_the_source() {
+        let mut host = host();
+        for address in ["198.51.100.3", "198.51.100.4"] {
+            host.addresses.push(Local {
+                ifindex: 2,
+                address: ip(address),
+                prefix: 24,
+            });
+        }
+        let resolved = resolve(&host, ip("203.0.113.5")).expect("a route");
+        assert_eq!(IpAddr::from(resolved.source), ip("198.51.100.2"));
+    }
+
+    #[test]
+    fn a_backend_behind_a_device_of_other_headers_says_so() {
+        let mut host = host();
+        let mut tunnel = link("gre1", Kind::Other, None);
+        (tunnel.header, tunnel.mac) = (Header::Other, None);
+        host.links.insert(6, tunnel);
+        host.routes.push(route("203.0.113.0", 24, 6, false));
+        let reason = resolve(&host, ip("203.0.113.5")).expect_err("no fast path");
+        assert!(reason.contains("gre1"), "{reason}");
+    }
+
+    #[test]
     fn a_bridge_with_an_uplink_is_remote() {
         let mut host = host();
         host.links.insert(6, link("eth1", Kind::Other, Some(3)));
+        assert!(resolve(&host, ip("172.31.0.2")).expect("a route").remote);
+        host.links.remove(&6);
+        assert!(!resolve(&host, ip("172.31.0.2")).expect("a route").remote);
+        host.routes.push(route("0.0.0.0", 0, 3, true));
         assert!(resolve(&host, ip("172.31.0.2")).expect("a route").remote);
     }
 
@@ -410,22 +454,27 @@ mod tests {
         let mut host = host();
         host.links.insert(7, link("bond0", Kind::Bond, None));
         host.links.insert(8, link("eth2", Kind::Other, Some(7)));
-        let mut tun = link("tun0", Kind::Tun, None);
-        tun.mac = None;
-        host.links.insert(9, tun);
+        for (index, name, header) in [(9, "tun0", Header::Ip), (10, "ib0", Header::Other)] {
+            let mut other = link(name, Kind::Other, None);
+            (other.header, other.mac) = (header, None);
+            host.links.insert(index, other);
+        }
         let names: Vec<_> = attached(&host)
             .map(|(_, link)| link.name.as_str())
             .collect();
-        assert_eq!(names, ["lo", "eth0", "veth0", "ptp0", "bond0"]);
+        assert_eq!(names, ["lo", "eth0", "veth0", "ptp0", "bond0", "tun0"]);
     }
 
     #[test]
-    fn only_containers_devices_answer_to_the_mac() {
-        let ways: Vec<_> = interfaces(&host())
+    fn only_containers_devices_and_bridges_ports_answer_to_the_mac() {
+        let mut host = host();
+        host.links.insert(6, link("eth1", Kind::Other, Some(3)));
+        let ways: Vec<_> = interfaces(&host)
             .filter(|(_, interface)| interface.delivery != delivery::NEIGHBOUR)
             .map(|(index, interface)| (index, interface.delivery))
             .collect();
-        assert_eq!(ways, [(4, delivery::PEER), (5, delivery::PEER)]);
+        let device = (6, delivery::DEVICE);
+        assert_eq!(ways, [(4, delivery::PEER), (5, delivery::PEER), device]);
     }
 
     #[test]

@@ -35,8 +35,9 @@ static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/fo
 const LAYOUT: &str = "v3";
 /// Folder of the marks of qdiscs.
 const QDISCS: &str = "qdiscs";
-/// The maps that a later instance takes over, so that established flows survive a restart.
-const ADOPTED: [&str; 3] = ["FLOWS", "HALF_OPEN", "TRIES"];
+/// The maps that a later instance takes over, so that established flows survive a restart. The kernel empties
+/// `PIPELINE` when neither a process nor a pin has it.
+const ADOPTED: [&str; 4] = ["FLOWS", "HALF_OPEN", "TRIES", "PIPELINE"];
 
 /// What the kernel is asked at load.
 #[derive(Clone, Debug)]
@@ -146,8 +147,14 @@ impl Datapath {
             own_mark,
             steering: false,
         };
-        datapath.current(Hook::Ingress)?;
+        datapath.run_pipeline()?;
         Ok(datapath)
+    }
+
+    /// Has `ingress_l3` run the current program.
+    fn run_pipeline(&mut self) -> Result<()> {
+        let fd = self.current(Hook::Ingress)?.fd()?.try_clone()?;
+        self.maps.set_pipeline(&fd)
     }
 
     fn program(&mut self, name: &str) -> Result<&mut SchedClassifier> {

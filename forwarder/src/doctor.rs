@@ -125,7 +125,7 @@ fn add_features(kernel: &Kernel, add: &mut impl FnMut(&'static str, bool, &str, 
         } else {
             "through the veth's queue"
         },
-        "a kernel from 6.1 on: datagrams from this host that exceed the container's MTU are lost",
+        "a kernel from 6.1 on: datagrams from this host that exceed the container's MTU go through user space",
     );
     add(
         "memory",

@@ -34,11 +34,21 @@ pub enum Kind {
     Veth {
         peer_elsewhere: bool,
     },
-    /// tun or tap: a virtual machine's end.
-    Tun,
+    /// A virtual machine's end.
+    Tap,
     /// Carries others: a bond or a team, whose ports are not attached themselves.
     Bond,
     /// Everything else that leads off this machine.
+    Other,
+}
+
+/// What packets begin with at a device's tc ingress.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Header {
+    Ethernet,
+    /// The IP header: tun, WireGuard, PPP.
+    Ip,
+    /// Something else, such as a tunnel's outer header on kernels before 5.14.
     Other,
 }
 
@@ -46,6 +56,7 @@ pub enum Kind {
 pub struct Link {
     pub name: String,
     pub kind: Kind,
+    pub header: Header,
     /// `None` for devices without Ethernet headers.
     pub mac: Option<Mac>,
     /// The bridge or bond that it is a port of.
@@ -262,27 +273,29 @@ fn link(message: &LinkMessage) -> Option<(u32, Link)> {
             _ => {}
         }
     }
+    let header = match message.header.link_layer_type {
+        LinkLayerType::Ether | LinkLayerType::Loopback => Header::Ethernet,
+        LinkLayerType::None | LinkLayerType::Rawip | LinkLayerType::Ppp => Header::Ip,
+        _ => Header::Other,
+    };
     let kind = match info_kind {
         _ if message.header.link_layer_type == LinkLayerType::Loopback => Kind::Loopback,
         Some(InfoKind::Bridge) => Kind::Bridge,
         Some(InfoKind::Veth) => Kind::Veth {
             peer_elsewhere: elsewhere,
         },
-        Some(InfoKind::Tun) => Kind::Tun,
+        Some(InfoKind::Tun) if header == Header::Ethernet => Kind::Tap,
         Some(InfoKind::Bond | InfoKind::Team) => Kind::Bond,
         _ => Kind::Other,
     };
-    let ethernet = matches!(
-        message.header.link_layer_type,
-        LinkLayerType::Ether | LinkLayerType::Loopback
-    );
     let up = message.header.flags.contains(LinkFlags::Up);
-    let mac = mac.filter(|_| ethernet);
+    let mac = mac.filter(|_| header == Header::Ethernet);
     Some((
         message.header.index,
         Link {
             name: name?,
             kind,
+            header,
             mac,
             controller,
             up,

@@ -9,9 +9,10 @@ use anyhow::{Context as _, Result};
 use aya::{
     Ebpf,
     maps::{
-        Array, HashMap, LpmTrie, MapData, MapError, PerCpuArray, SockHash,
+        Array, HashMap, LpmTrie, MapData, MapError, PerCpuArray, ProgramArray, SockHash,
         lpm_trie::{Key, LpmTrie as Trie},
     },
+    programs::ProgramFd,
 };
 use forwarder_common::{
     flow::Flow,
@@ -34,6 +35,7 @@ pub struct Maps {
     flows: HashMap<MapData, Tuple, Flow>,
     half_open: HashMap<MapData, Tuple, Flow>,
     sockets: SockHash<MapData, u32>,
+    pipeline: ProgramArray<MapData>,
     stats: PerCpuArray<MapData, u64>,
 }
 
@@ -63,8 +65,17 @@ impl Maps {
             flows: HashMap::try_from(map("FLOWS")?)?,
             half_open: HashMap::try_from(map("HALF_OPEN")?)?,
             sockets: SockHash::try_from(map("SOCKETS")?)?,
+            pipeline: ProgramArray::try_from(map("PIPELINE")?)?,
             stats: PerCpuArray::try_from(map("STATS")?)?,
         })
+    }
+
+    /// Chooses the program that `ingress_l3` hands packets to.
+    ///
+    /// # Errors
+    /// The kernel refuses the update.
+    pub fn set_pipeline(&mut self, program: &ProgramFd) -> Result<()> {
+        self.pipeline.set(0, program, 0).context("write PIPELINE")
     }
 
     /// # Errors

@@ -5,47 +5,22 @@ use std::{
     fs::File,
     io::{Read, Write},
     net::{IpAddr, Ipv4Addr, SocketAddr},
-    os::fd::AsRawFd,
     thread,
 };
 
-use anyhow::{Context as _, Result};
 use forwarder_tests::{
     daemon::{Daemon, Datapath},
     deadline::wait_for,
     frame::{Frame, Mac},
-    netns::Netns,
     topology::{Family, Topology},
     traffic::{Protocol, ask},
+    tun,
 };
 
 use crate::scene::{PORT, on_the_fast_path};
 
 const ADDRESS: Ipv4Addr = Ipv4Addr::new(172, 31, 0, 9);
 const MAC: Mac = [2, 0, 0, 0, 0, 9];
-
-/// A tap device named `tap0`; it goes when the file is closed.
-fn tap(host: &Netns) -> Result<File> {
-    /// TUNSETIFF and its flags (include/uapi/linux/if_tun.h).
-    const TUNSETIFF: libc::c_ulong = 0x4004_54ca;
-    const IFF_TAP_NO_PI: libc::c_short = 0x1002;
-    host.enter(|| {
-        let file = File::options().read(true).write(true).open("/dev/net/tun");
-        let file = file.context("open /dev/net/tun")?;
-        // SAFETY: this C structure is valid when all zero.
-        let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
-        for (to, from) in request.ifr_name.iter_mut().zip(b"tap0") {
-            *to = (*from).cast_signed();
-        }
-        request.ifr_ifru.ifru_flags = IFF_TAP_NO_PI;
-        // SAFETY: the request reads and writes one ifreq, which lives until it returns.
-        let done = unsafe { libc::ioctl(file.as_raw_fd(), TUNSETIFF, &raw mut request) };
-        if done < 0 {
-            return Err(std::io::Error::last_os_error()).context("make the device tap0");
-        }
-        Ok(file)
-    })
-}
 
 /// Answers ARP for its address, and each datagram with who sent it and what, as the harness's backends do.
 fn machine(mut tap: File) {
@@ -91,7 +66,7 @@ fn arp_answer(question: &[u8]) -> Vec<u8> {
 #[test]
 fn a_virtual_machine_behind_a_tap_is_delivered_to_by_device() {
     let topology = Topology::new().unwrap();
-    let device = tap(&topology.host).unwrap();
+    let device = tun::open(&topology.host, tun::Kind::Tap, "tap0").unwrap();
     topology.host.ip("link set tap0 master br0 up").unwrap();
     // Ends when the device goes with its namespace, at the latest with the test's process.
     thread::spawn(|| machine(device));

@@ -5,6 +5,7 @@
 //! `fragment` datagrams in parts, and `usage` what a mistake is answered with. Every test makes its own machine, so they run side by side.
 
 mod bulk;
+mod doctor;
 mod filters;
 mod firewall;
 mod flood;
@@ -24,3 +25,4 @@ mod timeout;
 mod topology;
 mod trace;
 mod usage;
+mod worlds;

@@ -8,7 +8,7 @@ use std::{
 };
 
 use forwarder_tests::{
-    daemon::{Daemon, Datapath},
+    daemon::{Daemon, Datapath, WITHOUT_CAPABILITIES},
     topology::{Family, Topology},
     traffic::{Backend, Connection, Protocol, ask},
 };
@@ -138,7 +138,14 @@ fn without_capabilities_it_forwards_in_user_space_and_says_why() {
     let _udp = Backend::start(&topology.backend.netns, Protocol::Udp, BACKEND_PORT).unwrap();
     let specs = [spec(Protocol::Tcp), spec(Protocol::Udp)];
     let specs: Vec<&str> = specs.iter().map(String::as_str).collect();
-    let daemon = Daemon::start_without_capabilities(&topology.host, &specs).unwrap();
+    let daemon = Daemon::start_wrapped(
+        &topology.host,
+        &WITHOUT_CAPABILITIES,
+        &specs,
+        Datapath::Auto,
+        &[],
+    )
+    .unwrap();
     let pins = PathBuf::from("/sys/fs/bpf/forwarder").join(daemon.instance());
     assert!(!pins.exists(), "{pins:?} is of no use");
     for entry in daemon.list().unwrap() {

@@ -5,7 +5,7 @@ use std::net::SocketAddr;
 
 use forwarder::kernel::{Attach, kernel};
 use forwarder_tests::{
-    daemon::{Daemon, Datapath},
+    daemon::{Daemon, Datapath, doctor},
     netns::Netns,
     topology::{Family, Topology},
     traffic::{Backend, Protocol, ask},
@@ -42,4 +42,20 @@ fn auto_serves_by_what_the_kernel_has_and_says_why() {
         assert_eq!(answer.seen.ip(), topology.backend.gateway(Family::V4));
     }
     daemon.stop().unwrap();
+}
+
+#[test]
+fn doctor_shows_what_is_missing_and_the_lockdown() {
+    let netns = Netns::new("host").unwrap();
+    netns.ip("link set lo up").unwrap();
+    let findings = doctor(&netns, &[]).unwrap();
+    assert_eq!(findings["load"]["ok"], can_attach());
+    if !can_attach() {
+        let found = findings["load"]["found"].as_str().unwrap();
+        assert!(found.contains("the modules sch_ingress"), "{found}");
+    }
+    let asked = std::fs::read_to_string("/proc/cmdline").unwrap();
+    if asked.contains("lockdown=confidentiality") {
+        assert_eq!(findings["lockdown"]["found"], "confidentiality");
+    }
 }

@@ -41,8 +41,8 @@ pub(crate) fn served_to_the_client(topology: &Topology, protocol: Protocol, payl
 /// Packets that the program has forwarded, to the backend and back.
 #[track_caller]
 pub(crate) fn packets(daemon: &Daemon) -> (u64, u64) {
-    let counted = |reason| daemon.counted(reason).unwrap();
-    (counted("forwarded_original"), counted("forwarded_reply"))
+    let counts = daemon.counts(["forwarded_original", "forwarded_reply"]);
+    counts.unwrap().into()
 }
 
 /// Asserts that what `traffic` sends, and its answers, were carried by the fast path.

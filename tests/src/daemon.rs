@@ -1,6 +1,7 @@
 //! The daemon under test: starting it, asking it, ending it.
 
 use std::{
+    collections::BTreeMap,
     io::{BufRead, BufReader, Read},
     path::PathBuf,
     process::{Child, Command, ExitStatus, Stdio},
@@ -37,6 +38,28 @@ impl Datapath {
         }
     }
 }
+
+/// Runs what follows as root without a single capability.
+pub const WITHOUT_CAPABILITIES: [&str; 4] =
+    ["setpriv", "--bounding-set=-all", "--inh-caps=-all", "--"];
+/// Runs what follows where the kernel's description of its types is not to be found.
+pub const WITHOUT_BTF: [&str; 6] = [
+    "unshare",
+    "--mount",
+    "sh",
+    "-c",
+    "mount -t tmpfs none /sys/kernel/btf && exec \"$@\"",
+    "sh",
+];
+/// Runs what follows where nothing can be pinned.
+pub const WITHOUT_BPFFS: [&str; 6] = [
+    "unshare",
+    "--mount",
+    "sh",
+    "-c",
+    "mount -t tmpfs none /sys/fs/bpf && exec \"$@\"",
+    "sh",
+];
 
 /// A running `forwarder run`; killed when dropped.
 #[derive(Debug)]
@@ -78,16 +101,11 @@ impl Daemon {
         Self::start_wrapped(netns, &[], specs, datapath, flags)
     }
 
-    /// As [`Daemon::start`] with `--datapath auto`, as root without a single capability.
+    /// As [`Daemon::start_with`], by a program that takes something away, such as [`WITHOUT_CAPABILITIES`].
     ///
     /// # Errors
-    /// As [`Daemon::start`], or util-linux's setpriv is missing.
-    pub fn start_without_capabilities(netns: &Netns, specs: &[&str]) -> Result<Self> {
-        let setpriv = ["setpriv", "--bounding-set=-all", "--inh-caps=-all", "--"];
-        Self::start_wrapped(netns, &setpriv, specs, Datapath::Auto, &[])
-    }
-
-    fn start_wrapped(
+    /// As [`Daemon::start`], or there is no such program.
+    pub fn start_wrapped(
         netns: &Netns,
         wrapper: &[&str],
         specs: &[&str],
@@ -233,13 +251,25 @@ impl Daemon {
     /// # Errors
     /// The daemon does not answer, or has no such counter.
     pub fn counted(&self, reason: &str) -> Result<u64> {
+        self.counts([reason]).map(|[count]| count)
+    }
+
+    /// Several counters, as they were at one moment.
+    ///
+    /// # Errors
+    /// As [`Daemon::counted`].
+    pub fn counts<const N: usize>(&self, reasons: [&str; N]) -> Result<[u64; N]> {
         let text = self.control(&["stats", "--json"])?;
         let counters: Value = serde_json::from_str(&text)?;
-        counters
-            .as_array()
-            .and_then(|all| all.iter().find(|counter| counter["reason"] == reason))
-            .and_then(|counter| counter["packets"].as_u64())
-            .with_context(|| format!("no counter {reason}: {text}"))
+        let mut counts = [0; N];
+        for (count, reason) in counts.iter_mut().zip(reasons) {
+            *count = counters
+                .as_array()
+                .and_then(|all| all.iter().find(|counter| counter["reason"] == reason))
+                .and_then(|counter| counter["packets"].as_u64())
+                .with_context(|| format!("no counter {reason}: {text}"))?;
+        }
+        Ok(counts)
     }
 
     /// The only entry of the list.
@@ -364,6 +394,21 @@ pub fn interrupt_at_start(netns: &Netns, specs: &[&str]) -> Result<(ExitStatus, 
     let _ = child.kill();
     child.wait()?;
     Ok((ended?, pins))
+}
+
+/// The findings of `forwarder doctor --json`, by their checks.
+///
+/// # Errors
+/// It fails.
+pub fn doctor(netns: &Netns, wrapper: &[&str]) -> Result<BTreeMap<String, Value>> {
+    let binary = binary().to_string_lossy().into_owned();
+    let words = [wrapper, &[binary.as_str(), "doctor", "--json"]].concat();
+    let output = netns.command(words[0]).args(&words[1..]).output()?;
+    ensure!(output.status.success(), "`forwarder doctor`: {output:?}");
+    let findings: Vec<Value> = serde_json::from_slice(&output.stdout)?;
+    let check = |finding: &Value| finding["check"].as_str().unwrap_or_default().to_owned();
+    let findings = findings.into_iter();
+    Ok(findings.map(|finding| (check(&finding), finding)).collect())
 }
 
 /// Removes what an instance that has ended left.

@@ -11,4 +11,5 @@ pub mod icmp;
 pub mod netns;
 pub mod topology;
 pub mod traffic;
+pub mod tun;
 pub mod wire;

@@ -11,7 +11,7 @@ use std::{
         fd::{AsRawFd, BorrowedFd},
         unix::process::CommandExt,
     },
-    path::PathBuf,
+    path::{Path, PathBuf},
     process::{Command, Output, Stdio},
     sync::Arc,
     thread,
@@ -178,15 +178,27 @@ impl Netns {
         })
     }
 
-    /// Runs `ip` commands, one a line, by one process.
+    /// Runs `ip` commands, one a line, by one process. A kernel without IPv6 is spared such addresses and routes.
     ///
     /// # Errors
     /// The first that fails ends the batch.
     pub fn ip(&self, commands: &str) -> Result<()> {
-        self.feed("ip -batch -", commands)
+        let possible: String = commands
+            .lines()
+            .filter(|line| has_ipv6() || !names_ipv6(line))
+            .flat_map(|line| [line, "\n"])
+            .collect();
+        self.feed("ip -batch -", &possible)
             .with_context(|| format!("in {}", self.label))
             .map(drop)
     }
+}
+
+/// Whether a command of `ip` is about an IPv6 address or route.
+fn names_ipv6(command: &str) -> bool {
+    let mut words = command.split_whitespace();
+    let about = words.next();
+    matches!(about, Some("addr" | "route")) && words.nth(1).is_some_and(|word| word.contains(':'))
 }
 
 fn finished(what: &str, output: Output) -> Result<String> {
@@ -195,6 +207,11 @@ fn finished(what: &str, output: Output) -> Result<String> {
         bail!("`{what}` failed ({}): {}", output.status, errors.trim());
     }
     Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+}
+
+/// Whether the kernel was started with IPv6.
+pub fn has_ipv6() -> bool {
+    Path::new("/proc/sys/net/ipv6").exists()
 }
 
 /// Where a program is; a user's PATH often lacks the folders where `ip` and `nft` live.

@@ -22,7 +22,7 @@ use nix::sys::{
 
 use crate::{
     deadline::{patience, slack},
-    netns::Netns,
+    netns::{Netns, has_ipv6},
 };
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -55,7 +55,11 @@ impl Backend {
         let end = Arc::new(AtomicBool::new(false));
         let requests = Arc::new(AtomicU64::new(0));
         let (ended, counted) = (Arc::clone(&end), Arc::clone(&requests));
-        let any = SocketAddr::from((Ipv6Addr::UNSPECIFIED, port));
+        let any = if has_ipv6() {
+            SocketAddr::from((Ipv6Addr::UNSPECIFIED, port))
+        } else {
+            SocketAddr::from((Ipv4Addr::UNSPECIFIED, port))
+        };
         let thread = match protocol {
             Protocol::Tcp => {
                 let listener = netns.enter(|| TcpListener::bind(any))?;

@@ -215,3 +215,14 @@ fn shown(command: &Command) -> String {
         .collect();
     format!("`{}`", words.join(" "))
 }
+
+/// What a document that is written says of itself.
+pub(crate) fn today_and_commit() -> Result<(String, String)> {
+    let commit = output(
+        Command::new("git")
+            .current_dir(workspace())
+            .args(["describe", "--always", "--dirty"]),
+    )?;
+    let date = output(Command::new("date").args(["-u", "+%Y-%m-%d"]))?;
+    Ok((date.trim().to_owned(), commit.trim().to_owned()))
+}

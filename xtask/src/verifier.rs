@@ -13,7 +13,7 @@ use crate::{
 };
 
 /// The verifier's limits for privileged programs: instructions walked (include/linux/bpf.h,
-/// BPF_COMPLEXITY_LIMIT_INSNS) and bytes of stack (include/linux/filter.h, MAX_BPF_STACK).
+/// BPF_COMPLEXITY_LIMIT_INSNS) and bytes of stack of a chain of calls (include/linux/filter.h, MAX_BPF_STACK).
 const LIMITS: [(&str, &str, u64); 2] = [
     ("verified", "instructions verified", 1_000_000),
     ("stack", "bytes of stack", 512),
@@ -116,21 +116,15 @@ fn parsed(lines: &[String]) -> Result<Vec<Value>> {
 }
 
 fn document(measured: &[Measured]) -> Result<String> {
-    let commit = exec::output(
-        Command::new("git")
-            .current_dir(exec::workspace())
-            .args(["describe", "--always", "--dirty"]),
-    )?;
-    let date = exec::output(Command::new("date").args(["-u", "+%Y-%m-%d"]))?;
+    let (date, commit) = exec::today_and_commit()?;
     let mut text = format!(
         "# What the verifier says\n\n\
          Written by `cargo xtask verifier --write` on {} at commit {}. Figures are the verifier's own (`BPF_LOG_STATS`);\n\
-         times are of one load. Kernels run in QEMU's emulator, where computing takes about five times as long,\n\
-         except for this machine's.\n\n\
+         times are of one load. The stack is that of the deepest chain of calls, each function's share rounded up to 32 bytes.\n\
+         Kernels run in QEMU's emulator, where computing takes about five times as long, except for this machine's.\n\n\
          | kernel | program | instructions | verified | stack | load |\n\
          |---|---|--:|--:|--:|--:|\n",
-        date.trim(),
-        commit.trim()
+        date, commit
     );
     for on in measured {
         for program in &on.programs {
@@ -149,7 +143,7 @@ fn document(measured: &[Measured]) -> Result<String> {
             );
         }
     }
-    text += "\nAbove half of a limit:\n\n";
+    text += "\nThe limits are 1,000,000 verified instructions and 512 bytes of stack. Above half of one, at its worst:\n\n";
     let mut none = true;
     for line in warnings(measured) {
         none = false;

@@ -15,7 +15,7 @@ use aya_ebpf::{
         TC_ACT_SHOT, TC_ACT_UNSPEC,
         xdp_action::{XDP_ABORTED, XDP_DROP, XDP_PASS, XDP_REDIRECT},
     },
-    helpers::bpf_redirect,
+    helpers::{bpf_redirect, bpf_redirect_peer},
     macros::{classifier, xdp},
     programs::{TcContext, XdpContext},
 };
@@ -42,6 +42,13 @@ static IFINDEX: u32 = 0;
 /// Set by the benchmark: the port that the sink takes, in wire order.
 #[unsafe(no_mangle)]
 static PORT: u16 = 0;
+
+/// Set by the benchmark: destination and source of frames that only hop.
+#[unsafe(no_mangle)]
+static HOP_MACS: [u16; 6] = [0; 6];
+/// Set by the benchmark: not 0 if they go to the other end of the device.
+#[unsafe(no_mangle)]
+static HOP_TO_PEER: u32 = 0;
 
 /// Number of the next frame. Only one CPU generates.
 static mut NEXT: u32 = 0;
@@ -138,6 +145,34 @@ fn is_for_sink(start: usize, end: usize) -> bool {
     };
     // SAFETY: a constant that the loader changed, read as it is now.
     protocol == UDP && port == unsafe { ptr::read_volatile(&raw const PORT) }
+}
+
+/// tc ingress of the host: IPv4 gets other MACs and leaves by another device. Nothing is looked up, nothing
+/// rewritten: it is what a hop by tc costs at least.
+#[classifier]
+fn hop(ctx: TcContext) -> i32 {
+    let start = ctx.data();
+    if start + 14 > ctx.data_end() {
+        return TC_ACT_UNSPEC;
+    }
+    // SAFETY: the bounds were checked above, and frames are aligned to two bytes (NET_IP_ALIGN). Constants that the
+    // loader changed are read as they are now; helpers without pointers.
+    unsafe {
+        let words = start as *mut u16;
+        if *words.add(6) != 0x0800_u16.to_be() {
+            return TC_ACT_UNSPEC;
+        }
+        for at in 0..6 {
+            let word = (&raw const HOP_MACS).cast::<u16>().add(at);
+            *words.add(at) = ptr::read_volatile(word);
+        }
+        let ifindex = ptr::read_volatile(&raw const IFINDEX);
+        if ptr::read_volatile(&raw const HOP_TO_PEER) != 0 {
+            bpf_redirect_peer(ifindex, 0) as i32
+        } else {
+            bpf_redirect(ifindex, 0) as i32
+        }
+    }
 }
 
 /// tc ingress of the container: frames for the port go back to where they came from. A checksum does not

@@ -23,7 +23,7 @@ use crate::{
     backends::{self, Resolved},
     cli::XdpChoice,
     datapath::devices::{Hook, Place},
-    interfaces::Snapshot,
+    interfaces::{Header, Snapshot},
     spec::Protocol,
 };
 
@@ -97,12 +97,16 @@ impl Daemon {
             return Ok(());
         };
         let hooks: &[Hook] = if self.options.respect_firewall {
-            &Hook::ALL
+            &Hook::BOTH_SIDES
         } else {
             &[Hook::Ingress]
         };
         let wanted: BTreeMap<Place, String> = backends::attached(&self.snapshot)
             .flat_map(|(ifindex, link)| {
+                let hooks = match link.header {
+                    Header::Ip => &[Hook::IngressIp],
+                    _ => hooks,
+                };
                 hooks
                     .iter()
                     .map(move |hook| ((ifindex, *hook), link.name.clone()))

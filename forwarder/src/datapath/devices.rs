@@ -20,30 +20,35 @@ use crate::{
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Hook {
     Ingress,
+    /// The same, of devices without Ethernet headers.
+    IngressIp,
     Egress,
 }
 
 impl Hook {
-    pub const ALL: [Self; 2] = [Self::Ingress, Self::Egress];
+    /// What other devices have that go through the stack.
+    pub const BOTH_SIDES: [Self; 2] = [Self::Ingress, Self::Egress];
+    pub const ALL: [Self; 3] = [Self::Ingress, Self::IngressIp, Self::Egress];
 
     /// The programs, plain and traced.
     pub(super) const fn programs(self) -> [&'static str; 2] {
         match self {
             Self::Ingress => ["ingress", "ingress_traced"],
+            Self::IngressIp => ["ingress_l3", "ingress_l3"], // hands packets to one of those
             Self::Egress => ["egress", "egress_traced"],
         }
     }
 
     const fn attach_type(self) -> TcAttachType {
         match self {
-            Self::Ingress => TcAttachType::Ingress,
+            Self::Ingress | Self::IngressIp => TcAttachType::Ingress,
             Self::Egress => TcAttachType::Egress,
         }
     }
 
     pub(super) const fn side(self) -> Side {
         match self {
-            Self::Ingress => Side::Ingress,
+            Self::Ingress | Self::IngressIp => Side::Ingress,
             Self::Egress => Side::Egress,
         }
     }
@@ -51,7 +56,7 @@ impl Hook {
     /// What a link's pin is called.
     fn pin(self, ifindex: u32) -> String {
         match self {
-            Self::Ingress => ifindex.to_string(),
+            Self::Ingress | Self::IngressIp => ifindex.to_string(),
             Self::Egress => format!("{ifindex}-egress"),
         }
     }
@@ -223,7 +228,8 @@ impl Datapath {
         }
         let before = usize::from(self.traced);
         self.traced = on;
-        for hook in Hook::ALL {
+        self.run_pipeline()?;
+        for hook in Hook::BOTH_SIDES {
             let all = self.attached.keys();
             let places: Vec<_> = all.filter(|place| place.1 == hook).copied().collect();
             for place in places {

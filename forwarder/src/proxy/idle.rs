@@ -11,7 +11,7 @@ use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTime
 use tokio::io::{Interest, unix::AsyncFd};
 use tracing::warn;
 
-use super::{Shared, sockets::Port, tcp, udp};
+use super::{Shared, sctp, sockets::Port, tcp, udp};
 
 /// Sockets that are looked at in one go.
 const EVENTS: usize = 64;
@@ -21,6 +21,7 @@ const EVENTS: usize = 64;
 pub(super) enum Socket {
     Tcp(std::net::TcpListener),
     Udp(std::net::UdpSocket),
+    Sctp(socket2::Socket),
 }
 
 impl AsFd for Socket {
@@ -28,6 +29,7 @@ impl AsFd for Socket {
         match self {
             Self::Tcp(listener) => listener.as_fd(),
             Self::Udp(socket) => socket.as_fd(),
+            Self::Sctp(socket) => socket.as_fd(),
         }
     }
 }
@@ -49,6 +51,7 @@ impl Waiting {
         let task = match socket {
             Socket::Tcp(listener) => tokio::spawn(tcp::serve(listener, port, shared.clone())),
             Socket::Udp(socket) => tokio::spawn(udp::serve(socket, port, shared.clone())),
+            Socket::Sctp(listener) => tokio::spawn(sctp::serve(listener, port, shared.clone())),
         };
         shared.serving().push(task);
     }

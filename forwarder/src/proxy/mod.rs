@@ -3,6 +3,7 @@
 mod batch;
 mod idle;
 mod protocol_header;
+mod sctp;
 mod sockets;
 mod tcp;
 #[cfg(test)]
@@ -169,12 +170,16 @@ impl Proxy {
             .udp
             .into_iter()
             .map(|(port, socket)| (port, Socket::Udp(socket)));
+        let sctp = held
+            .sctp
+            .into_iter()
+            .map(|(port, listener)| (port, Socket::Sctp(listener)));
         let mut proxy = Self {
             shared: shared.clone(),
             idle: idle.clone(),
-            waiting: Vec::with_capacity(tcp.len() + udp.len()),
+            waiting: Vec::with_capacity(tcp.len() + udp.len() + sctp.len()),
         };
-        for (port, socket) in tcp.chain(udp) {
+        for (port, socket) in tcp.chain(udp).chain(sctp) {
             proxy.waiting.push(idle.add(socket, port, shared.clone())?);
         }
         Ok(proxy)

@@ -12,7 +12,7 @@ use forwarder_common::publish::own_priority;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use socket2::{Domain, SockAddr, SockRef, Socket, Type};
 
-use super::{batch, tcp};
+use super::{batch, sctp, tcp};
 use crate::spec::{Protocol, Spec};
 
 /// Listening sockets of one publish, or bound ones for UDP.
@@ -20,6 +20,7 @@ use crate::spec::{Protocol, Spec};
 pub struct Held {
     pub(super) tcp: Vec<(Port, std::net::TcpListener)>,
     pub(super) udp: Vec<(Port, std::net::UdpSocket)>,
+    pub(super) sctp: Vec<(Port, Socket)>,
 }
 
 /// Which port clients of a socket meant.
@@ -50,6 +51,8 @@ pub struct BindError {
     problem: String,
 }
 
+/// Clients that wait to be accepted, where the kernel allows so many (net.core.somaxconn).
+const BACKLOG: i32 = 4096;
 /// Descriptors that are kept for everything else.
 const SPARE: u64 = 256;
 
@@ -149,43 +152,54 @@ impl Held {
         protocol: Protocol,
         steered: Option<u32>,
     ) -> io::Result<()> {
-        let kind = match protocol {
-            Protocol::Tcp => Type::STREAM,
-            Protocol::Udp => Type::DGRAM,
-            Protocol::Sctp => return Err(io::ErrorKind::Unsupported.into()),
-        };
-        let socket = socket(address, kind)?;
         let bind = SocketAddr::new(address, port);
         let held = steered.map_or(Port::One(port), |mark| Port::Steered { mark });
-        if protocol == Protocol::Tcp {
-            socket.set_reuse_address(true)?; // restart while old connections are in TIME_WAIT
-            tcp::tune(SockRef::from(&socket))?;
-            bind_as(&socket, bind, steered)?;
-            socket.listen(4096)?;
-            self.tcp.push((held, socket.into()));
-        } else {
-            // The address that a datagram was sent to is the one that the reply must come from.
-            let fd = &socket;
-            if address.is_ipv4() {
-                nix::sys::socket::setsockopt(fd, nix::sys::socket::sockopt::Ipv4PacketInfo, &true)?;
-            } else {
-                let option = nix::sys::socket::sockopt::Ipv6RecvPacketInfo;
-                nix::sys::socket::setsockopt(fd, option, &true)?;
+        match protocol {
+            Protocol::Tcp => {
+                let socket = socket(address, Type::STREAM, None)?;
+                socket.set_reuse_address(true)?; // restart while old connections are in TIME_WAIT
+                tcp::tune(SockRef::from(&socket))?;
+                bind_as(&socket, bind, steered)?;
+                socket.listen(BACKLOG)?;
+                self.tcp.push((held, socket.into()));
             }
-            if steered.is_some() {
-                batch::tell_destination(socket.as_fd(), address.is_ipv4())?;
+            Protocol::Udp => {
+                let socket = socket(address, Type::DGRAM, None)?;
+                // The address that a datagram was sent to is the one that the reply must come from.
+                let fd = &socket;
+                if address.is_ipv4() {
+                    let option = nix::sys::socket::sockopt::Ipv4PacketInfo;
+                    nix::sys::socket::setsockopt(fd, option, &true)?;
+                } else {
+                    let option = nix::sys::socket::sockopt::Ipv6RecvPacketInfo;
+                    nix::sys::socket::setsockopt(fd, option, &true)?;
+                }
+                if steered.is_some() {
+                    batch::tell_destination(socket.as_fd(), address.is_ipv4())?;
+                }
+                let _ = socket.set_recv_buffer_size(4 << 20);
+                bind_as(&socket, bind, steered)?;
+                self.udp.push((held, socket.into()));
             }
-            let _ = socket.set_recv_buffer_size(4 << 20);
-            bind_as(&socket, bind, steered)?;
-            self.udp.push((held, socket.into()));
+            Protocol::Sctp => {
+                let socket = socket(address, Type::STREAM, Some(sctp::protocol()))?;
+                bind_as(&socket, bind, None)?;
+                socket.listen(BACKLOG)?;
+                self.sctp.push((held, socket));
+            }
         }
         Ok(())
     }
 }
 
-fn socket(address: IpAddr, kind: Type) -> io::Result<Socket> {
+/// A socket of an address's family alone, that does not block.
+pub(super) fn socket(
+    address: IpAddr,
+    kind: Type,
+    protocol: Option<socket2::Protocol>,
+) -> io::Result<Socket> {
     let domain = Domain::for_address(SocketAddr::new(address, 0));
-    let socket = Socket::new(domain, kind.nonblocking().cloexec(), None)?;
+    let socket = Socket::new(domain, kind.nonblocking().cloexec(), protocol)?;
     if address.is_ipv6() {
         socket.set_only_v6(true)?;
     }
@@ -209,7 +223,7 @@ fn bind_as(socket: &Socket, address: SocketAddr, mark: Option<u32>) -> io::Resul
 /// # Errors
 /// Somebody had the port before the range was published.
 pub(super) fn answering(address: SocketAddr, mark: u32) -> io::Result<std::net::UdpSocket> {
-    let socket = socket(address.ip(), Type::DGRAM)?;
+    let socket = socket(address.ip(), Type::DGRAM, None)?;
     // Above 6, this takes CAP_NET_ADMIN.
     let priority = own_priority(mark).cast_signed();
     nix::sys::socket::setsockopt(&socket, nix::sys::socket::sockopt::Priority, &priority)?;
@@ -274,8 +288,8 @@ fn explain(error: &io::Error, address: IpAddr, port: u16, spec: &Spec) -> String
         Some(libc::EMFILE | libc::ENFILE) => {
             "too many open files; raise the limit by `ulimit -n` or publish a narrower range".into()
         }
-        _ if error.kind() == io::ErrorKind::Unsupported => {
-            "SCTP is not served yet; publish /tcp or /udp".into()
+        Some(libc::EPROTONOSUPPORT | libc::ESOCKTNOSUPPORT) => {
+            "this kernel has no SCTP (CONFIG_IP_SCTP); `modprobe sctp` may load it".into()
         }
         _ => error.to_string(),
     }

@@ -71,7 +71,7 @@ pub(super) async fn serve(listener: std::net::TcpListener, port: Port, shared: A
     }
 }
 
-fn is_exhaustion(error: &io::Error) -> bool {
+pub(super) fn is_exhaustion(error: &io::Error) -> bool {
     let exhausted = [libc::EMFILE, libc::ENFILE, libc::ENOBUFS, libc::ENOMEM];
     error
         .raw_os_error()

@@ -13,7 +13,11 @@ use std::{
 
 use anyhow::{Context as _, Result, bail, ensure};
 use aya::maps::MapData;
-use aya_obj::{EbpfSectionKind, Map, Object, ProgramSection, generated::bpf_attach_type};
+use aya_obj::{
+    EbpfSectionKind, Map, Object, ProgramSection,
+    generated::{bpf_attach_type, bpf_insn},
+};
+use bytemuck::NoUninit;
 use forwarder::kernel::kernel;
 
 fn main() -> Result<()> {
@@ -67,6 +71,7 @@ fn main() -> Result<()> {
 /// Loads the types, by which the verifier knows functions that it walks by themselves.
 fn load_types(object: &mut Object) -> Result<OwnedFd> {
     const BPF_BTF_LOAD: i32 = 18;
+    #[derive(Clone, Copy, NoUninit)]
     #[repr(C)]
     struct Types {
         btf: u64,
@@ -74,6 +79,7 @@ fn load_types(object: &mut Object) -> Result<OwnedFd> {
         size: u32,
         log_size: u32,
         log_level: u32,
+        reserved: u32,
     }
     let features = aya::features().btf().context("the kernel has no BTF")?;
     let types = object.fixup_and_sanitize_btf(features)?;
@@ -84,6 +90,7 @@ fn load_types(object: &mut Object) -> Result<OwnedFd> {
         size: types.len().try_into()?,
         log_size: 0,
         log_level: 0,
+        reserved: 0,
     };
     // SAFETY: the types live until the call returns; their length is as given.
     let fd = unsafe { bpf(BPF_BTF_LOAD, &load) }?;
@@ -111,6 +118,7 @@ const BPF_MAP_FREEZE: i32 = 22;
 
 /// Writes the only element of a map and makes it constant, which the verifier takes account of.
 fn fill(map: RawFd, data: &[u8]) -> Result<()> {
+    #[derive(Clone, Copy, NoUninit)]
     #[repr(C)]
     struct Update {
         map: u32,
@@ -139,7 +147,7 @@ fn examine(object: &Object, types: &OwnedFd, name: &str) -> Result<serde_json::V
     /// Bits of `log_level` (include/linux/bpf_verifier.h): every path, and the figures.
     const PATHS: u32 = 1;
     const FIGURES: u32 = 4;
-    let instructions = instructions(object, name).len();
+    let code = instructions(object, name);
     let began = Instant::now();
     let (loaded, log) = load(object, types, name, FIGURES, 1 << 16)?;
     let took = began.elapsed();
@@ -149,25 +157,25 @@ fn examine(object: &Object, types: &OwnedFd, name: &str) -> Result<serde_json::V
         let end = &lines[lines.len().saturating_sub(8)..];
         return Ok(serde_json::json!({
             "program": name,
-            "instructions": instructions,
+            "instructions": code.len(),
             "refused": format!("{error}: {}", end.join(" | ")),
         }));
     }
-    let (verified, stack) = (number_after(&log, "processed "), stack(&log));
+    let (verified, stack) = (number_after(&log, "processed "), stack(&log, code));
     ensure!(
         verified.is_some() && stack.is_some(),
         "no figures in the verifier's log: {log}"
     );
     Ok(serde_json::json!({
         "program": name,
-        "instructions": instructions,
+        "instructions": code.len(),
         "verified": verified,
         "stack": stack,
         "microseconds": took.as_micros() as u64,
     }))
 }
 
-fn instructions<'a>(object: &'a Object, name: &str) -> &'a [aya_obj::generated::bpf_insn] {
+fn instructions<'a>(object: &'a Object, name: &str) -> &'a [bpf_insn] {
     &object.functions[&object.programs[name].function_key()].instructions
 }
 
@@ -179,6 +187,7 @@ fn load(
     log_level: u32,
     log_size: u32,
 ) -> Result<(io::Result<OwnedFd>, String)> {
+    #[derive(Clone, Copy, NoUninit)]
     #[repr(C)]
     struct Load {
         kind: u32,
@@ -197,6 +206,7 @@ fn load(
         function_record: u32,
         functions: u64,
         function_count: u32,
+        line_record: u32,
     }
     let program = &object.programs[name];
     // Type and attach type, include/uapi/linux/bpf.h.
@@ -230,6 +240,7 @@ fn load(
         function_record: function.func_info_rec_size.try_into()?,
         functions: functions.as_ptr() as u64,
         function_count: function.func_info.len().try_into()?,
+        line_record: 0,
     };
     for (to, from) in load.name[..15].iter_mut().zip(name.bytes()) {
         *to = from;
@@ -242,11 +253,11 @@ fn load(
     Ok((loaded, String::from_utf8_lossy(&log[..end]).into_owned()))
 }
 
-/// bpf(2).
+/// bpf(2). Attributes have no padding: the kernel refuses what it does not know, unless it is zero.
 ///
 /// # Safety
 /// Pointers in `attributes` must be valid for what the command does with them.
-unsafe fn bpf<T>(command: i32, attributes: &T) -> io::Result<RawFd> {
+unsafe fn bpf<T: NoUninit>(command: i32, attributes: &T) -> io::Result<RawFd> {
     // SAFETY: as many bytes are read as there are; the rest is the caller's promise.
     let result = unsafe {
         libc::syscall(
@@ -268,13 +279,37 @@ fn number_after(text: &str, words: &str) -> Option<u64> {
     rest[..end.unwrap_or(rest.len())].parse().ok()
 }
 
-/// `stack depth 312+0+16`, of the program and each of its functions, none of which calls another: the program and the
-/// largest. What follows on newer kernels is left.
-fn stack(log: &str) -> Option<u64> {
+/// The deepest chain of calls: `stack depth 312+0+16` has a number for each function in the order of the code, and
+/// kernels before 6.8 round each up to 32 bytes. What follows on newer kernels is left.
+fn stack(log: &str, code: &[bpf_insn]) -> Option<u64> {
     let depths = log.split_once("stack depth ")?.1;
     let depths = depths.split_whitespace().next()?;
-    let mut depths = depths
-        .split('+')
-        .map_while(|depth| depth.parse::<u64>().ok());
-    Some(depths.next()? + depths.max().unwrap_or(0))
+    let frames = depths.split('+').map(|depth| depth.parse::<u64>().ok());
+    let frames: Vec<u64> = frames.collect::<Option<_>>()?;
+    let mut starts: Vec<usize> = calls(code).map(|(_, callee)| callee).chain([0]).collect();
+    starts.sort_unstable();
+    starts.dedup();
+    (starts.len() == frames.len()).then(|| chain(code, &starts, &frames, 0))
+}
+
+/// Where a function of the program is called, and which: by the instruction that it begins with.
+fn calls(code: &[bpf_insn]) -> impl Iterator<Item = (usize, usize)> {
+    /// include/uapi/linux/bpf.h
+    const BPF_JMP_CALL: u8 = 0x85;
+    const BPF_PSEUDO_CALL: u8 = 1;
+    code.iter().enumerate().filter_map(|(at, instruction)| {
+        let calls = instruction.code == BPF_JMP_CALL && instruction.src_reg() == BPF_PSEUDO_CALL;
+        let callee = (at + 1).checked_add_signed(instruction.imm as isize)?;
+        calls.then_some((at, callee))
+    })
+}
+
+/// What a function and the deepest of those that it calls take. The verifier excludes recursion.
+fn chain(code: &[bpf_insn], starts: &[usize], frames: &[u64], function: usize) -> u64 {
+    let end = starts.get(function + 1).copied().unwrap_or(code.len());
+    let below = calls(code)
+        .filter(|(at, _)| (starts[function]..end).contains(at))
+        .filter_map(|(_, callee)| starts.binary_search(&callee).ok())
+        .map(|callee| chain(code, starts, frames, callee));
+    frames[function].max(1).next_multiple_of(32) + below.max().unwrap_or(0)
 }

@@ -204,6 +204,8 @@ mount -t cgroup2 cgroup /sys/fs/cgroup
 mount -t tracefs trace /sys/kernel/tracing
 mount -t securityfs security /sys/kernel/security
 ip link set lo up
+# Asked for by several tests at once, the second would not wait for the module.
+modprobe -a veth bridge 8021q
 for port in 1 2; do stty raw -echo < /dev/ttyS$port; done
 bash /etc/command < /dev/null > /dev/ttyS1 2>&1
 status=$?

@@ -51,7 +51,8 @@ pub(crate) fn boot(
     limit: Duration,
     mut line: impl FnMut(&str),
 ) -> Result<i32> {
-    let work = Work(folder().join("run").join(std::process::id().to_string()));
+    let own = format!("{}-{}", std::process::id(), kernel.name);
+    let work = Work(folder().join("run").join(own));
     fs::create_dir_all(&work.0)?;
     let [initrd, console, status] = ["initrd", "console", "status"].map(|name| work.0.join(name));
     let mut whole = fs::read(&kernel.modules)?;

@@ -71,6 +71,8 @@ const REMOTE: &str = "10.98.0.2";
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) enum Contender {
     Wire,
+    /// What a hop through the host by tc costs at least: other MACs and a redirect, and no NAT.
+    Hop,
     Routing,
     /// Routing past a forwarder with so many publishes, none of which is meant.
     RoutingBeside(u16),
@@ -94,8 +96,9 @@ pub(crate) enum Contender {
 }
 
 impl Contender {
-    pub(crate) const ALL: [Self; 18] = [
+    pub(crate) const ALL: [Self; 19] = [
         Self::Wire,
+        Self::Hop,
         Self::Routing,
         Self::RoutingBeside(0),
         Self::RoutingBeside(10_000),
@@ -118,6 +121,7 @@ impl Contender {
     pub(crate) fn name(self) -> &'static str {
         match self {
             Self::Wire => "wire",
+            Self::Hop => "redirect alone",
             Self::Routing => "routing",
             Self::RoutingBeside(0) => "routing beside forwarder",
             Self::RoutingBeside(_) => "routing beside 10,000 publishes",
@@ -204,6 +208,7 @@ pub(crate) struct Arena {
     /// Configuration of haproxy.
     files: TempDir,
     sink: Option<Ebpf>,
+    hops: Vec<Ebpf>,
 }
 
 impl Arena {
@@ -240,6 +245,7 @@ impl Arena {
             daemon: None,
             files: TempDir::new()?,
             sink: None,
+            hops: Vec::new(),
         };
         arena.wire()?;
         arena.set_up(programs, &other_ports(others))?;
@@ -323,6 +329,17 @@ impl Arena {
         let specs: Vec<&str> = specs.iter().map(String::as_str).collect();
         match self.contender {
             Contender::Wire | Contender::Routing => {}
+            Contender::Hop => {
+                let Topology {
+                    client, backend, ..
+                } = &self.topology;
+                let (near, far) = (mac(client, "eth0")?, mac(&backend.netns, "eth0")?);
+                let (uplink, bridge) = (mac(&host, "eth0")?, mac(&host, "br0")?);
+                let veth = backend.veth.as_str();
+                let there = generator::hop(&host, "eth0", veth, [far, bridge], true)?;
+                let back = generator::hop(&host, veth, "eth0", [near, uplink], false)?;
+                self.hops = vec![there, back];
+            }
             Contender::RoutingBeside(_) => {
                 self.daemon = Some(Daemon::start(&host, &specs, Datapath::Ebpf)?);
             }
@@ -487,7 +504,8 @@ impl Arena {
         let address = match (self.contender, client) {
             (Contender::Wire, Client::External) => WIRE[1].parse().ok()?,
             (Contender::Wire, _) => return None,
-            (Contender::Routing | Contender::RoutingBeside(_), _) => direct,
+            (Contender::Hop, Client::Localhost | Client::Hairpin) => return None,
+            (Contender::Hop | Contender::Routing | Contender::RoutingBeside(_), _) => direct,
             (Contender::IptablesBare, Client::Localhost | Client::Hairpin) => return None,
             (Contender::Pasta, Client::Hairpin) => return None,
             _ => published,

@@ -148,6 +148,40 @@ pub(crate) fn sink(netns: &Netns, devices: &[&str], port: u16, end: End) -> Resu
     })
 }
 
+/// Has IPv4 that comes in by a device leave by another, or, with `to_peer`, at that one's other end, with other MACs
+/// (destination, source) and nothing else; for as long as what it returns lives.
+///
+/// # Errors
+/// As [`sink`].
+pub(crate) fn hop(
+    netns: &Netns,
+    device: &str,
+    out: &str,
+    macs: [[u8; 6]; 2],
+    to_peer: bool,
+) -> Result<Ebpf> {
+    let object = object()?;
+    netns.enter(|| {
+        let ifindex = nix::net::if_::if_nametoindex(out).with_context(|| out.to_owned())?;
+        let mut ebpf = EbpfLoader::new()
+            .override_global("IFINDEX", &ifindex, true)
+            .override_global("HOP_MACS", &macs, true)
+            .override_global("HOP_TO_PEER", &u32::from(to_peer), true)
+            .load(&object)
+            .context("load the hop")?;
+        let program: &mut SchedClassifier = ebpf
+            .program_mut("hop")
+            .context("the object has no program hop")?
+            .try_into()?;
+        program.load().context("load the hop")?;
+        let options = TcAttachOptions::TcxOrder(LinkOrder::first());
+        program
+            .attach_with_options(device, TcAttachType::Ingress, options)
+            .with_context(|| format!("attach the hop to {device}"))?;
+        Ok(ebpf)
+    })
+}
+
 fn object() -> Result<Vec<u8>> {
     let path = std::env::var_os("GENERATOR_OBJECT")
         .context("GENERATOR_OBJECT is not set: run `cargo xtask bench`")?;

@@ -1,0 +1,305 @@
+//! SCTP (RFC 9260), by sockets of the one-to-one style (RFC 6458): one association with the backend for each client's,
+//! carried message by message, with stream, order and payload protocol identifier as they came. An end of either goes through
+//! to the other side: SHUTDOWN for SHUTDOWN, ABORT for ABORT.
+
+use std::{io, mem, net::SocketAddr, os::fd::AsRawFd as _, sync::Arc, time::Duration};
+
+use socket2::{Protocol, SockAddr, SockRef, Socket, Type};
+use tokio::io::{Interest, unix::AsyncFd};
+use tracing::{debug, warn};
+
+use super::{
+    Shared, Stop,
+    sockets::{Port, socket},
+    tcp::is_exhaustion,
+};
+
+/// For socket(2), which fails on a kernel that has none.
+pub(super) fn protocol() -> Protocol {
+    Protocol::from(libc::IPPROTO_SCTP)
+}
+
+/// Read in one go.
+const BUFFER: usize = 64 << 10;
+/// No message is longer; the kernel takes none that exceeds a socket's send buffer.
+const LONGEST: usize = 4 << 20;
+/// How long no association is accepted when descriptors have run out.
+const BACK_OFF: Duration = Duration::from_millis(100);
+
+fn watched(socket: Socket) -> io::Result<AsyncFd<Socket>> {
+    // SAFETY: the socket owns its descriptor and gives the same one until dropped.
+    unsafe { AsyncFd::register(socket) }.map_err(Into::into)
+}
+
+/// Accepts clients until the task is ended.
+pub(super) async fn serve(listener: Socket, port: Port, shared: Arc<Shared>) {
+    let spec = &shared.spec;
+    let Port::One(port) = port else {
+        return warn!("serve {spec}: no range of SCTP ports is steered");
+    };
+    let listener = match watched(listener) {
+        Ok(listener) => listener,
+        Err(error) => return warn!("serve {spec}: {error}"),
+    };
+    let mut warned = false;
+    loop {
+        let accepted = listener.async_io(Interest::READABLE, Socket::accept).await;
+        let client = accepted.and_then(|(client, address)| {
+            client.set_nonblocking(true)?;
+            let address = address.as_socket().ok_or(io::ErrorKind::Unsupported)?;
+            Ok((watched(client)?, address))
+        });
+        match client {
+            Ok((client, address)) => {
+                warned = false;
+                tokio::spawn(association(client, address, port, shared.clone()));
+            }
+            Err(error) if is_exhaustion(&error) => {
+                if !warned {
+                    warn!("{spec} accepts no more for now: {error}");
+                    warned = true;
+                }
+                tokio::time::sleep(BACK_OFF).await;
+            }
+            Err(error) => debug!("accept for {spec}: {error}"),
+        }
+    }
+}
+
+async fn association(client: AsyncFd<Socket>, address: SocketAddr, port: u16, shared: Arc<Shared>) {
+    if !shared.allows(address.ip()) {
+        return abort(&client);
+    }
+    let _live = shared.flow();
+    let backend = tokio::select! {
+        backend = connect(&client, shared.backend(port)) => backend,
+        _ = shared.ended() => return abort(&client),
+    };
+    let backend = match backend {
+        Ok(backend) => backend,
+        Err(error) => {
+            debug!("connect to {}: {error}", shared.backend(port));
+            return abort(&client);
+        }
+    };
+    // The first that ends, ends both; closing the other says SHUTDOWN once all that it was given has been sent.
+    let result = tokio::select! {
+        result = one_way(&client, &backend, &shared) => result,
+        result = one_way(&backend, &client, &shared) => result,
+        how = shared.ended() => match how {
+            Stop::Reset => Err(io::ErrorKind::ConnectionReset.into()),
+            Stop::Cut | Stop::Drain => Ok(()),
+        },
+    };
+    if let Err(error) = result {
+        debug!("{address}: {error}");
+        abort(&client);
+        abort(&backend);
+    }
+}
+
+/// Makes the close, which follows, an ABORT.
+fn abort(socket: &AsyncFd<Socket>) {
+    let _ = SockRef::from(socket.get_ref()).set_linger(Some(Duration::ZERO));
+}
+
+/// Associates with the backend, with as many streams each way as the client has.
+async fn connect(client: &AsyncFd<Socket>, backend: SocketAddr) -> io::Result<AsyncFd<Socket>> {
+    let (inbound, outbound) = streams(client.get_ref())?;
+    let socket = socket(backend.ip(), Type::STREAM, Some(protocol()))?;
+    let streams = libc::sctp_initmsg {
+        sinit_num_ostreams: inbound,
+        sinit_max_instreams: outbound,
+        sinit_max_attempts: 0,
+        sinit_max_init_timeo: 0,
+    };
+    set_option(&socket, libc::SCTP_INITMSG, &streams)?;
+    for socket in [client.get_ref(), &socket] {
+        set_option(socket, libc::SCTP_RECVRCVINFO, &1_i32)?;
+        set_option(socket, libc::SCTP_NODELAY, &1_i32)?;
+        let _ = socket.set_send_buffer_size(LONGEST);
+    }
+    match socket.connect(&SockAddr::from(backend)) {
+        Err(error) if error.raw_os_error() != Some(libc::EINPROGRESS) => return Err(error),
+        _ => {}
+    }
+    let socket = watched(socket)?;
+    drop(socket.writable().await?);
+    match socket.get_ref().take_error()? {
+        Some(error) => Err(error),
+        None => Ok(socket),
+    }
+}
+
+/// The start of `struct sctp_status`, and room for the rest (include/uapi/linux/sctp.h).
+#[repr(C)]
+struct Status {
+    id: i32,
+    state: i32,
+    window: u32,
+    unacknowledged: u16,
+    pending: u16,
+    inbound: u16,
+    outbound: u16,
+    rest: [u32; 64],
+}
+
+/// Streams of an association: from its peer, and to it.
+fn streams(socket: &Socket) -> io::Result<(u16, u16)> {
+    // SAFETY: plain integers, of which any are valid.
+    let mut status: Status = unsafe { mem::zeroed() };
+    let mut length = size_of::<Status>() as libc::socklen_t;
+    // SAFETY: the kernel writes no more than the length that it is told.
+    let result = unsafe {
+        libc::getsockopt(
+            socket.as_raw_fd(),
+            libc::IPPROTO_SCTP,
+            libc::SCTP_STATUS,
+            (&raw mut status).cast(),
+            &raw mut length,
+        )
+    };
+    if result < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok((status.inbound, status.outbound))
+}
+
+fn set_option<T>(socket: &Socket, option: i32, value: &T) -> io::Result<()> {
+    // SAFETY: the kernel reads as many bytes as the value has.
+    let result = unsafe {
+        libc::setsockopt(
+            socket.as_raw_fd(),
+            libc::IPPROTO_SCTP,
+            option,
+            std::ptr::from_ref(value).cast(),
+            size_of::<T>() as libc::socklen_t,
+        )
+    };
+    if result < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(())
+}
+
+/// Carries messages until the association ends.
+async fn one_way(from: &AsyncFd<Socket>, to: &AsyncFd<Socket>, shared: &Shared) -> io::Result<()> {
+    let mut message = Vec::new();
+    loop {
+        message.clear();
+        let mut about = Info::default();
+        loop {
+            let start = message.len();
+            if start > LONGEST {
+                return Err(io::ErrorKind::FileTooLarge.into());
+            }
+            message.resize(start + BUFFER, 0);
+            let room = &mut message[start..];
+            let (read, info, whole) = from
+                .async_io(Interest::READABLE, |socket| receive(socket, room))
+                .await?;
+            message.truncate(start + read);
+            if read == 0 {
+                return Ok(());
+            }
+            about = info.unwrap_or(about);
+            if whole {
+                break;
+            }
+        }
+        to.async_io(Interest::WRITABLE, |socket| send(socket, &message, about))
+            .await?;
+        shared.carried(message.len());
+    }
+}
+
+/// What is said of a message beside its bytes. The identifier is in wire order, and opaque to SCTP.
+#[derive(Clone, Copy, Debug, Default)]
+struct Info {
+    stream: u16,
+    unordered: bool,
+    payload_protocol: u32,
+}
+
+/// Room for one control message, aligned as such.
+#[repr(C, align(8))]
+struct Control([u8; 64]);
+
+/// SCTP_UNORDERED of either structure (include/uapi/linux/sctp.h).
+const UNORDERED: u16 = 1;
+
+/// Reads a message, or the next part of one, and whether it is the last. 0 bytes: the association has ended.
+fn receive(socket: &Socket, into: &mut [u8]) -> io::Result<(usize, Option<Info>, bool)> {
+    let mut control = Control([0; 64]);
+    let mut part = libc::iovec {
+        iov_base: into.as_mut_ptr().cast(),
+        iov_len: into.len(),
+    };
+    // SAFETY: plain integers and pointers, of which zero is valid.
+    let mut header: libc::msghdr = unsafe { mem::zeroed() };
+    header.msg_iov = &raw mut part;
+    header.msg_iovlen = 1;
+    header.msg_control = (&raw mut control).cast();
+    header.msg_controllen = size_of::<Control>();
+    // SAFETY: everything that the header points to lives until the call returns.
+    let read = unsafe { libc::recvmsg(socket.as_raw_fd(), &raw mut header, 0) };
+    let read = usize::try_from(read).map_err(|_| io::Error::last_os_error())?;
+    let mut info = None;
+    // SAFETY: the kernel has filled the control messages in, and the macros stay within what it has.
+    unsafe {
+        let mut message = libc::CMSG_FIRSTHDR(&raw const header);
+        while !message.is_null() {
+            let kind = ((*message).cmsg_level, (*message).cmsg_type);
+            if kind == (libc::IPPROTO_SCTP, libc::SCTP_RCVINFO) {
+                let data = libc::CMSG_DATA(message).cast::<libc::sctp_rcvinfo>();
+                let data = data.read_unaligned();
+                info = Some(Info {
+                    stream: data.rcv_sid,
+                    unordered: data.rcv_flags & UNORDERED != 0,
+                    payload_protocol: data.rcv_ppid,
+                });
+            }
+            message = libc::CMSG_NXTHDR(&raw const header, message);
+        }
+    }
+    Ok((read, info, header.msg_flags & libc::MSG_EOR != 0))
+}
+
+/// Sends a whole message.
+fn send(socket: &Socket, message: &[u8], about: Info) -> io::Result<()> {
+    let mut control = Control([0; 64]);
+    let mut part = libc::iovec {
+        iov_base: message.as_ptr().cast_mut().cast(),
+        iov_len: message.len(),
+    };
+    // SAFETY: plain integers and pointers, of which zero is valid.
+    let mut header: libc::msghdr = unsafe { mem::zeroed() };
+    header.msg_iov = &raw mut part;
+    header.msg_iovlen = 1;
+    header.msg_control = (&raw mut control).cast();
+    let length = size_of::<libc::sctp_sndinfo>() as u32;
+    let data = libc::sctp_sndinfo {
+        snd_sid: about.stream,
+        snd_flags: if about.unordered { UNORDERED } else { 0 },
+        snd_ppid: about.payload_protocol,
+        snd_context: 0,
+        snd_assoc_id: 0,
+    };
+    // SAFETY: the control message is shorter than its room; the kernel reads only what the header points to, all of
+    // which lives until the call returns.
+    let sent = unsafe {
+        header.msg_controllen = libc::CMSG_SPACE(length) as usize;
+        let first = libc::CMSG_FIRSTHDR(&raw const header);
+        (*first).cmsg_level = libc::IPPROTO_SCTP;
+        (*first).cmsg_type = libc::SCTP_SNDINFO;
+        (*first).cmsg_len = libc::CMSG_LEN(length) as usize;
+        libc::CMSG_DATA(first)
+            .cast::<libc::sctp_sndinfo>()
+            .write_unaligned(data);
+        libc::sendmsg(socket.as_raw_fd(), &raw const header, libc::MSG_NOSIGNAL)
+    };
+    if sent < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(())
+}

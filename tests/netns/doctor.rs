@@ -1,0 +1,108 @@
+//! What the kernel is found to have: `doctor` shows it, newer kernels have no less, and whoever lacks something is
+//! served all the same. What follows from a finding is tested where it applies; that too much is found would fail there.
+
+use std::collections::BTreeMap;
+
+use aya::util::KernelVersion;
+use forwarder::kernel::{Attach, Memory, kernel};
+use forwarder_tests::{
+    daemon::{Daemon, Datapath, WITHOUT_BPFFS, WITHOUT_BTF, WITHOUT_CAPABILITIES, doctor},
+    netns::Netns,
+    topology::{Family, Topology},
+    traffic::{Backend, Protocol},
+};
+use serde_json::Value;
+
+use crate::scene::{BACKEND_PORT, on_the_fast_path, served_to_the_client, spec};
+
+fn findings(wrapper: &[&str]) -> BTreeMap<String, Value> {
+    let netns = Netns::new("host").unwrap();
+    netns.ip("link set lo up").unwrap();
+    doctor(&netns, wrapper).unwrap()
+}
+
+#[test]
+fn a_newer_kernel_is_found_to_have_no_less() {
+    let kernel = kernel();
+    let version = KernelVersion::current().unwrap();
+    let from = |major, minor| version >= KernelVersion::new(major, minor, 0);
+    assert_eq!(kernel.refusal(), None);
+    for (what, since, found) in [
+        ("TCX", from(6, 6), kernel.attach == Attach::Tcx),
+        (
+            "cgroups",
+            from(5, 11),
+            kernel.memory == Memory::ControlGroup,
+        ),
+        ("peer from lo", from(6, 1), kernel.peer_from_lo),
+        ("bpf_set_retval", from(5, 18), kernel.bind_error),
+        (
+            "BTF",
+            std::fs::exists("/sys/kernel/btf/vmlinux").unwrap(),
+            kernel.btf,
+        ),
+    ] {
+        assert!(found || !since, "{}: no {what}", kernel.release);
+    }
+}
+
+#[test]
+fn doctor_shows_what_is_found() {
+    let kernel = kernel();
+    let findings = findings(&[]);
+    let attach = match kernel.attach {
+        Attach::Tcx => "TCX links",
+        Attach::Clsact => "clsact filters",
+    };
+    let memory = match kernel.memory {
+        Memory::Memlock => "charged to RLIMIT_MEMLOCK, which is raised",
+        Memory::ControlGroup => "charged to the control group",
+    };
+    for (check, found) in [
+        ("kernel", kernel.release.as_str()),
+        ("redirects", "bpf_redirect_peer and bpf_redirect_neigh"),
+        ("attach", attach),
+        ("memory", memory),
+        ("BTF", if kernel.btf { "present" } else { "absent" }),
+    ] {
+        assert_eq!(findings[check]["found"], found, "{check}");
+    }
+    assert_eq!(findings["attach"]["ok"], kernel.attach == Attach::Tcx);
+    assert_eq!(findings["peer from lo"]["ok"], kernel.peer_from_lo);
+    let lockdown = findings.get("lockdown").map(|finding| &finding["found"]);
+    assert_eq!(lockdown.and_then(Value::as_str), kernel.lockdown.as_deref());
+}
+
+#[test]
+fn doctor_names_what_a_process_may_not_do_and_the_remedy() {
+    let privilege = &findings(&WITHOUT_CAPABILITIES)["privilege"];
+    assert_eq!(privilege["ok"], false);
+    assert_eq!(privilege["found"], "no CAP_BPF, no CAP_NET_ADMIN");
+    let remedy = "run as root or with CAP_BPF and CAP_NET_ADMIN";
+    assert_eq!(privilege["remedy"], remedy);
+}
+
+/// The fast path does without something that `doctor` misses.
+fn served_without(wrapper: &[&str], check: &str) {
+    let found = &findings(wrapper)[check];
+    assert_eq!(found["ok"], false, "{found}");
+    let topology = Topology::new().unwrap();
+    let _backend = Backend::start(&topology.backend.netns, Protocol::Tcp, BACKEND_PORT).unwrap();
+    let spec = spec(&topology.backend, Family::V4, Protocol::Tcp);
+    let daemon =
+        Daemon::start_wrapped(&topology.host, wrapper, &[&spec], Datapath::Ebpf, &[]).unwrap();
+    on_the_fast_path(&daemon, || {
+        served_to_the_client(&topology, Protocol::Tcp, "hello");
+    });
+    daemon.stop().unwrap();
+}
+
+#[test]
+fn a_kernel_without_btf_serves() {
+    served_without(&WITHOUT_BTF, "BTF");
+}
+
+#[test]
+fn a_machine_without_bpffs_serves() {
+    served_without(&WITHOUT_BPFFS, "bpffs");
+}
