@@ -69,23 +69,23 @@ fn go_on(ctx: &XdpContext) -> Result<u32, Reason> {
     if packet.part != Part::Whole {
         return Err(Reason::NotOurs);
     }
-    let published = publish::find(&packet);
+    let published = publish::find(packet);
     if let Some(published) = published
         && published.publish.flags & flag::REMOTE != 0
     {
-        let mut key = publish::dnat(&packet, published.publish);
-        if let Some(flow) = ingress::original(&packet, &published, &mut key) {
-            return to_backend(ctx, &packet, flow, &key);
+        let mut key = publish::dnat(packet, published.publish);
+        if let Some(flow) = ingress::original(packet, &published, &mut key) {
+            return to_backend(ctx, packet, flow, &key);
         }
     }
-    if publish::may_be_reply(&packet)
+    if publish::may_be_reply(packet)
         && let Some(flow) = flow::get(&packet.tuple.reversed())
     {
-        return to_client(ctx, &packet, flow);
+        return to_client(ctx, packet, flow);
     }
     let published = published.ok_or(Reason::NotOurs)?;
-    publish::arrived(&packet)?;
-    publish::permitted(&packet, &published)?;
+    publish::arrived(packet)?;
+    publish::permitted(packet, &published)?;
     Err(Reason::NotOurs)
 }
 

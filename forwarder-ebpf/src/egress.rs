@@ -15,12 +15,12 @@ use crate::{
 
 #[inline(always)]
 pub fn egress(ctx: &TcContext, trail: &mut Trail) -> Verdict {
-    let mut packet = parse::packet(ctx)?;
-    fragment::complete(&mut packet)?;
-    trail.parsed(&packet, 0);
-    let verdict = reply(ctx, &packet, trail);
+    let packet = parse::packet(ctx)?;
+    fragment::complete(packet)?;
+    trail.parsed(packet, 0);
+    let verdict = reply(ctx, packet, trail);
     if verdict.is_ok() {
-        fragment::remember(&packet);
+        fragment::remember(packet);
     }
     verdict
 }

@@ -40,27 +40,27 @@ static THROUGH_THE_STACK: Hop = Hop {
 /// An existing flow in either direction comes first, then a published port may begin one.
 #[inline(always)]
 pub fn ingress(ctx: &TcContext, trail: &mut Trail) -> Verdict {
-    let mut packet = parse::packet(ctx)?;
-    if let Err(reason) = fragment::complete(&mut packet) {
-        if publish::arrived(&packet).is_ok() {
-            fragment::leave(&packet);
+    let packet = parse::packet(ctx)?;
+    if let Err(reason) = fragment::complete(packet) {
+        if publish::arrived(packet).is_ok() {
+            fragment::leave(packet);
         }
         return Err(reason);
     }
-    let published = publish::find(&packet);
+    let published = publish::find(packet);
     if published.is_some() {
-        fragment::rejoin(&packet)?;
+        fragment::rejoin(packet)?;
     }
-    trail.parsed(&packet, published.map_or(0, |published| published.index));
+    trail.parsed(packet, published.map_or(0, |published| published.index));
     if setting(&PEER_FROM_LO) == 0
         && packet.is_from_this_host()
         && let Some(published) = &published
     {
         deliver::fits(ctx, &published.publish.hop)?;
     }
-    let verdict = forward(ctx, &packet, published, trail);
+    let verdict = forward(ctx, packet, published, trail);
     if verdict.is_ok() {
-        fragment::remember(&packet);
+        fragment::remember(packet);
     }
     verdict
 }

@@ -14,7 +14,7 @@ use forwarder_common::{
     tuple::{Address, Tuple},
 };
 
-use crate::{clock::Reading, fragment::Datagram, icmp::Told, trace::Trail};
+use crate::{clock::Reading, fragment::Datagram, icmp::Told, parse::Packet, trace::Trail};
 
 /// What is published on each port, by [`forwarder_common::publish::port_index`].
 #[map]
@@ -72,6 +72,11 @@ pub struct Draft {
 // VERIFIER: on the stack, the traced program would have more than 512 bytes.
 #[map]
 pub static DRAFT: PerCpuArray<Draft> = PerCpuArray::with_max_entries(1, 0);
+
+// VERIFIER: as above. And what was read of a packet counts as unknown from here on, so that the pipeline is walked once
+// and not for each kind of packet.
+#[map]
+pub static PACKET: PerCpuArray<Packet> = PerCpuArray::with_max_entries(1, 0);
 
 /// Sockets that hold wide ranges, by [`forwarder_common::publish::socket_index`].
 #[map]

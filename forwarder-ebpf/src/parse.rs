@@ -10,7 +10,10 @@ use forwarder_common::{
     tuple::{Address, TCP, Tuple, UDP},
 };
 
-use crate::frame::{Frame, header};
+use crate::{
+    frame::{Frame, header},
+    maps::PACKET,
+};
 
 /// Offsets from the start of the frame. IPv4 with options and IPv6 with extension headers are left
 /// to the slow path, so the transport header has one place in each family.
@@ -219,12 +222,14 @@ pub fn length_on_the_wire(ctx: &TcContext, packet: &Packet) -> u32 {
 /// # Errors
 /// `NotOurs` for everything that cannot belong to a published port.
 #[inline(always)]
-pub fn packet(frame: &impl Frame) -> Result<Packet, Reason> {
+pub fn packet(frame: &impl Frame) -> Result<&'static mut Packet, Reason> {
     if frame.is_tagged() {
         return Err(Reason::NotOurs); // comes again, untagged, on the VLAN's own device
     }
-    // VERIFIER: filled in place. As results of their own, each family's would have its room on the stack.
-    let mut packet = Packet {
+    let packet = PACKET.get_ptr_mut(0).ok_or(Reason::NotOurs)?;
+    // SAFETY: the element belongs to this CPU, and the programs are not preempted by one another on a CPU.
+    let packet = unsafe { &mut *packet };
+    *packet = Packet {
         tuple: Tuple::default(),
         part: Part::Whole,
         id: 0,
@@ -241,11 +246,11 @@ pub fn packet(frame: &impl Frame) -> Result<Packet, Reason> {
     match unsafe { (*ethernet).ethertype } {
         ETHERTYPE_IPV4 => {
             linear(frame, L4_V4 + TCP_LENGTH)?;
-            ipv4(frame, &mut packet)?;
+            ipv4(frame, packet)?;
         }
         ETHERTYPE_IPV6 => {
             linear(frame, L4_V6 + TCP_LENGTH)?;
-            ipv6(frame, &mut packet)?;
+            ipv6(frame, packet)?;
         }
         _ => return Err(Reason::NotOurs),
     }
