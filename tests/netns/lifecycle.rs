@@ -174,9 +174,10 @@ fn traces(netns: &Netns) -> (BTreeMap<String, String>, String) {
         "tc qdisc show",
         "nft list ruleset",
     ] {
-        seen += &netns.run(command).unwrap();
+        // The state of a device that has just been made still changes by itself.
+        seen += &netns.run(command).unwrap().replace("linkdown ", "");
     }
-    // Name and MAC; the state of a device that has just been made still changes by itself.
+    // Name and MAC.
     for line in netns.run("ip -br link").unwrap().lines() {
         seen.extend(line.split_whitespace().step_by(2).take(2).chain(["\n"]));
     }
