@@ -52,9 +52,9 @@ pub fn ingress(ctx: &TcContext, trail: &mut Trail) -> Verdict {
         fragment::rejoin(packet)?;
     }
     trail.parsed(packet, published.map_or(0, |published| published.index));
-    if setting(&PEER_FROM_LO) == 0
+    if let Some(published) = &published
+        && setting(&PEER_FROM_LO) == 0
         && packet.is_from_this_host()
-        && let Some(published) = &published
     {
         deliver::fits(ctx, &published.publish.hop)?;
     }

@@ -187,7 +187,8 @@ impl Daemon {
             Some(_) => interfaces::changes()?.left_stream(),
             None => futures_util::stream::pending().right_stream(),
         };
-        let mut settled: Option<Instant> = None;
+        // What has changed since the first reading was not told.
+        let mut settled = self.reader.is_some().then(Instant::now);
         let mut sweep = tokio::time::interval(SWEEP);
         let mut sweeping: Option<flows::Sweep> = None;
         let (untrace, mut traces_ended) = mpsc::channel(1);

@@ -175,9 +175,9 @@ fn traces(netns: &Netns) -> (BTreeMap<String, String>, String) {
         "nft list ruleset",
     ] {
         // The state of a device that has just been made still changes by itself.
-        seen += &netns.run(command).unwrap().replace(" linkdown", "");
+        seen += &netns.run(command).unwrap().replace("linkdown ", "");
     }
-    // Name and MAC, without the state.
+    // Name and MAC.
     for line in netns.run("ip -br link").unwrap().lines() {
         seen.extend(line.split_whitespace().step_by(2).take(2).chain(["\n"]));
     }

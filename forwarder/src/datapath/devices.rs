@@ -117,8 +117,8 @@ impl Datapath {
         let options = TcAttachOptions::TcxOrder(LinkOrder::default());
         let mut link = program.attach_with_options(name, place.1.attach_type(), options)?;
         if let Some(pin) = pin {
-            // The new link works before an earlier instance's goes with its pin.
-            let _ = fs::remove_file(&pin);
+            // The new link works before an earlier instance's goes.
+            remove_link(&pin);
             let fd_link: FdLink = program.take_link(link)?.try_into()?;
             let pinned: PinnedLink = fd_link
                 .pin(&pin)
