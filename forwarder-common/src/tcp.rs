@@ -38,14 +38,36 @@ const fn within(number: u32, start: u32, length: u32) -> bool {
     number.wrapping_sub(start) <= length
 }
 
-/// Follows one segment. What is not heeded here goes on all the same: to judge it is its receiver's business.
+/// Follows one segment; returns whether it is one of this flow. What is not heeded here goes on all the same: to judge
+/// it is its receiver's business.
 #[inline(always)]
-pub fn follow(flow: &mut Flow, direction: usize, segment: Segment) {
+pub fn follow(flow: &mut Flow, direction: usize, segment: Segment) -> bool {
     if flow.state & state::UNSETTLED == state::ESTABLISHED && !segment.has(SYN | FIN | RST) {
         acknowledge(flow, direction, segment);
-    } else {
-        flow.state = next(flow, direction, segment);
+        return true;
     }
+    if direction == REPLY && is_foreign(flow, segment) {
+        flow.state = flow.state & !state::PROGRESS | state::FOREIGN;
+        return false;
+    }
+    flow.state = next(flow, direction, segment);
+    true
+}
+
+/// Whether the backend speaks to somebody who has the flow's tuple by connecting to it directly: it answers a SYN that
+/// the flow has not had, or goes on with what the flow has not begun.
+#[inline(always)]
+fn is_foreign(flow: &Flow, segment: Segment) -> bool {
+    let unanswered = flow.state & state::REPLIED == 0;
+    let closed = flow.state & state::RESET != 0 || flow.state & state::BOTH_FIN == state::BOTH_FIN;
+    (unanswered || closed && segment.has(SYN))
+        && segment.has(ACK)
+        && !segment.has(RST)
+        && !within(
+            segment.acknowledgement,
+            flow.acknowledged[REPLY],
+            EARLY_DATA,
+        )
 }
 
 #[inline(always)]

@@ -95,7 +95,7 @@ fn is_of(flow: &Flow, original: &Tuple, local_client: u32) -> bool {
         && flow.frontend_port == original.destination_port
         && flow.client == original.source
         && flow.frontend == original.destination
-        && flow.state & state::LOCAL_CLIENT == local_client
+        && flow.state & (state::LOCAL_CLIENT | state::FOREIGN) == local_client
 }
 
 /// The part of a flow's state that its first packet says.
@@ -108,29 +108,30 @@ pub fn local_client(packet: &Packet) -> u32 {
     }
 }
 
-/// Follows the conversation: counters, time and state. An ICMP error neither refreshes nor ends it.
+/// Follows the conversation: counters, time and state. An ICMP error neither refreshes nor ends it. Returns whether the
+/// packet is of this conversation.
 #[inline(always)]
-pub fn update(ctx: &TcContext, flow: &mut Flow, packet: &Packet, direction: usize) {
+pub fn update(ctx: &TcContext, flow: &mut Flow, packet: &Packet, direction: usize) -> bool {
     if packet.is_error() {
-        return;
+        return true;
     }
     flow.last_seen = clock::now();
+    if packet.protocol == TCP {
+        if let Some(segment) = parse::segment(ctx, packet)
+            && !tcp::follow(flow, direction, segment)
+        {
+            return false;
+        }
+    } else if direction == REPLY {
+        if flow.state & state::REPLIED == 0 {
+            flow.state |= state::REPLIED;
+        }
+    } else if flow.state & (state::REPLIED | state::ESTABLISHED) == state::REPLIED {
+        flow.state |= state::ESTABLISHED;
+    }
     flow.packets[direction] += 1;
     flow.bytes[direction] += packet.length as u64;
-    if packet.protocol == TCP {
-        if let Some(segment) = parse::segment(ctx, packet) {
-            tcp::follow(flow, direction, segment);
-        }
-        return;
-    }
-    let before = flow.state;
-    if direction == REPLY {
-        if before & state::REPLIED == 0 {
-            flow.state = before | state::REPLIED;
-        }
-    } else if before & (state::REPLIED | state::ESTABLISHED) == state::REPLIED {
-        flow.state = before | state::ESTABLISHED;
-    }
+    true
 }
 
 /// Puts a flow that is proven where no new one takes its place. Called with a packet of the original direction. What

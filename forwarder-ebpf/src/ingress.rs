@@ -73,6 +73,7 @@ fn forward(
     // Nearly always it is the reply that carries the key of its flow, reversed.
     if publish::may_be_reply(packet)
         && let Some(flow) = flow::get(&packet.tuple.reversed())
+        && flow.state & state::FOREIGN == 0
     {
         return to_client(ctx, packet, flow, trail);
     }
@@ -193,7 +194,9 @@ fn to_client(ctx: &TcContext, packet: &Packet, flow: &mut Flow, trail: &mut Trai
     if let Some(obstacle) = icmp::obstacle(ctx, packet, &flow.back, hop) {
         return tell(ctx, packet, obstacle, flow.publish);
     }
-    flow::update(ctx, flow, packet, REPLY);
+    if !flow::update(ctx, flow, packet, REPLY) {
+        return Err(Reason::NotOurs);
+    }
     let new = Tuple {
         source: flow.frontend,
         destination: flow.client,

@@ -12,5 +12,6 @@ mod obstacle;
 mod pass;
 mod reason;
 mod refuse;
+mod selftests;
 mod source_port;
 mod state;
