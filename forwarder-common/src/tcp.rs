@@ -81,12 +81,34 @@ fn acknowledge(flow: &mut Flow, direction: usize, segment: Segment) {
 #[inline(always)]
 fn next(flow: &mut Flow, direction: usize, segment: Segment) -> u32 {
     let before = flow.state;
+    let (fin, acknowledged, other_fin, spoke) = if direction == ORIGINAL {
+        (
+            state::FIN_ORIGINAL,
+            state::FIN_REPLY_ACKNOWLEDGED,
+            state::FIN_REPLY,
+            state::SPOKE_ORIGINAL,
+        )
+    } else {
+        (
+            state::FIN_REPLY,
+            state::FIN_ORIGINAL_ACKNOWLEDGED,
+            state::FIN_ORIGINAL,
+            state::SPOKE_REPLY,
+        )
+    };
     if segment.has(RST) {
-        return if is_heeded(flow, direction, segment) {
-            before & !state::BOTH_SPOKE | state::RESET
+        if !is_heeded(flow, direction, segment) {
+            return before;
+        }
+        // One that its receiver need not believe (RFC 5961 section 3) is taken back by the receiver's next word: if it was
+        // the sender's own, that is answered by one that fits.
+        let fits = segment.sequence == flow.acknowledged[other(direction)];
+        let has_spoken = if fits || before & state::ESTABLISHED == 0 {
+            0
         } else {
-            before
+            spoke
         };
+        return before & !state::BOTH_SPOKE | has_spoken | state::RESET;
     }
     let mut after = before;
     if segment.has(SYN) {
@@ -107,21 +129,6 @@ fn next(flow: &mut Flow, direction: usize, segment: Segment) -> u32 {
     if after & state::ESTABLISHED != 0 {
         acknowledge(flow, direction, segment);
     }
-    let (fin, acknowledged, other_fin, spoke) = if direction == ORIGINAL {
-        (
-            state::FIN_ORIGINAL,
-            state::FIN_REPLY_ACKNOWLEDGED,
-            state::FIN_REPLY,
-            state::SPOKE_ORIGINAL,
-        )
-    } else {
-        (
-            state::FIN_REPLY,
-            state::FIN_ORIGINAL_ACKNOWLEDGED,
-            state::FIN_ORIGINAL,
-            state::SPOKE_REPLY,
-        )
-    };
     if segment.has(ACK) && before & other_fin != 0 {
         after |= acknowledged;
     }

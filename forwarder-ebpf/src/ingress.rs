@@ -222,7 +222,7 @@ fn to_client(ctx: &TcContext, packet: &Packet, flow: &mut Flow, trail: &mut Trai
 /// packet was sent to, or from this host's on the network of `publish`'s backend.
 #[inline(always)]
 fn tell(ctx: &TcContext, packet: &Packet, obstacle: Obstacle, publish: u32) -> Verdict {
-    icmp::may_tell(packet)?;
+    icmp::may_tell(ctx, packet)?;
     rewrite::into_error(ctx, packet, obstacle.mtu, publish::source(publish))?;
     let action = send_back(ctx.skb.skb);
     if action < 0 {
