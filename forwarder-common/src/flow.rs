@@ -60,6 +60,8 @@ pub mod state {
     /// The client has gone on after a reset.
     pub const SPOKE_ORIGINAL: u32 = 1 << 10;
     pub const SPOKE_REPLY: u32 = 1 << 11;
+    /// Another conversation has the tuple, one that does not come by a port of this host.
+    pub const FOREIGN: u32 = 1 << 12;
 
     pub const BOTH_FIN: u32 = FIN_ORIGINAL | FIN_REPLY;
     pub const BOTH_ACKNOWLEDGED: u32 = FIN_ORIGINAL_ACKNOWLEDGED | FIN_REPLY_ACKNOWLEDGED;

@@ -56,8 +56,8 @@ reasons! {
     Expired = "ttl_expired",
     /// Answered: longer than the way's MTU, as the sender is told.
     TooBig = "too_big",
-    /// Dropped: the TTL has ended or the packet is too long, but its sender must not be told: it is an ICMP error or
-    /// a later fragment, or too many were told just now.
+    /// Dropped: the TTL has ended or the packet is too long, but its sender must not be told: it is an ICMP error,
+    /// a later fragment or a frame to everybody, or too many were told just now.
     Untold = "untold",
     /// Passed: a client on this host sends more than the container's MTU, and the kernel (before 6.1) cannot deliver
     /// that; the userland proxy can.

@@ -38,14 +38,36 @@ const fn within(number: u32, start: u32, length: u32) -> bool {
     number.wrapping_sub(start) <= length
 }
 
-/// Follows one segment. What is not heeded here goes on all the same: to judge it is its receiver's business.
+/// Follows one segment; returns whether it is one of this flow. What is not heeded here goes on all the same: to judge
+/// it is its receiver's business.
 #[inline(always)]
-pub fn follow(flow: &mut Flow, direction: usize, segment: Segment) {
+pub fn follow(flow: &mut Flow, direction: usize, segment: Segment) -> bool {
     if flow.state & state::UNSETTLED == state::ESTABLISHED && !segment.has(SYN | FIN | RST) {
         acknowledge(flow, direction, segment);
-    } else {
-        flow.state = next(flow, direction, segment);
+        return true;
     }
+    if direction == REPLY && is_foreign(flow, segment) {
+        flow.state = flow.state & !state::PROGRESS | state::FOREIGN;
+        return false;
+    }
+    flow.state = next(flow, direction, segment);
+    true
+}
+
+/// Whether the backend speaks to somebody who has the flow's tuple by connecting to it directly: it answers a SYN that
+/// the flow has not had, or goes on with what the flow has not begun.
+#[inline(always)]
+fn is_foreign(flow: &Flow, segment: Segment) -> bool {
+    let unanswered = flow.state & state::REPLIED == 0;
+    let closed = flow.state & state::RESET != 0 || flow.state & state::BOTH_FIN == state::BOTH_FIN;
+    (unanswered || closed && segment.has(SYN))
+        && segment.has(ACK)
+        && !segment.has(RST)
+        && !within(
+            segment.acknowledgement,
+            flow.acknowledged[REPLY],
+            EARLY_DATA,
+        )
 }
 
 #[inline(always)]
@@ -59,12 +81,34 @@ fn acknowledge(flow: &mut Flow, direction: usize, segment: Segment) {
 #[inline(always)]
 fn next(flow: &mut Flow, direction: usize, segment: Segment) -> u32 {
     let before = flow.state;
+    let (fin, acknowledged, other_fin, spoke) = if direction == ORIGINAL {
+        (
+            state::FIN_ORIGINAL,
+            state::FIN_REPLY_ACKNOWLEDGED,
+            state::FIN_REPLY,
+            state::SPOKE_ORIGINAL,
+        )
+    } else {
+        (
+            state::FIN_REPLY,
+            state::FIN_ORIGINAL_ACKNOWLEDGED,
+            state::FIN_ORIGINAL,
+            state::SPOKE_REPLY,
+        )
+    };
     if segment.has(RST) {
-        return if is_heeded(flow, direction, segment) {
-            before & !state::BOTH_SPOKE | state::RESET
+        if !is_heeded(flow, direction, segment) {
+            return before;
+        }
+        // One that its receiver need not believe (RFC 5961 section 3) is taken back by the receiver's next word: if it was
+        // the sender's own, that is answered by one that fits.
+        let fits = segment.sequence == flow.acknowledged[other(direction)];
+        let has_spoken = if fits || before & state::ESTABLISHED == 0 {
+            0
         } else {
-            before
+            spoke
         };
+        return before & !state::BOTH_SPOKE | has_spoken | state::RESET;
     }
     let mut after = before;
     if segment.has(SYN) {
@@ -85,21 +129,6 @@ fn next(flow: &mut Flow, direction: usize, segment: Segment) -> u32 {
     if after & state::ESTABLISHED != 0 {
         acknowledge(flow, direction, segment);
     }
-    let (fin, acknowledged, other_fin, spoke) = if direction == ORIGINAL {
-        (
-            state::FIN_ORIGINAL,
-            state::FIN_REPLY_ACKNOWLEDGED,
-            state::FIN_REPLY,
-            state::SPOKE_ORIGINAL,
-        )
-    } else {
-        (
-            state::FIN_REPLY,
-            state::FIN_ORIGINAL_ACKNOWLEDGED,
-            state::FIN_ORIGINAL,
-            state::SPOKE_REPLY,
-        )
-    };
     if segment.has(ACK) && before & other_fin != 0 {
         after |= acknowledged;
     }

@@ -22,7 +22,8 @@ use crate::{
     ingress,
     maps::{INTERFACES, count},
     parse::{self, Packet, Part},
-    publish, rewrite,
+    publish,
+    rewrite::{self, Complete},
 };
 
 const AF_INET: u8 = 2;
@@ -78,9 +79,7 @@ fn go_on(ctx: &XdpContext) -> Result<u32, Reason> {
             return to_backend(ctx, packet, flow, &key);
         }
     }
-    if publish::may_be_reply(packet)
-        && let Some(flow) = flow::get(&packet.tuple.reversed())
-    {
+    if let Some(flow) = flow::get_by_reply(packet) {
         return to_client(ctx, packet, flow);
     }
     let published = published.ok_or(Reason::NotOurs)?;
@@ -96,10 +95,10 @@ fn to_backend(
     flow: &mut Flow,
     key: &Tuple,
 ) -> Result<u32, Reason> {
-    let action = send(ctx, packet, key)?;
+    let route = route(ctx, packet, key)?;
     flow::update(ctx, flow, packet, ORIGINAL);
     flow::keep(key, flow);
-    Ok(action)
+    send(ctx, packet, key, route)
 }
 
 /// Replies of other backends come by devices without this program.
@@ -115,18 +114,22 @@ fn to_client(ctx: &XdpContext, packet: &Packet, flow: &mut Flow) -> Result<u32, 
         destination_port: flow.client_port,
         protocol: packet.tuple.protocol,
     };
-    let action = send(ctx, packet, &new)?;
-    flow::update(ctx, flow, packet, REPLY);
-    Ok(action)
+    let route = route(ctx, packet, &new)?;
+    if !flow::update(ctx, flow, packet, REPLY) {
+        return Err(Reason::NotOurs);
+    }
+    send(ctx, packet, &new, route)
 }
 
-/// Rewrites the packet and sends it to its next hop, if the kernel knows that and the device takes frames.
+/// The packet's next hop, if the kernel knows it and the device takes frames, and how its checksum is updated.
+///
+/// # Errors
+/// `NotOurs`: tc knows what to do.
 #[inline(always)]
-fn send(ctx: &XdpContext, packet: &Packet, new: &Tuple) -> Result<u32, Reason> {
+fn route(ctx: &XdpContext, packet: &Packet, new: &Tuple) -> Result<(Route, Complete), Reason> {
     if packet.ttl <= 1 {
         return Err(Reason::NotOurs);
     }
-    let complete = rewrite::complete(ctx, packet).ok_or(Reason::NotOurs)?;
     let [low, high] = (packet.length as u16 - parse::L3 as u16).to_ne_bytes();
     let family = if packet.is_v4 { AF_INET } else { AF_INET6 };
     let mut route = Route {
@@ -154,6 +157,18 @@ fn send(ctx: &XdpContext, packet: &Packet, new: &Tuple) -> Result<u32, Reason> {
     if found != BPF_FIB_LKUP_RET_SUCCESS as i64 || !takes_frames(route.ifindex) {
         return Err(Reason::NotOurs);
     }
+    let complete = rewrite::complete(ctx, packet).ok_or(Reason::NotOurs)?;
+    Ok((route, complete))
+}
+
+/// Rewrites the packet and sends it.
+#[inline(always)]
+fn send(
+    ctx: &XdpContext,
+    packet: &Packet,
+    new: &Tuple,
+    (route, complete): (Route, Complete),
+) -> Result<u32, Reason> {
     complete.tuple(ctx, packet, new)?;
     let [source, destination]: [[u8; 6]; 2] = bytemuck::cast(route.macs);
     rewrite::macs(ctx, destination, source)?;

@@ -8,7 +8,6 @@ use forwarder_common::{flow::delivery, reason::Reason};
 use crate::{
     flow, fragment, ingress,
     parse::{self, Packet},
-    publish,
     trace::Trail,
     verdict::Verdict,
 };
@@ -27,10 +26,7 @@ pub fn egress(ctx: &TcContext, trail: &mut Trail) -> Verdict {
 
 #[inline(always)]
 fn reply(ctx: &TcContext, packet: &Packet, trail: &mut Trail) -> Verdict {
-    if !publish::may_be_reply(packet) {
-        return Err(Reason::NotOurs);
-    }
-    match flow::get(&packet.tuple.reversed()) {
+    match flow::get_by_reply(packet) {
         Some(flow) if flow.back.delivery == delivery::STACK => {
             ingress::to_client(ctx, packet, flow, trail)
         }

@@ -16,6 +16,7 @@ use crate::{
     frame::Frame,
     maps::{DRAFT, Draft, FLOWS, HALF_OPEN, count},
     parse::{self, Packet},
+    publish,
     source_port::Ports,
     words::copy_tuple,
 };
@@ -36,6 +37,15 @@ pub fn get(tuple: &Tuple) -> Option<&'static mut Flow> {
         // not looked up for longest, so not from under this packet, but for a lookup in the very nanoseconds between
         // the kernel's choice and its removal: then one packet would go to the other client.
         .map(|flow| unsafe { &mut *flow })
+}
+
+/// The flow that the packet is a backend's answer of. Nearly always it is the answer that carries the key, reversed.
+#[inline(always)]
+pub fn get_by_reply(packet: &Packet) -> Option<&'static mut Flow> {
+    if !publish::may_be_reply(packet) {
+        return None;
+    }
+    get(&packet.tuple.reversed()).filter(|flow| flow.state & state::FOREIGN == 0)
 }
 
 /// The flow with this key, if the packet is of its original direction.
@@ -94,7 +104,7 @@ fn is_of(flow: &Flow, original: &Tuple, local_client: u32) -> bool {
         && flow.frontend_port == original.destination_port
         && flow.client == original.source
         && flow.frontend == original.destination
-        && flow.state & state::LOCAL_CLIENT == local_client
+        && flow.state & (state::LOCAL_CLIENT | state::FOREIGN) == local_client
 }
 
 /// The part of a flow's state that its first packet says.
@@ -107,29 +117,30 @@ pub fn local_client(packet: &Packet) -> u32 {
     }
 }
 
-/// Follows the conversation: counters, time and state. An ICMP error neither refreshes nor ends it.
+/// Follows the conversation: counters, time and state. An ICMP error neither refreshes nor ends it. Returns whether the
+/// packet is of this conversation.
 #[inline(always)]
-pub fn update(frame: &impl Frame, flow: &mut Flow, packet: &Packet, direction: usize) {
+pub fn update(frame: &impl Frame, flow: &mut Flow, packet: &Packet, direction: usize) -> bool {
     if packet.is_error() {
-        return;
+        return true;
     }
     flow.last_seen = clock::now();
+    if packet.protocol == TCP {
+        if let Some(segment) = parse::segment(frame, packet)
+            && !tcp::follow(flow, direction, segment)
+        {
+            return false;
+        }
+    } else if direction == REPLY {
+        if flow.state & state::REPLIED == 0 {
+            flow.state |= state::REPLIED;
+        }
+    } else if flow.state & (state::REPLIED | state::ESTABLISHED) == state::REPLIED {
+        flow.state |= state::ESTABLISHED;
+    }
     flow.packets[direction] += 1;
     flow.bytes[direction] += packet.length as u64;
-    if packet.protocol == TCP {
-        if let Some(segment) = parse::segment(frame, packet) {
-            tcp::follow(flow, direction, segment);
-        }
-        return;
-    }
-    let before = flow.state;
-    if direction == REPLY {
-        if before & state::REPLIED == 0 {
-            flow.state = before | state::REPLIED;
-        }
-    } else if before & (state::REPLIED | state::ESTABLISHED) == state::REPLIED {
-        flow.state = before | state::ESTABLISHED;
-    }
+    true
 }
 
 /// Puts a flow that is proven where no new one takes its place. Called with a packet of the original direction. What

@@ -10,6 +10,9 @@ use crate::{
     parse::{Packet, Part},
 };
 
+/// `PACKET_BROADCAST` and `PACKET_MULTICAST`: who the frame was sent to (include/uapi/linux/if_packet.h).
+const BROADCAST: u32 = 1;
+const MULTICAST: u32 = 2;
 /// At most so many are told in a window, by each CPU.
 const WINDOW: u64 = 100_000_000;
 const MOST: u32 = 100;
@@ -61,8 +64,10 @@ pub fn slow_path_fragments(packet: &Packet) -> bool {
 /// # Errors
 /// `Untold`.
 #[inline(always)]
-pub fn may_tell(packet: &Packet) -> Result<(), Reason> {
-    if packet.is_error() || packet.part == Part::Later {
+pub fn may_tell(ctx: &TcContext, packet: &Packet) -> Result<(), Reason> {
+    // SAFETY: `skb` is the context that the kernel gave; its fields are readable.
+    let to_everybody = matches!(unsafe { (*ctx.skb.skb).pkt_type }, BROADCAST | MULTICAST);
+    if to_everybody || packet.is_error() || packet.part == Part::Later {
         return Err(Reason::Untold);
     }
     let told = TOLD.get_ptr_mut(0).ok_or(Reason::Untold)?;

@@ -83,11 +83,8 @@ fn forward(
             return to_backend(ctx, packet, &published, &key, trail);
         }
     }
-    // Nearly always it is the reply that carries the key of its flow, reversed.
-    if publish::may_be_reply(packet)
-        && let Some(flow) = flow::get(&packet.tuple.reversed())
-    {
-        if flow.back.delivery == delivery::STACK {
+    if let Some(flow) = flow::get_by_reply(packet) {
+        if is_stack(&flow.back) {
             return Err(Reason::NotOurs); // until it leaves
         }
         return to_client(ctx, packet, flow, trail);
@@ -243,7 +240,9 @@ pub fn to_client(ctx: &TcContext, packet: &Packet, flow: &mut Flow, trail: &mut 
     if let Some(obstacle) = icmp::obstacle(ctx, packet, &flow.back, hop) {
         return tell(ctx, packet, obstacle, flow.publish);
     }
-    flow::update(ctx, flow, packet, REPLY);
+    if !flow::update(ctx, flow, packet, REPLY) {
+        return Err(Reason::NotOurs);
+    }
     let new = Tuple {
         source: flow.frontend,
         destination: flow.client,
@@ -269,7 +268,7 @@ pub fn to_client(ctx: &TcContext, packet: &Packet, flow: &mut Flow, trail: &mut 
 /// packet was sent to, or from this host's on the network of `publish`'s backend.
 #[inline(always)]
 fn tell(ctx: &TcContext, packet: &Packet, obstacle: Obstacle, publish: u32) -> Verdict {
-    icmp::may_tell(packet)?;
+    icmp::may_tell(ctx, packet)?;
     rewrite::into_error(ctx, packet, obstacle.mtu, publish::source(publish))?;
     let action = send_back(ctx.skb.skb);
     if action < 0 {

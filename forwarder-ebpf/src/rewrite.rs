@@ -16,7 +16,7 @@ use forwarder_common::{
 };
 
 pub use answer::into_error;
-pub use complete::complete;
+pub use complete::{Complete, complete};
 
 use crate::{
     frame::{Frame, header},

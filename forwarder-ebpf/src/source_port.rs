@@ -30,7 +30,8 @@ impl Ports {
     /// The port to try, in wire order.
     #[inline(always)]
     pub fn nth(self, attempt: u32) -> u16 {
-        let step = attempt.wrapping_mul(0x9e37);
+        // Each conversation's own step: with one for all, ports that are taken would stand in rows.
+        let step = attempt.wrapping_mul(self.0 >> 16 | 1);
         // `of` has made sure that there are some.
         let offset = self.0.wrapping_add(step) % setting(&SNAT_PORTS).max(1);
         setting(&SNAT_FIRST).wrapping_add(offset as u16).to_be()

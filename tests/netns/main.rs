@@ -2,9 +2,11 @@
 //!
 //! `matrix` has every kind of client, `firewall` what a firewall does meanwhile, `flood` what a flood does, `lifecycle` what
 //! comes and goes, `filters` other people's tc filters, `promises` what must not be reachable, `timeout` when a flow ends,
-//! `fragment` datagrams in parts, and `usage` what a mistake is answered with. Every test makes its own machine, so they run side by side.
+//! `fragment` datagrams in parts, `direct` connections past the published port, `scale` as many flows as there may be,
+//! `selftests` the scenarios of the kernel's own tests, and `usage` what a mistake is answered with. Every test makes its own machine, so they run side by side.
 
 mod bulk;
+mod direct;
 mod doctor;
 mod filters;
 mod firewall;
@@ -20,7 +22,9 @@ mod remote;
 mod respect;
 mod restart;
 mod restricted;
+mod scale;
 mod scene;
+mod selftests;
 mod timeout;
 mod topology;
 mod trace;

@@ -13,5 +13,6 @@ mod obstacle;
 mod pass;
 mod reason;
 mod refuse;
+mod selftests;
 mod source_port;
 mod state;

@@ -5,6 +5,7 @@ use forwarder_common::{
     publish::Interface,
 };
 use forwarder_tests::{
+    fragment::{cut, fix_header_checksum},
     frame::{Frame, Protocol},
     icmp::{IcmpError, quote},
 };
@@ -258,6 +259,34 @@ fn nobody_is_told_about_an_error() {
         bench
             .send_bytes(&error.bytes(), bench.container)
             .dropped("untold");
+    });
+}
+
+#[test]
+fn nobody_is_told_about_a_frame_to_everybody() {
+    bench(|bench| {
+        bench.publish(Protocol::Udp, 8080, V4[2]);
+        let mut sent = Frame::first(Protocol::Udp, at(V4[0]), at(V4[1]));
+        sent.ttl = 1;
+        for everybody in [[0xff; 6], [0x01, 0, 0x5e, 0, 0, 1]] {
+            sent.destination_mac = everybody;
+            bench.send(&sent, bench.uplink).dropped("untold");
+        }
+    });
+}
+
+#[test]
+fn nobody_is_told_about_a_later_fragment() {
+    bench(|bench| {
+        bench.publish(Protocol::Udp, 8080, V4[2]);
+        let mut sent = Frame::first(Protocol::Udp, at(V4[0]), at(V4[1]));
+        sent.payload = vec![0; 100];
+        let [first, mut later] = cut(&sent, 7);
+        let outcome = bench.send_bytes(&first, bench.uplink);
+        assert_eq!(outcome.action, REDIRECT);
+        later[14 + 8] = 1;
+        fix_header_checksum(&mut later[14..34]);
+        bench.send_bytes(&later, bench.uplink).dropped("untold");
     });
 }
 

@@ -1,10 +1,11 @@
 //! Tuples that clash after DNAT get another source port, and keep their conversations apart.
 
-use std::collections::BTreeSet;
+use std::{collections::BTreeSet, net::SocketAddr};
 
-use forwarder_tests::frame::{Frame, Protocol};
+use forwarder_common::flow::{Phase, state};
+use forwarder_tests::frame::{ACK, FIN_ACK, Frame, Protocol, SYN_ACK};
 
-use crate::bench::{LO, at, bench, bench_with_ports};
+use crate::bench::{Bench, LO, REDIRECT, at, bench, bench_with_ports};
 
 #[test]
 fn two_frontends_of_one_backend_stay_apart() {
@@ -64,5 +65,183 @@ fn when_all_ports_are_in_use_a_new_client_is_refused_and_the_others_go_on() {
         let (key, _) = bench.datapath.maps.flows().next().unwrap().unwrap();
         bench.datapath.maps.remove_flow(&key).unwrap();
         bench.send(&client(4002), LO).forwarded();
+    });
+}
+
+/// Sends a frame that must go on, without a look at the counters, and returns it.
+fn carried(bench: &Bench, frame: &Frame, ifindex: u32) -> Frame {
+    let (action, bytes) = bench.datapath.try_frame(&frame.bytes(), ifindex).unwrap();
+    assert_eq!(action, REDIRECT, "{frame:?}");
+    Frame::parse(&bytes).unwrap()
+}
+
+#[test]
+fn sixty_thousand_clients_of_this_host_each_keep_their_conversation() {
+    const CLIENTS: usize = 60_000;
+    bench_with_ports((1024, 64_512), |bench| {
+        bench.publish(Protocol::Tcp, 8080, "172.31.0.2:80");
+        let mut conversations = Vec::new();
+        let mut refused = 0;
+        for number in 0_u32.. {
+            if conversations.len() == CLIENTS {
+                break;
+            }
+            let address = [127, 0, 0, 1 + (number / 40_000) as u8];
+            let client = SocketAddr::from((address, 20_000 + (number % 40_000) as u16));
+            let frame = Frame::first(Protocol::Tcp, client, at("127.0.0.1:8080"));
+            let (action, bytes) = bench.datapath.try_frame(&frame.bytes(), LO).unwrap();
+            if action != REDIRECT {
+                refused += 1; // then it takes another port
+                assert!(refused < 10, "after {} clients", conversations.len());
+                continue;
+            }
+            let arrived = Frame::parse(&bytes).unwrap();
+            carried(bench, &arrived.reply(), bench.container);
+            let again = carried(bench, &frame.with_flags(ACK), LO);
+            assert_eq!(again.source, arrived.source);
+            conversations.push((client, arrived));
+        }
+        let ports: BTreeSet<u16> = conversations.iter().map(|(_, a)| a.source.port()).collect();
+        assert_eq!(ports.len(), CLIENTS, "two share a port");
+        for (client, arrived) in conversations {
+            let answer = carried(bench, &arrived.reply(), bench.container);
+            assert_eq!(answer.destination, client);
+        }
+    });
+}
+
+#[test]
+fn a_range_onto_one_port_keeps_the_conversations_of_one_client_apart() {
+    bench(|bench| {
+        let entry = bench.entry(7000, "172.31.0.2:443");
+        for port in 7000..7100 {
+            bench.publish_entry(1, None, Protocol::Udp, port, &entry);
+        }
+        let client = at("198.51.100.9:4000");
+        let mut sources = BTreeSet::new();
+        let mut arrived = Vec::new();
+        for port in 7000..7100 {
+            let frontend = SocketAddr::from(([198, 51, 100, 2], port));
+            let frame = carried(
+                bench,
+                &Frame::first(Protocol::Udp, client, frontend),
+                bench.uplink,
+            );
+            assert_eq!(frame.destination, at("172.31.0.2:443"));
+            assert!(sources.insert(frame.source), "{frontend} shares its source");
+            arrived.push((frontend, frame));
+        }
+        for (frontend, frame) in arrived {
+            let answer = carried(bench, &frame.reply(), bench.container);
+            assert_eq!((answer.source, answer.destination), (frontend, client));
+        }
+    });
+}
+
+/// A client's SYN to the published port, and what its direct connection to the backend has at the same time: the backend's
+/// SYN-ACK for it, and its next segment.
+fn forwarded_and_direct() -> (Frame, [Frame; 2]) {
+    let client = at("198.51.100.9:4000");
+    let forwarded = Frame::first(Protocol::Tcp, client, at("198.51.100.2:8080"));
+    let mut direct = Frame::first(Protocol::Tcp, client, at("172.31.0.2:80"));
+    direct.sequence = 700_000_000;
+    direct.acknowledgement = 800_000_001;
+    let answer = direct.reply();
+    (forwarded, [answer.clone(), answer.with_flags(ACK)])
+}
+
+/// Both are passed as they came.
+#[track_caller]
+fn left_alone(bench: &Bench, frames: &[Frame; 2]) {
+    for frame in frames {
+        bench
+            .send(frame, bench.container)
+            .passed(&frame.bytes(), "");
+    }
+}
+
+#[test]
+fn a_client_with_a_live_direct_connection_gets_another_port() {
+    bench(|bench| {
+        bench.publish(Protocol::Tcp, 8080, "172.31.0.2:80");
+        let (syn, direct) = forwarded_and_direct();
+        let arrived = bench.send(&syn, bench.uplink).forwarded();
+        assert_eq!(arrived.source, syn.source);
+        // The backend takes the SYN for one of the connection that it has (RFC 5961).
+        let challenge = &direct[1];
+        bench
+            .send(challenge, bench.container)
+            .passed(&challenge.bytes(), "");
+        let arrived = bench.send(&syn, bench.uplink).forwarded();
+        assert_ne!(arrived.source, syn.source);
+        let answer = bench.send(&arrived.reply(), bench.container).forwarded();
+        assert_eq!(answer.destination, syn.source);
+        left_alone(bench, &direct);
+        let acknowledged = syn.with_flags(ACK);
+        let again = bench.send(&acknowledged, bench.uplink).forwarded();
+        assert_eq!(again.source, arrived.source);
+    });
+}
+
+/// The client's forwarded connection, closed by `end`; then it connects directly, then by the port again.
+fn direct_after(end: &[(bool, forwarder_tests::frame::Flags)]) {
+    bench(|bench| {
+        bench.publish(Protocol::Tcp, 8080, "172.31.0.2:80");
+        let (syn, direct) = forwarded_and_direct();
+        let mut arrived = bench.send(&syn, bench.uplink).forwarded();
+        let answer = arrived.reply();
+        bench.send(&answer, bench.container).forwarded();
+        for &(from_client, flags) in [(true, ACK)].iter().chain(end) {
+            let (frame, ifindex) = if from_client {
+                (&syn, bench.uplink)
+            } else {
+                (&answer, bench.container)
+            };
+            bench
+                .send(&frame.clone().with_flags(flags), ifindex)
+                .forwarded();
+        }
+        left_alone(bench, &direct);
+        assert_eq!(bench.flow().1.state & state::PROGRESS, 0);
+        let (key, flow) = bench.flow();
+        assert_eq!(Phase::of(key.protocol, flow.state), Phase::TcpSynSent);
+        arrived = bench.send(&syn, bench.uplink).forwarded();
+        assert_ne!(arrived.source, syn.source);
+        let answer = bench.send(&arrived.reply(), bench.container).forwarded();
+        assert_eq!(answer.destination, syn.source);
+    });
+}
+
+#[test]
+fn the_tuple_of_a_closed_flow_is_free_for_a_direct_connection() {
+    direct_after(&[(true, FIN_ACK), (false, FIN_ACK), (true, ACK)]);
+}
+
+#[test]
+fn the_tuple_of_a_closing_flow_is_free_for_a_direct_connection() {
+    direct_after(&[(true, FIN_ACK), (false, FIN_ACK)]);
+}
+
+#[test]
+fn the_tuple_of_a_reset_flow_is_free_for_a_direct_connection() {
+    direct_after(&[(false, forwarder_tests::frame::RST)]);
+}
+
+#[test]
+fn a_live_flow_is_not_disturbed_by_a_direct_connection() {
+    bench(|bench| {
+        bench.publish(Protocol::Tcp, 8080, "172.31.0.2:80");
+        let (syn, [direct, _]) = forwarded_and_direct();
+        let arrived = bench.send(&syn, bench.uplink).forwarded();
+        bench.send(&arrived.reply(), bench.container).forwarded();
+        let acknowledged = syn.clone().with_flags(ACK);
+        bench.send(&acknowledged, bench.uplink).forwarded();
+        assert_eq!(direct.flags, SYN_ACK);
+        bench.send(&direct, bench.container).forwarded(); // no backend does that
+        let again = bench.send(&acknowledged, bench.uplink).forwarded();
+        assert_eq!(again.source, arrived.source);
+        let answer = arrived.reply().with_flags(ACK);
+        let answer = bench.send(&answer, bench.container).forwarded();
+        assert_eq!(answer.source, syn.destination);
     });
 }

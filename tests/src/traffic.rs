@@ -5,7 +5,8 @@
 
 use std::{
     io::{BufRead, BufReader, ErrorKind, Write},
-    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream, UdpSocket},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, Shutdown, SocketAddr, TcpListener, TcpStream, UdpSocket},
+    os::fd::AsRawFd as _,
     sync::{
         Arc,
         atomic::{AtomicBool, AtomicU64, Ordering},
@@ -16,7 +17,10 @@ use std::{
 
 use anyhow::{Context, Result, bail, ensure};
 use nix::sys::{
-    socket::{setsockopt, sockopt},
+    socket::{
+        AddressFamily, SockFlag, SockType, SockaddrStorage, bind, connect, setsockopt, socket,
+        sockopt,
+    },
     time::{TimeVal, TimeValLike},
 };
 
@@ -215,8 +219,42 @@ impl Connection {
         netns.enter(|| Self::open_here(frontend))
     }
 
+    /// As [`Connection::open`], from a port that another connection of this client may have too.
+    ///
+    /// # Errors
+    /// As [`Connection::open`].
+    pub fn open_from(netns: &Netns, port: u16, frontend: SocketAddr) -> Result<Self> {
+        netns.enter(|| {
+            let family = match frontend {
+                SocketAddr::V4(_) => AddressFamily::Inet,
+                SocketAddr::V6(_) => AddressFamily::Inet6,
+            };
+            let socket = socket(family, SockType::Stream, SockFlag::SOCK_CLOEXEC, None)?;
+            setsockopt(&socket, sockopt::ReuseAddr, &true)?;
+            let patience = TimeVal::seconds(patience().as_secs() as i64);
+            setsockopt(&socket, sockopt::SendTimeout, &patience)?; // connect(2) heeds it
+            let own = SocketAddr::new(unspecified(frontend), port);
+            bind(socket.as_raw_fd(), &SockaddrStorage::from(own)).context("bind")?;
+            connect(socket.as_raw_fd(), &SockaddrStorage::from(frontend)).context("connect")?;
+            Self::of(TcpStream::from(socket))
+        })
+    }
+
+    /// Closes it, and waits until the other side has.
+    ///
+    /// # Errors
+    /// It does not in time.
+    pub fn close(mut self) -> Result<()> {
+        self.input.get_ref().shutdown(Shutdown::Write)?;
+        ensure!(self.input.read_line(&mut String::new())? == 0, "it goes on");
+        Ok(())
+    }
+
     fn open_here(frontend: SocketAddr) -> Result<Self> {
-        let stream = TcpStream::connect_timeout(&frontend, patience()).context("connect")?;
+        Self::of(TcpStream::connect_timeout(&frontend, patience()).context("connect")?)
+    }
+
+    fn of(stream: TcpStream) -> Result<Self> {
         stream.set_read_timeout(Some(patience()))?;
         stream.set_nodelay(true)?;
         Ok(Self {

@@ -84,6 +84,33 @@ fn files_are_named_after_what_they_own() {
     });
 }
 
+/// Names in backticks that look like `file::test`.
+fn tests_named_in(document: &str) -> Vec<(String, String)> {
+    let quoted = document.split('`').skip(1).step_by(2);
+    let pairs = quoted.filter_map(|text| text.split_once("::"));
+    pairs
+        .map(|(file, test)| (file.into(), test.into()))
+        .collect()
+}
+
+#[test]
+fn every_test_that_a_document_names_is_there() {
+    let sources = sources();
+    let path = exec::workspace().join("docs/rfc-compliance.md");
+    let named = tests_named_in(&fs::read_to_string(path).unwrap());
+    assert!(named.len() > 30, "only {} tests are named", named.len());
+    for (file, test) in named {
+        let mut files = sources
+            .iter()
+            .filter(|(name, _)| name.ends_with(&format!("/{file}.rs")));
+        // `matrix.rs` makes several of each `name: Client,`.
+        let is_there = |text: &str| {
+            text.contains(&format!("fn {test}()")) || text.contains(&format!("\n    {test}: "))
+        };
+        assert!(files.any(|(_, text)| is_there(text)), "no {file}::{test}");
+    }
+}
+
 #[test]
 fn files_stay_readable() {
     check(|_, text| {

@@ -1,0 +1,59 @@
+//! A client that reaches a published port, and the backend itself as well, from one and the same port of its own.
+
+use std::net::SocketAddr;
+
+use forwarder_tests::{
+    daemon::{Daemon, Datapath},
+    topology::{Family, Topology},
+    traffic::{Backend, Connection, Protocol},
+};
+
+use crate::scene::{BACKEND_PORT, PORT, spec};
+
+/// Another container on the backend's bridge, the published port as it sees it, and the backend itself.
+fn scene() -> (Topology, Backend, Daemon, [SocketAddr; 2]) {
+    let topology = Topology::new().unwrap();
+    let backend = Backend::start(&topology.backend.netns, Protocol::Tcp, BACKEND_PORT).unwrap();
+    let spec = spec(&topology.backend, Family::V4, Protocol::Tcp);
+    let daemon = Daemon::start(&topology.host, &[&spec], Datapath::Ebpf).unwrap();
+    let ends = [
+        SocketAddr::new(topology.peer.gateway(Family::V4), PORT),
+        SocketAddr::new(topology.backend.address(Family::V4), BACKEND_PORT),
+    ];
+    (topology, backend, daemon, ends)
+}
+
+#[test]
+fn a_live_direct_connection_and_a_forwarded_one_each_keep_their_conversation() {
+    let (topology, _backend, daemon, [frontend, backend]) = scene();
+    let peer = &topology.peer;
+    let own = SocketAddr::new(peer.address(Family::V4), 5555);
+    let mut direct = Connection::open_from(&peer.netns, 5555, backend).unwrap();
+    assert_eq!(direct.ask("direct").unwrap().seen, own);
+    let mut forwarded = Connection::open_from(&peer.netns, 5555, frontend).unwrap();
+    let seen = forwarded.ask("forwarded").unwrap().seen;
+    assert_eq!(seen.ip(), own.ip());
+    assert_ne!(seen.port(), own.port());
+    for _ in 0..10 {
+        assert_eq!(direct.ask("direct").unwrap().seen, own);
+        assert_eq!(forwarded.ask("forwarded").unwrap().seen, seen);
+    }
+    drop(direct);
+    assert_eq!(forwarded.ask("forwarded").unwrap().seen, seen);
+    daemon.stop().unwrap();
+}
+
+#[test]
+fn a_direct_connection_follows_a_forwarded_one_that_is_closed() {
+    let (topology, _backend, daemon, [frontend, backend]) = scene();
+    let peer = &topology.peer;
+    let own = SocketAddr::new(peer.address(Family::V4), 5556);
+    let mut forwarded = Connection::open_from(&peer.netns, 5556, frontend).unwrap();
+    assert_eq!(forwarded.ask("forwarded").unwrap().seen, own);
+    forwarded.close().unwrap();
+    let mut direct = Connection::open_from(&peer.netns, 5556, backend).unwrap();
+    for _ in 0..10 {
+        assert_eq!(direct.ask("direct").unwrap().seen, own);
+    }
+    daemon.stop().unwrap();
+}

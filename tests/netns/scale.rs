@@ -1,0 +1,112 @@
+//! As many flows as there may be, and what goes on meanwhile.
+
+use std::{
+    net::{Ipv4Addr, SocketAddr},
+    time::{Duration, Instant},
+};
+
+use forwarder_common::{
+    flow::{Flow, state},
+    limits,
+    tuple::{Address, Tuple, UDP},
+};
+use forwarder_tests::{
+    daemon::{Daemon, Datapath},
+    deadline::slack,
+    table::Table,
+    topology::{Family, Topology},
+    traffic::{Backend, Connection, Protocol},
+};
+
+use crate::scene::{BACKEND_PORT, PORT, served_to_the_client, spec};
+
+/// How long the sweep of a full table may take, in units of [`slack`].
+const SWEEP: u32 = 60;
+
+/// The flow of that number, and its key.
+fn flow(number: u32, last_seen: u64) -> (Tuple, Flow) {
+    let client = Address::from_v4((u32::from(Ipv4Addr::new(10, 0, 0, 0)) + number).to_be());
+    let key = Tuple {
+        source: client,
+        destination: Address::from_v4(u32::from(Ipv4Addr::new(172, 31, 0, 2)).to_be()),
+        source_port: 4000,
+        destination_port: BACKEND_PORT.to_be(),
+        protocol: UDP.into(),
+    };
+    let flow = Flow {
+        client,
+        client_port: 4000,
+        frontend_port: PORT.to_be(),
+        publish: 1,
+        state: state::REPLIED | state::ESTABLISHED | state::KEPT,
+        last_seen,
+        ..Flow::default()
+    };
+    (key, flow)
+}
+
+/// Writes as many flows as the table has room for.
+fn fill(table: &Table, last_seen: u64) -> u32 {
+    let mut written = 0;
+    while written < limits::FLOWS {
+        let part = written..limits::FLOWS.min(written + 65_536);
+        let (keys, flows): (Vec<_>, Vec<_>) = part.clone().map(|n| flow(n, last_seen)).unzip();
+        let room = table.write(&keys, &flows).unwrap();
+        written += room as u32;
+        if room < part.len() {
+            break;
+        }
+    }
+    written
+}
+
+#[test]
+fn a_full_table_is_counted_and_its_sweep_stalls_nobody() {
+    let topology = Topology::new().unwrap();
+    let _backend = Backend::start(&topology.backend.netns, Protocol::Tcp, BACKEND_PORT).unwrap();
+    let spec = spec(&topology.backend, Family::V4, Protocol::Tcp);
+    let daemon = Daemon::start(&topology.host, &[&spec], Datapath::Ebpf).unwrap();
+    let frontend = SocketAddr::new(topology.host_address(Family::V4), PORT);
+    let localhost = SocketAddr::from(([127, 0, 0, 1], PORT));
+    let mut kept = Connection::open(&topology.client, frontend).unwrap();
+    kept.ask("before").unwrap();
+
+    let table = Table::open(daemon.instance()).unwrap();
+    let written = fill(&table, u64::MAX); // of tomorrow: no sweep takes them
+    assert!(written > limits::FLOWS / 10 * 9, "only {written} fit");
+    // Flows that cannot be kept go on among the half-open, and are seen.
+    let mut others = [(&topology.client, frontend), (&topology.host, localhost)]
+        .map(|(netns, frontend)| Connection::open(netns, frontend).unwrap());
+    for connection in &mut others {
+        connection.ask("no room").unwrap();
+    }
+    kept.ask("as before").unwrap();
+    assert!(daemon.counted("flows_full").unwrap() > 0);
+
+    fill(&table, 1); // long ago
+    let deadline = Instant::now() + slack() * SWEEP;
+    let step = written as usize / 1000;
+    let mut longest = Duration::ZERO;
+    while (0..written)
+        .step_by(step)
+        .any(|number| table.has(&flow(number, 0).0))
+    {
+        assert!(Instant::now() < deadline, "the sweep does not end");
+        let asked = Instant::now();
+        kept.ask("meanwhile").unwrap();
+        for connection in &mut others {
+            connection.ask("meanwhile").unwrap();
+        }
+        served_to_the_client(&topology, Protocol::Tcp, "new");
+        daemon.counted("new_flow").unwrap();
+        longest = longest.max(asked.elapsed());
+    }
+    assert!(longest < slack() * 10, "an answer took {longest:?}");
+    let before = daemon.counted("flows_full").unwrap();
+    for connection in others.iter_mut().chain([&mut kept]) {
+        connection.ask("after").unwrap();
+    }
+    served_to_the_client(&topology, Protocol::Tcp, "after");
+    assert_eq!(daemon.counted("flows_full").unwrap(), before);
+    daemon.stop().unwrap();
+}

@@ -1,0 +1,93 @@
+//! A pinned table of flows, filled as no traffic could in a test's time.
+
+use std::{
+    ffi::CString,
+    io,
+    os::fd::{AsRawFd as _, FromRawFd as _, OwnedFd},
+    path::{Path, PathBuf},
+};
+
+use anyhow::{Context as _, Result};
+use forwarder_common::{flow::Flow, tuple::Tuple};
+
+/// Commands of bpf(2) (include/uapi/linux/bpf.h).
+const BPF_MAP_LOOKUP_ELEM: libc::c_long = 1;
+const BPF_OBJ_GET: libc::c_long = 7;
+const BPF_MAP_UPDATE_BATCH: libc::c_long = 26;
+
+/// `FLOWS` of a running instance.
+#[derive(Debug)]
+pub struct Table(OwnedFd);
+
+impl Table {
+    /// # Errors
+    /// The instance has pinned no such table.
+    pub fn open(instance: &str) -> Result<Self> {
+        let folder = Path::new("/sys/fs/bpf/forwarder").join(instance);
+        let layouts = std::fs::read_dir(&folder).with_context(|| folder.display().to_string())?;
+        let path: PathBuf = layouts
+            .flatten()
+            .map(|layout| layout.path().join("FLOWS"))
+            .find(|path| path.exists())
+            .context("no pinned FLOWS")?;
+        let path = CString::new(path.into_os_string().into_encoded_bytes())?;
+        let attributes = [path.as_ptr() as u64, 0];
+        // SAFETY: the path is a C string that lives until the call returns.
+        let fd = unsafe { bpf(BPF_OBJ_GET, attributes.as_ptr().cast(), 16) }?;
+        // SAFETY: the kernel has just given this descriptor to us alone.
+        Ok(Self(unsafe { OwnedFd::from_raw_fd(fd) }))
+    }
+
+    /// Writes flows over what is there; returns how many there was room for.
+    ///
+    /// # Errors
+    /// Another than that the table is full.
+    pub fn write(&self, keys: &[Tuple], flows: &[Flow]) -> Result<usize> {
+        assert_eq!(keys.len(), flows.len());
+        let fd = self.0.as_raw_fd() as u64;
+        let mut attributes = [
+            0,
+            0,
+            keys.as_ptr() as u64,
+            flows.as_ptr() as u64,
+            keys.len() as u64 | fd << 32,
+            0,
+            0,
+        ];
+        // SAFETY: the kernel reads as many keys and values as there are, and writes how many it took.
+        let result = unsafe { bpf(BPF_MAP_UPDATE_BATCH, attributes.as_mut_ptr().cast(), 56) };
+        match result {
+            Err(error) if error.raw_os_error() != Some(libc::E2BIG) => Err(error)?,
+            _ => Ok(attributes[4] as u32 as usize),
+        }
+    }
+
+    /// Whether there is a flow with this key.
+    pub fn has(&self, key: &Tuple) -> bool {
+        let mut flow = std::mem::MaybeUninit::<Flow>::uninit();
+        let attributes = [
+            self.0.as_raw_fd() as u64,
+            &raw const *key as u64,
+            flow.as_mut_ptr() as u64,
+            0,
+        ];
+        // SAFETY: the kernel reads a key and writes a value of the table's types.
+        unsafe { bpf(BPF_MAP_LOOKUP_ELEM, attributes.as_ptr().cast(), 32) }.is_ok()
+    }
+}
+
+/// # Safety
+/// The attributes are of that size and what the command reads and writes.
+unsafe fn bpf(
+    command: libc::c_long,
+    attributes: *const libc::c_void,
+    size: usize,
+) -> io::Result<i32> {
+    // SAFETY: as the caller says.
+    let result = unsafe { libc::syscall(libc::SYS_bpf, command, attributes, size) };
+    if result < 0 {
+        Err(io::Error::last_os_error())
+    } else {
+        Ok(result as i32)
+    }
+}
