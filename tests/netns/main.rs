@@ -24,6 +24,7 @@ mod restart;
 mod restricted;
 mod scale;
 mod scene;
+mod sctp;
 mod selftests;
 mod timeout;
 mod topology;

@@ -345,14 +345,11 @@ impl Drop for Daemon {
 /// # Errors
 /// It does not end in time.
 pub fn run_to_failure(netns: &Netns, flags: &[&str]) -> Result<(ExitStatus, String)> {
+    static COUNT: AtomicU32 = AtomicU32::new(0);
+    let number = COUNT.fetch_add(1, Ordering::Relaxed);
+    let instance = format!("failing-{}-{number}", std::process::id());
     let mut command = forwarder(netns);
-    command
-        .args([
-            "run",
-            "--instance",
-            &format!("failing-{}", std::process::id()),
-        ])
-        .args(flags);
+    command.args(["run", "--instance", &instance]).args(flags);
     command
         .stdin(Stdio::null())
         .stdout(Stdio::null())

@@ -9,6 +9,7 @@ pub mod frame;
 pub mod hearsay;
 pub mod icmp;
 pub mod netns;
+pub mod sctp;
 pub mod table;
 pub mod topology;
 pub mod traffic;

@@ -147,13 +147,14 @@ fn libraries(program: &Path) -> Result<Vec<PathBuf>> {
 }
 
 /// Programs that the tests call, with their Debian packages.
-pub(super) const TOOLS: [(&str, &str); 7] = [
+pub(super) const TOOLS: [(&str, &str); 8] = [
     ("bash", "bash"),
     ("busybox", "busybox-static"),
     ("ethtool", "ethtool"),
     ("ip", "iproute2"),
     ("tc", "iproute2"),
     ("nft", "nftables"),
+    ("sctp_test", "lksctp-tools"),
     ("setpriv", "util-linux"),
 ];
 /// Programs that help somebody who looks around; taken where they are.
