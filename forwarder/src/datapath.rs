@@ -160,7 +160,7 @@ impl Datapath {
             own_mark,
             steering: false,
         };
-        datapath.run_pipeline()?;
+        datapath.loaded(PROGRAM)?;
         Ok(datapath)
     }
 
@@ -215,6 +215,10 @@ impl Datapath {
             Attach::Clsact => Self::attach_filter,
         };
         let program = self.program_for(header);
+        if program == L3 {
+            // Not before: an earlier instance's packets take the same way until this one knows its publishes.
+            self.run_pipeline()?;
+        }
         let attachment = attach(self, ifindex, name, program)
             .with_context(|| format!("attach {program} to {name}"))?;
         self.attached.insert(ifindex, (header, attachment));

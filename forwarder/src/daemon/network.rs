@@ -90,17 +90,6 @@ impl Daemon {
         let Some(datapath) = &mut self.datapath else {
             return Ok(());
         };
-        let wanted: BTreeMap<u32, &Link> = backends::attached(&self.snapshot).collect();
-        let have: Vec<u32> = datapath.attached().collect();
-        for ifindex in have.iter().filter(|ifindex| !wanted.contains_key(ifindex)) {
-            datapath.detach(*ifindex);
-        }
-        for (ifindex, link) in wanted.iter().filter(|(ifindex, _)| !have.contains(ifindex)) {
-            match datapath.attach(*ifindex, &link.name, link.header) {
-                Ok(()) => debug!("attached to {}", link.name),
-                Err(error) => warn!("{error:#}"),
-            }
-        }
         let old: BTreeSet<IpAddr> = backends::local_addresses(before).collect();
         let new: BTreeSet<IpAddr> = backends::local_addresses(&self.snapshot).collect();
         for address in old.symmetric_difference(&new) {
@@ -113,6 +102,18 @@ impl Daemon {
                 datapath
                     .maps
                     .set_interface(*ifindex, new.get(ifindex).copied())?;
+            }
+        }
+        // Last: what comes in must find what it is asked for.
+        let wanted: BTreeMap<u32, &Link> = backends::attached(&self.snapshot).collect();
+        let have: Vec<u32> = datapath.attached().collect();
+        for ifindex in have.iter().filter(|ifindex| !wanted.contains_key(ifindex)) {
+            datapath.detach(*ifindex);
+        }
+        for (ifindex, link) in wanted.iter().filter(|(ifindex, _)| !have.contains(ifindex)) {
+            match datapath.attach(*ifindex, &link.name, link.header) {
+                Ok(()) => debug!("attached to {}", link.name),
+                Err(error) => warn!("{error:#}"),
             }
         }
         Ok(())
