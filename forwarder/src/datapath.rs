@@ -147,7 +147,7 @@ impl Datapath {
             own_mark,
             steering: false,
         };
-        datapath.run_pipeline()?;
+        datapath.current(Hook::Ingress)?;
         Ok(datapath)
     }
 

@@ -59,13 +59,17 @@ fn a_flood_from_many_sources_disturbs_neither_conversations_nor_new_clients() {
         let host = &topology.host;
         let (ended, sent) = (&ended, &sent);
         scope.spawn(move || host.enter(|| flood(localhost, ended, sent)));
-        let flooded = wait_for("more datagrams than half-open flows", || {
-            external.ask("meanwhile").unwrap();
-            local.ask("meanwhile").unwrap();
-            served_to_the_client(&topology, Protocol::Tcp, "new");
-            served_to_the_client(&topology, Protocol::Udp, "new");
-            (sent.load(Relaxed) > limits::HALF_OPEN + limits::HALF_OPEN / 2).then_some(())
-        });
+        let mut flooded = || {
+            wait_for("more datagrams than half-open flows", || {
+                external.ask("meanwhile").unwrap();
+                local.ask("meanwhile").unwrap();
+                served_to_the_client(&topology, Protocol::Tcp, "new");
+                served_to_the_client(&topology, Protocol::Udp, "new");
+                (sent.load(Relaxed) > limits::HALF_OPEN + limits::HALF_OPEN / 2).then_some(())
+            })
+        };
+        // An emulated machine sends a thousand in a second.
+        let flooded = flooded().or_else(|_| flooded()).or_else(|_| flooded());
         ended.store(true, Relaxed);
         flooded.unwrap();
     });

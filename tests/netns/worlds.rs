@@ -1,7 +1,10 @@
 //! Other networks than an Ethernet card with an address: what the uplink is, how long its packets may be, and
 //! which families there are. In each, clients are served by the kernel, or the list says why not.
 
-use std::net::{IpAddr, SocketAddr};
+use std::{
+    net::{IpAddr, SocketAddr},
+    sync::atomic::{AtomicBool, Ordering::Relaxed},
+};
 
 use forwarder::kernel::kernel;
 use forwarder_tests::{
@@ -407,7 +410,17 @@ fn a_tunnel_is_served_while_the_daemon_is_dead_and_when_it_is_back() {
     conversation.ask("meanwhile").unwrap();
     let answer = ask(client, Protocol::Tcp, frontend, "new").unwrap();
     assert_eq!(answer.seen.ip(), topology.client_address(V4));
-    daemon.restart().unwrap();
+    let ended = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            while !ended.load(Relaxed) {
+                conversation.ask("while it comes back").unwrap();
+            }
+        });
+        let restarted = daemon.restart();
+        ended.store(true, Relaxed);
+        restarted.unwrap();
+    });
     conversation.ask("after").unwrap();
     let seen = topology.client_address(V4);
     carried(&daemon, client, Protocol::Tcp, lan[0], &WORD, seen);

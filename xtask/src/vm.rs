@@ -352,11 +352,11 @@ fn document(outcomes: &[Outcome]) -> Result<String> {
 /// Markdown, so that it can be shown as it is.
 fn table(outcomes: &[Outcome]) -> String {
     let mut text = format!(
-        "| {:<28} | {:<10} | passed | failed | seconds |\n|{}|{}|-------:|-------:|--------:|\n",
+        "| {:<28} | {:<12} | passed | failed | seconds |\n|{}|{}|-------:|-------:|--------:|\n",
         "kernel",
         "tests",
         "-".repeat(30),
-        "-".repeat(12)
+        "-".repeat(14)
     );
     for outcome in outcomes {
         let failed = if outcome.ended {
@@ -365,7 +365,7 @@ fn table(outcomes: &[Outcome]) -> String {
             "no end".to_owned()
         };
         text += &format!(
-            "| {:<28} | {:<10} | {:>6} | {failed:>6} | {:>7.0} |\n",
+            "| {:<28} | {:<12} | {:>6} | {failed:>6} | {:>7.0} |\n",
             outcome.kernel,
             outcome.group,
             outcome.passed,

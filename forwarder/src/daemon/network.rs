@@ -96,6 +96,21 @@ impl Daemon {
         let Some(datapath) = &mut self.datapath else {
             return Ok(());
         };
+        let old: BTreeSet<IpAddr> = backends::local_addresses(before).collect();
+        let new: BTreeSet<IpAddr> = backends::local_addresses(&self.snapshot).collect();
+        for address in old.symmetric_difference(&new) {
+            datapath.maps.set_local(*address, new.contains(address))?;
+        }
+        self.reconcile_interfaces()?;
+        self.reconcile_hooks();
+        Ok(())
+    }
+
+    /// The tc programs. Last: what comes in must find what it is asked for.
+    fn reconcile_hooks(&mut self) {
+        let Some(datapath) = &mut self.datapath else {
+            return;
+        };
         let hooks: &[Hook] = if self.options.respect_firewall {
             &Hook::BOTH_SIDES
         } else {
@@ -122,12 +137,6 @@ impl Daemon {
                 Err(error) => warn!("{error:#}"),
             }
         }
-        let old: BTreeSet<IpAddr> = backends::local_addresses(before).collect();
-        let new: BTreeSet<IpAddr> = backends::local_addresses(&self.snapshot).collect();
-        for address in old.symmetric_difference(&new) {
-            datapath.maps.set_local(*address, new.contains(address))?;
-        }
-        self.reconcile_interfaces()
     }
 
     /// The XDP program on the devices that it belongs on, and `INTERFACES`, which says where it is.

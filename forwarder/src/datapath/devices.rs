@@ -101,6 +101,10 @@ impl Datapath {
     /// # Errors
     /// The device has gone, or the kernel refuses.
     pub fn attach(&mut self, place: Place, name: &str) -> Result<()> {
+        if place.1 == Hook::IngressIp {
+            // Not before: an earlier instance's packets take the same way until this one knows its publishes.
+            self.run_pipeline()?;
+        }
         let attachment = match kernel().attach {
             Attach::Tcx => self.attach_link(place, name),
             Attach::Clsact => self.attach_filter(place, name),
