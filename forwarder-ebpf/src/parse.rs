@@ -245,11 +245,11 @@ pub fn packet(frame: &impl Frame) -> Result<&'static mut Packet, Reason> {
     // SAFETY: `header` checked the bounds; packed structs have no alignment.
     match unsafe { (*ethernet).ethertype } {
         ETHERTYPE_IPV4 => {
-            linear(frame, L4_V4 + TCP_LENGTH)?;
+            linear(frame, L4_V4)?;
             ipv4(frame, packet)?;
         }
         ETHERTYPE_IPV6 => {
-            linear(frame, L4_V6 + TCP_LENGTH)?;
+            linear(frame, L4_V6)?;
             ipv6(frame, packet)?;
         }
         _ => return Err(Reason::NotOurs),
@@ -259,7 +259,8 @@ pub fn packet(frame: &impl Frame) -> Result<&'static mut Packet, Reason> {
 }
 
 /// Brings so many bytes, or all that there are, into the frame's linear part. Locally sent TCP has its headers
-/// there and its payload elsewhere: a byte more would copy both.
+/// there and its payload elsewhere: a byte more would copy both. And of packets of other protocols that are several in
+/// one (SCTP's chunks as a list of fragments), a byte more would be taken from the next.
 #[inline(always)]
 fn linear(frame: &impl Frame, wanted: usize) -> Result<(), Reason> {
     let have = frame.data_end() - frame.data();
@@ -315,7 +316,7 @@ fn ipv6(frame: &impl Frame, packet: &mut Packet) -> Result<(), Reason> {
     packet.tuple.destination = Address(ip.destination);
     let mut l4 = L4_V6;
     if ip.next_header == FRAGMENT_HEADER {
-        linear(frame, L4_V6_FRAGMENT + TCP_LENGTH)?;
+        linear(frame, L4_V6_FRAGMENT)?;
         let fragment = header::<FragmentHeader>(frame, L4_V6).ok_or(Reason::NotOurs)?;
         // SAFETY: `header` checked the bounds; packed structs have no alignment.
         let fragment = unsafe { &*fragment };
@@ -327,6 +328,7 @@ fn ipv6(frame: &impl Frame, packet: &mut Packet) -> Result<(), Reason> {
     }
     if packet.protocol != TCP && packet.protocol != UDP {
         if matches!(packet.protocol, HOP_BY_HOP | ROUTING | DESTINATION) {
+            linear(frame, l4 + 1)?;
             let next = header::<u8>(frame, l4).ok_or(Reason::NotOurs)?;
             // SAFETY: `header` checked the bounds.
             return Err(behind_options(unsafe { *next }));
@@ -354,12 +356,14 @@ fn transport(frame: &impl Frame, offset: usize, packet: &mut Packet) -> Result<(
     }
     // SAFETY (both): `header` checked the bounds; packed structs have no alignment.
     let ports = if packet.protocol == TCP {
+        linear(frame, offset + TCP_LENGTH)?;
         let tcp = header::<Tcp>(frame, offset).ok_or(Reason::NotOurs)?;
         // SAFETY: as above.
         let tcp = unsafe { &*tcp };
         packet.flags = tcp.flags;
         &tcp.ports
     } else {
+        linear(frame, offset + size_of::<Udp>())?;
         let udp = header::<Udp>(frame, offset).ok_or(Reason::NotOurs)?;
         // SAFETY: as above.
         unsafe { &(*udp).ports }

@@ -117,6 +117,8 @@ fn the_end_of_either_side_passes() {
         assert_eq!(backend.receive().unwrap(), None);
 
         let (client, backend) = associate(topology, &listener, V4);
+        client.send(&Message::new(0, b"hello")).unwrap();
+        backend.receive().unwrap();
         backend.abort().unwrap();
         let error = client.receive().unwrap_err();
         assert_eq!(error.kind(), ErrorKind::ConnectionReset, "{error}");

@@ -34,7 +34,13 @@ pub fn packet(ctx: &TcContext) -> Result<Packet, Reason> {
         length: ctx.len(),
         ifindex,
     };
-    linear(ctx, size_of::<Ipv6>() + size_of::<Ports>())?;
+    // No byte more than is read, as `parse::linear` says why.
+    let length = if packet.is_v4 {
+        size_of::<Ipv4>()
+    } else {
+        size_of::<Ipv6>()
+    };
+    linear(ctx, length)?;
     let l4 = if packet.is_v4 {
         let ip = header::<Ipv4>(ctx, 0).ok_or(Reason::NotOurs)?;
         // SAFETY: `header` checked the bounds; packed structs have no alignment.
@@ -64,6 +70,7 @@ pub fn packet(ctx: &TcContext) -> Result<Packet, Reason> {
     if packet.protocol != TCP && packet.protocol != UDP {
         return Err(Reason::NotOurs);
     }
+    linear(ctx, l4 + size_of::<Ports>())?;
     let ports = header::<Ports>(ctx, l4).ok_or(Reason::NotOurs)?;
     // SAFETY: as above.
     let ports = unsafe { &*ports };

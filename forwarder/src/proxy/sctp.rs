@@ -21,6 +21,8 @@ pub(super) fn protocol() -> Protocol {
 
 /// Read in one go.
 const BUFFER: usize = 64 << 10;
+/// What reading waits for: an ABORT makes a socket neither readable nor closed, but only have an error.
+const ARRIVES: Interest = Interest::READABLE.add(Interest::ERROR);
 /// No message is longer; the kernel takes none that exceeds a socket's send buffer.
 const LONGEST: usize = 4 << 20;
 /// How long no association is accepted when descriptors have run out.
@@ -196,7 +198,7 @@ async fn one_way(from: &AsyncFd<Socket>, to: &AsyncFd<Socket>, shared: &Shared) 
             message.resize(start + BUFFER, 0);
             let room = &mut message[start..];
             let (read, info, whole) = from
-                .async_io(Interest::READABLE, |socket| receive(socket, room))
+                .async_io(ARRIVES, |socket| receive(socket, room))
                 .await?;
             message.truncate(start + read);
             if read == 0 {
