@@ -1,5 +1,6 @@
 //! The only reader of packet bytes: Ethernet, IPv4 or IPv6, TCP or UDP, or an ICMP error that quotes one of them.
 
+#[path = "parse/icmp.rs"] // also where `fuzz/` compiles this file
 mod icmp;
 
 use aya_ebpf::programs::TcContext;
