@@ -297,7 +297,8 @@ impl Daemon {
 
 impl Drop for Daemon {
     fn drop(&mut self) {
-        if matches!(self.child.try_wait(), Ok(Some(_))) {
+        let pins = PathBuf::from("/sys/fs/bpf/forwarder").join(&self.instance);
+        if matches!(self.child.try_wait(), Ok(Some(_))) && !pins.exists() {
             return;
         }
         let _ = self.child.kill();
