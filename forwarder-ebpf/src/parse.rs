@@ -1,6 +1,9 @@
 //! The only reader of packet bytes: Ethernet, IPv4 or IPv6, TCP or UDP, or an ICMP error that quotes one of them.
 
+// The paths are for `fuzz/`, which compiles this file too.
+#[path = "parse/icmp.rs"]
 mod icmp;
+#[path = "parse/l3.rs"]
 pub mod l3;
 
 use aya_ebpf::programs::TcContext;

@@ -103,39 +103,14 @@ pub(crate) fn options() -> Options {
 
 pub(crate) fn bench_with(options: Options, scenario: impl FnOnce(&mut Bench) + Send) {
     let netns = Netns::new("bench").unwrap();
-    netns
-        .ip("link set lo up\n\
-             link add eth0 type veth peer name eth0p\nlink set eth0 up\n\
-             link add veth0 type veth peer name veth0p\nlink set veth0 up")
-        .unwrap();
-    netns.enter(|| {
-        let datapath = Datapath::load(&options).unwrap();
-        let index = |name| if_nametoindex(name).unwrap();
-        let mut bench = Bench {
-            datapath,
-            uplink: index("eth0"),
-            container: index("veth0"),
-        };
-        for address in HOST {
-            bench
-                .datapath
-                .maps
-                .set_local(address.parse().unwrap(), true)
-                .unwrap();
-        }
-        let container = Interface {
-            delivery: delivery::PEER,
-            mtu: 1500,
-            xdp: 0,
-        };
-        bench
-            .datapath
-            .maps
-            .set_interface(bench.container, Some(container))
-            .unwrap();
-        scenario(&mut bench);
-    });
+    netns.ip(LINKS).unwrap();
+    netns.enter(|| scenario(&mut Bench::here(&options)));
 }
+
+/// The devices of a bench.
+pub(crate) const LINKS: &str = "link set lo up\n\
+     link add eth0 type veth peer name eth0p\nlink set eth0 up\n\
+     link add veth0 type veth peer name veth0p\nlink set veth0 up";
 
 /// A literal.
 pub(crate) fn at(text: &str) -> SocketAddr {
@@ -143,6 +118,29 @@ pub(crate) fn at(text: &str) -> SocketAddr {
 }
 
 impl Bench {
+    /// A fresh program in the network namespace that we are in, which has the [`LINKS`].
+    pub(crate) fn here(options: &Options) -> Self {
+        let datapath = Datapath::load(options).unwrap();
+        let index = |name| if_nametoindex(name).unwrap();
+        let mut bench = Self {
+            datapath,
+            uplink: index("eth0"),
+            container: index("veth0"),
+        };
+        let maps = &mut bench.datapath.maps;
+        for address in HOST {
+            maps.set_local(address.parse().unwrap(), true).unwrap();
+        }
+        let container = Interface {
+            delivery: delivery::PEER,
+            mtu: 1500,
+            xdp: 0,
+        };
+        maps.set_interface(bench.container, Some(container))
+            .unwrap();
+        bench
+    }
+
     /// Publishes a port of every local address, to a container.
     pub(crate) fn publish(&mut self, protocol: Protocol, port: u16, backend: &str) {
         let entry = self.entry(port, backend);

@@ -1,6 +1,7 @@
 //! Tier 1: frames through the loaded program by BPF_PROG_TEST_RUN, one file per kind of packet. Every field
 //! of what comes out is compared, checksums are recomputed, and the counted reason is named.
 
+mod arbitrary;
 mod bench;
 mod differential;
 mod early;

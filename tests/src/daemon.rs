@@ -70,6 +70,8 @@ pub struct Daemon {
     /// The command line.
     words: Vec<String>,
     output: Output,
+    /// It was asked to end by itself.
+    stopped: bool,
 }
 
 /// What it has written so far.
@@ -129,6 +131,7 @@ impl Daemon {
             instance,
             words,
             output,
+            stopped: false,
         };
         daemon.wait_until_ready()?;
         Ok(daemon)
@@ -312,6 +315,7 @@ impl Daemon {
     /// # Errors
     /// It does not end in time, or not with exit status 0; with all that it wrote.
     pub fn stop(mut self) -> Result<()> {
+        self.stopped = true;
         kill(Pid::from_raw(self.child.id().cast_signed()), Signal::SIGINT).context("interrupt")?;
         let child = &mut self.child;
         let status = wait_for("the end of forwarder", || child.try_wait().ok().flatten())
@@ -327,7 +331,8 @@ impl Daemon {
 
 impl Drop for Daemon {
     fn drop(&mut self) {
-        if matches!(self.child.try_wait(), Ok(Some(_))) {
+        let left_what_it_should = self.stopped && matches!(self.child.try_wait(), Ok(Some(_)));
+        if left_what_it_should {
             return;
         }
         let _ = self.child.kill();
