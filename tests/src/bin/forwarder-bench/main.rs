@@ -265,11 +265,8 @@ fn takes_part(arena: &Arena, case: &Case) -> bool {
             )
         }
         Contender::ForwarderRespecting => main,
-        // What XDP takes part in is existing flows.
-        Contender::RemoteForwarderXdp => main && case.workload == Workload::Capacity,
-        contender if contender.is_remote() => {
-            main && matches!(case.workload, Workload::Capacity | Workload::NewFlows)
-        }
+        // What XDP takes part in is existing flows; of new ones, SNAT has no more than source ports.
+        contender if contender.is_remote() => main && case.workload == Workload::Capacity,
         _ => true,
     };
     special && case.workload.applies(arena, case.client)
