@@ -11,6 +11,9 @@ use libfuzzer_sys::fuzz_target;
 #[path = "../forwarder-ebpf/src/frame.rs"]
 #[allow(dead_code, unreachable_pub, reason = "the program uses all of it")]
 mod frame;
+#[path = "../forwarder-ebpf/src/words.rs"]
+#[allow(dead_code, unreachable_pub, reason = "the program uses all of it")]
+mod words;
 /// The place of the packet, which a program has in a map.
 mod maps {
     use std::cell::UnsafeCell;

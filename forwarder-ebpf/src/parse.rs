@@ -6,6 +6,8 @@ mod icmp;
 #[path = "parse/l3.rs"]
 pub mod l3;
 
+use core::ptr;
+
 use aya_ebpf::programs::TcContext;
 use forwarder_common::{
     reason::Reason,
@@ -16,6 +18,7 @@ use forwarder_common::{
 use crate::{
     frame::{Frame, header},
     maps::PACKET,
+    words::{clear, read_address},
 };
 
 /// Offsets from the start of the frame. IPv4 with options and IPv6 with extension headers are left
@@ -126,7 +129,7 @@ pub struct Icmp {
 /// Which part of a datagram the packet has.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub enum Part {
-    Whole,
+    Whole = 0,
     /// Its beginning, quoted in an ICMP error. The error belongs to the flow of what it quotes and travels the
     /// other way, so the tuple is the quoted one reversed: that of packets in the error's own direction.
     Quoted,
@@ -152,6 +155,8 @@ pub struct Packet {
     pub length: u32,
     pub ifindex: u32,
 }
+
+const _: () = assert!(size_of::<Packet>().is_multiple_of(4));
 
 impl Packet {
     /// lo is device 1 in every network namespace (`LOOPBACK_IFINDEX`, include/net/flow.h).
@@ -232,18 +237,11 @@ pub fn packet(frame: &impl Frame) -> Result<&'static mut Packet, Reason> {
     let packet = PACKET.get_ptr_mut(0).ok_or(Reason::NotOurs)?;
     // SAFETY: the element belongs to this CPU, and the programs are not preempted by one another on a CPU.
     let packet = unsafe { &mut *packet };
-    *packet = Packet {
-        tuple: Tuple::default(),
-        part: Part::Whole,
-        id: 0,
-        protocol: 0,
-        is_v4: false,
-        dont_fragment: true,
-        ttl: 0,
-        flags: 0,
-        length: frame.length(),
-        ifindex: frame.ifindex(),
-    };
+    // SAFETY: so many words, and a packet of zeros is one.
+    unsafe { clear::<{ size_of::<Packet>() / 4 }>(ptr::from_mut(packet).cast()) };
+    packet.dont_fragment = true;
+    packet.length = frame.length();
+    packet.ifindex = frame.ifindex();
     let ethernet = header::<Ethernet>(frame, 0).ok_or(Reason::NotOurs)?;
     // SAFETY: `header` checked the bounds; packed structs have no alignment.
     match unsafe { (*ethernet).ethertype } {
@@ -315,8 +313,11 @@ fn ipv6(frame: &impl Frame, packet: &mut Packet) -> Result<(), Reason> {
     let ip = unsafe { &*ip };
     packet.ttl = ip.hop_limit;
     packet.protocol = ip.next_header;
-    packet.tuple.source = Address(ip.source);
-    packet.tuple.destination = Address(ip.destination);
+    // SAFETY: references to both, which are aligned to two.
+    unsafe {
+        read_address(&raw const ip.source, &mut packet.tuple.source);
+        read_address(&raw const ip.destination, &mut packet.tuple.destination);
+    }
     let mut l4 = L4_V6;
     if ip.next_header == FRAGMENT_HEADER {
         linear(frame, L4_V6_FRAGMENT)?;

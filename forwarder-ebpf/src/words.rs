@@ -17,6 +17,28 @@ unsafe fn copy<T: Copy, const N: usize>(from: *const T, to: *mut T) {
     }
 }
 
+/// Sets `N` words to zero.
+///
+/// # Safety
+/// `to` must be valid for so many, aligned, and all zeros a value of what is there.
+#[inline(always)]
+pub unsafe fn clear<const N: usize>(to: *mut u32) {
+    for at in 0..N {
+        // SAFETY: the caller's promise. Volatile as above.
+        unsafe { ptr::write_volatile(to.add(at), 0) };
+    }
+}
+
+/// Reads an IPv6 address out of a packet.
+///
+/// # Safety
+/// `from` must be valid for sixteen bytes, and aligned to two.
+#[inline(always)]
+pub unsafe fn read_address(from: *const [u32; 4], to: &mut Address) {
+    // SAFETY: the caller's promise.
+    unsafe { copy::<u16, 8>(from.cast(), ptr::from_mut(to).cast()) };
+}
+
 #[inline(always)]
 pub fn copy_tuple(from: &Tuple, to: &mut Tuple) {
     // SAFETY: a tuple is ten words, aligned as such.
