@@ -107,13 +107,7 @@ fn to_client(ctx: &XdpContext, packet: &Packet, flow: &mut Flow) -> Result<u32, 
     if flow.state & state::LOCAL_CLIENT != 0 || flow.back.delivery != delivery::NEIGHBOUR {
         return Err(Reason::NotOurs);
     }
-    let new = Tuple {
-        source: flow.frontend,
-        destination: flow.client,
-        source_port: flow.frontend_port,
-        destination_port: flow.client_port,
-        protocol: packet.tuple.protocol,
-    };
+    let new = flow.answer(packet.tuple.protocol);
     let route = route(ctx, packet, &new)?;
     if !flow::update(ctx, flow, packet, REPLY) {
         return Err(Reason::NotOurs);

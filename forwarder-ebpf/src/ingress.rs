@@ -243,13 +243,7 @@ pub fn to_client(ctx: &TcContext, packet: &Packet, flow: &mut Flow, trail: &mut 
     if !flow::update(ctx, flow, packet, REPLY) {
         return Err(Reason::NotOurs);
     }
-    let new = Tuple {
-        source: flow.frontend,
-        destination: flow.client,
-        source_port: flow.frontend_port,
-        destination_port: flow.client_port,
-        protocol: packet.tuple.protocol,
-    };
+    let new = flow.answer(packet.tuple.protocol);
     trail.rewritten(flow.publish, &new, &flow.back);
     if packet.is_error() {
         rewrite::error(ctx, packet, &new, hop, false)?;

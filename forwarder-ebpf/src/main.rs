@@ -38,7 +38,7 @@ use aya_ebpf::{
     programs::{SkLookupContext, SockAddrContext, TcContext, XdpContext},
 };
 
-use crate::trace::Trail;
+use crate::{trace::Trail, verdict::Verdict};
 
 /// tc ingress of every device where packets enter.
 #[classifier]
@@ -56,20 +56,7 @@ pub fn ingress_l3(ctx: TcContext) -> i32 {
 /// As `ingress`, and a line for each packet.
 #[classifier]
 pub fn ingress_traced(ctx: TcContext) -> i32 {
-    let Some(trail) = Trail::of_this_cpu() else {
-        return TC_ACT_UNSPEC; // there is an element 0
-    };
-    let action = ingress_followed(ctx.skb.skb, trail);
-    trace::packet(ctx.skb.skb, trail);
-    action
-}
-
-// VERIFIER: a function of its own, so that the line is written when the pipeline's stack is free again.
-#[inline(never)]
-fn ingress_followed(skb: *mut __sk_buff, trail: &mut Trail) -> i32 {
-    let verdict = ingress::ingress(&TcContext::new(skb), trail);
-    trail.ended(&verdict);
-    verdict::action(verdict)
+    traced(&ctx, ingress::ingress)
 }
 
 /// tc egress of the same devices, where the host's firewall is respected.
@@ -81,18 +68,28 @@ pub fn egress(ctx: TcContext) -> i32 {
 /// The same, and a line for each packet.
 #[classifier]
 pub fn egress_traced(ctx: TcContext) -> i32 {
+    traced(&ctx, egress::egress)
+}
+
+/// Runs a pipeline and writes what became of the packet.
+#[inline(always)]
+fn traced(ctx: &TcContext, pipeline: impl Fn(&TcContext, &mut Trail) -> Verdict) -> i32 {
     let Some(trail) = Trail::of_this_cpu() else {
         return TC_ACT_UNSPEC; // there is an element 0
     };
-    let action = egress_followed(ctx.skb.skb, trail);
+    let action = followed(ctx.skb.skb, trail, pipeline);
     trace::packet(ctx.skb.skb, trail);
     action
 }
 
-// VERIFIER: as above.
+// VERIFIER: a function of its own, so that the line is written when the pipeline's stack is free again.
 #[inline(never)]
-fn egress_followed(skb: *mut __sk_buff, trail: &mut Trail) -> i32 {
-    let verdict = egress::egress(&TcContext::new(skb), trail);
+fn followed(
+    skb: *mut __sk_buff,
+    trail: &mut Trail,
+    pipeline: impl Fn(&TcContext, &mut Trail) -> Verdict,
+) -> i32 {
+    let verdict = pipeline(&TcContext::new(skb), trail);
     trail.ended(&verdict);
     verdict::action(verdict)
 }

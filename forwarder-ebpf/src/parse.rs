@@ -6,8 +6,6 @@ mod icmp;
 #[path = "parse/l3.rs"]
 pub mod l3;
 
-use core::ptr;
-
 use aya_ebpf::programs::TcContext;
 use forwarder_common::{
     reason::Reason,
@@ -18,7 +16,7 @@ use forwarder_common::{
 use crate::{
     frame::{Frame, header},
     maps::PACKET,
-    words::{clear, read_address},
+    words::read_address,
 };
 
 /// Offsets from the start of the frame. IPv4 with options and IPv6 with extension headers are left
@@ -129,7 +127,7 @@ pub struct Icmp {
 /// Which part of a datagram the packet has.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub enum Part {
-    Whole = 0,
+    Whole,
     /// Its beginning, quoted in an ICMP error. The error belongs to the flow of what it quotes and travels the
     /// other way, so the tuple is the quoted one reversed: that of packets in the error's own direction.
     Quoted,
@@ -155,8 +153,6 @@ pub struct Packet {
     pub length: u32,
     pub ifindex: u32,
 }
-
-const _: () = assert!(size_of::<Packet>().is_multiple_of(4));
 
 impl Packet {
     /// lo is device 1 in every network namespace (`LOOPBACK_IFINDEX`, include/net/flow.h).
@@ -237,9 +233,10 @@ pub fn packet(frame: &impl Frame) -> Result<&'static mut Packet, Reason> {
     let packet = PACKET.get_ptr_mut(0).ok_or(Reason::NotOurs)?;
     // SAFETY: the element belongs to this CPU, and the programs are not preempted by one another on a CPU.
     let packet = unsafe { &mut *packet };
-    // SAFETY: so many words, and a packet of zeros is one.
-    unsafe { clear::<{ size_of::<Packet>() / 4 }>(ptr::from_mut(packet).cast()) };
-    packet.dont_fragment = true;
+    // What not every kind of packet has; all else is set below, or the packet is not ours.
+    (packet.tuple.source_port, packet.tuple.destination_port) = (0, 0);
+    (packet.part, packet.id, packet.flags) = (Part::Whole, 0, 0);
+    (packet.is_v4, packet.dont_fragment) = (false, true);
     packet.length = frame.length();
     packet.ifindex = frame.ifindex();
     let ethernet = header::<Ethernet>(frame, 0).ok_or(Reason::NotOurs)?;

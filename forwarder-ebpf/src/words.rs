@@ -1,5 +1,5 @@
-//! Copies without a call. Where the compiler cannot tell that two places differ it calls `memmove`, and `memset` for some
-//! that are cleared: both go byte by byte in a BPF program, and cost more than a lookup.
+//! Copies without a call. Where the compiler cannot tell that two places differ it calls `memmove`, which goes byte
+//! by byte in a BPF program, and costs more than a lookup.
 
 use core::ptr;
 
@@ -14,18 +14,6 @@ unsafe fn copy<T: Copy, const N: usize>(from: *const T, to: *mut T) {
     for at in 0..N {
         // SAFETY: the caller's promise. Volatile, so that it stays a store for each value.
         unsafe { ptr::write_volatile(to.add(at), from.add(at).read()) };
-    }
-}
-
-/// Sets `N` words to zero.
-///
-/// # Safety
-/// `to` must be valid for so many, aligned, and all zeros a value of what is there.
-#[inline(always)]
-pub unsafe fn clear<const N: usize>(to: *mut u32) {
-    for at in 0..N {
-        // SAFETY: the caller's promise. Volatile as above.
-        unsafe { ptr::write_volatile(to.add(at), 0) };
     }
 }
 

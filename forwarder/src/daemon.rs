@@ -271,7 +271,7 @@ impl Daemon {
                 }
             }
         }
-        self.reconcile_interfaces()?;
+        self.follow_xdp()?;
         self.ask_for_neighbours().await;
         Ok(ids)
     }

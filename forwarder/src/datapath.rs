@@ -18,7 +18,9 @@ use std::{
 use anyhow::{Context as _, Result, bail};
 use aya::{
     Ebpf, EbpfLoader, VerifierLogLevel,
-    programs::{SchedClassifier, TestRun as _, TestRunOptions, xdp::XdpLinkId},
+    programs::{
+        Program, ProgramError, SchedClassifier, TestRun as _, TestRunOptions, xdp::XdpLinkId,
+    },
 };
 use tokio::io::{Interest, unix::AsyncFd};
 
@@ -74,6 +76,17 @@ fn snat_seed() -> u32 {
     let id = fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
     let digits: String = id.chars().filter(char::is_ascii_hexdigit).take(8).collect();
     u32::from_str_radix(&digits, 16).unwrap_or_default()
+}
+
+/// A program of the object, by its name and of its type.
+fn program<'a, P>(ebpf: &'a mut Ebpf, name: &str) -> Result<&'a mut P>
+where
+    &'a mut P: TryFrom<&'a mut Program, Error = ProgramError>,
+{
+    let program = ebpf.program_mut(name);
+    Ok(program
+        .with_context(|| format!("the eBPF object has no program {name}"))?
+        .try_into()?)
 }
 
 /// Where an instance's pins are.
@@ -158,10 +171,7 @@ impl Datapath {
     }
 
     fn program(&mut self, name: &str) -> Result<&mut SchedClassifier> {
-        let program = self.ebpf.program_mut(name);
-        Ok(program
-            .with_context(|| format!("the eBPF object has no program {name}"))?
-            .try_into()?)
+        program(&mut self.ebpf, name)
     }
 
     /// Hands each line of the traced program to `line`, until the future is dropped.

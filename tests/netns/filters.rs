@@ -5,7 +5,7 @@ use std::net::SocketAddr;
 
 use forwarder::kernel::{Attach, kernel};
 use forwarder_tests::{
-    daemon::{Daemon, Datapath, down},
+    daemon::{Daemon, Datapath, WITHOUT_BPFFS, down},
     netns::Netns,
     topology::{Family, Topology},
     traffic::{Backend, Connection, Protocol, ask, send_datagram},
@@ -153,6 +153,28 @@ fn a_kept_datapath_forwards_until_down() {
     down(&topology.host, &instance).unwrap();
     assert!(ask(&topology.client, Protocol::Tcp, frontend, "gone").is_err());
     assert_eq!(filters(&topology.host), before);
+}
+
+/// With filters on both sides of a device, and with nothing that remembers whose the qdisc is.
+#[test]
+fn an_instance_that_respects_the_firewall_leaves_nothing() {
+    for wrapper in [&[][..], &WITHOUT_BPFFS[..]] {
+        let topology = Topology::new().unwrap();
+        let before = filters(&topology.host);
+        topology.host.enter(|| {
+            std::fs::write("/proc/sys/net/ipv4/ip_forward", "1").unwrap();
+        });
+        let backend = &topology.backend;
+        let _backend = Backend::start(&backend.netns, Protocol::Tcp, BACKEND_PORT).unwrap();
+        let spec = spec(backend, Family::V4, Protocol::Tcp);
+        let flags = ["--respect-firewall"];
+        let host = &topology.host;
+        let daemon = Daemon::start_wrapped(host, wrapper, &[&spec], Datapath::Ebpf, &flags);
+        let daemon = daemon.unwrap();
+        served_on_the_fast_path(&topology, &daemon);
+        daemon.stop().unwrap();
+        assert_eq!(filters(&topology.host), before, "{wrapper:?}");
+    }
 }
 
 #[test]

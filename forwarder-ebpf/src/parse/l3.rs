@@ -34,14 +34,8 @@ pub fn packet(ctx: &TcContext) -> Result<Packet, Reason> {
         length: ctx.len(),
         ifindex,
     };
-    // No byte more than is read, as `parse::linear` says why.
-    let length = if packet.is_v4 {
-        size_of::<Ipv4>()
-    } else {
-        size_of::<Ipv6>()
-    };
-    linear(ctx, length)?;
     let l4 = if packet.is_v4 {
+        linear(ctx, size_of::<Ipv4>())?;
         let ip = header::<Ipv4>(ctx, 0).ok_or(Reason::NotOurs)?;
         // SAFETY: `header` checked the bounds; packed structs have no alignment.
         let ip = unsafe { &*ip };
@@ -55,6 +49,7 @@ pub fn packet(ctx: &TcContext) -> Result<Packet, Reason> {
         }
         size_of::<Ipv4>()
     } else if protocol == ETHERTYPE_IPV6 as u32 {
+        linear(ctx, size_of::<Ipv6>())?;
         let ip = header::<Ipv6>(ctx, 0).ok_or(Reason::NotOurs)?;
         // SAFETY: as above.
         let ip = unsafe { &*ip };

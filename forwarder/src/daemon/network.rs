@@ -47,7 +47,7 @@ impl Daemon {
         for id in ids {
             self.resolve(id)?;
         }
-        self.reconcile_interfaces()?;
+        self.follow_xdp()?;
         self.ask_for_neighbours().await;
         Ok(())
     }
@@ -101,7 +101,9 @@ impl Daemon {
         for address in old.symmetric_difference(&new) {
             datapath.maps.set_local(*address, new.contains(address))?;
         }
-        self.reconcile_interfaces()?;
+        self.forget_xdp();
+        self.attach_xdp();
+        self.write_interfaces()?;
         self.reconcile_hooks();
         Ok(())
     }
@@ -139,28 +141,37 @@ impl Daemon {
         }
     }
 
-    /// The XDP program on the devices that it belongs on, and `INTERFACES`, which says where it is.
-    pub(super) fn reconcile_interfaces(&mut self) -> Result<()> {
+    /// After publishes have changed: some may be the first that XDP has to do with.
+    pub(super) fn follow_xdp(&mut self) -> Result<()> {
+        if self.attach_xdp() {
+            self.write_interfaces()?;
+        }
+        Ok(())
+    }
+
+    /// The XDP program on the devices that it belongs on; whether it is on more than before.
+    fn attach_xdp(&mut self) -> bool {
         let Some(datapath) = &mut self.datapath else {
-            return Ok(());
+            return false;
         };
-        let entries = self.publishes.values().filter_map(|p| p.entry);
-        let has_work = entries
-            .into_iter()
-            .any(|entry| entry.flags & (flag::REMOTE | flag::ALLOW_LIST) != 0);
+        let mut entries = self.publishes.values().filter_map(|p| p.entry);
+        let has_work = entries.any(|entry| entry.flags & (flag::REMOTE | flag::ALLOW_LIST) != 0);
+        if !has_work {
+            return false;
+        }
         let (links, mode) = (&self.snapshot.links, self.options.xdp);
-        let gone = datapath.xdp().map(|(ifindex, _)| ifindex);
-        let gone: Vec<u32> = gone.filter(|i| !links.contains_key(i)).collect();
-        gone.into_iter().for_each(|i| datapath.detach_xdp(i));
-        self.without_xdp.retain(|i| links.contains_key(i));
-        for (ifindex, mode) in backends::with_xdp(&self.snapshot, mode).filter(|_| has_work) {
+        let mut more = false;
+        for (ifindex, mode) in backends::with_xdp(&self.snapshot, mode) {
             let there = datapath.xdp().any(|(there, _)| there == ifindex);
             if there || self.without_xdp.contains(&ifindex) {
                 continue;
             }
             let name = &links[&ifindex].name;
             match datapath.attach_xdp(ifindex, mode) {
-                Ok(()) => info!("{name} has XDP, {}", mode.name()),
+                Ok(()) => {
+                    more = true;
+                    info!("{name} has XDP, {}", mode.name());
+                }
                 Err(error) => {
                     self.without_xdp.insert(ifindex);
                     let why = format!("{name} has no {} XDP, tc does it: {error:#}", mode.name());
@@ -172,6 +183,26 @@ impl Daemon {
                 }
             }
         }
+        more
+    }
+
+    /// The XDP programs of devices that have gone.
+    fn forget_xdp(&mut self) {
+        let links = &self.snapshot.links;
+        self.without_xdp.retain(|i| links.contains_key(i));
+        let Some(datapath) = &mut self.datapath else {
+            return;
+        };
+        let gone = datapath.xdp().map(|(ifindex, _)| ifindex);
+        let gone: Vec<u32> = gone.filter(|i| !links.contains_key(i)).collect();
+        gone.into_iter().for_each(|i| datapath.detach_xdp(i));
+    }
+
+    /// `INTERFACES`.
+    fn write_interfaces(&mut self) -> Result<()> {
+        let Some(datapath) = &mut self.datapath else {
+            return Ok(());
+        };
         let mut new: BTreeMap<u32, Interface> = backends::interfaces(&self.snapshot).collect();
         for (ifindex, _) in datapath.xdp() {
             new.entry(ifindex).and_modify(|interface| interface.xdp = 1);

@@ -138,7 +138,12 @@ impl Datapath {
         if let (true, Some(mark)) = (made, &mark) {
             fs::create_dir_all(mark).with_context(|| format!("create {}", mark.display()))?;
         }
-        let qdisc = made || mark.is_some_and(|mark| mark.exists());
+        // Where nothing is pinned, the other side's filter knows.
+        let other = Hook::ALL.map(|other| self.attached.get(&(ifindex, other)));
+        let known = other
+            .into_iter()
+            .any(|there| matches!(there, Some(Attachment::Filter { qdisc: true, .. })));
+        let qdisc = made || known || mark.is_some_and(|mark| mark.exists());
         let (side, handle) = (hook.side(), self.handle);
         let find = || clsact::find(ifindex, side, handle, &hook.programs());
         let attached = match find()? {

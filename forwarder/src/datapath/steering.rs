@@ -13,7 +13,7 @@ use aya::programs::{CgroupAttachMode, CgroupSockAddr, SkLookup};
 use forwarder_common::publish::socket_index;
 use tracing::warn;
 
-use super::{Datapath, explain};
+use super::{Datapath, explain, program};
 
 /// A mark for our sockets while they are bound, that no other instance has.
 pub(super) fn own_mark() -> u32 {
@@ -34,10 +34,7 @@ impl Datapath {
         if self.steering {
             return Ok(());
         }
-        let program = self.ebpf.program_mut("steer");
-        let steer: &mut SkLookup = program
-            .context("the eBPF object has no program steer")?
-            .try_into()?;
+        let steer: &mut SkLookup = program(&mut self.ebpf, "steer")?;
         steer
             .load()
             .map_err(explain)
@@ -61,10 +58,7 @@ impl Datapath {
             .find_map(|words| (words.get(2) == Some(&"cgroup2")).then(|| words[1].to_owned()))
             .context("no cgroup v2 is mounted")?;
         for name in ["bind4", "bind6"] {
-            let program = self.ebpf.program_mut(name);
-            let program: &mut CgroupSockAddr = program
-                .with_context(|| format!("the eBPF object has no program {name}"))?
-                .try_into()?;
+            let program: &mut CgroupSockAddr = program(&mut self.ebpf, name)?;
             program
                 .load()
                 .map_err(explain)

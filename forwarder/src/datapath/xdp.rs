@@ -10,7 +10,7 @@ use aya::programs::{
     xdp::{XdpLink, XdpLinkId},
 };
 
-use super::{Datapath, explain, remove_link};
+use super::{Datapath, explain, program, remove_link};
 
 /// Where the kernel runs the program.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -45,10 +45,7 @@ impl Mode {
 impl Datapath {
     fn xdp_program(&mut self, traced: bool) -> Result<&mut Xdp> {
         let name = if traced { "early_traced" } else { "early" };
-        let program = self.ebpf.program_mut(name);
-        let program: &mut Xdp = program
-            .with_context(|| format!("the eBPF object has no program {name}"))?
-            .try_into()?;
+        let program: &mut Xdp = program(&mut self.ebpf, name)?;
         if program.fd().is_err() {
             program
                 .load()

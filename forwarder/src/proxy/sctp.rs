@@ -11,7 +11,7 @@ use tracing::{debug, warn};
 use super::{
     Shared, Stop,
     sockets::{Port, socket},
-    tcp::is_exhaustion,
+    tcp::not_accepted,
 };
 
 /// For socket(2), which fails on a kernel that has none.
@@ -25,8 +25,6 @@ const BUFFER: usize = 64 << 10;
 const ARRIVES: Interest = Interest::READABLE.add(Interest::ERROR);
 /// No message is longer; the kernel takes none that exceeds a socket's send buffer.
 const LONGEST: usize = 4 << 20;
-/// How long no association is accepted when descriptors have run out.
-const BACK_OFF: Duration = Duration::from_millis(100);
 
 fn watched(socket: Socket) -> io::Result<AsyncFd<Socket>> {
     // SAFETY: the socket owns its descriptor and gives the same one until dropped.
@@ -56,14 +54,7 @@ pub(super) async fn serve(listener: Socket, port: Port, shared: Arc<Shared>) {
                 warned = false;
                 tokio::spawn(association(client, address, port, shared.clone()));
             }
-            Err(error) if is_exhaustion(&error) => {
-                if !warned {
-                    warn!("{spec} accepts no more for now: {error}");
-                    warned = true;
-                }
-                tokio::time::sleep(BACK_OFF).await;
-            }
-            Err(error) => debug!("accept for {spec}: {error}"),
+            Err(error) => not_accepted(&error, &mut warned, spec).await,
         }
     }
 }

@@ -28,6 +28,7 @@ use tokio::{
 use tracing::{debug, warn};
 
 use super::{Shared, Stop, protocol_header, sockets::Port};
+use crate::spec::Spec;
 
 const BUFFER: usize = 16 << 10;
 /// A direction that filled its buffer this often is worth a pipe.
@@ -59,23 +60,23 @@ pub(super) async fn serve(listener: std::net::TcpListener, port: Port, shared: A
                 let task = connection(client, address, port, shared.clone());
                 tokio::spawn(task);
             }
-            Err(error) if is_exhaustion(&error) => {
-                if !warned {
-                    warn!("{spec} accepts no more for now: {error}");
-                    warned = true;
-                }
-                tokio::time::sleep(BACK_OFF).await;
-            }
-            Err(error) => debug!("accept for {spec}: {error}"), // the client has gone already
+            Err(error) => not_accepted(&error, &mut warned, spec).await,
         }
     }
 }
 
-pub(super) fn is_exhaustion(error: &io::Error) -> bool {
+/// After an accept that failed: if descriptors have run out, waits a moment, and says so the first time.
+pub(super) async fn not_accepted(error: &io::Error, warned: &mut bool, spec: &Spec) {
     let exhausted = [libc::EMFILE, libc::ENFILE, libc::ENOBUFS, libc::ENOMEM];
-    error
-        .raw_os_error()
-        .is_some_and(|code| exhausted.contains(&code))
+    let code = error.raw_os_error();
+    if !code.is_some_and(|code| exhausted.contains(&code)) {
+        return debug!("accept for {spec}: {error}"); // the client has gone already
+    }
+    if !*warned {
+        warn!("{spec} accepts no more for now: {error}");
+        *warned = true;
+    }
+    tokio::time::sleep(BACK_OFF).await;
 }
 
 async fn connection(mut client: TcpStream, address: SocketAddr, port: u16, shared: Arc<Shared>) {
