@@ -105,10 +105,13 @@ pub(super) async fn serve(socket: std::net::UdpSocket, port: Port, shared: Arc<S
         }
         let flow = &flows[&key];
         flow.touch();
-        shared.carried(data.len());
         // A refusal that an earlier datagram met is reported by the next send, which then was not made.
-        if flow.send(data) == Err(Errno::ECONNREFUSED) {
-            let _ = flow.send(data);
+        let sent = match flow.send(data) {
+            Err(Errno::ECONNREFUSED) => flow.send(data),
+            sent => sent,
+        };
+        if sent.is_ok() {
+            shared.carried(data.len());
         }
     };
     loop {
