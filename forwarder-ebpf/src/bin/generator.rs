@@ -1,6 +1,6 @@
 //! The benchmark's packet generator, an XDP program that writes a whole frame over each that the kernel hands it
 //! (BPF_PROG_TEST_RUN with live frames), numbers its flow and redirects it out of one device; and the sink, which
-//! drops such frames where they arrive, before anybody's stack spends time on them, or reflects them.
+//! drops such frames where they arrive, before anybody's stack spends time on them, and answers those that ask for it.
 //! No part of `forwarder`; kept in this crate because it is built the same way.
 #![cfg_attr(target_arch = "bpf", no_std, no_main)]
 #![cfg_attr(
@@ -13,7 +13,7 @@ use core::ptr;
 use aya_ebpf::{
     bindings::{
         TC_ACT_SHOT, TC_ACT_UNSPEC,
-        xdp_action::{XDP_ABORTED, XDP_DROP, XDP_PASS, XDP_REDIRECT},
+        xdp_action::{XDP_ABORTED, XDP_DROP, XDP_PASS, XDP_REDIRECT, XDP_TX},
     },
     helpers::{bpf_redirect, bpf_redirect_peer},
     macros::{classifier, xdp},
@@ -35,6 +35,9 @@ static FLOWS: u32 = 1;
 /// in between.
 #[unsafe(no_mangle)]
 static REPEAT: u32 = 1;
+/// Set by the benchmark: of so many frames the first is answered; 0 for none.
+#[unsafe(no_mangle)]
+static ANSWERED: u32 = 0;
 /// Set by the benchmark: the device that frames leave by.
 #[unsafe(no_mangle)]
 static IFINDEX: u32 = 0;
@@ -58,6 +61,8 @@ const SOURCE_LOW: usize = 14 + 14;
 const PROTOCOL: usize = 14 + 9;
 const SOURCE_PORT: usize = 14 + 20;
 const DESTINATION_PORT: usize = 14 + 22;
+/// The word of the payload that says whether the sink is to answer.
+const MARK: usize = WORDS - 1;
 /// Flows whose frames are repeated together.
 const BLOCK: u32 = 4096;
 /// Flows of one source address: the ports from 32768 on.
@@ -70,12 +75,13 @@ fn generate(ctx: XdpContext) -> u32 {
         return XDP_ABORTED;
     }
     // SAFETY: constants that the loader changed, read as they are now, and a counter that no other CPU has.
-    let (flows, repeat, ifindex, number) = unsafe {
+    let (flows, repeat, answered, ifindex, number) = unsafe {
         let number = NEXT;
         NEXT = number.wrapping_add(1);
         (
             ptr::read_volatile(&raw const FLOWS).max(1),
             ptr::read_volatile(&raw const REPEAT).max(1),
+            ptr::read_volatile(&raw const ANSWERED),
             ptr::read_volatile(&raw const IFINDEX),
             number,
         )
@@ -91,6 +97,7 @@ fn generate(ctx: XdpContext) -> u32 {
         for at in 0..WORDS {
             *words.add(at) = ptr::read_volatile((&raw const TEMPLATE).cast::<u32>().add(at));
         }
+        *words.add(MARK) = (answered != 0 && number % answered == 0) as u32;
         let frame = start as *mut u8;
         let low = frame.add(SOURCE_LOW).cast::<u16>();
         let (first, sum) = (*low, frame.add(IPV4_CHECKSUM).cast::<u16>());
@@ -111,40 +118,64 @@ fn generate(ctx: XdpContext) -> u32 {
 /// tc ingress of the container: the device has counted the frame already.
 #[classifier]
 fn sink(ctx: TcContext) -> i32 {
-    if is_for_sink(ctx.data(), ctx.data_end()) {
-        TC_ACT_SHOT
-    } else {
-        TC_ACT_UNSPEC
+    match frame(ctx.data(), ctx.data_end()) {
+        Kind::Other => TC_ACT_UNSPEC,
+        Kind::Taken => TC_ACT_SHOT,
+        // SAFETY: the context that the kernel gave; a helper without pointers.
+        Kind::TurnedRound => unsafe { bpf_redirect((*ctx.skb.skb).ifindex, 0) as i32 },
     }
 }
 
 /// The same in a driver, for frames that never become an skb.
 #[xdp]
 fn sink_early(ctx: XdpContext) -> u32 {
-    if is_for_sink(ctx.data(), ctx.data_end()) {
-        XDP_DROP
-    } else {
-        XDP_PASS
+    match frame(ctx.data(), ctx.data_end()) {
+        Kind::Other => XDP_PASS,
+        Kind::Taken => XDP_DROP,
+        Kind::TurnedRound => XDP_TX,
     }
 }
 
-/// Whether the frame is one of the generator's for the port; all of it is in one piece.
+/// What a frame is to the sink.
+enum Kind {
+    Other,
+    Taken,
+    /// The answer to one, which it was.
+    TurnedRound,
+}
+
+/// Tells the generator's frames for the port, and makes answers of those that ask for one. A checksum does not change
+/// when what it covers changes places.
 #[inline(always)]
-fn is_for_sink(start: usize, end: usize) -> bool {
+fn frame(start: usize, end: usize) -> Kind {
     if start + WORDS * 4 > end {
-        return false;
+        return Kind::Other;
     }
-    // SAFETY: the bounds were checked above, and a port behind an Ethernet and an IPv4 header is aligned to two
-    // bytes as the frame is (NET_IP_ALIGN).
-    let (protocol, port) = unsafe {
-        let frame = start as *const u8;
-        (
-            *frame.add(PROTOCOL),
-            *frame.add(DESTINATION_PORT).cast::<u16>(),
-        )
-    };
-    // SAFETY: a constant that the loader changed, read as it is now.
-    protocol == UDP && port == unsafe { ptr::read_volatile(&raw const PORT) }
+    // SAFETY: the bounds were checked above, and headers and payload are aligned to two bytes as the frame is
+    // (NET_IP_ALIGN). The constant is one that the loader changed, read as it is now.
+    unsafe {
+        let frame = start as *mut u8;
+        let port = *frame.add(DESTINATION_PORT).cast::<u16>();
+        if *frame.add(PROTOCOL) != UDP || port != ptr::read_volatile(&raw const PORT) {
+            return Kind::Other;
+        }
+        if *frame.add(4 * MARK).cast::<u16>() == 0 {
+            return Kind::Taken;
+        }
+        ptr::swap(frame.cast::<[u16; 3]>(), frame.add(6).cast());
+        ptr::swap(frame.add(26).cast::<[u16; 2]>(), frame.add(30).cast());
+        ptr::swap(
+            frame.add(SOURCE_PORT).cast::<u16>(),
+            frame.add(DESTINATION_PORT).cast(),
+        );
+    }
+    Kind::TurnedRound
+}
+
+/// tc ingress of the host: what any program there costs at least, whatever it does.
+#[classifier]
+fn nothing(_: TcContext) -> i32 {
+    TC_ACT_UNSPEC
 }
 
 /// tc ingress of the host: IPv4 gets other MACs and leaves by another device. Nothing is looked up, nothing
@@ -172,32 +203,6 @@ fn hop(ctx: TcContext) -> i32 {
         } else {
             bpf_redirect(ifindex, 0) as i32
         }
-    }
-}
-
-/// tc ingress of the container: frames for the port go back to where they came from. A checksum does not
-/// change when what it covers changes places.
-#[classifier]
-fn reflect(ctx: TcContext) -> i32 {
-    let start = ctx.data();
-    if ctx.len() as usize != WORDS * 4 || start + WORDS * 4 > ctx.data_end() {
-        return TC_ACT_UNSPEC;
-    }
-    // SAFETY: the bounds were checked above, and headers are aligned to two bytes as the frame is (NET_IP_ALIGN).
-    // The constant is one that the loader changed, read as it is now.
-    unsafe {
-        let frame = start as *mut u8;
-        let port = *frame.add(DESTINATION_PORT).cast::<u16>();
-        if *frame.add(PROTOCOL) != UDP || port != ptr::read_volatile(&raw const PORT) {
-            return TC_ACT_UNSPEC;
-        }
-        ptr::swap(frame.cast::<[u16; 3]>(), frame.add(6).cast());
-        ptr::swap(frame.add(26).cast::<[u16; 2]>(), frame.add(30).cast());
-        ptr::swap(
-            frame.add(SOURCE_PORT).cast::<u16>(),
-            frame.add(DESTINATION_PORT).cast(),
-        );
-        bpf_redirect((*ctx.skb.skb).ifindex, 0) as i32
     }
 }
 

@@ -15,7 +15,7 @@ use aya::Ebpf;
 use tempfile::TempDir;
 
 use crate::{
-    generator::{self, End, Load, Until},
+    generator::{self, Frames, Load, Until},
     process::{Placement, Process, pin, wait_for_port},
     rules::{self, Port},
 };
@@ -74,6 +74,8 @@ pub(crate) enum Contender {
     /// What a hop through the host by tc costs at least: other MACs and a redirect, and no NAT.
     Hop,
     Routing,
+    /// Routing past a program that returns at once: what any program costs others at least.
+    RoutingBesideNothing,
     /// Routing past a forwarder with so many publishes, none of which is meant.
     RoutingBeside(u16),
     Iptables,
@@ -96,10 +98,11 @@ pub(crate) enum Contender {
 }
 
 impl Contender {
-    pub(crate) const ALL: [Self; 19] = [
+    pub(crate) const ALL: [Self; 20] = [
         Self::Wire,
         Self::Hop,
         Self::Routing,
+        Self::RoutingBesideNothing,
         Self::RoutingBeside(0),
         Self::RoutingBeside(10_000),
         Self::Iptables,
@@ -123,6 +126,7 @@ impl Contender {
             Self::Wire => "wire",
             Self::Hop => "redirect alone",
             Self::Routing => "routing",
+            Self::RoutingBesideNothing => "routing beside an empty program",
             Self::RoutingBeside(0) => "routing beside forwarder",
             Self::RoutingBeside(_) => "routing beside 10,000 publishes",
             Self::Iptables => "iptables",
@@ -151,6 +155,7 @@ impl Contender {
         matches!(
             self,
             Self::Routing
+                | Self::RoutingBesideNothing
                 | Self::RoutingBeside(_)
                 | Self::Iptables
                 | Self::IptablesBare
@@ -256,11 +261,10 @@ impl Arena {
             _ => &["eth0", "wire0"],
         };
         // Another machine takes frames in the way that costs this one least.
-        let end = match contender {
-            Contender::RemoteForwarderXdp => End::DroppedEarly,
-            _ => End::Dropped,
-        };
-        arena.sink = Some(generator::sink(&arena.backend, devices, SINK, end)?);
+        arena.sink = Some(match contender {
+            Contender::RemoteForwarderXdp => generator::sink_early(&arena.backend, "eth0", SINK),
+            _ => generator::sink(&arena.backend, devices, SINK),
+        }?);
         Ok(arena)
     }
 
@@ -339,6 +343,11 @@ impl Arena {
                 let there = generator::hop(&host, "eth0", veth, [far, bridge], true)?;
                 let back = generator::hop(&host, veth, "eth0", [near, uplink], false)?;
                 self.hops = vec![there, back];
+            }
+            Contender::RoutingBesideNothing => {
+                let Topology { backend, peer, .. } = &self.topology;
+                let devices = ["eth0", &backend.veth, &peer.veth];
+                self.hops = vec![generator::nothing(&host, &devices)?];
             }
             Contender::RoutingBeside(_) => {
                 self.daemon = Some(Daemon::start(&host, &specs, Datapath::Ebpf)?);
@@ -505,7 +514,13 @@ impl Arena {
             (Contender::Wire, Client::External) => WIRE[1].parse().ok()?,
             (Contender::Wire, _) => return None,
             (Contender::Hop, Client::Localhost | Client::Hairpin) => return None,
-            (Contender::Hop | Contender::Routing | Contender::RoutingBeside(_), _) => direct,
+            (
+                Contender::Hop
+                | Contender::Routing
+                | Contender::RoutingBesideNothing
+                | Contender::RoutingBeside(_),
+                _,
+            ) => direct,
             (Contender::IptablesBare, Client::Localhost | Client::Hairpin) => return None,
             (Contender::Pasta, Client::Hairpin) => return None,
             _ => published,
@@ -527,25 +542,12 @@ impl Arena {
         Ok(())
     }
 
-    /// Sends frames to the host as fast as can be, and returns how many reached the container, and the time.
+    /// Sends frames to the host as fast as can be, from the source addresses of the `first` block on, and returns how
+    /// many reached the container, and the time.
     ///
     /// # Errors
     /// The kernel cannot generate, or there is no path.
-    pub(crate) fn flood(&self, flows: u32, first: u8, until: Until) -> Result<(u64, Duration)> {
-        self.flood_repeated(flows, 1, first, until)
-    }
-
-    /// The same, with each frame sent so many times before the next flow has its turn.
-    ///
-    /// # Errors
-    /// As [`Arena::flood`].
-    pub(crate) fn flood_repeated(
-        &self,
-        flows: u32,
-        repeat: u32,
-        first: u8,
-        until: Until,
-    ) -> Result<(u64, Duration)> {
+    pub(crate) fn flood(&self, frames: Frames, first: u8, until: Until) -> Result<(u64, Duration)> {
         let wire = self.contender == Contender::Wire;
         let device = if wire { "wire0" } else { "eth0" };
         let Some((client, IpAddr::V4(destination))) = self.path(Client::External) else {
@@ -561,8 +563,7 @@ impl Arena {
             source: std::net::Ipv4Addr::new(198, 19, first, 0),
             destination,
             port: SINK,
-            flows,
-            repeat,
+            frames,
         };
         let before = self.received(device)?;
         let time = generator::generate(&load, until);

@@ -21,7 +21,10 @@ const OTHERS: &str = "#868e96";
 fn is_drawn(contender: Contender) -> bool {
     !matches!(
         contender,
-        Contender::RoutingBeside(_) | Contender::ForwarderAmongRules | Contender::IptablesBare
+        Contender::RoutingBesideNothing
+            | Contender::RoutingBeside(_)
+            | Contender::ForwarderAmongRules
+            | Contender::IptablesBare
     )
 }
 

@@ -34,10 +34,18 @@ pub(crate) struct Load<'a> {
     pub(crate) source: Ipv4Addr,
     pub(crate) destination: Ipv4Addr,
     pub(crate) port: u16,
+    pub(crate) frames: Frames,
+}
+
+/// Which frames follow one another.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Frames {
     /// Flows that take turns.
     pub(crate) flows: u32,
     /// Frames of a flow before the next one's turn.
     pub(crate) repeat: u32,
+    /// Of so many frames the [`sink`] answers the first; 0 for none.
+    pub(crate) answered: u32,
 }
 
 /// When to stop.
@@ -58,8 +66,9 @@ pub(crate) fn generate(load: &Load<'_>, until: Until) -> Result<Duration> {
         let ifindex = nix::net::if_::if_nametoindex(load.device).context("the client's device")?;
         let mut ebpf = EbpfLoader::new()
             .override_global("TEMPLATE", &template, true)
-            .override_global("FLOWS", &load.flows, true)
-            .override_global("REPEAT", &load.repeat, true)
+            .override_global("FLOWS", &load.frames.flows, true)
+            .override_global("REPEAT", &load.frames.repeat, true)
+            .override_global("ANSWERED", &load.frames.answered, true)
             .override_global("IFINDEX", &ifindex, true)
             .load(&object)
             .context("load the generator")?;
@@ -93,59 +102,41 @@ pub(crate) fn generate(load: &Load<'_>, until: Until) -> Result<Duration> {
     })
 }
 
-/// What becomes of the generator's frames at the container.
-#[derive(Clone, Copy, Debug)]
-pub(crate) enum End {
-    Dropped,
-    /// Dropped by XDP in the driver, for frames that come without an skb.
-    DroppedEarly,
-    /// Sent back to where they came from.
-    Reflected,
-}
-
-/// Takes the generator's frames at the ingress of these devices, for as long as what it returns lives, before
-/// what was attached earlier.
+/// Takes the generator's frames at the ingress of these devices, for as long as what it returns lives, and sends
+/// answers to those that ask for one.
 ///
 /// # Errors
 /// The object is missing or the kernel refuses it.
-pub(crate) fn sink(netns: &Netns, devices: &[&str], port: u16, end: End) -> Result<Ebpf> {
-    let object = object()?;
+pub(crate) fn sink(netns: &Netns, devices: &[&str], port: u16) -> Result<Ebpf> {
+    let port = port.to_be();
+    attach(
+        EbpfLoader::new().override_global("PORT", &port, true),
+        "sink",
+        netns,
+        devices,
+    )
+}
+
+/// The same by XDP in the driver, for frames that come without an skb.
+///
+/// # Errors
+/// As [`sink`].
+pub(crate) fn sink_early(netns: &Netns, device: &str, port: u16) -> Result<Ebpf> {
+    let mut ebpf = EbpfLoader::new()
+        .override_global("PORT", &port.to_be(), true)
+        .load(&object()?)
+        .context("load the sink")?;
+    let program: &mut Xdp = ebpf
+        .program_mut("sink_early")
+        .context("the object has no program sink_early")?
+        .try_into()?;
     netns.enter(|| {
-        let mut ebpf = EbpfLoader::new()
-            .override_global("PORT", &port.to_be(), true)
-            .load(&object)
-            .context("load the sink")?;
-        let name = match end {
-            End::Dropped => "sink",
-            End::DroppedEarly => "sink_early",
-            End::Reflected => "reflect",
-        };
-        if let End::DroppedEarly = end {
-            let program = ebpf.program_mut(name);
-            let program: &mut Xdp = program
-                .with_context(|| format!("the object has no program {name}"))?
-                .try_into()?;
-            program.load().context("load the sink")?;
-            for device in devices {
-                program
-                    .attach(device, XdpMode::Driver)
-                    .with_context(|| format!("attach the sink to {device}"))?;
-            }
-            return Ok(ebpf);
-        }
-        let program: &mut SchedClassifier = ebpf
-            .program_mut(name)
-            .with_context(|| format!("the object has no program {name}"))?
-            .try_into()?;
         program.load().context("load the sink")?;
-        for device in devices {
-            let options = TcAttachOptions::TcxOrder(LinkOrder::first());
-            program
-                .attach_with_options(device, TcAttachType::Ingress, options)
-                .with_context(|| format!("attach the sink to {device}"))?;
-        }
-        Ok(ebpf)
-    })
+        program
+            .attach(device, XdpMode::Driver)
+            .with_context(|| format!("attach the sink to {device}"))
+    })?;
+    Ok(ebpf)
 }
 
 /// Has IPv4 that comes in by a device leave by another, or, with `to_peer`, at that one's other end, with other MACs
@@ -160,26 +151,51 @@ pub(crate) fn hop(
     macs: [[u8; 6]; 2],
     to_peer: bool,
 ) -> Result<Ebpf> {
-    let object = object()?;
+    let ifindex = netns
+        .enter(|| nix::net::if_::if_nametoindex(out))
+        .with_context(|| out.to_owned())?;
+    let to_peer = u32::from(to_peer);
+    let mut loader = EbpfLoader::new();
+    let loader = loader
+        .override_global("IFINDEX", &ifindex, true)
+        .override_global("HOP_MACS", &macs, true)
+        .override_global("HOP_TO_PEER", &to_peer, true);
+    attach(loader, "hop", netns, &[device])
+}
+
+/// Has an empty program see what comes in by these devices, for as long as what it returns lives.
+///
+/// # Errors
+/// As [`sink`].
+pub(crate) fn nothing(netns: &Netns, devices: &[&str]) -> Result<Ebpf> {
+    attach(&mut EbpfLoader::new(), "nothing", netns, devices)
+}
+
+/// Loads one of the object's tc programs and attaches it.
+fn attach(
+    loader: &mut EbpfLoader<'_>,
+    name: &str,
+    netns: &Netns,
+    devices: &[&str],
+) -> Result<Ebpf> {
+    let mut ebpf = loader
+        .load(&object()?)
+        .with_context(|| format!("load {name}"))?;
+    let program: &mut SchedClassifier = ebpf
+        .program_mut(name)
+        .with_context(|| format!("the object has no program {name}"))?
+        .try_into()?;
     netns.enter(|| {
-        let ifindex = nix::net::if_::if_nametoindex(out).with_context(|| out.to_owned())?;
-        let mut ebpf = EbpfLoader::new()
-            .override_global("IFINDEX", &ifindex, true)
-            .override_global("HOP_MACS", &macs, true)
-            .override_global("HOP_TO_PEER", &u32::from(to_peer), true)
-            .load(&object)
-            .context("load the hop")?;
-        let program: &mut SchedClassifier = ebpf
-            .program_mut("hop")
-            .context("the object has no program hop")?
-            .try_into()?;
-        program.load().context("load the hop")?;
-        let options = TcAttachOptions::TcxOrder(LinkOrder::first());
-        program
-            .attach_with_options(device, TcAttachType::Ingress, options)
-            .with_context(|| format!("attach the hop to {device}"))?;
-        Ok(ebpf)
-    })
+        program.load().with_context(|| format!("load {name}"))?;
+        for device in devices {
+            let options = TcAttachOptions::TcxOrder(LinkOrder::first());
+            program
+                .attach_with_options(device, TcAttachType::Ingress, options)
+                .with_context(|| format!("attach {name} to {device}"))?;
+        }
+        anyhow::Ok(())
+    })?;
+    Ok(ebpf)
 }
 
 fn object() -> Result<Vec<u8>> {

@@ -5,6 +5,7 @@
 
 mod arena;
 mod chart;
+mod flood;
 mod generator;
 mod goals;
 mod process;
@@ -198,7 +199,7 @@ fn is_quick(contender: Contender) -> bool {
 fn cases(quick: bool) -> Vec<Case> {
     use Client::{External, Hairpin, Localhost};
     use Placement::{Free, Same, Split};
-    use Workload::{Bulk, Capacity, Connect, NewFlows, TcpRoundTrip, UdpRoundTrip};
+    use Workload::{Bulk, Capacity, Connect, NewFlows, OneWay, TcpRoundTrip, UdpRoundTrip};
     let groups: &[(Client, Placement, &[Workload])] = if quick {
         &[
             (
@@ -216,6 +217,7 @@ fn cases(quick: bool) -> Vec<Case> {
                 Same,
                 &[
                     Capacity,
+                    OneWay,
                     NewFlows,
                     Bulk,
                     TcpRoundTrip,
@@ -253,12 +255,15 @@ fn cases(quick: bool) -> Vec<Case> {
 fn takes_part(arena: &Arena, case: &Case) -> bool {
     let main = (case.client, case.placement) == (Client::External, Placement::Same);
     let special = match arena.contender {
-        Contender::RoutingBeside(_)
+        Contender::RoutingBesideNothing | Contender::RoutingBeside(_)
             if (case.client, case.placement) == (Client::Hairpin, Placement::Same) =>
         {
             case.workload == Workload::TcpRoundTrip
         }
-        Contender::RoutingBeside(_) | Contender::ForwarderAmongRules | Contender::IptablesBare => {
+        Contender::RoutingBesideNothing
+        | Contender::RoutingBeside(_)
+        | Contender::ForwarderAmongRules
+        | Contender::IptablesBare => {
             main && matches!(
                 case.workload,
                 Workload::Capacity | Workload::NewFlows | Workload::TcpRoundTrip
@@ -266,7 +271,9 @@ fn takes_part(arena: &Arena, case: &Case) -> bool {
         }
         Contender::ForwarderRespecting => main,
         // What XDP takes part in is existing flows; of new ones, SNAT has no more than source ports.
-        contender if contender.is_remote() => main && case.workload == Workload::Capacity,
+        contender if contender.is_remote() => {
+            main && matches!(case.workload, Workload::Capacity | Workload::OneWay)
+        }
         _ => true,
     };
     special && case.workload.applies(arena, case.client)

@@ -16,8 +16,9 @@ use forwarder_tests::{
 use serde::Serialize;
 
 use crate::{
-    arena::{Arena, Client, Contender, Programs, SINK, other_ports},
-    generator::{self, End, Until},
+    arena::{Arena, Client, Contender, Programs, other_ports},
+    flood::{self, Flooded},
+    generator::{Frames, Until},
     process::{Placement, Process, pin_this_thread, wait_for_port},
     report::{Summary, short},
     rules::{self, Port},
@@ -36,6 +37,7 @@ pub(crate) struct Scale {
     published: Vec<Published>,
     connects: Vec<Connects>,
     flows: Vec<Flows>,
+    flooded: Vec<Flooded>,
 }
 
 /// What it took to publish.
@@ -89,6 +91,7 @@ impl Scale {
         }
         scale.connect(programs, rounds)?;
         scale.many_flows(programs, rounds)?;
+        scale.flooded = flood::measure(programs, rounds)?;
         pin_this_thread(&[0, 1])?;
         Ok(scale)
     }
@@ -196,14 +199,21 @@ impl Scale {
         arena.place(Placement::Same)?;
         pin_this_thread(Placement::Same.client())?;
         for flows in FLOWS {
-            {
-                // A flow is kept when its client has answered the backend's answer.
-                let _reflector = generator::sink(&arena.backend, &["eth0"], SINK, End::Reflected)?;
-                arena.flood_repeated(flows, 2, 64, Until::Sent(2 * flows.max(4096)))?;
-            }
+            // A flow is kept when its client has answered the backend's answer.
+            let answered = Frames {
+                flows,
+                repeat: 2,
+                answered: 1,
+            };
+            arena.flood(answered, 64, Until::Sent(2 * flows.max(4096)))?;
+            let frames = Frames {
+                repeat: 1,
+                answered: 0,
+                ..answered
+            };
             let mut rates = Vec::new();
             for _ in 0..rounds {
-                let (packets, elapsed) = arena.flood(flows, 64, Until::Elapsed(TIME))?;
+                let (packets, elapsed) = arena.flood(frames, 64, Until::Elapsed(TIME))?;
                 rates.push(packets as f64 / elapsed.as_secs_f64() / 1e3);
             }
             let rate = Summary::of(rates).context("no rounds")?;
@@ -284,7 +294,7 @@ impl Scale {
                 mega(*maps as f64)
             );
         }
-        text + "\n"
+        text + "\n" + &flood::markdown(&self.flooded)
     }
 }
 

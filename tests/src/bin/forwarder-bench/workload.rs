@@ -1,22 +1,25 @@
 //! What is measured, by which tool, and how its output is read.
 
-use std::time::Duration;
+use std::{net::IpAddr, time::Duration};
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, anyhow, bail, ensure};
 use forwarder_tests::netns::Netns;
 use serde::Serialize;
 use serde_json::Value;
 
 use crate::{
     arena::{Arena, BULK, Client, DATAGRAM, HTTP, ROUND_TRIP},
-    generator::Until,
+    generator::{Frames, Until},
     process::{Placement, busy_seconds, pin_this_thread},
 };
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) enum Workload {
-    /// 60-byte UDP frames of one flow, as many as the host carries.
+    /// 60-byte UDP frames of one flow, as many as the host carries. One of some thousand is answered, which makes it a
+    /// conversation.
     Capacity,
+    /// The same without any answer.
+    OneWay,
     /// The same, each of another flow.
     NewFlows,
     /// One TCP connection, as much as it carries.
@@ -32,6 +35,7 @@ impl Workload {
     pub(crate) fn name(self) -> &'static str {
         match self {
             Self::Capacity => "capacity",
+            Self::OneWay => "capacity, one way",
             Self::NewFlows => "new flows",
             Self::Bulk => "TCP bulk",
             Self::TcpRoundTrip => "TCP round trips",
@@ -42,7 +46,7 @@ impl Workload {
 
     pub(crate) fn unit(self) -> &'static str {
         match self {
-            Self::Capacity => "kpackets/s",
+            Self::Capacity | Self::OneWay => "kpackets/s",
             Self::NewFlows => "kflows/s",
             Self::Bulk => "Gbit/s",
             Self::TcpRoundTrip | Self::UdpRoundTrip | Self::Connect => "k/s",
@@ -50,7 +54,7 @@ impl Workload {
     }
 
     fn is_generated(self) -> bool {
-        matches!(self, Self::Capacity | Self::NewFlows)
+        matches!(self, Self::Capacity | Self::OneWay | Self::NewFlows)
     }
 
     /// Whether this arena has such a path at all.
@@ -73,6 +77,8 @@ pub(crate) struct Sample {
     pub(crate) p99_us: Option<f64>,
 }
 
+/// Of so many frames of a conversation one is answered: few, since only one direction is measured.
+const ANSWERED: u32 = 4096;
 /// Flows of one new-flows run: many enough to matter, few enough for conntrack's table.
 const NEW_FLOWS: u32 = 1 << 17;
 
@@ -94,14 +100,29 @@ pub(crate) fn measure(
     let seconds = time.as_secs().max(1);
     let busy = busy_seconds()?;
     let measured = match workload {
-        Workload::Capacity => arena
-            .flood(1, 0, Until::Elapsed(time))
-            .map(|(packets, elapsed)| Measured::of(packets as f64, elapsed)),
+        Workload::Capacity | Workload::OneWay => {
+            let conversation = workload == Workload::Capacity;
+            let frames = Frames {
+                flows: 1,
+                repeat: 1,
+                answered: if conversation { ANSWERED } else { 0 },
+            };
+            // Not the same flow, which would be a conversation from then on.
+            let first = u8::from(!conversation);
+            arena
+                .flood(frames, first, Until::Elapsed(time))
+                .map(|(packets, elapsed)| Measured::of(packets as f64, elapsed))
+        }
         Workload::NewFlows => {
             // Four source addresses a run.
             let first = u8::try_from(4 * (round % 60) + 4)?;
+            let frames = Frames {
+                flows: NEW_FLOWS,
+                repeat: 1,
+                answered: 0,
+            };
             arena
-                .flood(NEW_FLOWS, first, Until::Sent(NEW_FLOWS))
+                .flood(frames, first, Until::Sent(NEW_FLOWS))
                 .map(|(packets, elapsed)| Measured::of(packets as f64, elapsed))
         }
         Workload::Bulk => {
@@ -118,24 +139,11 @@ pub(crate) fn measure(
             netns.run(&line).and_then(|text| round_trips(&text))
         }
         Workload::Connect => {
-            let opened = opened_connections(netns)?;
-            let mut wrk = netns.command("wrk");
-            wrk.args(["-t1", "-c16", &format!("-d{seconds}s"), "--latency"])
-                // With its space: without, wrk takes it for no header and keeps its connections.
-                .args([
-                    "-H",
-                    "Connection: close",
-                    &format!("http://{address}:{HTTP}/"),
-                ]);
-            let output = wrk.output().context("start wrk")?;
-            let measured = requests(&String::from_utf8_lossy(&output.stdout))?;
-            let opened = opened_connections(netns)? - opened;
-            ensure!(
-                opened as f64 >= measured.operations,
-                "{} requests by only {opened} connections",
-                measured.operations
-            );
-            Ok(measured)
+            let (measured, errors) = connections(netns, address, time)?;
+            match errors {
+                Some(errors) => Err(anyhow!("wrk: socket errors:{errors}")),
+                None => Ok(measured),
+            }
         }
     };
     let measured = measured?;
@@ -164,7 +172,8 @@ impl Workload {
     }
 }
 
-struct Measured {
+/// What a tool has counted.
+pub(crate) struct Measured {
     /// Packets, flows, round trips, requests, or kilobytes, in `seconds`.
     operations: f64,
     seconds: f64,
@@ -173,6 +182,11 @@ struct Measured {
 }
 
 impl Measured {
+    /// Thousands of operations a second.
+    pub(crate) fn rate(&self) -> f64 {
+        self.operations / self.seconds / 1e3
+    }
+
     fn of(operations: f64, time: Duration) -> Self {
         Self {
             operations,
@@ -199,6 +213,37 @@ fn bulk(text: &str) -> Result<Measured> {
         p50_us: None,
         p99_us: None,
     })
+}
+
+/// HTTP by connections that each serve one request, and which of them failed, if any did.
+///
+/// # Errors
+/// wrk says nothing, or has not closed its connections.
+pub(crate) fn connections(
+    netns: &Netns,
+    address: IpAddr,
+    time: Duration,
+) -> Result<(Measured, Option<String>)> {
+    let seconds = time.as_secs().max(1);
+    let opened = opened_connections(netns)?;
+    let mut wrk = netns.command("wrk");
+    wrk.args(["-t1", "-c16", &format!("-d{seconds}s"), "--latency"])
+        // With its space: without, wrk takes it for no header and keeps its connections.
+        .args([
+            "-H",
+            "Connection: close",
+            &format!("http://{address}:{HTTP}/"),
+        ]);
+    let output = wrk.output().context("start wrk")?;
+    let text = String::from_utf8_lossy(&output.stdout);
+    let measured = requests(&text)?;
+    let opened = opened_connections(netns)? - opened;
+    ensure!(
+        opened as f64 >= measured.operations,
+        "{} requests by only {opened} connections",
+        measured.operations
+    );
+    Ok((measured, socket_errors(&text)))
 }
 
 /// TCP connections that were ever begun in a namespace (RFC 4022, tcpActiveOpens).
@@ -245,14 +290,14 @@ fn round_trips(text: &str) -> Result<Measured> {
     })
 }
 
+/// What wrk says of connections that failed.
+fn socket_errors(text: &str) -> Option<String> {
+    let (_, errors) = text.split_once("Socket errors:")?;
+    Some(errors.lines().next().unwrap_or_default().to_owned())
+}
+
 /// wrk's report.
 fn requests(text: &str) -> Result<Measured> {
-    if let Some((_, errors)) = text.split_once("Socket errors:") {
-        bail!(
-            "wrk: socket errors:{}",
-            errors.lines().next().unwrap_or_default()
-        );
-    }
     let rate = after(text, "Requests/sec:").context("wrk says nothing of Requests/sec")?;
     let line = text
         .lines()
@@ -308,7 +353,9 @@ mod tests {
             (measured.p50_us, measured.p99_us),
             (Some(410.0), Some(1200.0))
         );
-        assert!(requests("Socket errors: connect 3, read 0\nRequests/sec: 1").is_err());
+        assert_eq!(socket_errors(text), None);
+        let failed = "Socket errors: connect 3, read 0\nRequests/sec: 1";
+        assert_eq!(socket_errors(failed).as_deref(), Some(" connect 3, read 0"));
     }
 
     #[test]
