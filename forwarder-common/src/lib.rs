@@ -7,6 +7,7 @@
 
 pub mod checksum;
 pub mod flow;
+pub mod handover;
 pub mod limits;
 pub mod publish;
 pub mod reason;

@@ -6,6 +6,8 @@ pub const PUBLISHES: u32 = 65_536;
 pub const FRONTENDS: u32 = 131_072;
 /// Sockets that hold a wide range, one for each family.
 pub const SOCKETS: u32 = 1024;
+/// Addresses of backends.
+pub const BACKENDS: u32 = 65_536;
 /// Addresses of the host.
 pub const LOCAL_ADDRESSES: u32 = 16_384;
 /// Devices.

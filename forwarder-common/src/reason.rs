@@ -38,6 +38,8 @@ reasons! {
     OtherSocket = "other_socket",
     /// Passed: a fragment whose datagram's first was not carried; the slow path reassembles it.
     Fragment = "fragment",
+    /// Handed to the daemon: the first fragment of a backend's datagram, after a later one; the daemon puts it together.
+    OutOfOrder = "out_of_order",
     /// Passed: TCP or UDP behind IPv4 options or IPv6 extension headers, whoever's it is.
     Options = "options",
     /// Passed: a TCP packet without a flow that is no SYN.
@@ -94,6 +96,7 @@ impl Reason {
                 | Self::NoSourcePort
                 | Self::NoEntry
                 | Self::NoWayBack
+                | Self::OutOfOrder
                 | Self::Untold
                 | Self::Unwritable
         )

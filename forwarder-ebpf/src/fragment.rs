@@ -1,15 +1,18 @@
 //! Fragments: the first one's ports, remembered for the others, which have none. Only of datagrams that the
 //! fast path carries: of all others the stack must get every part, also if it got one before the first came.
 
+use aya_ebpf::{bindings::__sk_buff, helpers::generated::bpf_skb_load_bytes, programs::TcContext};
 use forwarder_common::{
+    handover::{FRAME, Fragment},
     reason::Reason,
     tuple::{Tuple, UDP},
 };
 
 use crate::{
     clock,
-    maps::FRAGMENTS,
-    parse::{Packet, Part},
+    maps::{FRAGMENTS, HANDOVER},
+    parse::{L3, Packet, Part},
+    publish,
 };
 
 /// How long the parts of a datagram may take (RFC 791 has 15 s, Linux' `ipfrag_time` 30). After that its
@@ -77,13 +80,55 @@ pub fn complete(packet: &mut Packet) -> Result<(), Reason> {
     }
 }
 
-/// Remembers that the stack has a part of this datagram. It puts the parts together, and the proxy serves it. Not TCP's,
-/// of whose connection no socket of this host knows; TCP sends again what is lost.
+/// Passes up what has come before its first. Whoever puts the parts together must get all of them: of a client's datagram
+/// the stack, whose proxy serves it, and of a backend's the daemon, since no socket of this host waits for an answer to
+/// the client. Not of TCP, which sends again what is lost.
 #[inline(always)]
-pub fn leave(packet: &Packet) {
-    if packet.protocol == UDP {
+pub fn leave(ctx: &TcContext, packet: &Packet) {
+    if packet.protocol != UDP {
+        return;
+    }
+    let of_backend = publish::is_backend(packet.tuple.source);
+    if of_backend {
+        hand_over(ctx.skb.skb);
+    }
+    if of_backend || publish::arrived(packet).is_ok() {
         insert(packet, 0);
     }
+}
+
+/// Gives the daemon a copy. Without one the datagram is lost, as any may be.
+// VERIFIER: a function of its own, for its share of the stack.
+#[inline(never)]
+pub fn hand_over(skb: *mut __sk_buff) {
+    // SAFETY: `skb` is the context that the kernel gave; its fields are readable.
+    let length = unsafe { (*skb).len };
+    if length > FRAME as u32 {
+        return;
+    }
+    let Some(mut entry) = HANDOVER.reserve::<Fragment>(0) else {
+        return;
+    };
+    let to = entry.as_mut_ptr();
+    // SAFETY: the entry has room for the frame's greatest length. What is behind the frame stays unwritten, and unread.
+    // VERIFIER: the bounds on either side of the call, since the compiler would make one comparison of another value of
+    // them.
+    let copied = unsafe {
+        (&raw mut (*to).length).write(length);
+        length >= L3 as u32
+            && bpf_skb_load_bytes(skb.cast(), 0, (&raw mut (*to).frame).cast(), length) == 0
+    };
+    if copied {
+        entry.submit(0);
+    } else {
+        entry.discard(0);
+    }
+}
+
+/// Whether this is the first fragment of a datagram of which a later one has come before.
+#[inline(always)]
+pub fn is_late(packet: &Packet) -> bool {
+    packet.part == Part::First && ports(packet) == Some(0)
 }
 
 /// Keeps a client's first fragment with those that came before it.
@@ -92,7 +137,7 @@ pub fn leave(packet: &Packet) {
 /// `Fragment` if the stack has one.
 #[inline(always)]
 pub fn rejoin(packet: &Packet) -> Result<(), Reason> {
-    if packet.part == Part::First && ports(packet) == Some(0) {
+    if is_late(packet) {
         return Err(Reason::Fragment);
     }
     Ok(())

@@ -42,9 +42,7 @@ static THROUGH_THE_STACK: Hop = Hop {
 pub fn ingress(ctx: &TcContext, trail: &mut Trail) -> Verdict {
     let packet = parse::packet(ctx)?;
     if let Err(reason) = fragment::complete(packet) {
-        if publish::arrived(packet).is_ok() {
-            fragment::leave(packet);
-        }
+        fragment::leave(ctx, packet);
         return Err(reason);
     }
     let published = publish::find(packet);
@@ -86,6 +84,11 @@ fn forward(
     if let Some(flow) = flow::get_by_reply(packet) {
         if is_stack(&flow.back) {
             return Err(Reason::NotOurs); // until it leaves
+        }
+        if fragment::is_late(packet) {
+            flow::update(ctx, flow, packet, REPLY);
+            fragment::hand_over(ctx.skb.skb);
+            return Err(Reason::OutOfOrder);
         }
         return to_client(ctx, packet, flow, trail);
     }

@@ -1,14 +1,14 @@
 //! The maps, and nothing else. Types and sizes come from `forwarder_common`; user space fills all but
-//! `FLOWS`, `HALF_OPEN`, `TRIES`, `DRAFT`, `FRAGMENTS`, `NETNS`, `LOOKING`, `STATS`, `CLOCK`, `TOLD` and `TRAIL`.
+//! `FLOWS`, `HALF_OPEN`, `TRIES`, `DRAFT`, `FRAGMENTS`, `HANDOVER`, `NETNS`, `LOOKING`, `STATS`, `CLOCK`, `TOLD` and `TRAIL`.
 
 use aya_ebpf::{
     bindings::BPF_F_NO_PREALLOC,
     macros::map,
-    maps::{Array, HashMap, LpmTrie, LruHashMap, PerCpuArray, ProgramArray, SockHash},
+    maps::{Array, HashMap, LpmTrie, LruHashMap, PerCpuArray, ProgramArray, RingBuf, SockHash},
 };
 use forwarder_common::{
     flow::Flow,
-    limits,
+    handover, limits,
     publish::{Allowed, Frontend, Interface, PORTS_PER_PROTOCOL, PROTOCOLS, Port, Publish},
     reason::Reason,
     tuple::{Address, Tuple},
@@ -32,6 +32,11 @@ pub static PUBLISHES: Array<Publish> = Array::with_max_entries(limits::PUBLISHES
 #[map]
 pub static LOCAL_ADDRESSES: HashMap<Address, u32> =
     HashMap::with_max_entries(limits::LOCAL_ADDRESSES, BPF_F_NO_PREALLOC);
+
+/// The addresses of backends, and how many publishes lead there.
+#[map]
+pub static BACKENDS: HashMap<Address, u32> =
+    HashMap::with_max_entries(limits::BACKENDS, BPF_F_NO_PREALLOC);
 
 /// The devices.
 #[map]
@@ -59,6 +64,10 @@ pub static TRIES: Array<u32> = Array::with_max_entries(limits::TRIES, 0);
 #[map]
 pub static FRAGMENTS: LruHashMap<Tuple, Datagram> =
     LruHashMap::with_max_entries(limits::FRAGMENTS, 0);
+
+/// Fragments that the daemon puts together.
+#[map]
+pub static HANDOVER: RingBuf = RingBuf::with_byte_size(handover::BYTES, 0);
 
 /// A flow that is looked for, or made.
 #[repr(C)]

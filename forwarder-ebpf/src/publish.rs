@@ -9,7 +9,7 @@ use forwarder_common::{
 };
 
 use crate::{
-    maps::{ALLOW, FRONTENDS, INTERFACES, LOCAL_ADDRESSES, PORTS, PUBLISHES},
+    maps::{ALLOW, BACKENDS, FRONTENDS, INTERFACES, LOCAL_ADDRESSES, PORTS, PUBLISHES},
     parse::Packet,
 };
 
@@ -129,6 +129,12 @@ pub fn permitted(packet: &Packet, published: &Published) -> Result<(), Reason> {
         return Err(Reason::NotAllowed);
     }
     Ok(())
+}
+
+/// Whether some publish leads to this address.
+#[inline(always)]
+pub fn is_backend(address: Address) -> bool {
+    BACKENDS.get_ptr(&address).is_some()
 }
 
 #[inline(always)]

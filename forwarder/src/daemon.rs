@@ -9,6 +9,7 @@ use std::{
 };
 
 mod flows;
+mod fragments;
 mod network;
 mod report;
 
@@ -28,6 +29,7 @@ use tokio::{
 };
 use tracing::warn;
 
+use self::fragments::Fragments;
 pub use self::report::{Counter, Endpoint, Listed, ListedFlow, delivery_name};
 use crate::{
     cli::{DatapathChoice, Named, Run},
@@ -192,6 +194,20 @@ impl Daemon {
         let mut sweep = tokio::time::interval(SWEEP);
         let mut sweeping: Option<flows::Sweep> = None;
         let (untrace, mut traces_ended) = mpsc::channel(1);
+        let (whole, mut datagrams) = mpsc::channel(64);
+        if let Some(datapath) = &mut self.datapath {
+            let mut fragments = Fragments::default();
+            let handover = datapath.handover(move |frame| {
+                if let Some(datagram) = fragments.add(frame) {
+                    let _ = whole.try_send(datagram); // lost, as any datagram may be
+                }
+            })?;
+            tokio::spawn(async move {
+                if let Err(error) = handover.await {
+                    warn!("fragments that come out of order are lost: {error:#}");
+                }
+            });
+        }
         loop {
             tokio::select! {
                 _ = interrupt.recv() => break,
@@ -221,6 +237,7 @@ impl Daemon {
                     tokio::task::yield_now().await;
                 }
                 Some(()) = traces_ended.recv() => self.end_trace(),
+                Some(datagram) = datagrams.recv() => self.answer_client(&datagram),
             }
         }
         let keep = self.options.keep;
@@ -352,8 +369,9 @@ impl Daemon {
         }
         let index = if on { id } else { 0 };
         let protocol = spec.protocol.number();
+        datapath.maps.count_backend(spec.backend, on)?;
         for port in spec.backend_ports.first..=spec.backend_ports.last {
-            datapath.maps.count_backend(protocol, port, on)?;
+            datapath.maps.count_backend_port(protocol, port, on)?;
         }
         for port in spec.ports.first..=spec.ports.last {
             datapath

@@ -18,10 +18,12 @@ use std::{
 use anyhow::{Context as _, Result, bail};
 use aya::{
     Ebpf, EbpfLoader, VerifierLogLevel,
+    maps::RingBuf,
     programs::{
         Program, ProgramError, SchedClassifier, TestRun as _, TestRunOptions, xdp::XdpLinkId,
     },
 };
+use forwarder_common::handover::Fragment;
 use tokio::io::{Interest, unix::AsyncFd};
 
 use self::devices::{Attachment, Hook, Place};
@@ -189,6 +191,31 @@ impl Datapath {
             loop {
                 let mut guard = logger.readable_mut().await?;
                 guard.get_inner_mut().flush();
+                guard.clear_ready();
+            }
+        })
+    }
+
+    /// Hands each frame that the program leaves to the daemon to `take`, until the future is dropped.
+    ///
+    /// # Errors
+    /// The kernel has no ring buffer, or stops serving it.
+    pub fn handover<F: FnMut(&[u8])>(
+        &mut self,
+        mut take: F,
+    ) -> Result<impl Future<Output = Result<()>> + use<F>> {
+        let map = self.ebpf.take_map("HANDOVER");
+        let ring = RingBuf::try_from(map.context("the eBPF object has no map HANDOVER")?)?;
+        // SAFETY: the ring buffer owns its descriptor and gives the same one until dropped.
+        let mut ring = unsafe { AsyncFd::register_with_interest(ring, Interest::READABLE)? };
+        Ok(async move {
+            loop {
+                let mut guard = ring.readable_mut().await?;
+                while let Some(entry) = guard.get_inner_mut().next() {
+                    if let Some(frame) = Fragment::frame(&entry) {
+                        take(frame);
+                    }
+                }
                 guard.clear_ready();
             }
         })

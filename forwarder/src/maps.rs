@@ -30,6 +30,7 @@ pub struct Maps {
     frontends: HashMap<MapData, Frontend, u32>,
     publishes: Array<MapData, Publish>,
     local_addresses: HashMap<MapData, Address, u32>,
+    backends: HashMap<MapData, Address, u32>,
     interfaces: HashMap<MapData, u32, Interface>,
     allow: Trie<MapData, Allowed, u32>,
     flows: HashMap<MapData, Tuple, Flow>,
@@ -60,6 +61,7 @@ impl Maps {
             frontends: HashMap::try_from(map("FRONTENDS")?)?,
             publishes: Array::try_from(map("PUBLISHES")?)?,
             local_addresses: HashMap::try_from(map("LOCAL_ADDRESSES")?)?,
+            backends: HashMap::try_from(map("BACKENDS")?)?,
             interfaces: HashMap::try_from(map("INTERFACES")?)?,
             allow: LpmTrie::try_from(map("ALLOW")?)?,
             flows: HashMap::try_from(map("FLOWS")?)?,
@@ -123,11 +125,26 @@ impl Maps {
         self.ports.set(element, entry, 0).context("write PORTS")
     }
 
-    /// Counts one publish more, or less, that leads to this port of its backend.
+    /// Counts one publish more, or less, that leads to this address.
+    ///
+    /// # Errors
+    /// The map is full, or the kernel refuses the update.
+    pub fn count_backend(&mut self, backend: IpAddr, more: bool) -> Result<()> {
+        let key = Address::from(backend);
+        let publishes = self.backends.get(&key, 0).unwrap_or_default();
+        match (publishes, more) {
+            (0 | 1, false) => ignore_missing(self.backends.remove(&key)),
+            (_, false) => self.backends.insert(key, publishes - 1, 0),
+            (_, true) => self.backends.insert(key, publishes + 1, 0),
+        }
+        .context("write BACKENDS")
+    }
+
+    /// The same of a backend's port.
     ///
     /// # Errors
     /// The kernel refuses the update.
-    pub fn count_backend(&mut self, protocol: u8, port: u16, more: bool) -> Result<()> {
+    pub fn count_backend_port(&mut self, protocol: u8, port: u16, more: bool) -> Result<()> {
         let Some(element) = port_index(protocol, port) else {
             return Ok(());
         };

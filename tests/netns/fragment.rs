@@ -1,6 +1,6 @@
 //! Datagrams in parts that a network has mixed up: they arrive all the same.
 
-use std::net::{SocketAddr, UdpSocket};
+use std::net::{IpAddr, SocketAddr, UdpSocket};
 
 use forwarder_tests::{
     daemon::{Daemon, Datapath},
@@ -83,4 +83,76 @@ fn the_parts_of_a_datagram_arrive_in_any_order_over_ipv4() {
 #[test]
 fn the_parts_of_a_datagram_arrive_in_any_order_over_ipv6() {
     parts_in_any_order_arrive(Family::V6);
+}
+
+/// A backend's answer to each client, cut in three, in every order.
+fn answers_in_any_order_arrive(family: Family) {
+    let topology = Topology::new().unwrap();
+    let spec = spec(&topology.backend, family, Protocol::Udp);
+    let daemon = Daemon::start(&topology.host, &[&spec], Datapath::Ebpf).unwrap();
+    let backend = &topology.backend;
+    let address = SocketAddr::new(backend.address(family), BACKEND_PORT);
+    let server = backend.netns.enter(|| UdpSocket::bind(address)).unwrap();
+    server.set_read_timeout(Some(patience())).unwrap();
+    let wire = Wire::open(&backend.netns, "eth0").unwrap();
+    let outside = topology.host_address(family);
+    let (any, loopback) = match family {
+        Family::V4 => ("0.0.0.0", "127.0.0.1"),
+        Family::V6 => ("::", "::1"),
+    };
+    let loopback: IpAddr = loopback.parse().unwrap();
+    let clients = [
+        (&topology.client, outside),
+        (&topology.host, outside),
+        (&topology.host, loopback),
+        (&topology.peer.netns, outside),
+    ];
+    let mut id = 0;
+    for (netns, host) in clients {
+        let frontend = SocketAddr::new(host, PORT);
+        let client = netns.enter(|| {
+            let socket = UdpSocket::bind((any, 0)).unwrap();
+            socket.connect(frontend).unwrap();
+            socket
+        });
+        client.set_read_timeout(Some(patience())).unwrap();
+        client.send(b"question").unwrap();
+        let (_, seen) = server.recv_from(&mut [0; 100]).unwrap();
+        let mut frame = Frame::first(Protocol::Udp, address, seen);
+        frame.source_mac = mac(&backend.netns, "eth0");
+        frame.destination_mac = mac(&topology.host, "br0");
+        for order in [
+            [0, 1, 2],
+            [0, 2, 1],
+            [1, 0, 2],
+            [1, 2, 0],
+            [2, 0, 1],
+            [2, 1, 0],
+        ] {
+            id += 1;
+            frame.payload = format!("{id:0>1000}").into_bytes();
+            let parts = cut::<3>(&frame, id);
+            for number in order {
+                wire.send(&parts[number]).unwrap();
+            }
+            let mut buffer = [0; 4000];
+            let length = client.recv(&mut buffer).unwrap_or_else(|error| {
+                panic!("{seen} of {frontend} got no answer in order {order:?}: {error}")
+            });
+            assert_eq!(buffer[..length], frame.payload);
+        }
+    }
+    // Whose first was not the first, of each client.
+    assert_eq!(daemon.counted("out_of_order").unwrap(), 4 * 4);
+    daemon.stop().unwrap();
+}
+
+#[test]
+fn the_parts_of_an_answer_arrive_in_any_order_over_ipv4() {
+    answers_in_any_order_arrive(Family::V4);
+}
+
+#[test]
+fn the_parts_of_an_answer_arrive_in_any_order_over_ipv6() {
+    answers_in_any_order_arrive(Family::V6);
 }

@@ -184,7 +184,8 @@ impl Bench {
         self.datapath.maps.set_publish(index, entry).unwrap();
         let maps = &mut self.datapath.maps;
         maps.set_frontend(address, number, port, index).unwrap();
-        maps.count_backend(number, entry.backend_port_of(port), true)
+        maps.count_backend(entry.backend.into(), true).unwrap();
+        maps.count_backend_port(number, entry.backend_port_of(port), true)
             .unwrap();
     }
 

@@ -176,7 +176,10 @@ impl Arena {
                         .maps
                         .set_frontend(address, protocol, 8080, index)
                         .unwrap();
-                    datapath.maps.count_backend(protocol, 80, true).unwrap();
+                    datapath
+                        .maps
+                        .count_backend_port(protocol, 80, true)
+                        .unwrap();
                 }
             }
             for (index, name, delivery) in [

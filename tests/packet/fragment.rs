@@ -1,9 +1,13 @@
 //! Datagrams in parts: the later ones have no ports, and go where the first went.
 
+use std::{cell::RefCell, time::Duration};
+
 use forwarder_tests::{
     fragment::{cut, put_together},
     frame::{Frame, Protocol},
 };
+
+use tokio::{runtime::Builder, time::timeout};
 
 use crate::bench::{Bench, REDIRECT, at, bench};
 
@@ -150,14 +154,47 @@ fn a_late_first_part_of_tcp_is_carried_since_no_socket_of_the_host_could_take_it
 }
 
 #[test]
-fn a_late_first_part_of_an_answer_goes_back_to_the_client() {
+fn an_answer_whose_first_part_comes_late_is_the_daemons_in_every_part() {
+    let runtime = Builder::new_current_thread().enable_all().build().unwrap();
     with_long_frames(Protocol::Udp, |bench, frame| {
+        let _runtime = runtime.enter();
+        let frames = RefCell::new(Vec::new());
+        let taking = bench
+            .datapath
+            .handover(|frame| frames.borrow_mut().push(frame.to_vec()));
         let answer = bench.send(frame, bench.uplink).forwarded().reply();
-        let [first, later] = cut(&answer, 8);
+        let [first, second, third] = cut(&answer, 8);
+        for part in [&second, &third] {
+            bench
+                .send_bytes(part, bench.container)
+                .passed(part, "fragment");
+        }
         bench
-            .send_bytes(&later, bench.container)
+            .send_bytes(&first, bench.container)
+            .dropped("out_of_order");
+        let taking = taking.unwrap();
+        let took = async { timeout(Duration::from_millis(100), taking).await };
+        assert!(runtime.block_on(took).is_err(), "it goes on");
+        assert_eq!(*frames.borrow(), [second, third, first]);
+        carried(bench, &answer, bench.container);
+    });
+}
+
+#[test]
+fn fragments_of_others_are_not_handed_to_the_daemon() {
+    let runtime = Builder::new_current_thread().enable_all().build().unwrap();
+    with_long_frames(Protocol::Udp, |bench, frame| {
+        let _runtime = runtime.enter();
+        let taking = bench
+            .datapath
+            .handover(|frame| panic!("{frame:?}"))
+            .unwrap();
+        let [_, later] = cut(frame, 8);
+        bench
+            .send_bytes(&later, bench.uplink)
             .passed(&later, "fragment");
-        assert_eq!(bench.send_bytes(&first, bench.container).action, REDIRECT);
+        let took = async { timeout(Duration::from_millis(100), taking).await };
+        assert!(runtime.block_on(took).is_err(), "it goes on");
     });
 }
 

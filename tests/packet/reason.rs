@@ -95,6 +95,14 @@ fn scenario(reason: Reason, bench: &mut Bench) -> Option<Outcome> {
             let [_, later] = cut(&frame, 1);
             bench.send_bytes(&later, uplink)
         }
+        Reason::OutOfOrder => {
+            publish(bench, Protocol::Udp, |_| {});
+            let mut answer = bench.send(&udp, uplink).forwarded().reply();
+            answer.payload = vec![0; 100];
+            let [first, later] = cut(&answer, 1);
+            bench.send_bytes(&later, bench.container);
+            bench.send_bytes(&first, bench.container)
+        }
         Reason::Options => {
             let mut bytes = tcp.bytes();
             bytes[14] = 0x46;

@@ -1,0 +1,138 @@
+//! Backends' answers in fragments that come out of order. The program can translate a later fragment only if it knows the
+//! first, so it hands them over here; put together, they are sent on as one datagram, from the frontend.
+
+use std::net::{IpAddr, SocketAddr};
+
+use anyhow::{Context as _, Result};
+use etherparse::{IpNumber, NetSlice, SlicedPacket, UdpHeader, UdpSlice, defrag::IpDefragPool};
+use forwarder_common::tuple::{Tuple, UDP};
+use socket2::{Domain, Protocol, Socket, Type};
+use tokio::time::{Duration, Instant};
+use tracing::debug;
+
+use super::Daemon;
+
+/// As `PATIENCE` of the program.
+const PATIENCE: Duration = Duration::from_secs(30);
+/// Fragments that may wait; when there are more, all are forgotten.
+const MOST: usize = 4096;
+
+/// A backend's datagram.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) struct Datagram {
+    source: SocketAddr,
+    destination: SocketAddr,
+    payload: Vec<u8>,
+}
+
+/// Fragments whose datagrams are not complete.
+#[derive(Default)]
+pub(super) struct Fragments {
+    pool: IpDefragPool<Instant>,
+    waiting: usize,
+}
+
+impl Fragments {
+    /// Takes a frame, and returns the datagram that it completes.
+    pub(super) fn add(&mut self, frame: &[u8]) -> Option<Datagram> {
+        let now = Instant::now();
+        if self.waiting >= MOST {
+            *self = Self::default();
+        }
+        self.waiting += 1;
+        self.pool
+            .retain(|since| now.duration_since(*since) < PATIENCE);
+        let packet = SlicedPacket::from_ethernet(frame).ok()?;
+        let (source, destination) = addresses(&packet)?;
+        let whole = self.pool.process_sliced_packet(&packet, now, ()).ok()??;
+        if whole.ip_number != IpNumber::UDP {
+            return None;
+        }
+        let udp = UdpSlice::from_slice(&whole.payload).ok()?;
+        Some(Datagram {
+            source: SocketAddr::new(source, udp.source_port()),
+            destination: SocketAddr::new(destination, udp.destination_port()),
+            payload: udp.payload().to_vec(),
+        })
+    }
+}
+
+fn addresses(packet: &SlicedPacket<'_>) -> Option<(IpAddr, IpAddr)> {
+    match packet.net.as_ref()? {
+        NetSlice::Ipv4(ip) => {
+            let header = ip.header();
+            Some((
+                header.source_addr().into(),
+                header.destination_addr().into(),
+            ))
+        }
+        NetSlice::Ipv6(ip) => {
+            let header = ip.header();
+            Some((
+                header.source_addr().into(),
+                header.destination_addr().into(),
+            ))
+        }
+        NetSlice::Arp(_) => None,
+    }
+}
+
+impl Daemon {
+    /// Sends a backend's datagram to the client of its flow, if it is of one.
+    pub(super) fn answer_client(&self, datagram: &Datagram) {
+        match self.client(datagram) {
+            Ok(Some((frontend, client))) => {
+                if let Err(error) = send(frontend, client, &datagram.payload) {
+                    debug!(
+                        "send a datagram of {} to {client}: {error:#}",
+                        datagram.source
+                    );
+                }
+            }
+            Ok(None) => {}
+            Err(error) => debug!("{error:#}"),
+        }
+    }
+
+    /// The frontend and the client of the flow that this answers.
+    fn client(&self, datagram: &Datagram) -> Result<Option<(SocketAddr, SocketAddr)>> {
+        let Some(datapath) = &self.datapath else {
+            return Ok(None);
+        };
+        let key = Tuple {
+            source: datagram.destination.ip().into(),
+            destination: datagram.source.ip().into(),
+            source_port: datagram.destination.port().to_be(),
+            destination_port: datagram.source.port().to_be(),
+            protocol: UDP.into(),
+        };
+        let flow = datapath.maps.flow(&key)?;
+        Ok(flow.map(|flow| {
+            let frontend = (flow.frontend, flow.frontend_port);
+            let [frontend, client] = [frontend, (flow.client, flow.client_port)]
+                .map(|(address, port)| SocketAddr::new(address.into(), u16::from_be(port)));
+            (frontend, client)
+        }))
+    }
+}
+
+/// Sends one datagram from a port that a socket of ours has already: by a raw socket (raw(7)), which takes the UDP header
+/// as it is. The kernel routes it and cuts it up.
+fn send(from: SocketAddr, to: SocketAddr, payload: &[u8]) -> Result<()> {
+    let mut header = UdpHeader::without_ipv4_checksum(from.port(), to.port(), payload.len())?;
+    header.checksum = match (from.ip(), to.ip()) {
+        (IpAddr::V4(source), IpAddr::V4(destination)) => {
+            header.calc_checksum_ipv4_raw(source.octets(), destination.octets(), payload)?
+        }
+        (IpAddr::V6(source), IpAddr::V6(destination)) => {
+            header.calc_checksum_ipv6_raw(source.octets(), destination.octets(), payload)?
+        }
+        _ => return Ok(()), // a flow's addresses are of one family
+    };
+    let socket = Socket::new(Domain::for_address(from), Type::RAW, Some(Protocol::UDP))
+        .context("open a raw socket")?;
+    socket.bind(&SocketAddr::new(from.ip(), 0).into())?;
+    let datagram = [&header.to_bytes()[..], payload].concat();
+    socket.send_to(&datagram, &SocketAddr::new(to.ip(), 0).into())?;
+    Ok(())
+}
