@@ -17,7 +17,10 @@ use tokio::{
     sync::mpsc,
 };
 
-use crate::cli::{Named, socket_path};
+use crate::{
+    accept,
+    cli::{Named, socket_path},
+};
 
 /// What a client may ask.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -112,8 +115,15 @@ impl Socket {
             return;
         };
         tokio::spawn(async move {
-            while let Ok((stream, _)) = listener.accept().await {
-                tokio::spawn(client(stream, calls.clone()));
+            let mut warned = false;
+            loop {
+                match listener.accept().await {
+                    Ok((stream, _)) => {
+                        warned = false;
+                        tokio::spawn(client(stream, calls.clone()));
+                    }
+                    Err(error) => accept::failed(&error, &mut warned, "control socket").await,
+                }
             }
         });
     }

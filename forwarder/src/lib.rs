@@ -1,5 +1,6 @@
 //! The forwarder: published ports, by an eBPF fast path and a userland proxy behind it.
 
+mod accept;
 pub mod backends;
 pub mod cli;
 pub mod clsact;

@@ -1,6 +1,6 @@
 //! What comes and goes: containers, publishes, and the daemon itself.
 
-use std::{collections::BTreeMap, net::SocketAddr, path::Path};
+use std::{collections::BTreeMap, net::SocketAddr, os::unix::net::UnixStream, path::Path};
 
 use forwarder_tests::{
     daemon::{Daemon, Datapath, interrupt_at_start},
@@ -256,4 +256,24 @@ fn ctrl_c_leaves_nothing_behind() {
         (!programs.iter().any(|number| program_exists(*number))).then_some(())
     })
     .unwrap();
+}
+
+#[test]
+fn an_instance_that_ran_out_of_descriptors_can_be_asked_again() {
+    let topology = Topology::new().unwrap();
+    let (limit, userland) = (["prlimit", "--nofile=100:100"], Datapath::Userland);
+    let spec = spec(&topology.backend, Family::V4, Protocol::Tcp);
+    let daemon = Daemon::start_wrapped(&topology.host, &limit, &[&spec], userland, &[]).unwrap();
+    let socket = format!("/run/forwarder/{}.sock", daemon.instance());
+    let clients: Vec<_> = (0..120).map(|_| UnixStream::connect(&socket)).collect();
+    wait_for("descriptors run out", || {
+        daemon
+            .said()
+            .contains("accepts no more for now")
+            .then_some(())
+    })
+    .unwrap();
+    drop(clients);
+    assert_eq!(daemon.list().unwrap().len(), 1);
+    daemon.stop().unwrap();
 }

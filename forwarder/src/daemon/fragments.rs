@@ -14,7 +14,7 @@ use super::Daemon;
 
 /// As `PATIENCE` of the program.
 const PATIENCE: Duration = Duration::from_secs(30);
-/// Fragments that may wait; when there are more, all are forgotten.
+/// After so many fragments all that wait are forgotten, whose number nobody counts: they take no more memory than that.
 const MOST: usize = 4096;
 
 /// A backend's datagram.
@@ -29,17 +29,17 @@ pub(super) struct Datagram {
 #[derive(Default)]
 pub(super) struct Fragments {
     pool: IpDefragPool<Instant>,
-    waiting: usize,
+    taken: usize,
 }
 
 impl Fragments {
     /// Takes a frame, and returns the datagram that it completes.
     pub(super) fn add(&mut self, frame: &[u8]) -> Option<Datagram> {
         let now = Instant::now();
-        if self.waiting >= MOST {
+        if self.taken >= MOST {
             *self = Self::default();
         }
-        self.waiting += 1;
+        self.taken += 1;
         self.pool
             .retain(|since| now.duration_since(*since) < PATIENCE);
         let packet = SlicedPacket::from_ethernet(frame).ok()?;

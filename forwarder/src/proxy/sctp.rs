@@ -11,8 +11,8 @@ use tracing::{debug, warn};
 use super::{
     Shared, Stop,
     sockets::{Port, socket},
-    tcp::not_accepted,
 };
+use crate::accept;
 
 /// For socket(2), which fails on a kernel that has none.
 pub(super) fn protocol() -> Protocol {
@@ -54,7 +54,7 @@ pub(super) async fn serve(listener: Socket, port: Port, shared: Arc<Shared>) {
                 warned = false;
                 tokio::spawn(association(client, address, port, shared.clone()));
             }
-            Err(error) => not_accepted(&error, &mut warned, spec).await,
+            Err(error) => accept::failed(&error, &mut warned, spec).await,
         }
     }
 }

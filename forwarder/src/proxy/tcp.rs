@@ -28,15 +28,13 @@ use tokio::{
 use tracing::{debug, warn};
 
 use super::{Shared, Stop, protocol_header, sockets::Port};
-use crate::spec::Spec;
+use crate::accept;
 
 const BUFFER: usize = 16 << 10;
 /// A direction that filled its buffer this often is worth a pipe.
 const FULL_READS: u32 = 4;
 const PIPE: usize = 1 << 20;
 const KEEPALIVE: Duration = Duration::from_secs(15);
-/// How long no connection is accepted when descriptors have run out.
-const BACK_OFF: Duration = Duration::from_millis(100);
 
 /// Accepts clients until the task is ended.
 pub(super) async fn serve(listener: std::net::TcpListener, port: Port, shared: Arc<Shared>) {
@@ -60,23 +58,9 @@ pub(super) async fn serve(listener: std::net::TcpListener, port: Port, shared: A
                 let task = connection(client, address, port, shared.clone());
                 tokio::spawn(task);
             }
-            Err(error) => not_accepted(&error, &mut warned, spec).await,
+            Err(error) => accept::failed(&error, &mut warned, spec).await,
         }
     }
-}
-
-/// After an accept that failed: if descriptors have run out, waits a moment, and says so the first time.
-pub(super) async fn not_accepted(error: &io::Error, warned: &mut bool, spec: &Spec) {
-    let exhausted = [libc::EMFILE, libc::ENFILE, libc::ENOBUFS, libc::ENOMEM];
-    let code = error.raw_os_error();
-    if !code.is_some_and(|code| exhausted.contains(&code)) {
-        return debug!("accept for {spec}: {error}"); // the client has gone already
-    }
-    if !*warned {
-        warn!("{spec} accepts no more for now: {error}");
-        *warned = true;
-    }
-    tokio::time::sleep(BACK_OFF).await;
 }
 
 async fn connection(mut client: TcpStream, address: SocketAddr, port: u16, shared: Arc<Shared>) {
