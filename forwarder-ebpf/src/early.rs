@@ -24,6 +24,7 @@ use crate::{
     parse::{self, Packet, Part},
     publish,
     rewrite::{self, Complete},
+    words::zero,
 };
 
 const AF_INET: u8 = 2;
@@ -126,6 +127,7 @@ fn route(ctx: &XdpContext, packet: &Packet, new: &Tuple) -> Result<(Route, Compl
     }
     let [low, high] = (packet.length as u16 - parse::L3 as u16).to_ne_bytes();
     let family = if packet.is_v4 { AF_INET } else { AF_INET6 };
+    let none = zero() as u32;
     let mut route = Route {
         family_and_protocol: u32::from_ne_bytes([family, packet.protocol, 0, 0]),
         length: u32::from_ne_bytes([0, 0, low, high]),
@@ -133,8 +135,8 @@ fn route(ctx: &XdpContext, packet: &Packet, new: &Tuple) -> Result<(Route, Compl
         flow: 0,
         source: new.source.0,
         destination: new.destination.0,
-        vlan: 0,
-        macs: [0; 3],
+        vlan: none,
+        macs: [none; 3],
     };
     if packet.is_v4 {
         (route.source[0], route.destination[0]) = (new.source.v4(), new.destination.v4());

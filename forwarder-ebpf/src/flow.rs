@@ -54,11 +54,17 @@ pub fn get_original(key: &Tuple, packet: &Packet) -> Option<&'static mut Flow> {
     get(key).filter(|flow| is_original(flow, packet))
 }
 
-/// The same, with one of the conversation's own source ports, which is left in `key`.
+/// The same, with one of the conversation's own source ports, which is left in `key`: nearly always the first.
 #[inline(always)]
 pub fn get_by_ports(key: &mut Tuple, packet: &Packet, ports: Ports) -> Option<&'static mut Flow> {
-    if ports.tries() == 0 {
+    let tries = ports.tries();
+    if tries == 0 {
         return None;
+    }
+    key.source_port = ports.nth(0);
+    let first = get_original(key, packet);
+    if first.is_some() || tries == 1 {
+        return first;
     }
     let draft = draft()?;
     copy_tuple(key, &mut draft.key);
@@ -68,7 +74,7 @@ pub fn get_by_ports(key: &mut Tuple, packet: &Packet, ports: Ports) -> Option<&'
     get_original(key, packet)
 }
 
-/// The source port of the flow that is drafted; more than a port if there is none.
+/// The source port of the flow that is drafted, if it is not the first; more than a port if there is none.
 // VERIFIER: a function that others may call is walked once, and not in every state that a packet may come in.
 #[unsafe(no_mangle)]
 #[inline(never)]
@@ -78,7 +84,7 @@ pub extern "C" fn find_port(hash: u32) -> u32 {
         return NO_PORT;
     };
     let tries = ports.tries();
-    for attempt in 0..limits::SNAT_TRIES {
+    for attempt in 1..limits::SNAT_TRIES {
         if attempt >= tries {
             break;
         }

@@ -22,7 +22,7 @@ use crate::{
     steer,
     trace::Trail,
     verdict::{Forwarded, Verdict},
-    words::copy_address,
+    words::{copy_address, zero},
 };
 
 /// Set by the loader: `bpf_redirect_peer` works for packets from `lo` (kernel 6.1 and later).
@@ -190,6 +190,7 @@ fn begin(
         deliver::back(ctx, packet.ifindex, way_back)?
     };
     let draft = flow::draft().ok_or(Reason::NoEntry)?;
+    let none = zero();
     draft.flow = Flow {
         client: packet.tuple.source,
         frontend: packet.tuple.destination,
@@ -198,7 +199,10 @@ fn begin(
         publish: published.index,
         back,
         state: flow::local_client(packet),
-        ..Flow::default()
+        acknowledged: [none as u32; 2],
+        last_seen: none,
+        packets: [none; 2],
+        bytes: [none; 2],
     };
     flow::update(ctx, &mut draft.flow, packet, ORIGINAL);
     if publish::needs_snat(packet, published.publish) {

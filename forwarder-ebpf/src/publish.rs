@@ -11,6 +11,7 @@ use forwarder_common::{
 use crate::{
     maps::{ALLOW, BACKENDS, FRONTENDS, INTERFACES, LOCAL_ADDRESSES, PORTS, PUBLISHES},
     parse::Packet,
+    words::{self, copy_address},
 };
 
 /// A publish and its index.
@@ -177,11 +178,10 @@ pub fn source(publish: u32) -> Option<&'static Address> {
 #[inline(always)]
 pub fn dnat(packet: &Packet, publish: &Publish) -> Tuple {
     let port = u16::from_be(packet.tuple.destination_port);
-    Tuple {
-        destination: publish.backend,
-        destination_port: publish.backend_port_of(port).to_be(),
-        ..packet.tuple
-    }
+    let mut tuple = words::tuple(&packet.tuple);
+    copy_address(&publish.backend, &mut tuple.destination);
+    tuple.destination_port = publish.backend_port_of(port).to_be();
+    tuple
 }
 
 /// Whether the backend must see an address of this host as the source: a loopback address means

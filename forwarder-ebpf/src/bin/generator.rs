@@ -182,21 +182,11 @@ fn nothing(_: TcContext) -> i32 {
 /// rewritten: it is what a hop by tc costs at least.
 #[classifier]
 fn hop(ctx: TcContext) -> i32 {
-    let start = ctx.data();
-    if start + 14 > ctx.data_end() {
+    if !set_macs(ctx.data(), ctx.data_end()) {
         return TC_ACT_UNSPEC;
     }
-    // SAFETY: the bounds were checked above, and frames are aligned to two bytes (NET_IP_ALIGN). Constants that the
-    // loader changed are read as they are now; helpers without pointers.
+    // SAFETY: constants that the loader changed, read as they are now; helpers without pointers.
     unsafe {
-        let words = start as *mut u16;
-        if *words.add(6) != 0x0800_u16.to_be() {
-            return TC_ACT_UNSPEC;
-        }
-        for at in 0..6 {
-            let word = (&raw const HOP_MACS).cast::<u16>().add(at);
-            *words.add(at) = ptr::read_volatile(word);
-        }
         let ifindex = ptr::read_volatile(&raw const IFINDEX);
         if ptr::read_volatile(&raw const HOP_TO_PEER) != 0 {
             bpf_redirect_peer(ifindex, 0) as i32
@@ -204,6 +194,37 @@ fn hop(ctx: TcContext) -> i32 {
             bpf_redirect(ifindex, 0) as i32
         }
     }
+}
+
+/// The same by XDP.
+#[xdp]
+fn hop_early(ctx: XdpContext) -> u32 {
+    if !set_macs(ctx.data(), ctx.data_end()) {
+        return XDP_PASS;
+    }
+    // SAFETY: as above.
+    unsafe { bpf_redirect(ptr::read_volatile(&raw const IFINDEX), 0) as u32 }
+}
+
+/// Gives an IPv4 frame the MACs of its next hop; whether it is one.
+#[inline(always)]
+fn set_macs(start: usize, end: usize) -> bool {
+    if start + 14 > end {
+        return false;
+    }
+    // SAFETY: the bounds were checked above, and frames are aligned to two bytes (NET_IP_ALIGN). A constant that the
+    // loader changed is read as it is now.
+    unsafe {
+        let words = start as *mut u16;
+        if *words.add(6) != 0x0800_u16.to_be() {
+            return false;
+        }
+        for at in 0..6 {
+            let word = (&raw const HOP_MACS).cast::<u16>().add(at);
+            *words.add(at) = ptr::read_volatile(word);
+        }
+    }
+    true
 }
 
 #[cfg(not(target_arch = "bpf"))]

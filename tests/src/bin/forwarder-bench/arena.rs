@@ -91,14 +91,16 @@ pub(crate) enum Contender {
     /// Through the stack, among Docker's rules for the same ports.
     ForwarderRespecting,
     Userland,
-    /// To another machine behind a second uplink.
+    /// As `Hop`, by XDP, to another machine behind a second uplink.
+    RemoteHop,
+    /// To that machine.
     RemoteIptables,
     RemoteForwarder,
     RemoteForwarderXdp,
 }
 
 impl Contender {
-    pub(crate) const ALL: [Self; 20] = [
+    pub(crate) const ALL: [Self; 21] = [
         Self::Wire,
         Self::Hop,
         Self::Routing,
@@ -116,6 +118,7 @@ impl Contender {
         Self::ForwarderAmongRules,
         Self::ForwarderRespecting,
         Self::Userland,
+        Self::RemoteHop,
         Self::RemoteIptables,
         Self::RemoteForwarder,
         Self::RemoteForwarderXdp,
@@ -140,6 +143,7 @@ impl Contender {
             Self::ForwarderAmongRules => "forwarder among Docker's rules",
             Self::ForwarderRespecting => "forwarder --respect-firewall",
             Self::Userland => "forwarder, userland",
+            Self::RemoteHop => "XDP redirect alone, remote backend",
             Self::RemoteIptables => "iptables, remote backend",
             Self::RemoteForwarder => "forwarder, remote backend",
             Self::RemoteForwarderXdp => "forwarder --xdp native, remote backend",
@@ -170,7 +174,10 @@ impl Contender {
     pub(crate) fn is_remote(self) -> bool {
         matches!(
             self,
-            Self::RemoteIptables | Self::RemoteForwarder | Self::RemoteForwarderXdp
+            Self::RemoteHop
+                | Self::RemoteIptables
+                | Self::RemoteForwarder
+                | Self::RemoteForwarderXdp
         )
     }
 }
@@ -262,7 +269,9 @@ impl Arena {
         };
         // Another machine takes frames in the way that costs this one least.
         arena.sink = Some(match contender {
-            Contender::RemoteForwarderXdp => generator::sink_early(&arena.backend, "eth0", SINK),
+            Contender::RemoteHop | Contender::RemoteForwarderXdp => {
+                generator::sink_early(&arena.backend, "eth0", SINK)
+            }
             _ => generator::sink(&arena.backend, devices, SINK),
         }?);
         Ok(arena)
@@ -424,6 +433,18 @@ impl Arena {
                 let flags = ["--respect-firewall"];
                 self.daemon = Some(Daemon::start_with(&host, &specs, Datapath::Ebpf, &flags)?);
             }
+            Contender::RemoteHop => {
+                let (near, far) = (
+                    mac(&self.topology.client, "eth0")?,
+                    mac(&self.backend, "eth0")?,
+                );
+                let there = [far, mac(&host, "eth1")?];
+                let back = [near, mac(&host, "eth0")?];
+                self.hops = vec![
+                    generator::hop_early(&host, "eth0", "eth1", there)?,
+                    generator::hop_early(&host, "eth1", "eth0", back)?,
+                ];
+            }
             Contender::RemoteIptables => {
                 host.feed(
                     "iptables-restore",
@@ -513,7 +534,10 @@ impl Arena {
         let address = match (self.contender, client) {
             (Contender::Wire, Client::External) => WIRE[1].parse().ok()?,
             (Contender::Wire, _) => return None,
-            (Contender::Hop, Client::Localhost | Client::Hairpin) => return None,
+            (Contender::Hop | Contender::RemoteHop, Client::Localhost | Client::Hairpin) => {
+                return None;
+            }
+            (Contender::RemoteHop, Client::External) => REMOTE.parse().ok()?,
             (
                 Contender::Hop
                 | Contender::Routing

@@ -122,21 +122,10 @@ pub(crate) fn sink(netns: &Netns, devices: &[&str], port: u16) -> Result<Ebpf> {
 /// # Errors
 /// As [`sink`].
 pub(crate) fn sink_early(netns: &Netns, device: &str, port: u16) -> Result<Ebpf> {
-    let mut ebpf = EbpfLoader::new()
-        .override_global("PORT", &port.to_be(), true)
-        .load(&object()?)
-        .context("load the sink")?;
-    let program: &mut Xdp = ebpf
-        .program_mut("sink_early")
-        .context("the object has no program sink_early")?
-        .try_into()?;
-    netns.enter(|| {
-        program.load().context("load the sink")?;
-        program
-            .attach(device, XdpMode::Driver)
-            .with_context(|| format!("attach the sink to {device}"))
-    })?;
-    Ok(ebpf)
+    let port = port.to_be();
+    let mut loader = EbpfLoader::new();
+    let loader = loader.override_global("PORT", &port, true);
+    attach_early(loader, "sink_early", netns, device)
 }
 
 /// Has IPv4 that comes in by a device leave by another, or, with `to_peer`, at that one's other end, with other MACs
@@ -151,9 +140,7 @@ pub(crate) fn hop(
     macs: [[u8; 6]; 2],
     to_peer: bool,
 ) -> Result<Ebpf> {
-    let ifindex = netns
-        .enter(|| nix::net::if_::if_nametoindex(out))
-        .with_context(|| out.to_owned())?;
+    let ifindex = index(netns, out)?;
     let to_peer = u32::from(to_peer);
     let mut loader = EbpfLoader::new();
     let loader = loader
@@ -161,6 +148,30 @@ pub(crate) fn hop(
         .override_global("HOP_MACS", &macs, true)
         .override_global("HOP_TO_PEER", &to_peer, true);
     attach(loader, "hop", netns, &[device])
+}
+
+/// The same by XDP in the driver, out of another device.
+///
+/// # Errors
+/// As [`sink`].
+pub(crate) fn hop_early(
+    netns: &Netns,
+    device: &str,
+    out: &str,
+    macs: [[u8; 6]; 2],
+) -> Result<Ebpf> {
+    let ifindex = index(netns, out)?;
+    let mut loader = EbpfLoader::new();
+    let loader = loader
+        .override_global("IFINDEX", &ifindex, true)
+        .override_global("HOP_MACS", &macs, true);
+    attach_early(loader, "hop_early", netns, device)
+}
+
+fn index(netns: &Netns, device: &str) -> Result<u32> {
+    netns
+        .enter(|| nix::net::if_::if_nametoindex(device))
+        .with_context(|| device.to_owned())
 }
 
 /// Has an empty program see what comes in by these devices, for as long as what it returns lives.
@@ -193,6 +204,30 @@ fn attach(
                 .attach_with_options(device, TcAttachType::Ingress, options)
                 .with_context(|| format!("attach {name} to {device}"))?;
         }
+        anyhow::Ok(())
+    })?;
+    Ok(ebpf)
+}
+
+/// Loads one of the object's XDP programs and attaches it in the driver.
+fn attach_early(
+    loader: &mut EbpfLoader<'_>,
+    name: &str,
+    netns: &Netns,
+    device: &str,
+) -> Result<Ebpf> {
+    let mut ebpf = loader
+        .load(&object()?)
+        .with_context(|| format!("load {name}"))?;
+    let program: &mut Xdp = ebpf
+        .program_mut(name)
+        .with_context(|| format!("the object has no program {name}"))?
+        .try_into()?;
+    netns.enter(|| {
+        program.load().with_context(|| format!("load {name}"))?;
+        program
+            .attach(device, XdpMode::Driver)
+            .with_context(|| format!("attach {name} to {device}"))?;
         anyhow::Ok(())
     })?;
     Ok(ebpf)
