@@ -36,17 +36,19 @@ const fn goal(
     }
 }
 
-const fn goals() -> [Goal; 33] {
+const fn goals() -> [Goal; 37] {
     use Client::{External, Hairpin, Localhost};
     use Contender::{
         DockerProxy, Forwarder, ForwarderAmongRules, Haproxy, Iptables, RemoteForwarder,
         RemoteForwarderXdp, RemoteIptables, Routing, RoutingBeside, Userland, Wire,
     };
     use Placement::{Free, Same};
-    use Workload::{Bulk, Capacity, Connect, NewFlows, TcpRoundTrip, UdpRoundTrip};
+    use Workload::{Bulk, Capacity, Connect, NewFlows, OneWay, TcpRoundTrip, UdpRoundTrip};
     [
         goal(Forwarder, Iptables, External, Same, Capacity, 3.2),
         goal(Forwarder, Routing, External, Same, Capacity, 1.7),
+        goal(Forwarder, Iptables, External, Same, OneWay, 3.2),
+        goal(Forwarder, Routing, External, Same, OneWay, 1.7),
         goal(
             ForwarderAmongRules,
             Forwarder,
@@ -93,6 +95,15 @@ const fn goals() -> [Goal; 33] {
             Capacity,
             2.0,
         ),
+        goal(
+            RemoteForwarderXdp,
+            RemoteIptables,
+            External,
+            Same,
+            OneWay,
+            5.0,
+        ),
+        goal(RemoteForwarder, RemoteIptables, External, Same, OneWay, 2.0),
         goal(RoutingBeside(0), Routing, Hairpin, Same, TcpRoundTrip, 0.97),
         goal(
             RoutingBeside(10_000),
