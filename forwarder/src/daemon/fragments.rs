@@ -49,6 +49,11 @@ impl Fragments {
             return None;
         }
         let udp = UdpSlice::from_slice(&whole.payload).ok()?;
+        // Whoever gets it sees a new checksum, so this one must have been right.
+        let right = checksum(&udp.to_header(), source, destination, udp.payload())?;
+        if udp.checksum() != 0 && udp.checksum() != right {
+            return None;
+        }
         Some(Datagram {
             source: SocketAddr::new(source, udp.source_port()),
             destination: SocketAddr::new(destination, udp.destination_port()),
@@ -116,23 +121,88 @@ impl Daemon {
     }
 }
 
+/// The checksum (RFC 768, RFC 8200 section 8.1); `None` if the addresses are of two families, or the payload is too long.
+fn checksum(
+    header: &UdpHeader,
+    source: IpAddr,
+    destination: IpAddr,
+    payload: &[u8],
+) -> Option<u16> {
+    match (source, destination) {
+        (IpAddr::V4(source), IpAddr::V4(destination)) => header
+            .calc_checksum_ipv4_raw(source.octets(), destination.octets(), payload)
+            .ok(),
+        (IpAddr::V6(source), IpAddr::V6(destination)) => header
+            .calc_checksum_ipv6_raw(source.octets(), destination.octets(), payload)
+            .ok(),
+        _ => None,
+    }
+}
+
 /// Sends one datagram from a port that a socket of ours has already: by a raw socket (raw(7)), which takes the UDP header
 /// as it is. The kernel routes it and cuts it up.
 fn send(from: SocketAddr, to: SocketAddr, payload: &[u8]) -> Result<()> {
     let mut header = UdpHeader::without_ipv4_checksum(from.port(), to.port(), payload.len())?;
-    header.checksum = match (from.ip(), to.ip()) {
-        (IpAddr::V4(source), IpAddr::V4(destination)) => {
-            header.calc_checksum_ipv4_raw(source.octets(), destination.octets(), payload)?
-        }
-        (IpAddr::V6(source), IpAddr::V6(destination)) => {
-            header.calc_checksum_ipv6_raw(source.octets(), destination.octets(), payload)?
-        }
-        _ => return Ok(()), // a flow's addresses are of one family
-    };
+    header.checksum = checksum(&header, from.ip(), to.ip(), payload).context("no checksum")?;
     let socket = Socket::new(Domain::for_address(from), Type::RAW, Some(Protocol::UDP))
         .context("open a raw socket")?;
     socket.bind(&SocketAddr::new(from.ip(), 0).into())?;
     let datagram = [&header.to_bytes()[..], payload].concat();
     socket.send_to(&datagram, &SocketAddr::new(to.ip(), 0).into())?;
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use etherparse::{IpFragOffset, Ipv4Header, PacketBuilder};
+
+    use super::*;
+
+    /// A datagram's two fragments; the second begins behind the UDP header.
+    fn fragments(spoil: bool) -> [Vec<u8>; 2] {
+        let mut whole = Vec::new();
+        PacketBuilder::ipv4([172, 31, 0, 2], [198, 51, 100, 9], 64)
+            .udp(53, 4000)
+            .write(&mut whole, b"answer")
+            .expect("a short datagram");
+        whole[26] ^= u8::from(spoil);
+        [(20..28, true), (28..34, false)].map(|(part, more)| {
+            let mut ip = Ipv4Header {
+                source: [172, 31, 0, 2],
+                destination: [198, 51, 100, 9],
+                protocol: IpNumber::UDP,
+                identification: 7,
+                dont_fragment: false,
+                more_fragments: more,
+                fragment_offset: IpFragOffset::try_new(u16::from(!more)).expect("small"),
+                time_to_live: 64,
+                total_len: 20 + part.len() as u16,
+                ..Ipv4Header::default()
+            };
+            ip.header_checksum = ip.calc_header_checksum();
+            let ethernet = [&[0; 12][..], &[8, 0]].concat();
+            [&ethernet[..], &ip.to_bytes(), &whole[part]].concat()
+        })
+    }
+
+    #[test]
+    fn two_parts_in_any_order_are_a_datagram() {
+        for order in [[0, 1], [1, 0]] {
+            let mut waiting = Fragments::default();
+            let [first, second] = order.map(|at| waiting.add(&fragments(false)[at]));
+            assert_eq!(first, None);
+            let datagram = second.expect("complete");
+            assert_eq!(datagram.source.to_string(), "172.31.0.2:53");
+            assert_eq!(datagram.destination.to_string(), "198.51.100.9:4000");
+            assert_eq!(datagram.payload, b"answer");
+        }
+    }
+
+    #[test]
+    fn one_with_a_wrong_checksum_is_dropped() {
+        let mut waiting = Fragments::default();
+        for part in fragments(true) {
+            assert_eq!(waiting.add(&part), None);
+        }
+    }
 }
