@@ -77,6 +77,7 @@ fn forward(
                 return tell(ctx, packet, obstacle, 0);
             }
             flow::update(ctx, flow, packet, ORIGINAL);
+            follow_client(ctx, packet, &mut flow.back);
             flow::keep(&key, flow);
             return to_backend(ctx, packet, &published, &key, trail);
         }
@@ -166,6 +167,29 @@ pub fn original(
         return Some(flow);
     }
     flow::get_by_ports(key, packet, Ports::of(&packet.tuple)?)
+}
+
+/// Has answers go where the client's packets come from now: to another MAC behind its device, or by another device if its
+/// own has gone. By no other, or a container could speak for somebody else and be answered.
+#[inline(always)]
+fn follow_client(ctx: &TcContext, packet: &Packet, way: &mut Hop) {
+    let stays = way.ifindex == packet.ifindex;
+    if packet.is_error() || is_stack(way) || stays && way.delivery == delivery::NEIGHBOUR {
+        return;
+    }
+    let delivery = if stays {
+        way.delivery
+    } else if publish::exists(way.ifindex) {
+        return;
+    } else {
+        publish::way_back(packet.ifindex)
+    };
+    if let Ok(new) = deliver::back(ctx, packet.ifindex, delivery)
+        && *way != new
+    {
+        // RACE: an answer on another CPU may read some of both, and is lost.
+        *way = new;
+    }
 }
 
 /// Makes the flow that this packet begins, with the packet counted, and leaves its key.

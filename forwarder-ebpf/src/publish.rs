@@ -163,6 +163,12 @@ pub fn way_back(ifindex: u32) -> u32 {
     unsafe { INTERFACES.get(ifindex) }.map_or(delivery::NEIGHBOUR, |interface| interface.delivery)
 }
 
+/// Whether there is such a device.
+#[inline(always)]
+pub fn exists(ifindex: u32) -> bool {
+    INTERFACES.get_ptr(&ifindex).is_some()
+}
+
 /// This host's address on the network of a publish's backend.
 #[inline(always)]
 pub fn source(publish: u32) -> Option<&'static Address> {

@@ -14,7 +14,7 @@ use forwarder_tests::{
 use crate::scene::{BACKEND_PORT, PORT, on_the_fast_path, served_to_the_client, spec};
 
 /// A port that nothing publishes, and that somebody's filter drops.
-const DROPPED: u16 = 7777;
+pub(crate) const DROPPED: u16 = 7777;
 
 /// Everything that `tc` shows on the ingress and egress of all devices.
 fn filters(netns: &Netns) -> String {
@@ -31,12 +31,12 @@ fn filters(netns: &Netns) -> String {
 
 /// It drops UDP over IPv4 to that port, and lets everything else go on: classic BPF, which kernels have that lack
 /// every other classifier.
-fn somebodys_filter(netns: &Netns, device: &str) {
+pub(crate) fn somebodys_filter(netns: &Netns, device: &str, side: &str) {
     let code = format!(
         "8,40 0 0 12,21 0 5 2048,48 0 0 23,21 0 3 17,40 0 0 36,21 0 1 {DROPPED},6 0 0 2,6 0 0 4294967295"
     );
     let filter = format!(
-        "filter add dev {device} ingress prio 10 protocol all bpf bytecode '{code}' direct-action\n"
+        "filter add dev {device} {side} prio 10 protocol all bpf bytecode '{code}' direct-action\n"
     );
     netns.feed("tc -batch -", &filter).unwrap();
 }
@@ -58,7 +58,7 @@ fn served_on_the_fast_path(topology: &Topology, daemon: &Daemon) {
 fn somebodys_filter_works_on_and_so_does_the_fast_path() {
     let topology = Topology::new().unwrap();
     topology.host.run("tc qdisc add dev eth0 clsact").unwrap();
-    somebodys_filter(&topology.host, "eth0");
+    somebodys_filter(&topology.host, "eth0", "ingress");
     let dropped = Backend::start(&topology.host, Protocol::Udp, DROPPED).unwrap();
     let (_backend, daemon) = started(&topology);
     let to = SocketAddr::new(topology.host_address(Family::V4), DROPPED);
@@ -73,7 +73,7 @@ fn what_somebody_has_on_a_device_stays_when_we_go() {
     let topology = Topology::new().unwrap();
     let empty = filters(&topology.host);
     topology.host.run("tc qdisc add dev eth0 clsact").unwrap();
-    somebodys_filter(&topology.host, "eth0");
+    somebodys_filter(&topology.host, "eth0", "ingress");
     let before = filters(&topology.host);
     assert_ne!(empty, before);
     let (_backend, daemon) = started(&topology);
@@ -87,7 +87,7 @@ fn a_qdisc_that_we_made_stays_while_somebody_uses_it() {
     let topology = Topology::new().unwrap();
     let (_backend, daemon) = started(&topology);
     let _ = topology.host.run("tc qdisc add dev eth0 clsact");
-    somebodys_filter(&topology.host, "eth0");
+    somebodys_filter(&topology.host, "eth0", "ingress");
     daemon.stop().unwrap();
     let left = topology
         .host
@@ -100,7 +100,7 @@ fn a_qdisc_that_we_made_stays_while_somebody_uses_it() {
 fn down_after_a_kill_takes_ours_and_leaves_the_rest() {
     let topology = Topology::new().unwrap();
     topology.host.run("tc qdisc add dev eth0 clsact").unwrap();
-    somebodys_filter(&topology.host, "eth0");
+    somebodys_filter(&topology.host, "eth0", "ingress");
     let before = filters(&topology.host);
     let (_backend, mut daemon) = started(&topology);
     daemon.kill().unwrap();

@@ -1,13 +1,18 @@
 //! What comes and goes: containers, publishes, and the daemon itself.
 
-use std::{collections::BTreeMap, net::SocketAddr, os::unix::net::UnixStream, path::Path};
+use std::{
+    collections::BTreeMap,
+    net::{Ipv4Addr, SocketAddr, UdpSocket},
+    os::unix::net::UnixStream,
+    path::Path,
+};
 
 use forwarder_tests::{
     daemon::{Daemon, Datapath, interrupt_at_start},
     deadline::wait_for,
     netns::Netns,
     topology::{Family, Topology},
-    traffic::{Backend, Protocol, ask},
+    traffic::{Backend, Protocol, ask, ask_by},
 };
 
 use crate::scene::{
@@ -112,6 +117,61 @@ fn a_publish_comes_and_goes_while_it_runs() {
     let frontend = SocketAddr::new(topology.host_address(Family::V4), PORT);
     assert!(ask(&topology.client, Protocol::Tcp, frontend, "hello").is_err());
     daemon.stop().unwrap();
+}
+
+/// A client of the host's and one of another machine, each by one and the same socket all the time.
+fn follows_its_publish(datapath: Datapath) {
+    let topology = Topology::new().unwrap();
+    let spec = |container| spec(container, Family::V4, Protocol::Udp);
+    let containers = [&topology.backend, &topology.peer];
+    let backends = containers
+        .map(|container| Backend::start(&container.netns, Protocol::Udp, BACKEND_PORT).unwrap());
+    let daemon = Daemon::start(&topology.host, &[], datapath).unwrap();
+    let clients = [
+        (&topology.client, topology.host_address(Family::V4)),
+        (&topology.host, Ipv4Addr::LOCALHOST.into()),
+    ]
+    .map(|(netns, host)| {
+        let socket = netns.enter(|| UdpSocket::bind(("0.0.0.0", 0))).unwrap();
+        (socket, SocketAddr::new(host, PORT))
+    });
+    let to_nobody = || {
+        for (socket, frontend) in &clients {
+            socket.send_to(b"to nobody", frontend).unwrap();
+        }
+    };
+    for number in [0, 1, 0] {
+        to_nobody();
+        let before = backends.each_ref().map(Backend::requests);
+        daemon
+            .control(&["publish", &spec(containers[number])])
+            .unwrap();
+        for text in ["first", "second", "third"] {
+            for (socket, frontend) in &clients {
+                ask_by(socket, *frontend, &format!("{text} {number}")).unwrap();
+            }
+        }
+        let other = 1 - number;
+        assert!(backends[number].requests() > before[number]);
+        assert_eq!(backends[other].requests(), before[other], "to the old one");
+        daemon
+            .control(&["unpublish", &spec(containers[number])])
+            .unwrap();
+    }
+    let before = backends.each_ref().map(Backend::requests);
+    to_nobody();
+    daemon.stop().unwrap();
+    assert_eq!(backends.each_ref().map(Backend::requests), before);
+}
+
+#[test]
+fn a_udp_conversation_goes_where_its_port_leads_now() {
+    follows_its_publish(Datapath::Ebpf);
+}
+
+#[test]
+fn a_udp_conversation_of_the_proxy_goes_where_its_port_leads_now() {
+    follows_its_publish(Datapath::Userland);
 }
 
 #[test]

@@ -12,12 +12,15 @@ use forwarder_tests::{
     daemon::{Daemon, Datapath},
     deadline::wait_for,
     frame::{Frame, Mac},
+    netns::Netns,
     topology::{Family, Topology},
-    traffic::{Protocol, ask},
+    traffic::{Backend, Protocol, ask},
     tun,
 };
 
-use crate::scene::{PORT, on_the_fast_path};
+use crate::scene::{
+    BACKEND_PORT, PORT, on_the_fast_path, served_to_the_client, spec, wait_for_peer,
+};
 
 const ADDRESS: Ipv4Addr = Ipv4Addr::new(172, 31, 0, 9);
 const MAC: Mac = [2, 0, 0, 0, 0, 9];
@@ -88,5 +91,36 @@ fn a_virtual_machine_behind_a_tap_is_delivered_to_by_device() {
             assert_eq!((answer.payload.as_str(), answer.seen.ip()), ("hello", seen));
         });
     }
+    daemon.stop().unwrap();
+}
+
+/// A container with a bridge between its link and a machine of its own, as some runtimes have for virtual machines: the
+/// machine's MAC is none of the link's.
+#[test]
+fn a_machine_bridged_to_a_containers_link_is_served() {
+    let topology = Topology::new().unwrap();
+    let (container, machine) = (&topology.peer, Netns::new("machine").unwrap());
+    let address = container.address(Family::V4);
+    let inside = format!(
+        "addr flush dev eth0\nlink add br9 type bridge\n\
+         link add tap9 type veth peer name eth0 netns {}\n\
+         link set eth0 master br9\nlink set tap9 master br9 up\nlink set br9 up",
+        machine.path()
+    );
+    container.netns.ip(&inside).unwrap();
+    let gateway = container.gateway(Family::V4);
+    machine
+        .ip(&format!(
+            "addr add {address}/24 dev eth0\nlink set eth0 up\nroute add default via {gateway}"
+        ))
+        .unwrap();
+    let _backend = Backend::start(&machine, Protocol::Udp, BACKEND_PORT).unwrap();
+    let spec = spec(container, Family::V4, Protocol::Udp);
+    let daemon = Daemon::start(&topology.host, &[&spec], Datapath::Ebpf).unwrap();
+    served_to_the_client(&topology, Protocol::Udp, "first");
+    wait_for_peer(&daemon);
+    on_the_fast_path(&daemon, || {
+        served_to_the_client(&topology, Protocol::Udp, "hello")
+    });
     daemon.stop().unwrap();
 }

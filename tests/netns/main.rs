@@ -1,11 +1,14 @@
 //! Tier 2: real sockets in network namespaces, through the daemon as a user starts it.
 //!
 //! `matrix` has every kind of client, `firewall` what a firewall does meanwhile, `flood` what a flood does, `lifecycle` what
-//! comes and goes, `filters` other people's tc filters, `promises` what must not be reachable, `timeout` when a flow ends,
-//! `fragment` datagrams in parts, `direct` connections past the published port, `scale` as many flows as there may be,
-//! `selftests` the scenarios of the kernel's own tests, and `usage` what a mistake is answered with. Every test makes its own machine, so they run side by side.
+//! comes and goes, `moved` clients that get another MAC or link, `filters` other people's tc filters, `promises` what must
+//! not be reachable, `timeout` when a flow ends, `fragment` datagrams in parts, `direct` connections past the published port,
+//! `scale` as many flows as there may be, `crowd` as many connections of this host as there are source ports, `selftests`
+//! the scenarios of the kernel's own tests, and `usage` what a mistake is answered with. Every test makes its own machine,
+//! so they run side by side.
 
 mod bulk;
+mod crowd;
 mod direct;
 mod doctor;
 mod filters;
@@ -16,6 +19,7 @@ mod icmp;
 mod lifecycle;
 mod machine;
 mod matrix;
+mod moved;
 mod promises;
 mod range;
 mod remote;

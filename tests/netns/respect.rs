@@ -16,12 +16,13 @@ use forwarder_tests::{
     traffic::{
         Backend, Connection,
         Protocol::{self, Tcp, Udp},
-        ask,
+        ask, send_datagram,
     },
 };
 
 use crate::{
     bulk::there_and_back,
+    filters::{DROPPED, somebodys_filter},
     scene::{BACKEND_PORT, PORT, on_the_fast_path, served_to_the_client, spec},
 };
 
@@ -154,6 +155,31 @@ fn a_closed_port_is_refused() {
         );
         daemon.stop().unwrap();
     }
+}
+
+/// What goes into the container directly does not pass it.
+#[test]
+fn somebodys_filter_on_a_containers_link_decides() {
+    let topology = Topology::new().unwrap();
+    forwarding(&topology, true);
+    let Topology { host, backend, .. } = &topology;
+    let ports = [BACKEND_PORT, DROPPED];
+    let backends = ports.map(|port| Backend::start(&backend.netns, Udp, port).unwrap());
+    let clsact = format!("tc qdisc add dev {} clsact", backend.veth);
+    host.run(&clsact).unwrap();
+    somebodys_filter(host, &backend.veth, "egress");
+    let to_dropped = format!("{DROPPED}:{}:{DROPPED}/udp", backend.address(V4));
+    let specs = [&*spec(backend, V4, Udp), &to_dropped];
+    let flags = ["--respect-firewall"];
+    let daemon = Daemon::start_with(host, &specs, Datapath::Ebpf, &flags).unwrap();
+    let frontend = SocketAddr::new(topology.host_address(V4), DROPPED);
+    // The first ones find the container's neighbour entry, those behind could go without the stack.
+    for _ in 0..20 {
+        send_datagram(&topology.client, frontend, "dropped").unwrap();
+        served_to_the_client(&topology, Udp, "hello");
+    }
+    assert_eq!(backends[1].requests(), 0, "it went past the filter");
+    daemon.stop().unwrap();
 }
 
 #[test]

@@ -13,7 +13,11 @@ use forwarder_tests::{
     traffic::{Backend, Connection, Protocol, ask},
 };
 
-use crate::scene::{BACKEND_PORT, PORT, on_the_fast_path, served_to_the_client, spec};
+use nix::net::if_::if_nametoindex;
+
+use crate::scene::{
+    BACKEND_PORT, PORT, on_the_fast_path, served_to_the_client, spec, wait_for_delivery,
+};
 
 #[test]
 fn flows_and_published_ports_outlive_a_kill_and_a_restart() {
@@ -99,6 +103,27 @@ fn what_a_version_with_another_layout_left_is_replaced_and_said() {
     on_the_fast_path(&daemon, || {
         served_to_the_client(&topology, Protocol::Tcp, "hello")
     });
+    daemon.stop().unwrap();
+}
+
+#[test]
+fn a_device_that_came_back_while_it_was_dead_gets_the_program_anew() {
+    let mut topology = Topology::new().unwrap();
+    let _backend = Backend::start(&topology.backend.netns, Protocol::Tcp, BACKEND_PORT).unwrap();
+    let spec = spec(&topology.backend, Family::V4, Protocol::Tcp);
+    let mut daemon = Daemon::start(&topology.host, &[&spec], Datapath::Ebpf).unwrap();
+    daemon.kill().unwrap();
+    let veth = topology.backend.veth.clone();
+    let number = topology.host.enter(|| if_nametoindex(&*veth)).unwrap();
+    topology.unplug_backend().unwrap();
+    topology.plug_backend_at(Some(number)).unwrap();
+    daemon.restart().unwrap();
+    wait_for_delivery(&daemon);
+    on_the_fast_path(&daemon, || {
+        served_to_the_client(&topology, Protocol::Tcp, "hello")
+    });
+    let said = daemon.said();
+    assert!(!said.contains("attach"), "{said}");
     daemon.stop().unwrap();
 }
 

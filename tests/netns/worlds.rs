@@ -185,7 +185,7 @@ fn addressed(topology: &Topology, device: &str, of: fn(&Topology, Family) -> IpA
 }
 
 /// Moves the host's address from eth0 to a device that `commands` make.
-fn uplink_is(topology: &Topology, device: &str, commands: &str) {
+pub(crate) fn uplink_is(topology: &Topology, device: &str, commands: &str) {
     let addresses = addressed(topology, device, Topology::host_address);
     topology
         .host
@@ -194,7 +194,7 @@ fn uplink_is(topology: &Topology, device: &str, commands: &str) {
 }
 
 /// The same for the client.
-fn client_is(topology: &Topology, device: &str, commands: &str) {
+pub(crate) fn client_is(topology: &Topology, device: &str, commands: &str) {
     let addresses = addressed(topology, device, Topology::client_address);
     topology
         .client

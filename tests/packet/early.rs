@@ -78,6 +78,26 @@ fn a_datagram_without_a_checksum_stays_so() {
     });
 }
 
+#[test]
+fn a_udp_checksum_that_comes_out_as_zero_is_sent_as_ffff() {
+    with_flow(|bench, frame| {
+        if frame.protocol == Protocol::Tcp {
+            return;
+        }
+        let arrived = bench.send(frame, bench.uplink).forwarded();
+        let answer = bench.send(&arrived.reply(), bench.uplink).forwarded();
+        for (sent, arrives) in [(frame.clone(), arrived.clone()), (arrived.reply(), answer)] {
+            let sent = Frame {
+                payload: arrives.with_checksum_ffff().payload,
+                ..sent
+            };
+            let early = bench.send_early(&sent.bytes());
+            assert_eq!(early.action, XDP_TX);
+            assert!(!Frame::parse(&early.bytes).unwrap().no_checksum);
+        }
+    });
+}
+
 /// What a sender on the same machine leaves for a device to finish: the sum of the pseudo header.
 #[test]
 fn an_unfinished_checksum_is_left_to_tc() {

@@ -1,6 +1,9 @@
 //! Another machine's packets to a container, and the container's answers: DNAT and its reverse.
 
-use forwarder_common::publish::flag;
+use forwarder_common::{
+    flow::delivery,
+    publish::{Interface, flag},
+};
 use forwarder_tests::frame::{Frame, Protocol};
 use proptest::prelude::*;
 
@@ -114,6 +117,32 @@ fn udp_zero_checksum_stays_zero() {
 }
 
 #[test]
+fn a_udp_checksum_that_comes_out_as_zero_is_sent_as_ffff() {
+    for (client, host, backend) in [
+        ("198.51.100.9:4000", "198.51.100.2:53", "172.31.0.2:5353"),
+        (
+            "[2001:db8:100::9]:4000",
+            "[2001:db8:100::2]:53",
+            "[fd00:31::2]:5353",
+        ),
+    ] {
+        bench(|bench| {
+            bench.publish(Protocol::Udp, 53, backend);
+            let arrives = Frame::first(Protocol::Udp, at(client), at(backend));
+            let mut sent = arrives.with_checksum_ffff();
+            sent.destination = at(host);
+            let forwarded = bench.send(&sent, bench.uplink).forwarded();
+            assert!(!forwarded.no_checksum);
+
+            let mut answer = Frame::first(Protocol::Udp, at(host), at(client)).with_checksum_ffff();
+            answer.source = at(backend);
+            let answered = bench.send(&answer, bench.container).forwarded();
+            assert!(!answered.no_checksum);
+        });
+    }
+}
+
+#[test]
 fn every_checksum_is_right() {
     bench(|bench| {
         bench.publish(Protocol::Udp, 53, "172.31.0.2:5353");
@@ -218,6 +247,47 @@ fn a_container_is_answered_at_the_mac_that_it_sent_from() {
             (answer.source, answer.destination),
             (sent.destination, sent.source)
         );
+    });
+}
+
+#[test]
+fn a_client_is_answered_where_it_is_now() {
+    bench(|bench| {
+        bench.publish(Protocol::Tcp, 8080, "172.31.0.2:80");
+        let uplink = Interface {
+            delivery: delivery::DEVICE, // a bridge's port
+            mtu: 1500,
+            xdp: 0,
+        };
+        let maps = &mut bench.datapath.maps;
+        maps.set_interface(bench.uplink, Some(uplink)).unwrap();
+        let mut sent = Frame::first(
+            Protocol::Tcp,
+            at("198.51.100.9:4000"),
+            at("198.51.100.2:8080"),
+        );
+        let answer = bench.send(&sent, bench.uplink).forwarded().reply();
+        let back = |bench: &Bench| {
+            let answer = bench.send(&answer, bench.container).forwarded();
+            (answer.destination_mac, bench.flow().1.back.ifindex)
+        };
+        assert_eq!(back(bench), (sent.source_mac, bench.uplink));
+        let first = sent.source_mac;
+        sent.source_mac = [2, 0, 0, 0, 0, 77];
+        // Somebody else's device.
+        bench.send(&sent, bench.container).forwarded();
+        assert_eq!(back(bench), (first, bench.uplink));
+        bench.send(&sent, bench.uplink).forwarded();
+        assert_eq!(back(bench), (sent.source_mac, bench.uplink));
+        // Its device has gone.
+        sent.source_mac = [2, 0, 0, 0, 0, 78];
+        bench
+            .datapath
+            .maps
+            .set_interface(bench.uplink, None)
+            .unwrap();
+        bench.send(&sent, bench.container).forwarded();
+        assert_eq!(back(bench), (sent.source_mac, bench.container));
     });
 }
 

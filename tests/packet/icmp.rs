@@ -34,7 +34,7 @@ const V6: Addresses = Addresses {
     router_at_backend: "[fd00:9::9]:0",
 };
 
-/// Each protocol in each family, and a datagram without a checksum.
+/// Each protocol in each family, a datagram without a checksum, and such with 0xffff.
 fn conversations() -> Vec<(&'static Addresses, Frame)> {
     let mut all = Vec::new();
     for addresses in [&V4, &V6] {
@@ -46,6 +46,8 @@ fn conversations() -> Vec<(&'static Addresses, Frame)> {
     let mut bare = all[1].1.clone();
     bare.no_checksum = true;
     all.push((&V4, bare));
+    all.push((&V4, all[1].1.clone().with_checksum_ffff()));
+    all.push((&V6, all[3].1.clone().with_checksum_ffff()));
     all
 }
 

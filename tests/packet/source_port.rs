@@ -68,6 +68,24 @@ fn when_all_ports_are_in_use_a_new_client_is_refused_and_the_others_go_on() {
     });
 }
 
+#[test]
+fn ports_that_are_in_use_towards_one_backend_are_free_towards_the_next() {
+    bench_with_ports((61_000, 2), |bench| {
+        for backend in ["172.31.0.2:53", "172.31.0.3:53", "172.31.0.3:54"] {
+            bench.publish(Protocol::Udp, 53, backend);
+            for port in [4000, 4001] {
+                let client = SocketAddr::from(([127, 0, 0, 1], port));
+                let frame = Frame::first(Protocol::Udp, client, at("127.0.0.1:53"));
+                let arrived = bench.send(&frame, LO).forwarded();
+                assert_eq!(arrived.destination, at(backend));
+                let answer = bench.send(&arrived.reply(), bench.container).forwarded();
+                assert_eq!(answer.destination, client);
+                bench.send(&frame, LO).forwarded();
+            }
+        }
+    });
+}
+
 /// Sends a frame that must go on, without a look at the counters, and returns it.
 fn carried(bench: &Bench, frame: &Frame, ifindex: u32) -> Frame {
     let (action, bytes) = bench.datapath.try_frame(&frame.bytes(), ifindex).unwrap();

@@ -1,7 +1,10 @@
 //! The state of a flow, as it follows the packets of both directions.
 
+use std::time::Duration;
+
 use forwarder_common::flow::{Phase, state};
 use forwarder_tests::frame::{ACK, FIN_ACK, Flags, Frame, Protocol, RST, RST_ACK, SYN, SYN_ACK};
+use nix::time::{ClockId, clock_gettime};
 
 use crate::bench::{Bench, at, bench};
 
@@ -356,6 +359,18 @@ fn a_handshake_that_is_sent_again_begins_nothing() {
     talk(|t| {
         t.say(&HANDSHAKE);
         t.forge_at(false, SYN_ACK, 1 << 20).is(ESTABLISHED);
+    });
+}
+
+#[test]
+fn a_flow_was_last_seen_by_the_monotonic_clock() {
+    const TICK: Duration = Duration::from_millis(10);
+    let now = || Duration::from(clock_gettime(ClockId::CLOCK_MONOTONIC).unwrap());
+    talk(|t| {
+        let before = now();
+        t.say(&HANDSHAKE);
+        let last_seen = Duration::from_nanos(t.bench.flow().1.last_seen);
+        assert!(before <= last_seen + 2 * TICK && last_seen <= now());
     });
 }
 

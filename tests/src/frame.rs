@@ -135,6 +135,14 @@ impl Frame {
         self
     }
 
+    /// The datagram with a payload of which the checksum comes out as zero, so that 0xffff is sent (RFC 768).
+    pub fn with_checksum_ffff(mut self) -> Self {
+        self.payload = vec![0; 2];
+        let checksum = if self.source.is_ipv4() { 40 } else { 60 };
+        self.payload = self.bytes()[checksum..][..2].to_vec();
+        self
+    }
+
     /// The bytes, with all checksums.
     pub fn bytes(&self) -> Vec<u8> {
         let link = PacketBuilder::ethernet2(self.source_mac, self.destination_mac);

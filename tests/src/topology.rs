@@ -214,7 +214,7 @@ impl Topology {
         }
         let containers = [&self.backend, &self.peer, &self.other, &self.ptp];
         for container in containers {
-            host += &self.plugged(container);
+            host += &self.plugged(container, None);
         }
         self.host.ip(&host)?;
         self.client.ip(&format!(
@@ -229,11 +229,12 @@ impl Topology {
         Ok(())
     }
 
-    /// The host's side of starting a container.
-    fn plugged(&self, container: &Container) -> String {
+    /// The host's side of starting a container, with a device of that number.
+    fn plugged(&self, container: &Container, ifindex: Option<u32>) -> String {
         let Container { veth, network, .. } = container;
+        let index = ifindex.map_or(String::new(), |number| format!("index {number}"));
         let mut commands = format!(
-            "link add {veth} address {} type veth peer name eth0 address {} netns {}\n",
+            "link add {veth} {index} address {} type veth peer name eth0 address {} netns {}\n",
             fresh_mac(),
             fresh_mac(),
             container.netns.path(),
@@ -275,10 +276,18 @@ impl Topology {
     /// # Errors
     /// It still has one.
     pub fn plug_backend(&mut self) -> Result<()> {
+        self.plug_backend_at(None)
+    }
+
+    /// The same, with a device of that number at the host's end.
+    ///
+    /// # Errors
+    /// It still has one, or another device has the number.
+    pub fn plug_backend_at(&mut self, ifindex: Option<u32>) -> Result<()> {
         static RESTARTS: AtomicU32 = AtomicU32::new(0);
         let number = RESTARTS.fetch_add(1, Ordering::Relaxed);
         self.backend.veth = format!("{}be{number}", self.plan.veth);
-        self.host.ip(&self.plugged(&self.backend))?;
+        self.host.ip(&self.plugged(&self.backend, ifindex))?;
         configure(&self.backend)
     }
 }

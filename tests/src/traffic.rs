@@ -168,7 +168,7 @@ pub fn ask(
     netns
         .enter(|| match protocol {
             Protocol::Tcp => Connection::open_here(frontend)?.ask(payload),
-            Protocol::Udp => ask_udp(frontend, payload, patience()),
+            Protocol::Udp => ask_udp(frontend, payload),
         })
         .with_context(|| format!("{protocol:?} from {} to {frontend}", netns.label()))
 }
@@ -185,10 +185,19 @@ pub fn send_datagram(netns: &Netns, destination: SocketAddr, payload: &str) -> R
     })
 }
 
-fn ask_udp(frontend: SocketAddr, payload: &str, patience: Duration) -> Result<Answer> {
+fn ask_udp(frontend: SocketAddr, payload: &str) -> Result<Answer> {
     // Not connected: such a socket would hide an answer from a wrong address.
     let socket = UdpSocket::bind((unspecified(frontend), 0))?;
+    ask_by(&socket, frontend, payload)
+}
+
+/// Sends `payload` by a socket that is not connected, which may have had other answers before.
+///
+/// # Errors
+/// As [`ask`].
+pub fn ask_by(socket: &UdpSocket, frontend: SocketAddr, payload: &str) -> Result<Answer> {
     socket.set_read_timeout(Some(retry()))?;
+    let patience = patience();
     let deadline = Instant::now() + patience;
     let mut buffer = vec![0; 65536];
     while Instant::now() < deadline {
@@ -197,7 +206,10 @@ fn ask_udp(frontend: SocketAddr, payload: &str, patience: Duration) -> Result<An
         match socket.recv_from(&mut buffer) {
             Ok((length, from)) => {
                 ensure!(from == frontend, "answered by {from} instead of {frontend}");
-                return answer(&buffer[..length], socket.local_addr()?.port());
+                let answer = answer(&buffer[..length], socket.local_addr()?.port())?;
+                if answer.payload == payload {
+                    return Ok(answer);
+                }
             }
             Err(error) if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut) => {}
             Err(error) => return Err(error).context("receive"),
