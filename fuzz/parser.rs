@@ -61,7 +61,8 @@ fn page() -> usize {
 fuzz_target!(|input: (u16, &[u8])| {
     let (segment, frame) = input;
     let frame = &frame[..frame.len().min(PAGE)];
-    let start = page() + PAGE - frame.len();
+    // At an even address, as the kernel's frames: the headers' structs rely on it.
+    let start = (page() + PAGE - frame.len()) & !1;
     // SAFETY: so many octets are left in the page.
     unsafe { ptr::copy_nonoverlapping(frame.as_ptr(), start as *mut u8, frame.len()) };
     // SAFETY: plain integers and pointers that nobody follows.
