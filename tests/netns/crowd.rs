@@ -98,11 +98,10 @@ fn client(crowd: &Crowd, number: usize) -> Vec<u16> {
     for round in 0..2 {
         let text =
             |index: usize| ((round * CONNECTIONS + number * SHARE + index) as u32).to_be_bytes();
+        seen.clear();
+        // Not all at once: each message that nobody has read takes a page of TCP's memory.
         for (index, connection) in connections.iter_mut().enumerate() {
             connection.write_all(&text(index)).unwrap();
-        }
-        seen.clear();
-        for (index, connection) in connections.iter_mut().enumerate() {
             let mut answer = [0; 6];
             connection.set_read_timeout(Some(6 * patience())).unwrap();
             connection.read_exact(&mut answer).unwrap();
@@ -113,7 +112,7 @@ fn client(crowd: &Crowd, number: usize) -> Vec<u16> {
     seen
 }
 
-/// Accepts connections until all are open, then answers in each, twice, with what was said and the port that it came from.
+/// Accepts connections until all are open, then answers in each, in their order, twice, with what was said and the port that it came from.
 fn server(crowd: &Crowd) {
     own_descriptors();
     let listener = Socket::new(Domain::IPV4, Type::STREAM, None).unwrap();
