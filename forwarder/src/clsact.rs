@@ -92,6 +92,18 @@ pub fn find_all(side: Side, handle: u32, programs: &[&str]) -> io::Result<Vec<Fi
     Ok(all)
 }
 
+/// Whether there are filters on a device that run none of `programs`.
+///
+/// # Errors
+/// As [`find`].
+pub fn has_others(ifindex: u32, side: Side, programs: &[&str]) -> io::Result<bool> {
+    let ours = |message: &TcMessage| name(message).is_some_and(|name| programs.contains(&name));
+    let there = filters(ifindex, side)?;
+    Ok(there
+        .iter()
+        .any(|message| !message.as_ref().is_some_and(ours)))
+}
+
 /// The priority to attach at: before everybody else's filters, as TCX links are. Filters of another kind
 /// cannot share theirs.
 ///

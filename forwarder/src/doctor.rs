@@ -7,7 +7,8 @@ use forwarder_common::limits;
 use serde::Serialize;
 
 use crate::{
-    datapath::{self, Datapath},
+    datapath::{self, Datapath, devices::has_others_at_egress},
+    interfaces::{Kind, Reader, Snapshot},
     kernel::{Attach, Kernel, Memory, has_bpffs, kernel},
 };
 
@@ -89,6 +90,18 @@ pub fn examine() -> Vec<Finding> {
     if let Some(lockdown) = &kernel.lockdown {
         add("lockdown", true, lockdown, "");
     }
+    if let Ok(bypassed) = bypassed() {
+        add(
+            "containers' links",
+            bypassed.is_empty(),
+            &if bypassed.is_empty() {
+                "nobody else's tc programs on the way in".into()
+            } else {
+                format!("tc egress of {} has others' programs", bypassed.join(", "))
+            },
+            "what is forwarded into a container goes past them; with --respect-firewall they see it",
+        );
+    }
     let ipv6 = Path::new("/proc/net/if_inet6").exists();
     add(
         "IPv6",
@@ -97,6 +110,22 @@ pub fn examine() -> Vec<Finding> {
         "boot without ipv6.disable=1",
     );
     findings
+}
+
+/// The links of containers that others have programs on, which forwarded packets do not meet.
+fn bypassed() -> anyhow::Result<Vec<String>> {
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()?;
+    let snapshot =
+        runtime.block_on(async { Reader::open()?.snapshot(&Snapshot::default()).await })?;
+    let links = snapshot.links.into_iter().filter(|(ifindex, link)| {
+        let of_container = Kind::Veth {
+            peer_elsewhere: true,
+        };
+        link.kind == of_container && has_others_at_egress(*ifindex, &link.name)
+    });
+    Ok(links.map(|(_, link)| link.name).collect())
 }
 
 /// What only a privileged process can ask for.

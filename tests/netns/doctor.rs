@@ -13,7 +13,10 @@ use forwarder_tests::{
 };
 use serde_json::Value;
 
-use crate::scene::{BACKEND_PORT, on_the_fast_path, served_to_the_client, spec};
+use crate::{
+    filters::somebodys_filter,
+    scene::{BACKEND_PORT, on_the_fast_path, served_to_the_client, spec},
+};
 
 fn findings(wrapper: &[&str]) -> BTreeMap<String, Value> {
     let netns = Netns::new("host").unwrap();
@@ -80,6 +83,31 @@ fn doctor_names_what_a_process_may_not_do_and_the_remedy() {
     assert_eq!(privilege["found"], "no CAP_BPF, no CAP_NET_ADMIN");
     let remedy = "run as root or with CAP_BPF and CAP_NET_ADMIN";
     assert_eq!(privilege["remedy"], remedy);
+}
+
+#[test]
+fn doctor_names_containers_links_whose_filters_are_gone_past() {
+    let topology = Topology::new().unwrap();
+    let Topology { host, backend, .. } = &topology;
+    let spec = spec(backend, Family::V4, Protocol::Tcp);
+    let flags = ["--respect-firewall"];
+    let daemon = Daemon::start_with(host, &[&spec], Datapath::Auto, &flags).unwrap();
+    let links = || doctor(host, &[]).unwrap()["containers' links"].clone();
+    assert_eq!(links()["ok"], true, "our own program is nobody else's");
+    let clsact = format!("tc qdisc add dev {} clsact", backend.veth);
+    let there = host.run(&clsact);
+    assert!(
+        there.is_ok() || kernel().attach == Attach::Clsact,
+        "{there:?}"
+    );
+    somebodys_filter(host, &backend.veth, "egress");
+    let (found, veth) = (links(), &backend.veth);
+    assert_eq!(found["ok"], false);
+    assert_eq!(
+        found["found"],
+        format!("tc egress of {veth} has others' programs")
+    );
+    daemon.stop().unwrap();
 }
 
 /// The fast path does without something that `doctor` misses.

@@ -5,7 +5,7 @@ use std::{collections::BTreeSet, fs, path::PathBuf};
 
 use anyhow::{Context as _, Result};
 use aya::programs::{
-    LinkOrder, SchedClassifier, TcAttachType,
+    LinkOrder, ProgramInfo, SchedClassifier, TcAttachType,
     links::{FdLink, PinnedLink},
     tc::{NlOptions, SchedClassifierLink, SchedClassifierLinkId, TcAttachOptions, TcHandle},
 };
@@ -60,6 +60,19 @@ impl Hook {
             Self::Egress => format!("{ifindex}-egress"),
         }
     }
+}
+
+/// Whether filters or programs of others see what leaves by a device. What goes straight to its other end
+/// (`bpf_redirect_peer`) they do not see.
+pub fn has_others_at_egress(ifindex: u32, name: &str) -> bool {
+    let ours = Hook::Egress.programs();
+    let links = SchedClassifier::query_tcx(name, TcAttachType::Egress);
+    clsact::has_others(ifindex, Side::Egress, &ours).unwrap_or(false)
+        || links.is_ok_and(|(_, programs)| {
+            let name = |program: &ProgramInfo| program.name_as_str().map(str::to_owned);
+            let mut names = programs.iter().map(name);
+            names.any(|name| !name.is_some_and(|name| ours.contains(&name.as_str())))
+        })
 }
 
 /// A device, and which side of it.
