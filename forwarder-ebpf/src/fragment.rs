@@ -3,7 +3,7 @@
 
 use aya_ebpf::{bindings::__sk_buff, helpers::generated::bpf_skb_load_bytes, programs::TcContext};
 use forwarder_common::{
-    handover::{FRAME, Fragment},
+    handover::{FRAME, Fragment, JUMBO_FRAME},
     reason::Reason,
     tuple::{Tuple, UDP},
 };
@@ -103,16 +103,23 @@ pub fn leave(ctx: &TcContext, packet: &Packet) {
 pub fn hand_over(skb: *mut __sk_buff) {
     // SAFETY: `skb` is the context that the kernel gave; its fields are readable.
     let length = unsafe { (*skb).len };
-    if length > FRAME as u32 {
-        return;
+    if length <= FRAME as u32 {
+        copy::<FRAME>(skb, length);
+    } else if length <= JUMBO_FRAME as u32 {
+        copy::<JUMBO_FRAME>(skb, length);
     }
-    let Some(mut entry) = HANDOVER.reserve::<Fragment>(0) else {
+}
+
+/// Copies a frame of at most `N` octets.
+// VERIFIER: that bound stands before `reserve` and the other behind it, since the compiler would make one comparison, of
+// another value, of the two.
+#[inline(always)]
+fn copy<const N: usize>(skb: *mut __sk_buff, length: u32) {
+    let Some(mut entry) = HANDOVER.reserve::<Fragment<N>>(0) else {
         return;
     };
     let to = entry.as_mut_ptr();
-    // SAFETY: the entry has room for the frame's greatest length. What is behind the frame stays unwritten, and unread.
-    // VERIFIER: the bounds on either side of the call, since the compiler would make one comparison of another value of
-    // them.
+    // SAFETY: the entry has room for the frame. What is behind the frame stays unwritten, and unread.
     let copied = unsafe {
         (&raw mut (*to).length).write(length);
         length >= L3 as u32

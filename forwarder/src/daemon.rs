@@ -5,6 +5,7 @@
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
     net::IpAddr,
+    sync::Arc,
     time::Duration,
 };
 
@@ -48,7 +49,7 @@ const ASK_AGAIN: Duration = Duration::from_secs(5);
 const SWEEP: Duration = Duration::from_secs(2);
 
 struct Published {
-    spec: Spec,
+    spec: Arc<Spec>,
     allow: Vec<IpNet>,
     /// `None` once the publish drains.
     proxy: Option<Proxy>,
@@ -81,7 +82,7 @@ pub struct Daemon {
     snapshot: Snapshot,
     publishes: BTreeMap<u32, Published>,
     last_id: u32,
-    timeouts: Timeouts,
+    timeouts: Arc<Timeouts>,
     tracing: broadcast::Sender<String>,
     /// What `INTERFACES` holds.
     interfaces: BTreeMap<u32, Interface>,
@@ -166,7 +167,7 @@ impl Daemon {
             snapshot: Snapshot::default(),
             publishes: BTreeMap::new(),
             last_id: 0,
-            timeouts,
+            timeouts: Arc::new(timeouts),
             tracing: broadcast::channel(1024).0,
             interfaces: BTreeMap::new(),
             without_xdp: BTreeSet::new(),
@@ -261,7 +262,7 @@ impl Daemon {
     /// Publishes all of them or none.
     async fn publish(&mut self, specs: &[Spec], allow: &[IpNet]) -> Result<Vec<u32>> {
         let present = self.publishes.values().filter(|p| !p.draining());
-        if let Some((spec, other)) = Spec::first_overlap(present.map(|p| &p.spec), specs) {
+        if let Some((spec, other)) = Spec::first_overlap(present.map(|p| &*p.spec), specs) {
             bail!("publish {spec}: overlaps with {other}; unpublish that or choose other ports");
         }
         // A publish that drains on these ports has had its time.
@@ -299,8 +300,9 @@ impl Daemon {
         let options = ProxyOptions {
             proxy_protocol: self.options.proxy_protocol,
             allow: allow.to_vec(),
-            timeouts: self.timeouts,
+            timeouts: self.timeouts.clone(),
         };
+        let spec = Arc::new(spec.clone());
         let published = Published {
             spec: spec.clone(),
             allow: allow.to_vec(),

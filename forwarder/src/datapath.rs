@@ -23,7 +23,7 @@ use aya::{
         Program, ProgramError, SchedClassifier, TestRun as _, TestRunOptions, xdp::XdpLinkId,
     },
 };
-use forwarder_common::handover::Fragment;
+use forwarder_common::handover;
 use tokio::io::{Interest, unix::AsyncFd};
 
 use self::devices::{Attachment, Hook, Place};
@@ -212,7 +212,7 @@ impl Datapath {
             loop {
                 let mut guard = ring.readable_mut().await?;
                 while let Some(entry) = guard.get_inner_mut().next() {
-                    if let Some(frame) = Fragment::frame(&entry) {
+                    if let Some(frame) = handover::frame(&entry) {
                         take(frame);
                     }
                 }

@@ -155,6 +155,16 @@ fn a_late_first_part_of_tcp_is_carried_since_no_socket_of_the_host_could_take_it
 
 #[test]
 fn an_answer_whose_first_part_comes_late_is_the_daemons_in_every_part() {
+    handed_over(100);
+}
+
+#[test]
+fn an_answer_in_long_frames_is_the_daemons_too() {
+    handed_over(2500);
+}
+
+/// An answer with that much payload, most of it in the last of three parts.
+fn handed_over(length: usize) {
     let runtime = Builder::new_current_thread().enable_all().build().unwrap();
     with_long_frames(Protocol::Udp, |bench, frame| {
         let _runtime = runtime.enter();
@@ -162,7 +172,8 @@ fn an_answer_whose_first_part_comes_late_is_the_daemons_in_every_part() {
         let taking = bench
             .datapath
             .handover(|frame| frames.borrow_mut().push(frame.to_vec()));
-        let answer = bench.send(frame, bench.uplink).forwarded().reply();
+        let mut answer = bench.send(frame, bench.uplink).forwarded().reply();
+        answer.payload.resize(length, 1);
         let [first, second, third] = cut(&answer, 8);
         for part in [&second, &third] {
             bench

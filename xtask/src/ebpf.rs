@@ -7,6 +7,10 @@
 use std::{fs, path::PathBuf};
 
 use anyhow::{Context, Result};
+use object::{
+    build::elf::{Builder, SectionData},
+    elf::SHT_STRTAB,
+};
 
 use crate::{
     exec::{self, step},
@@ -63,6 +67,7 @@ pub(crate) fn build() -> Result<PathBuf> {
     let built = folder.join(TARGET).join("release/forwarder-ebpf");
     let object = exec::workspace().join("target/ebpf/forwarder.o");
     let content = fs::read(&built).with_context(|| built.display().to_string())?;
+    let content = without_debug_sections(&content).context("strip the eBPF program")?;
     if fs::read(&object).ok().as_deref() != Some(&content[..]) {
         fs::create_dir_all(object.parent().context("target/ebpf")?)?;
         // By rename: a build that runs at the same time never reads half an object.
@@ -71,4 +76,25 @@ pub(crate) fn build() -> Result<PathBuf> {
         fs::rename(&partial, &object).with_context(|| object.display().to_string())?;
     }
     Ok(object)
+}
+
+/// Leaves out what only debuggers read, which is three quarters of the object and would stay in the daemon's memory. BTF,
+/// which was made of it, stays.
+fn without_debug_sections(object: &[u8]) -> Result<Vec<u8>> {
+    let mut builder = Builder::read(object)?;
+    for section in &mut builder.sections {
+        let name = &section.name;
+        section.delete = [&b".debug_"[..], b".rel.debug_"]
+            .iter()
+            .any(|prefix| name.starts_with(prefix));
+    }
+    builder.delete_orphans();
+    // LLVM has one table for the names of symbols and sections, the writer two.
+    let names = builder.sections.add();
+    names.name = b".shstrtab"[..].into();
+    names.sh_type = SHT_STRTAB;
+    names.data = SectionData::SectionString;
+    let mut stripped = Vec::new();
+    builder.write(&mut stripped)?;
+    Ok(stripped)
 }

@@ -1,7 +1,7 @@
 //! The part of the daemon that looks after flows: those that an earlier instance left, those that have been
 //! silent for too long, those of a publish that ends.
 
-use std::{collections::HashSet, time::Duration};
+use std::{collections::HashSet, sync::Arc, time::Duration};
 
 use anyhow::Result;
 use forwarder_common::{
@@ -37,7 +37,7 @@ impl Daemon {
 
     /// Flows of an earlier instance go on if they are of a publish that is there again, under its number.
     pub(super) fn adopt(&mut self) {
-        let owners: Vec<(u32, Spec)> = self
+        let owners: Vec<(u32, Arc<Spec>)> = self
             .publishes
             .iter()
             .map(|(id, published)| (*id, published.spec.clone()))

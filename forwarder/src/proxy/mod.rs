@@ -39,7 +39,7 @@ pub struct Options {
     /// Sources that are served; empty for all.
     pub allow: Vec<IpNet>,
     /// Of UDP's flows.
-    pub timeouts: Timeouts,
+    pub timeouts: Arc<Timeouts>,
 }
 
 /// What becomes of live connections.
@@ -67,7 +67,7 @@ pub struct Counters {
 /// What the tasks of one publish share.
 #[derive(Debug)]
 struct Shared {
-    spec: Spec,
+    spec: Arc<Spec>,
     options: Options,
     flows: AtomicU64,
     packets: AtomicU64,
@@ -150,7 +150,7 @@ impl Proxy {
     ///
     /// # Errors
     /// As epoll_ctl(2).
-    pub fn start(held: Held, spec: Spec, options: Options, idle: &Idle) -> io::Result<Self> {
+    pub fn start(held: Held, spec: Arc<Spec>, options: Options, idle: &Idle) -> io::Result<Self> {
         let shared = Arc::new(Shared {
             spec,
             options,

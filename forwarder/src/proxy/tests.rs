@@ -36,7 +36,7 @@ fn serve(address: &str, backend: SocketAddr, protocol: &str, options: Options) -
         let spec: Spec = text.parse().expect("a spec");
         if let Ok(held) = Held::bind(&spec) {
             let idle = Idle::start().expect("epoll");
-            let proxy = Proxy::start(held, spec, options, &idle).expect("epoll");
+            let proxy = Proxy::start(held, spec.into(), options, &idle).expect("epoll");
             let host = address
                 .trim_matches(['[', ']'])
                 .parse()
