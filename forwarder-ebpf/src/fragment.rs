@@ -1,7 +1,11 @@
 //! Fragments: the first one's ports, remembered for the others, which have none. Only of datagrams that the
 //! fast path carries: of all others the stack must get every part, also if it got one before the first came.
 
-use aya_ebpf::{bindings::__sk_buff, helpers::generated::bpf_skb_load_bytes, programs::TcContext};
+use aya_ebpf::{
+    bindings::{__sk_buff, BPF_NOEXIST},
+    helpers::generated::bpf_skb_load_bytes,
+    programs::TcContext,
+};
 use forwarder_common::{
     handover::{FRAME, Fragment, JUMBO_FRAME},
     reason::Reason,
@@ -72,29 +76,69 @@ pub fn complete(packet: &mut Packet) -> Result<(), Reason> {
     }
     match ports(packet) {
         Some(ports) if ports != 0 => {
-            packet.tuple.source_port = ports as u16;
-            packet.tuple.destination_port = (ports >> 16) as u16;
+            set_ports(packet, ports);
             Ok(())
         }
         _ => Err(Reason::Fragment),
     }
 }
 
+#[inline(always)]
+fn set_ports(packet: &mut Packet, ports: u32) {
+    packet.tuple.source_port = ports as u16;
+    packet.tuple.destination_port = (ports >> 16) as u16;
+}
+
+#[inline(always)]
+fn own_ports(packet: &Packet) -> u32 {
+    packet.tuple.source_port as u32 | (packet.tuple.destination_port as u32) << 16
+}
+
+/// Decides by the first of its parts that comes here what becomes of a datagram, and returns that: the ports, or 0.
+#[inline(always)]
+fn decide(packet: &Packet, ports: u32) -> u32 {
+    let datagram = Datagram {
+        since: clock::now(),
+        ports,
+        reserved: 0,
+    };
+    // RACE: two parts on two CPUs: one of them has come first.
+    if FRAGMENTS
+        .insert(&key(packet), &datagram, BPF_NOEXIST as u64)
+        .is_ok()
+    {
+        return ports;
+    }
+    self::ports(packet).unwrap_or_else(|| {
+        insert(packet, ports); // in place of one that has had its time
+        ports
+    })
+}
+
 /// Passes up what has come before its first. Whoever puts the parts together must get all of them: of a client's datagram
 /// the stack, whose proxy serves it, and of a backend's the daemon, since no socket of this host waits for an answer to
 /// the client. Not of TCP, which sends again what is lost.
+///
+/// # Errors
+/// `Fragment`, unless its first has come meanwhile.
 #[inline(always)]
-pub fn leave(ctx: &TcContext, packet: &Packet) {
+pub fn leave(ctx: &TcContext, packet: &mut Packet) -> Result<(), Reason> {
     if packet.protocol != UDP {
-        return;
+        return Err(Reason::Fragment);
     }
     let of_backend = publish::is_backend(packet.tuple.source);
+    if !of_backend && publish::arrived(packet).is_err() {
+        return Err(Reason::Fragment);
+    }
+    let ports = decide(packet, 0);
+    if ports != 0 {
+        set_ports(packet, ports);
+        return Ok(());
+    }
     if of_backend {
         hand_over(ctx.skb.skb);
     }
-    if of_backend || publish::arrived(packet).is_ok() {
-        insert(packet, 0);
-    }
+    Err(Reason::Fragment)
 }
 
 /// Gives the daemon a copy. Without one the datagram is lost, as any may be.
@@ -132,10 +176,10 @@ fn copy<const N: usize>(skb: *mut __sk_buff, length: u32) {
     }
 }
 
-/// Whether this is the first fragment of a datagram of which a later one has come before.
+/// Whether this is the first fragment of a backend's datagram of which a later one has come before.
 #[inline(always)]
 pub fn is_late(packet: &Packet) -> bool {
-    packet.part == Part::First && ports(packet) == Some(0)
+    packet.part == Part::First && decide(packet, own_ports(packet)) == 0
 }
 
 /// Keeps a client's first fragment with those that came before it.
@@ -144,7 +188,7 @@ pub fn is_late(packet: &Packet) -> bool {
 /// `Fragment` if the stack has one.
 #[inline(always)]
 pub fn rejoin(packet: &Packet) -> Result<(), Reason> {
-    if is_late(packet) {
+    if packet.part == Part::First && ports(packet) == Some(0) {
         return Err(Reason::Fragment);
     }
     Ok(())
@@ -154,7 +198,6 @@ pub fn rejoin(packet: &Packet) -> Result<(), Reason> {
 #[inline(always)]
 pub fn remember(packet: &Packet) {
     if packet.part == Part::First {
-        let ports = packet.tuple.source_port as u32 | (packet.tuple.destination_port as u32) << 16;
-        insert(packet, ports);
+        insert(packet, own_ports(packet));
     }
 }

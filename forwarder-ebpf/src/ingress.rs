@@ -41,9 +41,8 @@ static THROUGH_THE_STACK: Hop = Hop {
 #[inline(always)]
 pub fn ingress(ctx: &TcContext, trail: &mut Trail) -> Verdict {
     let packet = parse::packet(ctx)?;
-    if let Err(reason) = fragment::complete(packet) {
-        fragment::leave(ctx, packet);
-        return Err(reason);
+    if fragment::complete(packet).is_err() {
+        fragment::leave(ctx, packet)?;
     }
     let published = publish::find(packet);
     if published.is_some() {

@@ -97,11 +97,13 @@ pub fn find_all(side: Side, handle: u32, programs: &[&str]) -> io::Result<Vec<Fi
 /// # Errors
 /// As [`find`].
 pub fn has_others(ifindex: u32, side: Side, programs: &[&str]) -> io::Result<bool> {
-    let ours = |message: &TcMessage| name(message).is_some_and(|name| programs.contains(&name));
     let there = filters(ifindex, side)?;
-    Ok(there
-        .iter()
-        .any(|message| !message.as_ref().is_some_and(ours)))
+    Ok(there.iter().any(|message| match message {
+        // Each priority is told as a filter without a handle first.
+        Some(message) if message.header.handle == 0.into() => false,
+        Some(message) => !name(message).is_some_and(|name| programs.contains(&name)),
+        None => true,
+    }))
 }
 
 /// The priority to attach at: before everybody else's filters, as TCX links are. Filters of another kind

@@ -16,7 +16,10 @@ use forwarder_tests::{
     topology::{Family, Topology},
     traffic::Protocol,
 };
-use nix::sys::resource::{Resource, getrlimit, setrlimit};
+use nix::sys::{
+    epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags},
+    resource::{Resource, getrlimit, setrlimit},
+};
 use socket2::{Domain, Socket, Type};
 
 use crate::scene::{BACKEND_PORT, PORT, on_the_fast_path, spec, wait_for_delivery};
@@ -112,7 +115,7 @@ fn client(crowd: &Crowd, number: usize) -> Vec<u16> {
     seen
 }
 
-/// Accepts connections until all are open, then answers in each, in their order, twice, with what was said and the port that it came from.
+/// Accepts connections until all are open, then answers in each, twice, with what was said and the port that it came from.
 fn server(crowd: &Crowd) {
     own_descriptors();
     let listener = Socket::new(Domain::IPV4, Type::STREAM, None).unwrap();
@@ -135,10 +138,25 @@ fn server(crowd: &Crowd) {
             crowd.accepted.fetch_add(1, SeqCst);
         }
     }
-    for _ in 0..2 {
-        for (connection, port) in &mut connections {
+    // In whatever order they come: two that were opened by different CPUs may have been accepted the other way round.
+    let epoll = Epoll::new(EpollCreateFlags::empty()).unwrap();
+    for (index, (connection, _)) in connections.iter().enumerate() {
+        let event = EpollEvent::new(EpollFlags::EPOLLIN, index as u64);
+        epoll.add(connection, event).unwrap();
+    }
+    let mut left = 2 * connections.len();
+    let mut events = [EpollEvent::empty(); 64];
+    while left > 0 {
+        let count = epoll.wait(&mut events, 60_000_u16).unwrap();
+        assert!(count > 0, "nobody asks any more, {left} are left");
+        for event in &events[..count] {
+            let (connection, port) = &mut connections[event.data() as usize];
             let mut text = [0; 4];
-            connection.read_exact(&mut text).unwrap();
+            if connection.read(&mut text).unwrap() == 0 {
+                epoll.delete(connection).unwrap(); // its client has had both answers
+                continue;
+            }
+            left -= 1;
             let [a, b, c, d] = text;
             let [e, f] = port.to_be_bytes();
             connection.write_all(&[a, b, c, d, e, f]).unwrap();

@@ -321,7 +321,8 @@ fn ctrl_c_leaves_nothing_behind() {
 #[test]
 fn an_instance_that_ran_out_of_descriptors_can_be_asked_again() {
     let topology = Topology::new().unwrap();
-    let (limit, userland) = (["prlimit", "--nofile=100:100"], Datapath::Userland);
+    let limit = ["sh", "-c", "ulimit -n 100; exec \"$0\" \"$@\""];
+    let userland = Datapath::Userland;
     let spec = spec(&topology.backend, Family::V4, Protocol::Tcp);
     let daemon = Daemon::start_wrapped(&topology.host, &limit, &[&spec], userland, &[]).unwrap();
     let socket = format!("/run/forwarder/{}.sock", daemon.instance());
