@@ -40,10 +40,14 @@ const DESCRIPTORS: u64 = SHARE as u64 + 1_000;
 #[derive(Default)]
 struct Crowd {
     listening: AtomicUsize,
-    accepted: AtomicUsize,
     /// Clients that have all their connections.
     complete: AtomicUsize,
+    /// Clients that have had all their answers.
+    answered: AtomicUsize,
 }
+
+/// What epoll says of the listener, where others have their index.
+const LISTENER: u64 = u64::MAX;
 
 fn reached(count: &AtomicUsize, all: usize) {
     let deadline = Instant::now() + slack() * 60;
@@ -112,10 +116,11 @@ fn client(crowd: &Crowd, number: usize) -> Vec<u16> {
             seen.push(u16::from_be_bytes([answer[4], answer[5]]));
         }
     }
+    crowd.answered.fetch_add(1, SeqCst);
     seen
 }
 
-/// Accepts connections until all are open, then answers in each, twice, with what was said and the port that it came from.
+/// Accepts connections and answers in each with what was said and the port that it came from, until all clients are done.
 fn server(crowd: &Crowd) {
     own_descriptors();
     let listener = Socket::new(Domain::IPV4, Type::STREAM, None).unwrap();
@@ -127,36 +132,32 @@ fn server(crowd: &Crowd) {
     listener.set_read_timeout(Some(tick)).unwrap(); // bounds `accept`
     crowd.listening.fetch_add(1, SeqCst);
 
-    let mut connections: Vec<(TcpStream, u16)> = Vec::new();
-    let deadline = Instant::now() + slack() * 60;
-    while crowd.accepted.load(SeqCst) < CONNECTIONS {
-        assert!(Instant::now() < deadline, "not all connections came");
-        if let Ok((socket, peer)) = listener.accept() {
-            socket.set_read_timeout(Some(6 * patience())).unwrap();
-            let port = peer.as_socket().unwrap().port();
-            connections.push((socket.into(), port));
-            crowd.accepted.fetch_add(1, SeqCst);
-        }
-    }
-    // In whatever order they come: two that were opened by different CPUs may have been accepted the other way round.
     let epoll = Epoll::new(EpollCreateFlags::empty()).unwrap();
-    for (index, (connection, _)) in connections.iter().enumerate() {
-        let event = EpollEvent::new(EpollFlags::EPOLLIN, index as u64);
-        epoll.add(connection, event).unwrap();
-    }
-    let mut left = 2 * connections.len();
+    let arrived = EpollEvent::new(EpollFlags::EPOLLIN, LISTENER);
+    epoll.add(&listener, arrived).unwrap();
+    let mut connections: Vec<(TcpStream, u16)> = Vec::new();
     let mut events = [EpollEvent::empty(); 64];
-    while left > 0 {
-        let count = epoll.wait(&mut events, 60_000_u16).unwrap();
-        assert!(count > 0, "nobody asks any more, {left} are left");
+    let deadline = Instant::now() + slack() * 120;
+    while crowd.answered.load(SeqCst) < THREADS {
+        assert!(Instant::now() < deadline, "not all were answered in time");
+        let count = epoll.wait(&mut events, 20_u16).unwrap();
         for event in &events[..count] {
+            if event.data() == LISTENER {
+                let Ok((socket, peer)) = listener.accept() else {
+                    continue;
+                };
+                let event = EpollEvent::new(EpollFlags::EPOLLIN, connections.len() as u64);
+                epoll.add(&socket, event).unwrap();
+                let port = peer.as_socket().unwrap().port();
+                connections.push((socket.into(), port));
+                continue;
+            }
             let (connection, port) = &mut connections[event.data() as usize];
             let mut text = [0; 4];
-            if connection.read(&mut text).unwrap() == 0 {
+            if connection.read(&mut text).unwrap_or(0) == 0 {
                 epoll.delete(connection).unwrap(); // its client has had both answers
                 continue;
             }
-            left -= 1;
             let [a, b, c, d] = text;
             let [e, f] = port.to_be_bytes();
             connection.write_all(&[a, b, c, d, e, f]).unwrap();
