@@ -2,7 +2,7 @@
 //! fast path carries: of all others the stack must get every part, also if it got one before the first came.
 
 use aya_ebpf::{
-    bindings::{__sk_buff, BPF_NOEXIST},
+    bindings::{__sk_buff, BPF_ANY, BPF_NOEXIST},
     helpers::generated::bpf_skb_load_bytes,
     programs::TcContext,
 };
@@ -54,15 +54,17 @@ fn ports(packet: &Packet) -> Option<u32> {
     (clock::now().wrapping_sub(datagram.since) < PATIENCE).then_some(datagram.ports)
 }
 
+/// Whether it was done, as `flags` say. Without it, the others go up the stack and the datagram is lost, as any may be.
 #[inline(always)]
-fn insert(packet: &Packet, ports: u32) {
+fn insert(packet: &Packet, ports: u32, flags: u32) -> bool {
     let datagram = Datagram {
         since: clock::now(),
         ports,
         reserved: 0,
     };
-    // Without it, the others go up the stack and the datagram is lost, as any may be.
-    let _ = FRAGMENTS.insert(&key(packet), &datagram, 0);
+    FRAGMENTS
+        .insert(&key(packet), &datagram, flags as u64)
+        .is_ok()
 }
 
 /// Gives a later fragment the ports of its first.
@@ -97,20 +99,12 @@ fn own_ports(packet: &Packet) -> u32 {
 /// Decides by the first of its parts that comes here what becomes of a datagram, and returns that: the ports, or 0.
 #[inline(always)]
 fn decide(packet: &Packet, ports: u32) -> u32 {
-    let datagram = Datagram {
-        since: clock::now(),
-        ports,
-        reserved: 0,
-    };
     // RACE: two parts on two CPUs: one of them has come first.
-    if FRAGMENTS
-        .insert(&key(packet), &datagram, BPF_NOEXIST as u64)
-        .is_ok()
-    {
+    if insert(packet, ports, BPF_NOEXIST) {
         return ports;
     }
     self::ports(packet).unwrap_or_else(|| {
-        insert(packet, ports); // in place of one that has had its time
+        insert(packet, ports, BPF_ANY); // in place of one that has had its time
         ports
     })
 }
@@ -198,6 +192,6 @@ pub fn rejoin(packet: &Packet) -> Result<(), Reason> {
 #[inline(always)]
 pub fn remember(packet: &Packet) {
     if packet.part == Part::First {
-        insert(packet, own_ports(packet));
+        insert(packet, own_ports(packet), BPF_ANY);
     }
 }

@@ -8,12 +8,12 @@ use std::{
     time::{Duration, Instant},
 };
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use aya::{
     Ebpf, EbpfLoader,
     programs::{
-        LinkOrder, SchedClassifier, TcAttachType, TestRun as _, TestRunAttrs, TestRunOptions, Xdp,
-        XdpMode, tc::TcAttachOptions,
+        LinkOrder, Program, TcAttachType, TestRun as _, TestRunAttrs, TestRunOptions, Xdp, XdpMode,
+        tc::TcAttachOptions,
     },
 };
 use forwarder_tests::netns::Netns;
@@ -125,7 +125,7 @@ pub(crate) fn sink_early(netns: &Netns, device: &str, port: u16) -> Result<Ebpf>
     let port = port.to_be();
     let mut loader = EbpfLoader::new();
     let loader = loader.override_global("PORT", &port, true);
-    attach_early(loader, "sink_early", netns, device)
+    attach(loader, "sink_early", netns, &[device])
 }
 
 /// Has IPv4 that comes in by a device leave by another, or, with `to_peer`, at that one's other end, with other MACs
@@ -165,7 +165,7 @@ pub(crate) fn hop_early(
     let loader = loader
         .override_global("IFINDEX", &ifindex, true)
         .override_global("HOP_MACS", &macs, true);
-    attach_early(loader, "hop_early", netns, device)
+    attach(loader, "hop_early", netns, &[device])
 }
 
 fn index(netns: &Netns, device: &str) -> Result<u32> {
@@ -182,7 +182,7 @@ pub(crate) fn nothing(netns: &Netns, devices: &[&str]) -> Result<Ebpf> {
     attach(&mut EbpfLoader::new(), "nothing", netns, devices)
 }
 
-/// Loads one of the object's tc programs and attaches it.
+/// Loads one of the object's programs and attaches it: at tc ingress before what is there, or by XDP in the driver.
 fn attach(
     loader: &mut EbpfLoader<'_>,
     name: &str,
@@ -192,43 +192,30 @@ fn attach(
     let mut ebpf = loader
         .load(&object()?)
         .with_context(|| format!("load {name}"))?;
-    let program: &mut SchedClassifier = ebpf
+    let program = ebpf
         .program_mut(name)
-        .with_context(|| format!("the object has no program {name}"))?
-        .try_into()?;
-    netns.enter(|| {
-        program.load().with_context(|| format!("load {name}"))?;
-        for device in devices {
-            let options = TcAttachOptions::TcxOrder(LinkOrder::first());
-            program
-                .attach_with_options(device, TcAttachType::Ingress, options)
-                .with_context(|| format!("attach {name} to {device}"))?;
+        .with_context(|| format!("the object has no program {name}"))?;
+    netns.enter(|| match program {
+        Program::SchedClassifier(program) => {
+            program.load().with_context(|| format!("load {name}"))?;
+            for device in devices {
+                let options = TcAttachOptions::TcxOrder(LinkOrder::first());
+                program
+                    .attach_with_options(device, TcAttachType::Ingress, options)
+                    .with_context(|| format!("attach {name} to {device}"))?;
+            }
+            Ok(())
         }
-        anyhow::Ok(())
-    })?;
-    Ok(ebpf)
-}
-
-/// Loads one of the object's XDP programs and attaches it in the driver.
-fn attach_early(
-    loader: &mut EbpfLoader<'_>,
-    name: &str,
-    netns: &Netns,
-    device: &str,
-) -> Result<Ebpf> {
-    let mut ebpf = loader
-        .load(&object()?)
-        .with_context(|| format!("load {name}"))?;
-    let program: &mut Xdp = ebpf
-        .program_mut(name)
-        .with_context(|| format!("the object has no program {name}"))?
-        .try_into()?;
-    netns.enter(|| {
-        program.load().with_context(|| format!("load {name}"))?;
-        program
-            .attach(device, XdpMode::Driver)
-            .with_context(|| format!("attach {name} to {device}"))?;
-        anyhow::Ok(())
+        Program::Xdp(program) => {
+            program.load().with_context(|| format!("load {name}"))?;
+            for device in devices {
+                program
+                    .attach(device, XdpMode::Driver)
+                    .with_context(|| format!("attach {name} to {device}"))?;
+            }
+            Ok(())
+        }
+        _ => bail!("{name} is neither tc's nor XDP's"),
     })?;
     Ok(ebpf)
 }
