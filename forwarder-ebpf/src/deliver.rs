@@ -11,19 +11,26 @@ use aya_ebpf::{
 use forwarder_common::{
     flow::{Hop, delivery},
     reason::Reason,
+    tuple::Tuple,
 };
 
-use crate::{frame::header, maps::INTERFACES, parse, parse::Packet, rewrite};
+use crate::{frame::header, maps::INTERFACES, parse, parse::Packet, rewrite, route};
 
 const PACKET_HOST: u32 = 0;
 const LOOPBACK_IFINDEX: u32 = 1;
 
-/// Sends the packet towards `hop`, or leaves it to the stack; the action to return.
+/// Sends the packet towards `hop`, or leaves it to the stack; the action to return. `conversation` is the packet as it was
+/// and its new tuple, if it has that itself and does not quote it.
 ///
 /// # Errors
 /// `Unresolved` if the hop leads nowhere, `Unwritable` if the kernel refuses to change the packet.
 #[inline(always)]
-pub fn deliver(ctx: &TcContext, hop: &Hop, peer_from_lo: bool) -> Result<i32, Reason> {
+pub fn deliver(
+    ctx: &TcContext,
+    hop: &Hop,
+    peer_from_lo: bool,
+    conversation: Option<(&Packet, &Tuple)>,
+) -> Result<i32, Reason> {
     // SAFETY: `skb` is the context that the kernel gave; its fields are readable.
     let (pkt_type, from) = unsafe { ((*ctx.skb.skb).pkt_type, (*ctx.skb.skb).ifindex) };
     if pkt_type != PACKET_HOST {
@@ -47,8 +54,20 @@ pub fn deliver(ctx: &TcContext, hop: &Hop, peer_from_lo: bool) -> Result<i32, Re
                 // Back to a client on this host. lo has no MAC, and would take any other for a stranger's.
                 rewrite::macs(ctx, [0; 6], [0; 6])?;
             }
-            // SAFETY: a null pointer with length 0 asks the helper for its own route lookup.
-            unsafe { bpf_redirect_neigh(hop.ifindex, ptr::null_mut(), 0, 0) }
+            let route = conversation
+                .filter(|_| hop.ifindex != LOOPBACK_IFINDEX)
+                .and_then(|(packet, new)| {
+                    route::get(ctx.skb.skb.cast(), packet, new, hop.ifindex, 0)
+                });
+            if let Some(route) = route {
+                let [destination, source] = route.macs();
+                rewrite::macs(ctx, destination, source)?;
+                // SAFETY: a helper without pointers.
+                unsafe { bpf_redirect(hop.ifindex, 0) }
+            } else {
+                // SAFETY: a null pointer with length 0 asks the helper for its own route lookup.
+                unsafe { bpf_redirect_neigh(hop.ifindex, ptr::null_mut(), 0, 0) }
+            }
         }
         delivery::STACK => return Ok(TC_ACT_UNSPEC),
         _ => return Err(Reason::Unresolved),

@@ -256,7 +256,8 @@ fn to_backend(
     } else {
         rewrite::tuple(ctx, packet, key, hop)?;
     }
-    let action = deliver::deliver(ctx, way, setting(&PEER_FROM_LO) != 0)?;
+    let conversation = (!packet.is_error()).then_some((packet, key));
+    let action = deliver::deliver(ctx, way, setting(&PEER_FROM_LO) != 0, conversation)?;
     Ok(Forwarded {
         action,
         reason: reason(packet, Reason::ForwardedOriginal),
@@ -280,7 +281,8 @@ pub fn to_client(ctx: &TcContext, packet: &Packet, flow: &mut Flow, trail: &mut 
     } else {
         rewrite::tuple(ctx, packet, &new, hop)?;
     }
-    let action = deliver::deliver(ctx, &flow.back, setting(&PEER_FROM_LO) != 0)
+    let conversation = (!packet.is_error()).then_some((packet, &new));
+    let action = deliver::deliver(ctx, &flow.back, setting(&PEER_FROM_LO) != 0, conversation)
         .map_err(|_| Reason::NoWayBack)?;
     Ok(Forwarded {
         action,
@@ -312,7 +314,7 @@ fn send_back(skb: *mut __sk_buff) -> i32 {
     // SAFETY: `skb` is the context that the kernel gave; its fields are readable.
     let ifindex = unsafe { (*skb).ifindex };
     deliver::back(ctx, ifindex, publish::way_back(ifindex))
-        .and_then(|back| deliver::deliver(ctx, &back, setting(&PEER_FROM_LO) != 0))
+        .and_then(|back| deliver::deliver(ctx, &back, setting(&PEER_FROM_LO) != 0, None))
         .unwrap_or(-1)
 }
 

@@ -26,6 +26,7 @@ mod maps;
 mod parse;
 mod publish;
 mod rewrite;
+mod route;
 mod source_port;
 mod steer;
 mod trace;

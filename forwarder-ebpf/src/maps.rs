@@ -1,5 +1,5 @@
 //! The maps, and nothing else. Types and sizes come from `forwarder_common`; user space fills all but
-//! `FLOWS`, `HALF_OPEN`, `TRIES`, `DRAFT`, `FRAGMENTS`, `HANDOVER`, `NETNS`, `LOOKING`, `STATS`, `CLOCK`, `TOLD` and `TRAIL`.
+//! `FLOWS`, `HALF_OPEN`, `TRIES`, `DRAFT`, `FRAGMENTS`, `HANDOVER`, `NETNS`, `LOOKING`, `ROUTES`, `STATS`, `CLOCK`, `TOLD` and `TRAIL`.
 
 use aya_ebpf::{
     bindings::BPF_F_NO_PREALLOC,
@@ -14,7 +14,9 @@ use forwarder_common::{
     tuple::{Address, Tuple},
 };
 
-use crate::{clock::Reading, fragment::Datagram, icmp::Told, parse::Packet, trace::Trail};
+use crate::{
+    clock::Reading, fragment::Datagram, icmp::Told, parse::Packet, route::Route, trace::Trail,
+};
 
 /// What is published on each port, by [`forwarder_common::publish::port_index`].
 #[map]
@@ -106,6 +108,10 @@ pub static PIPELINE: ProgramArray = ProgramArray::with_max_entries(1, 0);
 /// Packets, by [`Reason`].
 #[map]
 pub static STATS: PerCpuArray<u64> = PerCpuArray::with_max_entries(Reason::COUNT, 0);
+
+/// Where packets go, by a hash of their addresses.
+#[map]
+pub static ROUTES: PerCpuArray<Route> = PerCpuArray::with_max_entries(limits::ROUTES, 0);
 
 /// How many senders were told of an obstacle just now.
 #[map]

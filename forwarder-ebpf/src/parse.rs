@@ -147,6 +147,8 @@ pub struct Packet {
     pub is_v4: bool,
     /// No router may cut it up: it is IPv6, or says so (RFC 791).
     pub dont_fragment: bool,
+    /// Type of service, or IPv6's traffic class.
+    pub tos: u8,
     pub ttl: u8,
     /// TCP's flags; 0 for UDP.
     pub flags: u8,
@@ -282,6 +284,7 @@ fn ipv4(frame: &impl Frame, packet: &mut Packet) -> Result<(), Reason> {
     let fragment = u16::from_be(ip.fragment);
     packet.is_v4 = true;
     packet.dont_fragment = fragment & DONT != 0;
+    packet.tos = ip.tos;
     packet.ttl = ip.ttl;
     packet.protocol = ip.protocol;
     if ip.protocol != TCP && ip.protocol != UDP {
@@ -308,6 +311,7 @@ fn ipv6(frame: &impl Frame, packet: &mut Packet) -> Result<(), Reason> {
     let ip = header::<Ipv6>(frame, L3).ok_or(Reason::NotOurs)?;
     // SAFETY: `header` checked the bounds; packed structs have no alignment.
     let ip = unsafe { &*ip };
+    packet.tos = (u32::from_be(ip.version_and_flow) >> 20) as u8;
     packet.ttl = ip.hop_limit;
     packet.protocol = ip.next_header;
     // SAFETY: references to both, which are aligned to two.

@@ -14,7 +14,7 @@ static SNAT_PORTS: u32 = 0;
 /// Set by the loader, the same for as long as flows are: without it nobody knows a conversation's port beforehand
 /// (RFC 6056 section 3.3.3).
 #[unsafe(no_mangle)]
-static SNAT_SEED: u32 = 0;
+static SNAT_KEYS: [u64; 5] = [0; 5];
 
 /// The ports of one conversation: the hash of its original tuple.
 #[derive(Clone, Copy)]
@@ -24,16 +24,22 @@ impl Ports {
     /// `None` where there are none.
     #[inline(always)]
     pub fn of(original: &Tuple) -> Option<Self> {
-        (setting(&SNAT_PORTS) != 0).then(|| Self(original.hash(setting(&SNAT_SEED))))
+        (setting(&SNAT_PORTS) != 0).then(|| Self(original.hash(|at| setting(&SNAT_KEYS[at]))))
     }
 
     /// The port to try, in wire order.
     #[inline(always)]
     pub fn nth(self, attempt: u32) -> u16 {
-        // Each conversation's own step: with one for all, ports that are taken would stand in rows.
-        let step = attempt.wrapping_mul(self.0 >> 16 | 1);
-        // `of` has made sure that there are some.
-        let offset = self.0.wrapping_add(step) % setting(&SNAT_PORTS).max(1);
+        let ports = setting(&SNAT_PORTS);
+        // A division would take longer than all else here.
+        let mut offset = (self.0 as u64 * ports as u64 >> 32) as u32;
+        if attempt != 0 {
+            // Each conversation's own step: with one for all, ports that are taken would stand in rows. It is of
+            // bits that say nothing of where it begins.
+            let step = attempt.wrapping_mul(self.0 & 0xffff | 1);
+            // `of` has made sure that there are some.
+            offset = offset.wrapping_add(step) % ports.max(1);
+        }
         setting(&SNAT_FIRST).wrapping_add(offset as u16).to_be()
     }
 

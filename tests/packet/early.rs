@@ -1,10 +1,14 @@
 //! XDP rewrites as tc does, byte for byte, and leaves to tc what it is not sure of.
 
+use std::{thread, time::Duration};
+
 use forwarder_tests::frame::{ACK, Frame, Protocol};
 
 use crate::bench::{Bench, XDP_DROP, XDP_PASS, XDP_TX, at, bench};
 
 const PORT: u16 = 8080;
+/// The longest that there is (CONFIG_HZ=100), and a little more.
+const TICK: Duration = Duration::from_millis(20);
 const ALL: [(&str, &str, &str); 2] = [
     ("198.51.100.9:4000", "198.51.100.2:8080", "198.51.100.10:80"),
     (
@@ -28,7 +32,10 @@ fn with_flow(scenario: impl Fn(&mut Bench, &Frame) + Sync) {
                 let passed = bench.send_early(&frame.bytes());
                 assert_eq!(passed.action, XDP_PASS, "a first packet is tc's");
                 bench.send(&frame, bench.uplink).forwarded();
-                scenario(bench, &frame.with_flags(ACK));
+                let frame = frame.with_flags(ACK);
+                let known = bench.send_early_on_its_way(&frame.bytes());
+                assert_eq!(known.action, XDP_TX);
+                scenario(bench, &frame);
             });
         }
     }
@@ -38,7 +45,7 @@ fn with_flow(scenario: impl Fn(&mut Bench, &Frame) + Sync) {
 fn both_ways_come_out_as_tc_has_them() {
     with_flow(|bench, frame| {
         let by_tc = bench.send(frame, bench.uplink);
-        let early = bench.send_early(&frame.bytes());
+        let early = bench.send_early_on_its_way(&frame.bytes());
         assert_eq!(
             (early.action, &early.reasons[..]),
             (XDP_TX, &["forwarded_xdp"][..])
@@ -52,7 +59,7 @@ fn both_ways_come_out_as_tc_has_them() {
 
         let answer = by_tc.forwarded().reply();
         let by_tc = bench.send(&answer, bench.uplink);
-        let early = bench.send_early(&answer.bytes());
+        let early = bench.send_early_on_its_way(&answer.bytes());
         assert_eq!(early.action, XDP_TX, "{early:?}");
         assert_eq!(
             early.bytes[14..],
@@ -73,7 +80,7 @@ fn a_datagram_without_a_checksum_stays_so() {
         bench.send(&frame, bench.uplink).forwarded();
         let mut bytes = frame.bytes();
         bytes[40..42].fill(0);
-        let early = bench.send_early(&bytes);
+        let early = bench.send_early_on_its_way(&bytes);
         assert_eq!((early.action, &early.bytes[40..42]), (XDP_TX, &[0, 0][..]));
     });
 }
@@ -91,7 +98,7 @@ fn a_udp_checksum_that_comes_out_as_zero_is_sent_as_ffff() {
                 payload: arrives.with_checksum_ffff().payload,
                 ..sent
             };
-            let early = bench.send_early(&sent.bytes());
+            let early = bench.send_early_on_its_way(&sent.bytes());
             assert_eq!(early.action, XDP_TX);
             assert!(!Frame::parse(&early.bytes).unwrap().no_checksum);
         }
@@ -149,6 +156,7 @@ fn what_tc_answers_or_resolves_is_left_to_it() {
         for backend in ["198.51.100.10", "2001:db8:100::10"] {
             netns.ip(&format!("neigh del {backend} dev eth0")).unwrap();
         }
+        thread::sleep(TICK);
         let early = bench.send_early(&frame.bytes());
         assert_eq!((early.action, early.bytes), (XDP_PASS, frame.bytes()));
     });

@@ -170,7 +170,7 @@ fn scenario(reason: Reason, bench: &mut Bench) -> Option<Outcome> {
                 return None;
             }
             bench.send(&udp, uplink);
-            bench.send_early(&udp.bytes())
+            bench.send_early_on_its_way(&udp.bytes())
         }
         Reason::Martian => {
             publish(bench, Protocol::Udp, |_| {});

@@ -29,6 +29,7 @@ pub fn packet(ctx: &TcContext) -> Result<Packet, Reason> {
         protocol: 0,
         is_v4: protocol == ETHERTYPE_IPV4 as u32,
         dont_fragment: true,
+        tos: 0,
         ttl: 0,
         flags: 0,
         length: ctx.len(),

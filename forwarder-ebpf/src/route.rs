@@ -1,0 +1,163 @@
+//! The kernel's route and neighbour for a packet, asked for once a tick and not for every packet. What it says may be
+//! outdated when the packet leaves, as it may when a packet has waited in a queue for so long.
+//!
+//! Who is only asked does not care for neighbours: nobody finds out that one has gone. So once a second,
+//! for a tick, and at first, there is no answer, and packets leave by the stack's own output, which does.
+
+use core::ffi::c_void;
+
+use aya_ebpf::{
+    bindings::{BPF_FIB_LKUP_RET_SUCCESS, BPF_FIB_LOOKUP_OUTPUT, bpf_fib_lookup},
+    helpers::bpf_fib_lookup as lookup,
+};
+use forwarder_common::{
+    limits,
+    tuple::{Address, Tuple},
+};
+
+use crate::{
+    clock,
+    maps::{INTERFACES, ROUTES},
+    parse::Packet,
+    words::copy_address,
+};
+
+const AF_INET: u8 = 2;
+const AF_INET6: u8 = 10;
+const SECOND: u64 = 1_000_000_000;
+/// The bits of IPv4's type of service that are not of ECN (RFC 3168).
+const DSCP: u8 = 0xfc;
+
+/// `struct bpf_fib_lookup` (include/uapi/linux/bpf.h) in words. IPv4 addresses are in the first words of theirs.
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct Lookup {
+    family_and_protocol: u32,
+    /// The second half is the packet's length.
+    length: u32,
+    ifindex: u32,
+    flow: u32,
+    source: [u32; 4],
+    destination: [u32; 4],
+    vlan: u32,
+    /// Source and destination.
+    macs: [u32; 3],
+}
+
+const _: () = assert!(size_of::<Lookup>() == size_of::<bpf_fib_lookup>());
+
+/// A value of `ROUTES`, each CPU's own.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct Route {
+    source: Address,
+    destination: Address,
+    /// The device that the packet leaves by.
+    ifindex: u32,
+    /// Protocol and type of service, by which rules may choose.
+    class: u32,
+    /// Nanoseconds of `CLOCK_MONOTONIC`: when packets last left by the stack's output.
+    tended: u64,
+    /// Nanoseconds of `CLOCK_MONOTONIC`, to the tick: when there was an answer.
+    asked: u64,
+    /// What the answer holds for: packets of at most so many octets.
+    length: u32,
+    is_known: bool,
+    takes_frames: bool,
+    reserved: [u8; 2],
+    lookup: Lookup,
+}
+
+const _: () = assert!(size_of::<Route>() == 128);
+
+impl Route {
+    /// The next hop's MAC and the device's own.
+    #[inline(always)]
+    pub fn macs(&self) -> [[u8; 6]; 2] {
+        let [source, destination] = bytemuck::cast(self.lookup.macs);
+        [destination, source]
+    }
+
+    /// Whether the device takes frames from XDP.
+    #[inline(always)]
+    pub fn takes_frames(&self) -> bool {
+        self.takes_frames
+    }
+
+    #[inline(always)]
+    fn is_of(&self, new: &Tuple, ifindex: u32, class: u32) -> bool {
+        self.destination == new.destination
+            && self.source == new.source
+            && self.ifindex == ifindex
+            && self.class == class
+    }
+}
+
+/// How a packet that has become `new` leaves by a device. `context` is the program's. `length` is that of the packet
+/// without its link header, or 0 if the caller knows that it fits.
+#[inline(always)]
+pub fn get(
+    context: *mut c_void,
+    packet: &Packet,
+    new: &Tuple,
+    ifindex: u32,
+    length: u32,
+) -> Option<&'static Route> {
+    let number = new.source.0[3] ^ new.destination.0[3];
+    let route =
+        ROUTES.get_ptr_mut(number.wrapping_mul(0x9e37_79b1) >> (32 - limits::ROUTES.ilog2()))?;
+    // SAFETY: the element belongs to this CPU, and the programs are not preempted by one another on a CPU.
+    let route = unsafe { &mut *route };
+    let class = u32::from_ne_bytes([packet.is_v4 as u8, packet.protocol, packet.tos & DSCP, 0]);
+    let now = clock::now();
+    if !route.is_of(new, ifindex, class) || now.wrapping_sub(route.tended) >= SECOND {
+        copy_address(&new.source, &mut route.source);
+        copy_address(&new.destination, &mut route.destination);
+        (route.ifindex, route.class) = (ifindex, class);
+        (route.tended, route.asked) = (now, now);
+        (route.length, route.is_known) = (u32::MAX, false);
+    } else if route.asked != now || length > route.length {
+        route.asked = now;
+        ask(context, route, length);
+    }
+    route.is_known.then_some(route)
+}
+
+/// Asks the kernel as its own output would: for a route by that device.
+// VERIFIER: a function of its own, which is walked in one state.
+#[inline(never)]
+fn ask(context: *mut c_void, route: &mut Route, length: u32) {
+    let [is_v4, protocol, tos, _] = route.class.to_ne_bytes();
+    let [low, high] = (length as u16).to_ne_bytes();
+    let (source, destination) = (&route.source, &route.destination);
+    let question = &mut route.lookup;
+    question.length = u32::from_ne_bytes([0, 0, low, high]);
+    question.ifindex = route.ifindex;
+    question.vlan = 0;
+    if is_v4 != 0 {
+        question.family_and_protocol = u32::from_ne_bytes([AF_INET, protocol, 0, 0]);
+        question.flow = u32::from_ne_bytes([tos, 0, 0, 0]);
+        question.source[0] = source.v4();
+        question.destination[0] = destination.v4();
+    } else {
+        question.family_and_protocol = u32::from_ne_bytes([AF_INET6, protocol, 0, 0]);
+        question.flow = ((tos as u32) << 20).to_be();
+        question.source = source.0;
+        question.destination = destination.0;
+    }
+    // SAFETY: the caller's context is the program's, and the length is that of the structure.
+    let answer = unsafe {
+        lookup(
+            context,
+            (&raw mut *question).cast(),
+            size_of::<Lookup>() as i32,
+            BPF_FIB_LOOKUP_OUTPUT,
+        )
+    };
+    route.is_known =
+        answer == BPF_FIB_LKUP_RET_SUCCESS as i64 && route.lookup.ifindex == route.ifindex;
+    route.length = if route.is_known { length } else { u32::MAX };
+    // SAFETY: values of this map are words, each replaced as a whole.
+    let interface = unsafe { INTERFACES.get(route.ifindex) };
+    route.takes_frames = interface.is_some_and(|interface| interface.xdp != 0);
+}
