@@ -221,7 +221,7 @@ mod tests {
             let mut taken = [0_u8; 28_000];
             for port in 0..28_000_u16 {
                 tuple.source_port = port.to_be();
-                taken[(u64::from(tuple.hash(key)) * 28_000 >> 32) as usize] += 1;
+                taken[((u64::from(tuple.hash(key)) * 28_000) >> 32) as usize] += 1;
             }
             let free = taken.iter().filter(|&&count| count == 0).count();
             let most = taken.iter().max();

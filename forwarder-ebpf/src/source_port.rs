@@ -32,7 +32,7 @@ impl Ports {
     pub fn nth(self, attempt: u32) -> u16 {
         let ports = setting(&SNAT_PORTS);
         // A division would take longer than all else here.
-        let mut offset = (self.0 as u64 * ports as u64 >> 32) as u32;
+        let mut offset = ((self.0 as u64 * ports as u64) >> 32) as u32;
         if attempt != 0 {
             // Each conversation's own step: with one for all, ports that are taken would stand in rows. It is of
             // bits that say nothing of where it begins.

@@ -1,11 +1,12 @@
 //! Backends on other machines: one beside the client, so that packets leave by the device that they came in by, and one
 //! behind another uplink. By tc, and by XDP, which the machines' veths carry once both ends are prepared for it.
 
-use std::net::SocketAddr;
+use std::net::{SocketAddr, UdpSocket};
 
 use forwarder::datapath::{self, xdp::Mode};
 use forwarder_tests::{
     daemon::{Daemon, Datapath},
+    deadline::wait_for,
     netns::Netns,
     topology::{
         Family::{self, V4, V6},
@@ -178,6 +179,15 @@ impl Lan {
             assert_eq!(answer.seen.ip(), network.address(family, HOST));
         }
     }
+
+    /// The same, again and again: the first packets of a second, and of a flow, are not XDP's.
+    fn served_early(&self, daemon: &Daemon, location: Where, family: Family, protocol: Protocol) {
+        wait_for("XDP carries packets", || {
+            self.served(location, family, protocol);
+            (daemon.counted("forwarded_xdp").ok()? > 2).then_some(())
+        })
+        .unwrap();
+    }
 }
 
 const ALL: [(Family, Protocol); 4] = [(V4, Tcp), (V6, Tcp), (V4, Udp), (V6, Udp)];
@@ -208,11 +218,7 @@ fn xdp_carries(mode: &str) {
                 "{}",
                 daemon.said()
             );
-            for _ in 0..3 {
-                lan.served(location, family, protocol);
-            }
-            let early = daemon.counted("forwarded_xdp").unwrap();
-            assert!(early > 2, "{location:?} {family:?} {protocol:?}: {early}");
+            lan.served_early(&daemon, location, family, protocol);
             daemon.stop().unwrap();
         }
     }
@@ -297,10 +303,7 @@ fn the_xdp_program_outlives_a_kill_is_taken_over_and_goes() {
     let frontend = SocketAddr::new(LAN.address(V4, HOST), PORT);
     ask(&lan.client, Udp, frontend, "while it is dead").unwrap();
     daemon.restart().unwrap();
-    for _ in 0..3 {
-        lan.served(Where::Far, V4, Udp);
-    }
-    assert!(daemon.counted("forwarded_xdp").unwrap() > 0);
+    lan.served_early(&daemon, Where::Far, V4, Udp);
     daemon.stop().unwrap();
     assert!(!attached());
 }
@@ -320,10 +323,72 @@ fn a_trace_shows_what_xdp_carries_otherwise() {
             },
         )
         .unwrap();
-    forwarder_tests::deadline::wait_for("XDP is back", || {
+    wait_for("XDP is back", || {
         ask(&lan.client, Tcp, frontend, "hello").unwrap();
         (daemon.counted("forwarded_xdp").ok()? > 10).then_some(())
     })
     .unwrap();
     daemon.stop().unwrap();
+}
+
+/// The backend's machine is replaced by another, which says nothing by itself, and need not ask for the host.
+fn a_silent_backend_is_found_again(xdp: &str) {
+    const MAC: &str = "02:00:00:00:11:11";
+    let lan = Lan::new().with_xdp().without_offloads();
+    lan.host
+        .ip(&format!("link set eth1 address {MAC}"))
+        .unwrap();
+    let host = FAR.address(V4, HOST);
+    let knows_host = format!("neigh replace {host} lladdr {MAC} dev eth0");
+    lan.far.ip(&knows_host).unwrap();
+    let daemon = lan.publish(Where::Far, V4, Udp, xdp);
+    let bind = |netns: &Netns, port| {
+        let socket = netns.enter(|| UdpSocket::bind(("0.0.0.0", port))).unwrap();
+        socket.set_nonblocking(true).unwrap();
+        socket
+    };
+    let (backend, client) = (bind(&lan.far, BACKEND_PORT), bind(&lan.client, 5000));
+    let frontend = SocketAddr::new(LAN.address(V4, HOST), PORT);
+    let arrives = || {
+        wait_for("a datagram arrives", || {
+            client.send_to(b"hello", frontend).ok()?;
+            backend.recv(&mut [0; 8]).ok()
+        })
+    };
+    // As fast as in a second, not half a minute.
+    lan.host.enter(|| {
+        for (setting, value) in [
+            ("base_reachable_time_ms", "500"),
+            ("delay_first_probe_time", "1"),
+            ("retrans_time_ms", "100"),
+        ] {
+            let path = format!("/proc/sys/net/ipv4/neigh/eth1/{setting}");
+            std::fs::write(path, value).unwrap();
+        }
+    });
+    arrives().unwrap();
+    let known = || {
+        wait_for("the kernel is asked", || {
+            arrives().ok()?;
+            let neighbour = lan.host.run("ip neigh show dev eth1").ok()?;
+            neighbour.contains("STALE").then_some(())
+        })
+    };
+    known().unwrap();
+    lan.far
+        .ip("link set eth0 address 02:00:00:00:99:99")
+        .unwrap();
+    while backend.recv(&mut [0; 8]).is_ok() {}
+    arrives().unwrap();
+    daemon.stop().unwrap();
+}
+
+#[test]
+fn a_silent_backend_by_tc_is_found_again() {
+    a_silent_backend_is_found_again("off");
+}
+
+#[test]
+fn a_silent_backend_by_xdp_is_found_again() {
+    a_silent_backend_is_found_again("native");
 }

@@ -36,6 +36,9 @@ pub(crate) const XDP_DROP: u32 = 1;
 pub(crate) const XDP_PASS: u32 = 2;
 pub(crate) const XDP_TX: u32 = 3;
 
+/// The longest that there is (CONFIG_HZ=100), and a little more.
+pub(crate) const TICK: Duration = Duration::from_millis(20);
+
 pub(crate) struct Bench {
     pub(crate) datapath: Datapath,
     pub(crate) uplink: u32,

@@ -1,14 +1,12 @@
 //! XDP rewrites as tc does, byte for byte, and leaves to tc what it is not sure of.
 
-use std::{thread, time::Duration};
+use std::thread;
 
 use forwarder_tests::frame::{ACK, Frame, Protocol};
 
-use crate::bench::{Bench, XDP_DROP, XDP_PASS, XDP_TX, at, bench};
+use crate::bench::{Bench, TICK, XDP_DROP, XDP_PASS, XDP_TX, at, bench};
 
 const PORT: u16 = 8080;
-/// The longest that there is (CONFIG_HZ=100), and a little more.
-const TICK: Duration = Duration::from_millis(20);
 const ALL: [(&str, &str, &str); 2] = [
     ("198.51.100.9:4000", "198.51.100.2:8080", "198.51.100.10:80"),
     (

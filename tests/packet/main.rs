@@ -14,6 +14,7 @@ mod obstacle;
 mod pass;
 mod reason;
 mod refuse;
+mod route;
 mod selftests;
 mod source_port;
 mod state;
