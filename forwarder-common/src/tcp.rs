@@ -46,6 +46,13 @@ pub fn follow(flow: &mut Flow, direction: usize, segment: Segment) -> bool {
         acknowledge(flow, direction, segment);
         return true;
     }
+    change(flow, direction, segment)
+}
+
+/// [`follow`], where the segment may change the state.
+// VERIFIER: a function of its own, for its share of the stack, and to keep it out of what most packets run through.
+#[inline(never)]
+fn change(flow: &mut Flow, direction: usize, segment: Segment) -> bool {
     if direction == REPLY && is_foreign(flow, segment) {
         flow.state = flow.state & !state::PROGRESS | state::FOREIGN;
         return false;

@@ -11,16 +11,17 @@ use aya_ebpf::{
 use forwarder_common::{
     flow::{Hop, delivery},
     reason::Reason,
-    tuple::Tuple,
 };
 
-use crate::{frame::header, maps::INTERFACES, parse, parse::Packet, rewrite, route};
+use crate::{
+    frame::header, maps::INTERFACES, parse, parse::Packet, rewrite, route, words::read_mac,
+};
 
 const PACKET_HOST: u32 = 0;
 const LOOPBACK_IFINDEX: u32 = 1;
 
-/// Sends the packet towards `hop`, or leaves it to the stack; the action to return. `conversation` is the packet as it was
-/// and its new tuple, if it has that itself and does not quote it.
+/// Sends the packet towards `hop`, or leaves it to the stack; the action to return. `packet` is given if its
+/// new tuple is that of its own headers.
 ///
 /// # Errors
 /// `Unresolved` if the hop leads nowhere, `Unwritable` if the kernel refuses to change the packet.
@@ -29,7 +30,7 @@ pub fn deliver(
     ctx: &TcContext,
     hop: &Hop,
     peer_from_lo: bool,
-    conversation: Option<(&Packet, &Tuple)>,
+    packet: Option<&Packet>,
 ) -> Result<i32, Reason> {
     // SAFETY: `skb` is the context that the kernel gave; its fields are readable.
     let (pkt_type, from) = unsafe { ((*ctx.skb.skb).pkt_type, (*ctx.skb.skb).ifindex) };
@@ -54,11 +55,9 @@ pub fn deliver(
                 // Back to a client on this host. lo has no MAC, and would take any other for a stranger's.
                 rewrite::macs(ctx, [0; 6], [0; 6])?;
             }
-            let route = conversation
-                .filter(|_| hop.ifindex != LOOPBACK_IFINDEX)
-                .and_then(|(packet, new)| {
-                    route::get(ctx.skb.skb.cast(), packet, new, hop.ifindex, 0)
-                });
+            let route = packet
+                .filter(|packet| !packet.is_error() && hop.ifindex != LOOPBACK_IFINDEX)
+                .and_then(|packet| route::get(ctx.skb.skb.cast(), packet, hop.ifindex, 0));
             if let Some(route) = route {
                 let [destination, source] = route.macs();
                 rewrite::macs(ctx, destination, source)?;
@@ -113,14 +112,13 @@ pub fn fits(ctx: &TcContext, hop: &Hop) -> Result<(), Reason> {
 
 /// Where replies go to the client of this packet: out of the device that it came in by.
 #[inline(always)]
-pub fn back(ctx: &TcContext, ifindex: u32, delivery: u32) -> Result<Hop, Reason> {
+pub fn back(ctx: &TcContext, ifindex: u32, delivery: u32, way: &mut Hop) -> Result<(), Reason> {
     let ethernet = header::<parse::Ethernet>(ctx, 0).ok_or(Reason::NotOurs)?;
-    // SAFETY: `header` checked the bounds; packed structs have no alignment.
-    let (mac, source_mac) = unsafe { ((*ethernet).source, (*ethernet).destination) };
-    Ok(Hop {
-        ifindex,
-        mac,
-        source_mac,
-        delivery,
-    })
+    (way.ifindex, way.delivery) = (ifindex, delivery);
+    // SAFETY: `header` checked the bounds; both headers and hops are aligned to two.
+    unsafe {
+        read_mac(&raw const (*ethernet).source, &mut way.mac);
+        read_mac(&raw const (*ethernet).destination, &mut way.source_mac);
+    }
+    Ok(())
 }

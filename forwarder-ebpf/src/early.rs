@@ -10,7 +10,6 @@ use forwarder_common::{
     flow::{Flow, Hop, ORIGINAL, REPLY, delivery, state},
     publish::flag,
     reason::Reason,
-    tuple::Tuple,
 };
 
 use crate::{
@@ -51,9 +50,9 @@ fn go_on(ctx: &XdpContext) -> Result<u32, Reason> {
     if let Some(published) = published
         && published.publish.flags & flag::REMOTE != 0
     {
-        let mut key = publish::dnat(packet, published.publish);
-        if let Some(flow) = ingress::original(packet, &published, &mut key) {
-            return to_backend(ctx, packet, flow, &key, &published.publish.hop);
+        publish::dnat(packet, published.publish);
+        if let Some(flow) = ingress::original(packet, &published) {
+            return to_backend(ctx, packet, flow, &published.publish.hop);
         }
     }
     if let Some(flow) = flow::get_by_reply(packet) {
@@ -70,27 +69,26 @@ fn to_backend(
     ctx: &XdpContext,
     packet: &Packet,
     flow: &mut Flow,
-    key: &Tuple,
     hop: &Hop,
 ) -> Result<u32, Reason> {
-    let route = route(ctx, packet, key, hop)?;
+    let route = route(ctx, packet, hop)?;
     flow::update(ctx, flow, packet, ORIGINAL);
-    flow::keep(key, flow);
-    send(ctx, packet, key, hop, route)
+    flow::keep(&packet.new, flow);
+    send(ctx, packet, hop, route)
 }
 
 /// Replies of other backends come by devices without this program.
 #[inline(always)]
-fn to_client(ctx: &XdpContext, packet: &Packet, flow: &mut Flow) -> Result<u32, Reason> {
+fn to_client(ctx: &XdpContext, packet: &mut Packet, flow: &mut Flow) -> Result<u32, Reason> {
     if flow.state & state::LOCAL_CLIENT != 0 {
         return Err(Reason::NotOurs);
     }
-    let new = flow.answer(packet.tuple.protocol);
-    let route = route(ctx, packet, &new, &flow.back)?;
+    flow::answer(flow, packet);
+    let route = route(ctx, packet, &flow.back)?;
     if !flow::update(ctx, flow, packet, REPLY) {
         return Err(Reason::NotOurs);
     }
-    send(ctx, packet, &new, &flow.back, route)
+    send(ctx, packet, &flow.back, route)
 }
 
 /// The packet's next hop by `hop`'s device, if the kernel knows it and the device takes frames, and how its checksum is
@@ -102,14 +100,13 @@ fn to_client(ctx: &XdpContext, packet: &Packet, flow: &mut Flow) -> Result<u32, 
 fn route(
     ctx: &XdpContext,
     packet: &Packet,
-    new: &Tuple,
     hop: &Hop,
 ) -> Result<(&'static Route, Complete), Reason> {
     if packet.ttl <= 1 || hop.delivery != delivery::NEIGHBOUR {
         return Err(Reason::NotOurs);
     }
     let length = packet.length - parse::L3 as u32;
-    let route = route::get(ctx.ctx.cast(), packet, new, hop.ifindex, length)
+    let route = route::get(ctx.ctx.cast(), packet, hop.ifindex, length)
         .filter(|route| route.takes_frames())
         .ok_or(Reason::NotOurs)?;
     let complete = rewrite::complete(ctx, packet).ok_or(Reason::NotOurs)?;
@@ -121,11 +118,10 @@ fn route(
 fn send(
     ctx: &XdpContext,
     packet: &Packet,
-    new: &Tuple,
     hop: &Hop,
     (route, complete): (&Route, Complete),
 ) -> Result<u32, Reason> {
-    complete.tuple(ctx, packet, new)?;
+    complete.tuple(ctx, packet)?;
     let [destination, source] = route.macs();
     rewrite::macs(ctx, destination, source)?;
     if hop.ifindex == ctx.ifindex() {

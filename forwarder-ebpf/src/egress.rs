@@ -25,7 +25,7 @@ pub fn egress(ctx: &TcContext, trail: &mut Trail) -> Verdict {
 }
 
 #[inline(always)]
-fn reply(ctx: &TcContext, packet: &Packet, trail: &mut Trail) -> Verdict {
+fn reply(ctx: &TcContext, packet: &mut Packet, trail: &mut Trail) -> Verdict {
     match flow::get_by_reply(packet) {
         Some(flow) if flow.back.delivery == delivery::STACK => {
             ingress::to_client(ctx, packet, flow, trail)

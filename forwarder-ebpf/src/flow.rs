@@ -18,7 +18,7 @@ use crate::{
     parse::{self, Packet},
     publish,
     source_port::Ports,
-    words::copy_tuple,
+    words::{copy_address, copy_tuple, reverse},
 };
 
 const EEXIST: i32 = -17;
@@ -41,37 +41,38 @@ pub fn get(tuple: &Tuple) -> Option<&'static mut Flow> {
 
 /// The flow that the packet is a backend's answer of. Nearly always it is the answer that carries the key, reversed.
 #[inline(always)]
-pub fn get_by_reply(packet: &Packet) -> Option<&'static mut Flow> {
+pub fn get_by_reply(packet: &mut Packet) -> Option<&'static mut Flow> {
     if !publish::may_be_reply(packet) {
         return None;
     }
-    get(&packet.tuple.reversed()).filter(|flow| flow.state & state::FOREIGN == 0)
+    reverse(&packet.tuple, &mut packet.new);
+    get(&packet.new).filter(|flow| flow.state & state::FOREIGN == 0)
 }
 
-/// The flow with this key, if the packet is of its original direction.
+/// The flow whose key is what the packet becomes, if the packet is of its original direction.
 #[inline(always)]
-pub fn get_original(key: &Tuple, packet: &Packet) -> Option<&'static mut Flow> {
-    get(key).filter(|flow| is_original(flow, packet))
+pub fn get_original(packet: &Packet) -> Option<&'static mut Flow> {
+    get(&packet.new).filter(|flow| is_original(flow, packet))
 }
 
-/// The same, with one of the conversation's own source ports, which is left in `key`: nearly always the first.
+/// The same, with one of the conversation's own source ports, which the packet gets: nearly always the first.
 #[inline(always)]
-pub fn get_by_ports(key: &mut Tuple, packet: &Packet, ports: Ports) -> Option<&'static mut Flow> {
+pub fn get_by_ports(packet: &mut Packet, ports: Ports) -> Option<&'static mut Flow> {
     let tries = ports.tries();
     if tries == 0 {
         return None;
     }
-    key.source_port = ports.nth(0);
-    let first = get_original(key, packet);
+    packet.new.source_port = ports.nth(0);
+    let first = get_original(packet);
     if first.is_some() || tries == 1 {
         return first;
     }
     let draft = draft()?;
-    copy_tuple(key, &mut draft.key);
+    copy_tuple(&packet.new, &mut draft.key);
     copy_tuple(&packet.tuple, &mut draft.original);
     draft.flow.state = local_client(packet);
-    key.source_port = u16::try_from(find_port(ports.0)).ok()?;
-    get_original(key, packet)
+    packet.new.source_port = u16::try_from(find_port(ports.0)).ok()?;
+    get_original(packet)
 }
 
 /// The source port of the flow that is drafted, if it is not the first; more than a port if there is none.
@@ -170,6 +171,17 @@ pub fn keep(key: &Tuple, flow: &mut Flow) {
     }
 }
 
+/// Gives a backend's answer the addresses and ports that the client gets it with.
+#[inline(always)]
+pub fn answer(flow: &Flow, packet: &mut Packet) {
+    let new = &mut packet.new;
+    copy_address(&flow.frontend, &mut new.source);
+    copy_address(&flow.client, &mut new.destination);
+    new.source_port = flow.frontend_port;
+    new.destination_port = flow.client_port;
+    new.protocol = packet.tuple.protocol;
+}
+
 /// Where a flow is looked for or made, before anybody can find it. There is one.
 #[inline(always)]
 pub fn draft() -> Option<&'static mut Draft> {
@@ -195,15 +207,15 @@ pub fn insert(key: &Tuple, flow: &Flow, flags: u32) -> Result<bool, Reason> {
     }
 }
 
-/// Begins a flow with a source port nobody else has towards this backend, and leaves the port in `key`.
+/// Begins the flow that is drafted with a source port nobody else has towards its backend, which the packet gets.
 ///
 /// # Errors
 /// `NoSourcePort`.
 #[inline(always)]
-pub fn insert_by_ports(key: &mut Tuple, draft: &mut Draft, ports: Ports) -> Result<(), Reason> {
-    copy_tuple(key, &mut draft.key);
+pub fn insert_by_ports(packet: &mut Packet) -> Result<(), Reason> {
+    let ports = Ports::of(&packet.tuple).ok_or(Reason::NoSourcePort)?;
     let port = u16::try_from(take_port(ports.0)).map_err(|_| Reason::NoSourcePort)?;
-    key.source_port = port;
+    packet.new.source_port = port;
     Ok(())
 }
 

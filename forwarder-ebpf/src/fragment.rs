@@ -4,7 +4,6 @@
 use aya_ebpf::{
     bindings::{__sk_buff, BPF_ANY, BPF_NOEXIST},
     helpers::generated::bpf_skb_load_bytes,
-    programs::TcContext,
 };
 use forwarder_common::{
     handover::{FRAME, Fragment, JUMBO_FRAME},
@@ -17,6 +16,7 @@ use crate::{
     maps::{FRAGMENTS, HANDOVER},
     parse::{L3, Packet, Part},
     publish,
+    words::copy_tuple,
 };
 
 /// How long the parts of a datagram may take (RFC 791 has 15 s, Linux' `ipfrag_time` 30). After that its
@@ -35,35 +35,34 @@ pub struct Datagram {
 }
 
 /// What the parts of one datagram have in common (RFC 791 section 3.2, RFC 8200 section 4.5); the
-/// identification stands where the ports would.
+/// identification stands where the ports would. It is put where the packet's new tuple will be.
 #[inline(always)]
-fn key(packet: &Packet) -> Tuple {
-    Tuple {
-        source_port: packet.id as u16,
-        destination_port: (packet.id >> 16) as u16,
-        ..packet.tuple
-    }
+fn key(packet: &mut Packet) -> &Tuple {
+    copy_tuple(&packet.tuple, &mut packet.new);
+    packet.new.source_port = packet.id as u16;
+    packet.new.destination_port = (packet.id >> 16) as u16;
+    &packet.new
 }
 
 /// The ports of the packet's datagram; 0 if the stack has it, `None` if it is not known.
 #[inline(always)]
-fn ports(packet: &Packet) -> Option<u32> {
+fn ports(packet: &mut Packet) -> Option<u32> {
     // SAFETY: an element's memory stays readable until the program ends.
     // RACE: one that is replaced meanwhile is that of the longest unused datagram.
-    let datagram = unsafe { FRAGMENTS.get(&key(packet)) }?;
+    let datagram = unsafe { FRAGMENTS.get(key(packet)) }?;
     (clock::now().wrapping_sub(datagram.since) < PATIENCE).then_some(datagram.ports)
 }
 
 /// Whether it was done, as `flags` say. Without it, the others go up the stack and the datagram is lost, as any may be.
 #[inline(always)]
-fn insert(packet: &Packet, ports: u32, flags: u32) -> bool {
+fn insert(packet: &mut Packet, ports: u32, flags: u32) -> bool {
     let datagram = Datagram {
         since: clock::now(),
         ports,
         reserved: 0,
     };
     FRAGMENTS
-        .insert(&key(packet), &datagram, flags as u64)
+        .insert(key(packet), &datagram, flags as u64)
         .is_ok()
 }
 
@@ -73,9 +72,16 @@ fn insert(packet: &Packet, ports: u32, flags: u32) -> bool {
 /// `Fragment` if the first was not carried, or has not come yet.
 #[inline(always)]
 pub fn complete(packet: &mut Packet) -> Result<(), Reason> {
-    if packet.part != Part::Later {
-        return Ok(());
+    if packet.part == Part::Later {
+        find(packet)
+    } else {
+        Ok(())
     }
+}
+
+// VERIFIER (here and below): a function of its own, for its share of the stack.
+#[inline(never)]
+fn find(packet: &mut Packet) -> Result<(), Reason> {
     match ports(packet) {
         Some(ports) if ports != 0 => {
             set_ports(packet, ports);
@@ -97,8 +103,8 @@ fn own_ports(packet: &Packet) -> u32 {
 }
 
 /// Decides by the first of its parts that comes here what becomes of a datagram, and returns that: the ports, or 0.
-#[inline(always)]
-fn decide(packet: &Packet, ports: u32) -> u32 {
+#[inline(never)]
+fn decide(packet: &mut Packet, ports: u32) -> u32 {
     // RACE: two parts on two CPUs: one of them has come first.
     if insert(packet, ports, BPF_NOEXIST) {
         return ports;
@@ -116,7 +122,7 @@ fn decide(packet: &Packet, ports: u32) -> u32 {
 /// # Errors
 /// `Fragment`, unless its first has come meanwhile.
 #[inline(always)]
-pub fn leave(ctx: &TcContext, packet: &mut Packet) -> Result<(), Reason> {
+pub fn leave(skb: *mut __sk_buff, packet: &mut Packet) -> Result<(), Reason> {
     if packet.protocol != UDP {
         return Err(Reason::Fragment);
     }
@@ -130,13 +136,12 @@ pub fn leave(ctx: &TcContext, packet: &mut Packet) -> Result<(), Reason> {
         return Ok(());
     }
     if of_backend {
-        hand_over(ctx.skb.skb);
+        hand_over(skb);
     }
     Err(Reason::Fragment)
 }
 
 /// Gives the daemon a copy. Without one the datagram is lost, as any may be.
-// VERIFIER: a function of its own, for its share of the stack.
 #[inline(never)]
 pub fn hand_over(skb: *mut __sk_buff) {
     // SAFETY: `skb` is the context that the kernel gave; its fields are readable.
@@ -172,8 +177,11 @@ fn copy<const N: usize>(skb: *mut __sk_buff, length: u32) {
 
 /// Whether this is the first fragment of a backend's datagram of which a later one has come before.
 #[inline(always)]
-pub fn is_late(packet: &Packet) -> bool {
-    packet.part == Part::First && decide(packet, own_ports(packet)) == 0
+pub fn is_late(packet: &mut Packet) -> bool {
+    packet.part == Part::First && {
+        let ports = own_ports(packet);
+        decide(packet, ports) == 0
+    }
 }
 
 /// Keeps a client's first fragment with those that came before it.
@@ -181,17 +189,30 @@ pub fn is_late(packet: &Packet) -> bool {
 /// # Errors
 /// `Fragment` if the stack has one.
 #[inline(always)]
-pub fn rejoin(packet: &Packet) -> Result<(), Reason> {
-    if packet.part == Part::First && ports(packet) == Some(0) {
-        return Err(Reason::Fragment);
+pub fn rejoin(packet: &mut Packet) -> Result<(), Reason> {
+    if packet.part == Part::First && is_left(packet) {
+        Err(Reason::Fragment)
+    } else {
+        Ok(())
     }
-    Ok(())
+}
+
+/// Whether the stack has a part of the packet's datagram.
+#[inline(never)]
+fn is_left(packet: &mut Packet) -> bool {
+    ports(packet) == Some(0)
 }
 
 /// Remembers a first fragment that was carried.
 #[inline(always)]
-pub fn remember(packet: &Packet) {
+pub fn remember(packet: &mut Packet) {
     if packet.part == Part::First {
-        insert(packet, own_ports(packet), BPF_ANY);
+        carried(packet);
     }
+}
+
+#[inline(never)]
+fn carried(packet: &mut Packet) {
+    let ports = own_ports(packet);
+    insert(packet, ports, BPF_ANY);
 }

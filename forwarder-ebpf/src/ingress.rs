@@ -6,15 +6,14 @@ use aya_ebpf::{
 };
 use forwarder_common::{
     flow::{Flow, Hop, ORIGINAL, REPLY, delivery, state},
-    publish::flag,
+    publish::{Publish, flag},
     reason::Reason,
-    tuple::Tuple,
 };
 
 use crate::{
     deliver, flow, fragment, icmp,
     icmp::Obstacle,
-    maps::count,
+    maps::{Draft, count},
     parse::{self, Packet},
     publish::{self, Published},
     rewrite, setting,
@@ -22,7 +21,7 @@ use crate::{
     steer,
     trace::Trail,
     verdict::{Forwarded, Verdict},
-    words::{copy_address, zero},
+    words::{copy_address, copy_tuple, zero},
 };
 
 /// Set by the loader: `bpf_redirect_peer` works for packets from `lo` (kernel 6.1 and later).
@@ -42,7 +41,7 @@ static THROUGH_THE_STACK: Hop = Hop {
 pub fn ingress(ctx: &TcContext, trail: &mut Trail) -> Verdict {
     let packet = parse::packet(ctx)?;
     if fragment::complete(packet).is_err() {
-        fragment::leave(ctx, packet)?;
+        fragment::leave(ctx.skb.skb, packet)?;
     }
     let published = publish::find(packet);
     if published.is_some() {
@@ -65,20 +64,20 @@ pub fn ingress(ctx: &TcContext, trail: &mut Trail) -> Verdict {
 #[inline(always)]
 fn forward(
     ctx: &TcContext,
-    packet: &Packet,
+    packet: &mut Packet,
     published: Option<Published>,
     trail: &mut Trail,
 ) -> Verdict {
     if let Some(published) = published {
-        let mut key = publish::dnat(packet, published.publish);
-        if let Some(flow) = original(packet, &published, &mut key) {
+        publish::dnat(packet, published.publish);
+        if let Some(flow) = original(packet, &published) {
             if let Some(obstacle) = before_backend(ctx, packet, &published)? {
                 return tell(ctx, packet, obstacle, 0);
             }
             flow::update(ctx, flow, packet, ORIGINAL);
             follow_client(ctx, packet, &mut flow.back);
-            flow::keep(&key, flow);
-            return to_backend(ctx, packet, &published, &key, trail);
+            flow::keep(&packet.new, flow);
+            return to_backend(ctx, packet, &published, trail);
         }
     }
     if let Some(flow) = flow::get_by_reply(packet) {
@@ -98,14 +97,25 @@ fn forward(
         .ok_or(Reason::NotOurs)?;
     publish::arrived(packet)?;
     steer::give_way(ctx, packet, &published)?;
-    publish::admit(packet, &published)?;
+    publish::admit(packet, published.publish, published.index)?;
     if let Some(obstacle) = before_backend(ctx, packet, &published)? {
         return tell(ctx, packet, obstacle, 0);
     }
-    let mut key = publish::dnat(packet, published.publish);
-    begin(ctx, packet, &published, &mut key)?;
+    let draft = flow::draft().ok_or(Reason::NoEntry)?;
+    begin(
+        ctx.skb.skb,
+        packet,
+        published.publish,
+        published.index,
+        draft,
+    )?;
+    flow::update(ctx, &mut draft.flow, packet, ORIGINAL);
+    let shares_port = publish::needs_snat(packet, published.publish);
+    if shares_port || !flow::insert(&draft.key, &draft.flow, BPF_NOEXIST)? {
+        flow::insert_by_ports(packet)?;
+    }
     count(Reason::NewFlow);
-    to_backend(ctx, packet, &published, &key, trail)
+    to_backend(ctx, packet, &published, trail)
 }
 
 /// The packet's way to the backend. This host's own clients have been through its firewall.
@@ -152,20 +162,15 @@ fn before_backend(
     }
 }
 
-/// The flow of a packet from the client's side. `key` is the tuple after DNAT and becomes the
-/// flow's key.
+/// The flow of a packet from the client's side, which has been given its backend, and is given its source.
 #[inline(always)]
-pub fn original(
-    packet: &Packet,
-    published: &Published,
-    key: &mut Tuple,
-) -> Option<&'static mut Flow> {
+pub fn original(packet: &mut Packet, published: &Published) -> Option<&'static mut Flow> {
     if publish::needs_snat(packet, published.publish) {
-        copy_address(&published.publish.source, &mut key.source);
-    } else if let Some(flow) = flow::get_original(key, packet) {
+        publish::snat(packet, published.publish);
+    } else if let Some(flow) = flow::get_original(packet) {
         return Some(flow);
     }
-    flow::get_by_ports(key, packet, Ports::of(&packet.tuple)?)
+    flow::get_by_ports(packet, Ports::of(&packet.tuple)?)
 }
 
 /// Has answers go where the client's packets come from now: to another MAC behind its device, or by another device if its
@@ -183,81 +188,79 @@ fn follow_client(ctx: &TcContext, packet: &Packet, way: &mut Hop) {
     } else {
         publish::way_back(packet.ifindex)
     };
-    if let Ok(new) = deliver::back(ctx, packet.ifindex, delivery)
-        && *way != new
-    {
+    let mut new = Hop::default();
+    if deliver::back(ctx, packet.ifindex, delivery, &mut new).is_ok() && *way != new {
         // RACE: an answer on another CPU may read some of both, and is lost.
         *way = new;
     }
 }
 
-/// Makes the flow that this packet begins, with the packet counted, and leaves its key.
-#[inline(always)]
+/// Drafts the flow that this packet begins, and gives the packet its new tuple.
+///
+/// # Errors
+/// `ContainerClient` where answers would not pass the stack.
+// VERIFIER (here and below): a function of its own, for its share of the stack.
+#[inline(never)]
 fn begin(
-    ctx: &TcContext,
-    packet: &Packet,
-    published: &Published,
-    key: &mut Tuple,
+    skb: *mut __sk_buff,
+    packet: &mut Packet,
+    publish: &'static Publish,
+    index: u32,
+    draft: &mut Draft,
 ) -> Result<(), Reason> {
+    publish::dnat(packet, publish);
+    if publish::needs_snat(packet, publish) {
+        publish::snat(packet, publish);
+    }
+    copy_tuple(&packet.new, &mut draft.key);
     let way_back = if packet.is_from_this_host() {
         delivery::NEIGHBOUR
     } else {
         publish::way_back(packet.ifindex)
     };
-    let back = if is_stack(way(packet, published)) {
-        if way_back != delivery::NEIGHBOUR {
-            return Err(Reason::ContainerClient);
-        }
-        THROUGH_THE_STACK
-    } else {
-        deliver::back(ctx, packet.ifindex, way_back)?
-    };
-    let draft = flow::draft().ok_or(Reason::NoEntry)?;
-    let none = zero();
-    draft.flow = Flow {
-        client: packet.tuple.source,
-        frontend: packet.tuple.destination,
-        client_port: packet.tuple.source_port,
-        frontend_port: packet.tuple.destination_port,
-        publish: published.index,
-        back,
-        state: flow::local_client(packet),
-        acknowledged: [none as u32; 2],
-        last_seen: none,
-        packets: [none; 2],
-        bytes: [none; 2],
-    };
-    flow::update(ctx, &mut draft.flow, packet, ORIGINAL);
-    if publish::needs_snat(packet, published.publish) {
-        copy_address(&published.publish.source, &mut key.source);
-    } else if flow::insert(key, &draft.flow, BPF_NOEXIST)? {
-        return Ok(());
+    let flow = &mut draft.flow;
+    let through_stack = is_stack(way(packet, &Published { publish, index }));
+    if through_stack && way_back != delivery::NEIGHBOUR {
+        return Err(Reason::ContainerClient);
     }
-    let ports = Ports::of(&packet.tuple).ok_or(Reason::NoSourcePort)?;
-    flow::insert_by_ports(key, draft, ports)
+    let (ifindex, delivery) = if through_stack {
+        (0, delivery::STACK)
+    } else {
+        (packet.ifindex, way_back)
+    };
+    deliver::back(&TcContext::new(skb), ifindex, delivery, &mut flow.back)?;
+    copy_address(&packet.tuple.source, &mut flow.client);
+    copy_address(&packet.tuple.destination, &mut flow.frontend);
+    flow.client_port = packet.tuple.source_port;
+    flow.frontend_port = packet.tuple.destination_port;
+    flow.publish = index;
+    flow.state = flow::local_client(packet);
+    let none = zero();
+    flow.acknowledged = [none as u32; 2];
+    flow.packets = [none; 2];
+    flow.bytes = [none; 2];
+    Ok(())
 }
 
-/// DNAT, and SNAT where the key says so; an ICMP error is told whether it does.
+/// DNAT, and SNAT where the packet's new tuple says so; an ICMP error is told whether it does.
 #[inline(always)]
 fn to_backend(
     ctx: &TcContext,
     packet: &Packet,
     published: &Published,
-    key: &Tuple,
     trail: &mut Trail,
 ) -> Verdict {
     let way = way(packet, published);
-    trail.rewritten(published.index, key, way);
+    trail.rewritten(published.index, &packet.new, way);
     let hop = counts(packet, way);
     if packet.is_error() {
-        let old = &packet.tuple;
-        let keeps_source = key.source == old.source && key.source_port == old.source_port;
-        rewrite::error(ctx, packet, key, hop, keeps_source)?;
+        let (old, new) = (&packet.tuple, &packet.new);
+        let keeps_source = new.source == old.source && new.source_port == old.source_port;
+        rewrite::error(ctx, packet, hop, keeps_source)?;
     } else {
-        rewrite::tuple(ctx, packet, key, hop)?;
+        rewrite::tuple(ctx, packet, hop)?;
     }
-    let conversation = (!packet.is_error()).then_some((packet, key));
-    let action = deliver::deliver(ctx, way, setting(&PEER_FROM_LO) != 0, conversation)?;
+    let action = deliver::deliver(ctx, way, setting(&PEER_FROM_LO) != 0, Some(packet))?;
     Ok(Forwarded {
         action,
         reason: reason(packet, Reason::ForwardedOriginal),
@@ -266,7 +269,12 @@ fn to_backend(
 
 /// The reverse: from the frontend, to the client.
 #[inline(always)]
-pub fn to_client(ctx: &TcContext, packet: &Packet, flow: &mut Flow, trail: &mut Trail) -> Verdict {
+pub fn to_client(
+    ctx: &TcContext,
+    packet: &mut Packet,
+    flow: &mut Flow,
+    trail: &mut Trail,
+) -> Verdict {
     let hop = flow.state & state::LOCAL_CLIENT == 0 && !is_stack(&flow.back);
     if let Some(obstacle) = icmp::obstacle(ctx, packet, &flow.back, hop) {
         return tell(ctx, packet, obstacle, flow.publish);
@@ -274,15 +282,14 @@ pub fn to_client(ctx: &TcContext, packet: &Packet, flow: &mut Flow, trail: &mut 
     if !flow::update(ctx, flow, packet, REPLY) {
         return Err(Reason::NotOurs);
     }
-    let new = flow.answer(packet.tuple.protocol);
-    trail.rewritten(flow.publish, &new, &flow.back);
+    flow::answer(flow, packet);
+    trail.rewritten(flow.publish, &packet.new, &flow.back);
     if packet.is_error() {
-        rewrite::error(ctx, packet, &new, hop, false)?;
+        rewrite::error(ctx, packet, hop, false)?;
     } else {
-        rewrite::tuple(ctx, packet, &new, hop)?;
+        rewrite::tuple(ctx, packet, hop)?;
     }
-    let conversation = (!packet.is_error()).then_some((packet, &new));
-    let action = deliver::deliver(ctx, &flow.back, setting(&PEER_FROM_LO) != 0, conversation)
+    let action = deliver::deliver(ctx, &flow.back, setting(&PEER_FROM_LO) != 0, Some(packet))
         .map_err(|_| Reason::NoWayBack)?;
     Ok(Forwarded {
         action,
@@ -294,7 +301,7 @@ pub fn to_client(ctx: &TcContext, packet: &Packet, flow: &mut Flow, trail: &mut 
 /// packet was sent to, or from this host's on the network of `publish`'s backend.
 #[inline(always)]
 fn tell(ctx: &TcContext, packet: &Packet, obstacle: Obstacle, publish: u32) -> Verdict {
-    icmp::may_tell(ctx, packet)?;
+    icmp::may_tell(ctx.skb.skb, packet)?;
     rewrite::into_error(ctx, packet, obstacle.mtu, publish::source(publish))?;
     let action = send_back(ctx.skb.skb);
     if action < 0 {
@@ -307,14 +314,14 @@ fn tell(ctx: &TcContext, packet: &Packet, obstacle: Obstacle, publish: u32) -> V
 }
 
 /// Sends what was turned round the way that it came; the action, or a negative number.
-// VERIFIER: a function of its own, for its share of the stack.
 #[inline(never)]
 fn send_back(skb: *mut __sk_buff) -> i32 {
     let ctx = &TcContext::new(skb);
     // SAFETY: `skb` is the context that the kernel gave; its fields are readable.
     let ifindex = unsafe { (*skb).ifindex };
-    deliver::back(ctx, ifindex, publish::way_back(ifindex))
-        .and_then(|back| deliver::deliver(ctx, &back, setting(&PEER_FROM_LO) != 0, None))
+    let mut back = Hop::default();
+    deliver::back(ctx, ifindex, publish::way_back(ifindex), &mut back)
+        .and_then(|()| deliver::deliver(ctx, &back, setting(&PEER_FROM_LO) != 0, None))
         .unwrap_or(-1)
 }
 

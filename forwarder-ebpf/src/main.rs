@@ -43,12 +43,14 @@ use crate::{trace::Trail, verdict::Verdict};
 
 /// tc ingress of every device where packets enter.
 #[classifier]
+#[inline(always)]
 pub fn ingress(ctx: TcContext) -> i32 {
     verdict::action(ingress::ingress(&ctx, &mut Trail::default()))
 }
 
 /// tc ingress of devices without Ethernet headers.
 #[classifier]
+#[inline(always)]
 pub fn ingress_l3(ctx: TcContext) -> i32 {
     let _ = l3::enter(&ctx);
     TC_ACT_UNSPEC
@@ -56,47 +58,54 @@ pub fn ingress_l3(ctx: TcContext) -> i32 {
 
 /// As `ingress`, and a line for each packet.
 #[classifier]
+#[inline(always)]
 pub fn ingress_traced(ctx: TcContext) -> i32 {
-    traced(&ctx, ingress::ingress)
+    traced(&ctx, followed_in)
 }
 
 /// tc egress of the same devices, where the host's firewall is respected.
 #[classifier]
+#[inline(always)]
 pub fn egress(ctx: TcContext) -> i32 {
     verdict::action(egress::egress(&ctx, &mut Trail::default()))
 }
 
 /// The same, and a line for each packet.
 #[classifier]
+#[inline(always)]
 pub fn egress_traced(ctx: TcContext) -> i32 {
-    traced(&ctx, egress::egress)
+    traced(&ctx, followed_out)
 }
 
 /// Runs a pipeline and writes what became of the packet.
 #[inline(always)]
-fn traced(ctx: &TcContext, pipeline: impl Fn(&TcContext, &mut Trail) -> Verdict) -> i32 {
+fn traced(ctx: &TcContext, pipeline: fn(*mut __sk_buff, &mut Trail) -> i32) -> i32 {
     let Some(trail) = Trail::of_this_cpu() else {
         return TC_ACT_UNSPEC; // there is an element 0
     };
-    let action = followed(ctx.skb.skb, trail, pipeline);
+    let action = pipeline(ctx.skb.skb, trail);
     trace::packet(ctx.skb.skb, trail);
     action
 }
 
-// VERIFIER: a function of its own, so that the line is written when the pipeline's stack is free again.
+// VERIFIER (both): a function of its own, so that the line is written when the pipeline's stack is free again.
 #[inline(never)]
-fn followed(
-    skb: *mut __sk_buff,
-    trail: &mut Trail,
-    pipeline: impl Fn(&TcContext, &mut Trail) -> Verdict,
-) -> i32 {
-    let verdict = pipeline(&TcContext::new(skb), trail);
+fn followed_in(skb: *mut __sk_buff, trail: &mut Trail) -> i32 {
+    let verdict = ingress::ingress(&TcContext::new(skb), trail);
+    trail.ended(&verdict);
+    verdict::action(verdict)
+}
+
+#[inline(never)]
+fn followed_out(skb: *mut __sk_buff, trail: &mut Trail) -> i32 {
+    let verdict = egress::egress(&TcContext::new(skb), trail);
     trail.ended(&verdict);
     verdict::action(verdict)
 }
 
 /// XDP of uplinks.
 #[xdp]
+#[inline(always)]
 pub fn early(ctx: XdpContext) -> u32 {
     early::early(&ctx)
 }

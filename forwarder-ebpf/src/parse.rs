@@ -140,6 +140,8 @@ pub enum Part {
 /// What the pipeline knows of a packet.
 pub struct Packet {
     pub tuple: Tuple,
+    /// What it becomes, or is looked for under.
+    pub new: Tuple,
     pub part: Part,
     /// What the parts of one datagram share, as it stands in the packet; 0 for a whole one.
     pub id: u32,

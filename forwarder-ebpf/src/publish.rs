@@ -5,13 +5,13 @@ use forwarder_common::{
     flow::delivery,
     publish::{Allowed, Frontend, Publish, flag, port_index},
     reason::Reason,
-    tuple::{Address, TCP, Tuple},
+    tuple::{Address, TCP},
 };
 
 use crate::{
     maps::{ALLOW, BACKENDS, FRONTENDS, INTERFACES, LOCAL_ADDRESSES, PORTS, PUBLISHES},
     parse::Packet,
-    words::{self, copy_address},
+    words::copy_address,
 };
 
 /// A publish and its index.
@@ -39,7 +39,7 @@ pub fn at(frontend: &Frontend) -> Option<Published> {
     let port = PORTS.get(port_index(frontend.protocol as u8, number)?)?;
     let mut index = port.wildcard;
     if port.exact != 0 {
-        index = exact(frontend).unwrap_or(index);
+        index = exact(&frontend.address, frontend.port, frontend.protocol).unwrap_or(index);
     }
     if index == 0 {
         return None;
@@ -56,22 +56,26 @@ pub fn may_be_reply(packet: &Packet) -> bool {
         .is_some_and(|port| port.backends != 0)
 }
 
-#[inline(always)]
-fn exact(frontend: &Frontend) -> Option<u32> {
+/// The publish on that address, or on all of its family.
+// VERIFIER (here and below): a function of its own, for its share of the stack.
+#[inline(never)]
+fn exact(address: &Address, port: u16, protocol: u16) -> Option<u32> {
+    let mut frontend = Frontend {
+        address: *address,
+        port,
+        protocol,
+    };
     // SAFETY: values of this map are one word, replaced as a whole.
-    if let Some(index) = unsafe { FRONTENDS.get(frontend) } {
+    if let Some(index) = unsafe { FRONTENDS.get(&frontend) } {
         return Some(*index);
     }
-    let any = Frontend {
-        address: if frontend.address.is_v4() {
-            Address::from_v4(0)
-        } else {
-            Address::UNSPECIFIED
-        },
-        ..*frontend
+    frontend.address = if address.is_v4() {
+        Address::from_v4(0)
+    } else {
+        Address::UNSPECIFIED
     };
     // SAFETY: as above.
-    unsafe { FRONTENDS.get(&any) }.copied()
+    unsafe { FRONTENDS.get(&frontend) }.copied()
 }
 
 /// Whether the packet is for this host, as a published port must be.
@@ -93,9 +97,9 @@ pub fn arrived(packet: &Packet) -> Result<(), Reason> {
 ///
 /// # Errors
 /// The reason against it.
-#[inline(always)]
-pub fn admit(packet: &Packet, published: &Published) -> Result<(), Reason> {
-    let (tuple, publish) = (&packet.tuple, published.publish);
+#[inline(never)]
+pub fn admit(packet: &Packet, publish: &'static Publish, index: u32) -> Result<(), Reason> {
+    let (tuple, published) = (&packet.tuple, &Published { publish, index });
     if packet.protocol == TCP && !packet.opens() {
         return Err(Reason::NotSyn);
     }
@@ -180,14 +184,23 @@ pub fn source(publish: u32) -> Option<&'static Address> {
     publish.map(|publish| &publish.source)
 }
 
-/// The tuple that the packet gets if only its destination changes.
+/// Changes the packet's destination to the backend.
 #[inline(always)]
-pub fn dnat(packet: &Packet, publish: &Publish) -> Tuple {
-    let port = u16::from_be(packet.tuple.destination_port);
-    let mut tuple = words::tuple(&packet.tuple);
-    copy_address(&publish.backend, &mut tuple.destination);
-    tuple.destination_port = publish.backend_port_of(port).to_be();
-    tuple
+pub fn dnat(packet: &mut Packet, publish: &Publish) {
+    let (old, new) = (&packet.tuple, &mut packet.new);
+    copy_address(&old.source, &mut new.source);
+    copy_address(&publish.backend, &mut new.destination);
+    new.source_port = old.source_port;
+    new.destination_port = publish
+        .backend_port_of(u16::from_be(old.destination_port))
+        .to_be();
+    new.protocol = old.protocol;
+}
+
+/// Changes its source to this host's address on the network of the backend.
+#[inline(always)]
+pub fn snat(packet: &mut Packet, publish: &Publish) {
+    copy_address(&publish.source, &mut packet.new.source);
 }
 
 /// Whether the backend must see an address of this host as the source: a loopback address means

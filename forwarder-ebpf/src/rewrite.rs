@@ -24,14 +24,14 @@ use crate::{
     words::write_address,
 };
 
-/// Gives the packet the addresses and ports of `new`, and takes one from the TTL or hop limit if
+/// Gives the packet the addresses and ports of its new tuple, and takes one from the TTL or hop limit if
 /// `hop` is set, as a router does.
 ///
 /// # Errors
 /// `Unwritable` if the kernel refuses; nothing sensible can be sent then.
 #[inline(always)]
-pub fn tuple(ctx: &TcContext, packet: &Packet, new: &Tuple, hop: bool) -> Result<(), Reason> {
-    let old = &packet.tuple;
+pub fn tuple(ctx: &TcContext, packet: &Packet, hop: bool) -> Result<(), Reason> {
+    let (old, new) = (&packet.tuple, &packet.new);
     let addresses = checksum::add(
         checksum::address_difference(old.source, new.source),
         checksum::address_difference(old.destination, new.destination),
@@ -85,8 +85,8 @@ fn ports(frame: &impl Frame, l4: usize, new: &Tuple) -> Result<(), Reason> {
     Ok(())
 }
 
-/// As [`tuple`], for an ICMP error: what it quotes gets the addresses and ports of `new`, the other way round. The
-/// error's own source stays if `keeps_source` says that it does not differ in `new`.
+/// As [`tuple`], for an ICMP error: what it quotes gets the addresses and ports of the new tuple, the other way round.
+/// The error's own source stays if `keeps_source` says that the new tuple has it too.
 ///
 /// # Errors
 /// As [`tuple`].
@@ -94,7 +94,6 @@ fn ports(frame: &impl Frame, l4: usize, new: &Tuple) -> Result<(), Reason> {
 pub fn error(
     ctx: &TcContext,
     packet: &Packet,
-    new: &Tuple,
     hop: bool,
     keeps_source: bool,
 ) -> Result<(), Reason> {
@@ -109,9 +108,9 @@ pub fn error(
         how |= icmp::KEEPS_SOURCE;
     }
     let written = if packet.is_v4 {
-        icmp::error_v4(ctx.skb.skb, new, how)
+        icmp::error_v4(ctx.skb.skb, &packet.new, how)
     } else {
-        icmp::error_v6(ctx.skb.skb, new, how)
+        icmp::error_v6(ctx.skb.skb, &packet.new, how)
     };
     if written {
         Ok(())

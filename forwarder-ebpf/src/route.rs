@@ -93,16 +93,16 @@ impl Route {
     }
 }
 
-/// How a packet that has become `new` leaves by a device. `context` is the program's. `length` is that of the packet
+/// How a packet with its new tuple leaves by a device. `context` is the program's. `length` is that of the packet
 /// without its link header, or 0 if the caller knows that it fits.
 #[inline(always)]
 pub fn get(
     context: *mut c_void,
     packet: &Packet,
-    new: &Tuple,
     ifindex: u32,
     length: u32,
 ) -> Option<&'static Route> {
+    let new = &packet.new;
     let number = new.source.0[3] ^ new.destination.0[3];
     let route =
         ROUTES.get_ptr_mut(number.wrapping_mul(0x9e37_79b1) >> (32 - limits::ROUTES.ilog2()))?;

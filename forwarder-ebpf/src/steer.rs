@@ -6,7 +6,9 @@
 use core::ptr;
 
 use aya_ebpf::{
-    bindings::{BPF_F_CURRENT_NETNS, bpf_sk_lookup, bpf_sock, bpf_sock_addr, bpf_sock_tuple},
+    bindings::{
+        __sk_buff, BPF_F_CURRENT_NETNS, bpf_sk_lookup, bpf_sock, bpf_sock_addr, bpf_sock_tuple,
+    },
     helpers::{
         bpf_get_netns_cookie, bpf_set_retval, bpf_sk_assign, bpf_sk_lookup_udp, bpf_sk_release,
     },
@@ -127,6 +129,12 @@ pub fn give_way(ctx: &TcContext, packet: &Packet, published: &Published) -> Resu
     if u16::from_be(packet.tuple.destination_port) == published.publish.first_port {
         return Ok(());
     }
+    give(ctx.skb.skb, packet)
+}
+
+// VERIFIER: a function of its own, for its share of the stack.
+#[inline(never)]
+fn give(skb: *mut __sk_buff, packet: &Packet) -> Result<(), Reason> {
     let Some(looking) = LOOKING.get_ptr_mut(0) else {
         return Ok(()); // there is an element 0
     };
@@ -134,14 +142,14 @@ pub fn give_way(ctx: &TcContext, packet: &Packet, published: &Published) -> Resu
     // program that reads it runs inside of the helper. A socket is released before it is forgotten.
     unsafe {
         ptr::write_volatile(looking, 1);
-        let socket = find_udp(ctx, packet);
+        let socket = find_udp(skb, packet);
         ptr::write_volatile(looking, 0);
         if socket.is_null() {
             return Ok(());
         }
         let others = (*socket).priority != own_priority(setting(&OWN_MARK));
         if others {
-            bpf_sk_assign(ctx.skb.skb.cast(), socket.cast(), 0);
+            bpf_sk_assign(skb.cast(), socket.cast(), 0);
         }
         bpf_sk_release(socket.cast());
         if others {
@@ -152,7 +160,7 @@ pub fn give_way(ctx: &TcContext, packet: &Packet, published: &Published) -> Resu
 }
 
 #[inline(always)]
-fn find_udp(ctx: &TcContext, packet: &Packet) -> *mut bpf_sock {
+fn find_udp(skb: *mut __sk_buff, packet: &Packet) -> *mut bpf_sock {
     // SAFETY: plain integers, for which zero is a value.
     let mut tuple: bpf_sock_tuple = unsafe { core::mem::zeroed() };
     let (old, names) = (&packet.tuple, &mut tuple.__bindgen_anon_1);
@@ -172,7 +180,6 @@ fn find_udp(ctx: &TcContext, packet: &Packet) -> *mut bpf_sock {
             size_of_val(&names.ipv6)
         };
         let netns = BPF_F_CURRENT_NETNS as i64 as u64;
-        let skb = ctx.skb.skb.cast();
-        bpf_sk_lookup_udp(skb, &raw mut tuple, size as u32, netns, 0)
+        bpf_sk_lookup_udp(skb.cast(), &raw mut tuple, size as u32, netns, 0)
     }
 }

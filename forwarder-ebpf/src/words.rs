@@ -1,7 +1,7 @@
 //! Copies without a call. Where the compiler cannot tell that two places differ it calls `memmove`, which goes byte
 //! by byte in a BPF program, and costs more than a lookup; so does `memset`.
 
-use core::{mem::MaybeUninit, ptr};
+use core::ptr;
 
 use forwarder_common::tuple::{Address, Tuple};
 
@@ -12,8 +12,9 @@ use forwarder_common::tuple::{Address, Tuple};
 #[inline(always)]
 unsafe fn copy<T: Copy, const N: usize>(from: *const T, to: *mut T) {
     for at in 0..N {
-        // SAFETY: the caller's promise. Volatile, so that it stays a store for each value.
-        unsafe { ptr::write_volatile(to.add(at), from.add(at).read()) };
+        // SAFETY: the caller's promise. Volatile, so that it stays a load and a store for each value: the compiler would keep
+        // them for another copy, and has no registers for that.
+        unsafe { ptr::write_volatile(to.add(at), ptr::read_volatile(from.add(at))) };
     }
 }
 
@@ -41,14 +42,24 @@ pub fn copy_tuple(from: &Tuple, to: &mut Tuple) {
     unsafe { copy::<u32, 10>(ptr::from_ref(from).cast(), ptr::from_mut(to).cast()) };
 }
 
+/// Reads a MAC out of a packet.
+///
+/// # Safety
+/// Both must be valid for six bytes, and aligned to two.
 #[inline(always)]
-pub fn tuple(from: &Tuple) -> Tuple {
-    let mut tuple = MaybeUninit::<Tuple>::uninit();
-    // SAFETY: as above; all ten words are written.
-    unsafe {
-        copy::<u32, 10>(ptr::from_ref(from).cast(), tuple.as_mut_ptr().cast());
-        tuple.assume_init()
-    }
+pub unsafe fn read_mac(from: *const [u8; 6], to: *mut [u8; 6]) {
+    // SAFETY: the caller's promise.
+    unsafe { copy::<u16, 3>(from.cast(), to.cast()) };
+}
+
+/// The same conversation seen from its other end.
+#[inline(always)]
+pub fn reverse(from: &Tuple, to: &mut Tuple) {
+    copy_address(&from.destination, &mut to.source);
+    copy_address(&from.source, &mut to.destination);
+    to.source_port = from.destination_port;
+    to.destination_port = from.source_port;
+    to.protocol = from.protocol;
 }
 
 #[inline(always)]

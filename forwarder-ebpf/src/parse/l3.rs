@@ -24,6 +24,7 @@ pub fn packet(ctx: &TcContext) -> Result<Packet, Reason> {
     let (protocol, ifindex) = unsafe { ((*ctx.skb.skb).protocol, (*ctx.skb.skb).ifindex) };
     let mut packet = Packet {
         tuple: Tuple::default(),
+        new: Tuple::default(),
         part: Part::Later,
         id: 0,
         protocol: 0,

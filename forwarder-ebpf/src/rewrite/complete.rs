@@ -5,7 +5,7 @@
 use forwarder_common::{
     checksum,
     reason::Reason,
-    tuple::{Address, TCP, Tuple},
+    tuple::{Address, TCP},
 };
 
 use super::{ipv4, ipv6, ports};
@@ -64,8 +64,8 @@ impl Complete {
     /// # Errors
     /// As there.
     #[inline(always)]
-    pub fn tuple(self, frame: &impl Frame, packet: &Packet, new: &Tuple) -> Result<(), Reason> {
-        let old = &packet.tuple;
+    pub fn tuple(self, frame: &impl Frame, packet: &Packet) -> Result<(), Reason> {
+        let (old, new) = (&packet.tuple, &packet.new);
         let addresses = checksum::add(
             checksum::address_difference(old.source, new.source),
             checksum::address_difference(old.destination, new.destination),
