@@ -39,7 +39,7 @@ use aya_ebpf::{
     programs::{SkLookupContext, SockAddrContext, TcContext, XdpContext},
 };
 
-use crate::{trace::Trail, verdict::Verdict};
+use crate::trace::Trail;
 
 /// tc ingress of every device where packets enter.
 #[classifier]

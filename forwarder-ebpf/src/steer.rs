@@ -3,7 +3,7 @@
 //!
 //! The kernel still chooses source ports out of a range for the host's own UDP clients, whose answers are theirs.
 
-use core::ptr;
+use core::{mem::MaybeUninit, ptr};
 
 use aya_ebpf::{
     bindings::{
@@ -161,11 +161,12 @@ fn give(skb: *mut __sk_buff, packet: &Packet) -> Result<(), Reason> {
 
 #[inline(always)]
 fn find_udp(skb: *mut __sk_buff, packet: &Packet) -> *mut bpf_sock {
-    // SAFETY: plain integers, for which zero is a value.
-    let mut tuple: bpf_sock_tuple = unsafe { core::mem::zeroed() };
-    let (old, names) = (&packet.tuple, &mut tuple.__bindgen_anon_1);
-    // SAFETY: the helper reads as many bytes of the tuple as it is told; both shapes fit into it.
+    let mut tuple = MaybeUninit::<bpf_sock_tuple>::uninit();
+    let old = &packet.tuple;
+    // SAFETY: the helper reads as many bytes of the tuple as it is told; both shapes fit into it, and all of either is
+    // written.
     unsafe {
+        let names = &mut (*tuple.as_mut_ptr()).__bindgen_anon_1;
         let size = if packet.is_v4 {
             names.ipv4.saddr = old.source.v4();
             names.ipv4.daddr = old.destination.v4();
@@ -180,6 +181,6 @@ fn find_udp(skb: *mut __sk_buff, packet: &Packet) -> *mut bpf_sock {
             size_of_val(&names.ipv6)
         };
         let netns = BPF_F_CURRENT_NETNS as i64 as u64;
-        bpf_sk_lookup_udp(skb.cast(), &raw mut tuple, size as u32, netns, 0)
+        bpf_sk_lookup_udp(skb.cast(), tuple.as_mut_ptr(), size as u32, netns, 0)
     }
 }
