@@ -161,9 +161,6 @@ fn an_instance_that_respects_the_firewall_leaves_nothing() {
     for wrapper in [&[][..], &WITHOUT_BPFFS[..]] {
         let topology = Topology::new().unwrap();
         let before = filters(&topology.host);
-        topology.host.enter(|| {
-            std::fs::write("/proc/sys/net/ipv4/ip_forward", "1").unwrap();
-        });
         let backend = &topology.backend;
         let _backend = Backend::start(&backend.netns, Protocol::Tcp, BACKEND_PORT).unwrap();
         let spec = spec(backend, Family::V4, Protocol::Tcp);

@@ -74,11 +74,7 @@ fn udp_passes_where_docker_drops_direct_access() {
 #[test]
 fn a_host_that_does_not_forward_serves() {
     let topology = Topology::new().unwrap();
-    let forwarding = topology
-        .host
-        .run("cat /proc/sys/net/ipv4/ip_forward")
-        .unwrap();
-    assert_eq!(forwarding.trim(), "0");
+    topology.host.forwards(false).unwrap();
     let _backend = Backend::start(&topology.ptp.netns, Protocol::Tcp, BACKEND_PORT).unwrap();
     let spec = spec(&topology.ptp, Family::V4, Protocol::Tcp);
     let daemon = Daemon::start(&topology.host, &[&spec], Datapath::Ebpf).unwrap();

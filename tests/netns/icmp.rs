@@ -69,10 +69,7 @@ impl Far {
             Narrow::None => (1500, 1500),
         };
         for router in [&near, &router] {
-            router.enter(|| {
-                std::fs::write("/proc/sys/net/ipv4/ip_forward", "1").unwrap();
-                std::fs::write("/proc/sys/net/ipv6/conf/all/forwarding", "1").unwrap();
-            });
+            router.forwards(true).unwrap();
         }
         let (host4, host6) = (topology.host_address(V4), topology.host_address(V6));
         let (near4, near6) = (topology.client_address(V4), topology.client_address(V6));

@@ -126,6 +126,7 @@ fn only_allowed_clients_are_served() {
 #[test]
 fn a_backends_own_address_is_not_reached_through_the_host() {
     let topology = Topology::new().unwrap();
+    topology.host.forwards(false).unwrap();
     let backend = Backend::start(&topology.backend.netns, Protocol::Udp, BACKEND_PORT).unwrap();
     let address = SocketAddr::new(topology.backend.address(Family::V4), BACKEND_PORT);
     let same_port = format!("{BACKEND_PORT}:{address}/udp");

@@ -123,11 +123,7 @@ impl Lan {
             });
             self.peers.push(peer);
         }
-        self.host.enter(|| {
-            for setting in ["ipv4/ip_forward", "ipv6/conf/all/forwarding"] {
-                std::fs::write(format!("/proc/sys/net/{setting}"), "1").unwrap();
-            }
-        });
+        self.host.forwards(true).unwrap();
         self
     }
 

@@ -50,18 +50,6 @@ fn only_the_client(topology: &Topology, client: &str) {
     topology.host.feed("nft -f -", &rules).unwrap();
 }
 
-fn forwarding(topology: &Topology, on: bool) {
-    topology.host.enter(|| {
-        for setting in ["ipv4/ip_forward", "ipv6/conf/all/forwarding"] {
-            std::fs::write(
-                format!("/proc/sys/net/{setting}"),
-                if on { "1" } else { "0" },
-            )
-            .unwrap();
-        }
-    });
-}
-
 fn start(topology: &Topology, family: Family, protocol: Protocol) -> Daemon {
     let spec = spec(&topology.backend, family, protocol);
     let flags = ["--respect-firewall"];
@@ -70,7 +58,6 @@ fn start(topology: &Topology, family: Family, protocol: Protocol) -> Daemon {
 
 fn permitted(family: Family, protocol: Protocol) {
     let topology = Topology::new().unwrap();
-    forwarding(&topology, true);
     only_the_client(&topology, &topology.client_address(V4).to_string());
     let _backend = Backend::start(&topology.backend.netns, protocol, BACKEND_PORT).unwrap();
     let daemon = start(&topology, family, protocol);
@@ -110,7 +97,6 @@ fn forward_rules_see_udp_v6() {
 #[test]
 fn a_forward_rule_refuses_and_the_client_learns_it() {
     let topology = Topology::new().unwrap();
-    forwarding(&topology, true);
     only_the_client(&topology, "203.0.113.99");
     let _backend = Backend::start(&topology.backend.netns, Tcp, BACKEND_PORT).unwrap();
     let daemon = start(&topology, V4, Tcp);
@@ -128,7 +114,6 @@ fn a_forward_rule_refuses_and_the_client_learns_it() {
 #[test]
 fn a_closed_port_is_refused() {
     let topology = Topology::new().unwrap();
-    forwarding(&topology, true);
     only_the_client(&topology, &topology.client_address(V4).to_string());
     for (family, protocol) in [(V4, Tcp), (V6, Tcp), (V4, Udp), (V6, Udp)] {
         let daemon = start(&topology, family, protocol);
@@ -161,7 +146,6 @@ fn a_closed_port_is_refused() {
 #[test]
 fn somebodys_filter_on_a_containers_link_decides() {
     let topology = Topology::new().unwrap();
-    forwarding(&topology, true);
     let Topology { host, backend, .. } = &topology;
     let ports = [BACKEND_PORT, DROPPED];
     let backends = ports.map(|port| Backend::start(&backend.netns, Udp, port).unwrap());
@@ -185,7 +169,6 @@ fn somebodys_filter_on_a_containers_link_decides() {
 #[test]
 fn the_hosts_own_clients_take_the_direct_way() {
     let topology = Topology::new().unwrap();
-    forwarding(&topology, true);
     only_the_client(&topology, "203.0.113.99");
     let _backend = Backend::start(&topology.backend.netns, Tcp, BACKEND_PORT).unwrap();
     let daemon = start(&topology, V4, Tcp);
@@ -206,7 +189,6 @@ fn the_hosts_own_clients_take_the_direct_way() {
 #[test]
 fn containers_are_served_in_user_space() {
     let topology = Topology::new().unwrap();
-    forwarding(&topology, true);
     let _backend = Backend::start(&topology.backend.netns, Tcp, BACKEND_PORT).unwrap();
     let daemon = start(&topology, V4, Tcp);
     let frontend = SocketAddr::new(topology.host_address(V4), PORT);
@@ -227,6 +209,7 @@ fn containers_are_served_in_user_space() {
 #[test]
 fn a_host_that_does_not_forward_serves_in_user_space_until_it_does() {
     let topology = Topology::new().unwrap();
+    topology.host.forwards(false).unwrap();
     let _backend = Backend::start(&topology.backend.netns, Tcp, BACKEND_PORT).unwrap();
     let daemon = start(&topology, V4, Tcp);
     let entry = daemon.entry().unwrap();
@@ -237,7 +220,7 @@ fn a_host_that_does_not_forward_serves_in_user_space_until_it_does() {
     let answer = ask(&topology.client, Tcp, frontend, "hello").unwrap();
     assert_eq!(answer.seen.ip(), topology.backend.gateway(V4));
 
-    forwarding(&topology, true);
+    topology.host.forwards(true).unwrap();
     wait_for("delivery by the stack", || {
         (daemon.entry().ok()?["delivery"] == "stack").then_some(())
     })
@@ -250,7 +233,6 @@ fn a_host_that_does_not_forward_serves_in_user_space_until_it_does() {
 fn bulk_passes_both_ways() {
     for family in [V4, V6] {
         let topology = Topology::new().unwrap();
-        forwarding(&topology, true);
         only_the_client(&topology, &topology.client_address(V4).to_string());
         let daemon = start(&topology, family, Tcp);
         on_the_fast_path(&daemon, || {
@@ -266,7 +248,6 @@ fn bulk_passes_both_ways() {
 fn fragments_pass_both_ways() {
     for family in [V4, V6] {
         let topology = Topology::new().unwrap();
-        forwarding(&topology, true);
         only_the_client(&topology, &topology.client_address(V4).to_string());
         let _backend = Backend::start(&topology.backend.netns, Udp, BACKEND_PORT).unwrap();
         let daemon = start(&topology, family, Udp);
@@ -284,7 +265,6 @@ fn fragments_pass_both_ways() {
 #[test]
 fn conversations_outlive_a_kill_and_a_restart() {
     let topology = Topology::new().unwrap();
-    forwarding(&topology, true);
     only_the_client(&topology, &topology.client_address(V4).to_string());
     let _backend = Backend::start(&topology.backend.netns, Tcp, BACKEND_PORT).unwrap();
     let mut daemon = start(&topology, V4, Tcp);
@@ -301,7 +281,6 @@ fn conversations_outlive_a_kill_and_a_restart() {
 #[test]
 fn a_trace_shows_answers_where_they_leave() {
     let topology = Topology::new().unwrap();
-    forwarding(&topology, true);
     let _backend = Backend::start(&topology.backend.netns, Tcp, BACKEND_PORT).unwrap();
     let daemon = start(&topology, V4, Tcp);
     let frontend = SocketAddr::new(topology.host_address(V4), PORT);

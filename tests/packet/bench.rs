@@ -228,9 +228,7 @@ impl Bench {
                  neigh replace 2001:db8:100::10 lladdr 02:00:00:00:00:10 dev eth0",
             )
             .unwrap();
-        for setting in ["ipv4/ip_forward", "ipv6/conf/all/forwarding"] {
-            std::fs::write(format!("/proc/sys/net/{setting}"), "1").unwrap();
-        }
+        netns.forwards(true).unwrap();
         self.datapath.attach_xdp(self.uplink, Mode::Native).unwrap();
         let uplink = Interface {
             delivery: delivery::NEIGHBOUR,

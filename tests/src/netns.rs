@@ -4,7 +4,7 @@
 //! however that ends, also by SIGKILL. `ip` reaches it by that descriptor's path in `/proc`.
 
 use std::{
-    fs::File,
+    fs::{self, File},
     io::Write,
     net::{Ipv4Addr, UdpSocket},
     os::{
@@ -81,6 +81,20 @@ impl Netns {
             thread.join()
         });
         result.unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+    }
+
+    /// Has it route packets of others, or not.
+    pub fn forwards(&self, on: bool) -> Result<()> {
+        self.enter(|| {
+            for setting in ["ipv4/ip_forward", "ipv6/conf/all/forwarding"] {
+                let path = format!("/proc/sys/net/{setting}");
+                // Without IPv6 there is no such setting.
+                if Path::new(&path).exists() {
+                    fs::write(&path, u8::from(on).to_string()).context(path)?;
+                }
+            }
+            Ok(())
+        })
     }
 
     /// Starts a thread in the namespace.

@@ -140,6 +140,7 @@ impl Topology {
     pub fn new() -> Result<Self> {
         let host = Netns::new("host")?;
         host.ip("link set lo up")?;
+        host.forwards(true)?; // as hosts of containers do
         Self::build(host, Plan::default(), false)
     }
 
