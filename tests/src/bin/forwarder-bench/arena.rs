@@ -155,21 +155,6 @@ impl Contender {
         self != Self::Haproxy
     }
 
-    fn needs_forwarding(self) -> bool {
-        matches!(
-            self,
-            Self::Routing
-                | Self::RoutingBesideNothing
-                | Self::RoutingBeside(_)
-                | Self::Iptables
-                | Self::IptablesBare
-                | Self::Nftables
-                | Self::Flowtable
-                | Self::ForwarderAmongRules
-                | Self::ForwarderRespecting
-        ) || self.is_remote()
-    }
-
     /// Whether the backend is another machine.
     pub(crate) fn is_remote(self) -> bool {
         matches!(
@@ -326,9 +311,6 @@ impl Arena {
     fn set_up(&mut self, programs: &Programs, others: &[Port]) -> Result<()> {
         let host = self.topology.host.clone();
         let all = [others, &PORTS].concat();
-        if self.contender.needs_forwarding() {
-            set_sysctl(&host, "net/ipv4/ip_forward", "1")?;
-        }
         let published = match self.contender {
             Contender::RoutingBeside(_) => others,
             Contender::ForwarderAmongRules => &PORTS,
