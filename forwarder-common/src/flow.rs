@@ -3,7 +3,7 @@
 
 use bytemuck::{Pod, Zeroable};
 
-use crate::tuple::{Address, Tuple};
+use crate::tuple::Address;
 
 /// How a packet leaves towards somebody.
 pub mod delivery {
@@ -103,20 +103,6 @@ pub struct Flow {
 }
 
 const _: () = assert!(size_of::<Flow>() == 112);
-
-impl Flow {
-    /// The tuple of its answers as the client gets them.
-    #[inline(always)]
-    pub const fn answer(&self, protocol: u32) -> Tuple {
-        Tuple {
-            source: self.frontend,
-            destination: self.client,
-            source_port: self.frontend_port,
-            destination_port: self.client_port,
-            protocol,
-        }
-    }
-}
 
 macro_rules! phases {
     ($($(#[$doc:meta])* $name:ident = $text:literal, $seconds:literal;)*) => {

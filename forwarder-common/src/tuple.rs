@@ -107,18 +107,6 @@ pub struct Tuple {
 const _: () = assert!(size_of::<Tuple>() == 40);
 
 impl Tuple {
-    /// The same conversation seen from its other end.
-    #[inline(always)]
-    pub const fn reversed(&self) -> Self {
-        Self {
-            source: self.destination,
-            destination: self.source,
-            source_port: self.destination_port,
-            destination_port: self.source_port,
-            protocol: self.protocol,
-        }
-    }
-
     /// A hash that nobody without the keys can foresee: UMAC's NH (RFC 4418 section 5.2.2), whose multiplications do not
     /// wait for each other, mixed once. `key` gives the keys 0 to 4.
     #[inline(always)]
@@ -188,19 +176,6 @@ mod tests {
     fn link_local_is_fe80_10_alone() {
         assert!(address("fe80::1").is_link_local() && address("febf::1").is_link_local());
         assert!(!address("fec0::1").is_link_local() && !address("169.254.0.1").is_link_local());
-    }
-
-    #[test]
-    fn reversing_twice_is_the_identity() {
-        let tuple = Tuple {
-            source: address("192.0.2.1"),
-            destination: address("198.51.100.2"),
-            source_port: 1,
-            destination_port: 2,
-            protocol: TCP.into(),
-        };
-        assert_ne!(tuple.reversed(), tuple);
-        assert_eq!(tuple.reversed().reversed(), tuple);
     }
 
     /// Of conversations that differ in nothing but the client's port, as many have the same source port as would by chance.
