@@ -23,6 +23,6 @@ pub const ALLOW: u32 = 65_536;
 /// Source ports tried for a new SNAT flow before it is refused: where 15 of 16 are taken, one of 4,000 flows is.
 pub const SNAT_TRIES: u32 = 128;
 /// Answers of the routing table that each CPU keeps for a tick: a power of two.
-pub const ROUTES: u32 = 256;
+pub const ROUTES: u32 = 512;
 /// Datagrams of which fragments are expected; the oldest is forgotten for a new one.
 pub const FRAGMENTS: u32 = 4096;

@@ -120,6 +120,8 @@ pub struct Interface {
     pub delivery: u32,
     /// The longest packet that it takes, without the link header.
     pub mtu: u32,
+    /// Not 0 where packets have Ethernet headers.
+    pub ethernet: u32,
     /// Not 0 where the XDP program is attached.
     pub xdp: u32,
 }

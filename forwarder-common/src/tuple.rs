@@ -200,7 +200,7 @@ mod tests {
             }
             let free = taken.iter().filter(|&&count| count == 0).count();
             let most = taken.iter().max();
-            // By chance 1/e of them, 10,300 with a deviation of 70.
+            // By chance 1/e of them, 10,300 with a deviation of 52.
             assert!((9800..10_800).contains(&free), "seed {seed}: {free} free");
             assert!(most < Some(&12), "seed {seed}: {most:?} on one");
         }

@@ -33,7 +33,10 @@ pub fn deliver(
     packet: Option<&Packet>,
 ) -> Result<i32, Reason> {
     // SAFETY: `skb` is the context that the kernel gave; its fields are readable.
-    let (pkt_type, from) = unsafe { ((*ctx.skb.skb).pkt_type, (*ctx.skb.skb).ifindex) };
+    let (pkt_type, from, mark) = unsafe {
+        let skb = ctx.skb.skb;
+        ((*skb).pkt_type, (*skb).ifindex, (*skb).mark)
+    };
     if pkt_type != PACKET_HOST {
         // A frame to the bridge's MAC is somebody else's on a bridge port, and the other end would drop it.
         ctx.change_type(PACKET_HOST)
@@ -55,8 +58,9 @@ pub fn deliver(
                 // Back to a client on this host. lo has no MAC, and would take any other for a stranger's.
                 rewrite::macs(ctx, [0; 6], [0; 6])?;
             }
+            // Rules by mark: the helper that is asked does not know marks.
             let route = packet
-                .filter(|packet| !packet.is_error() && hop.ifindex != LOOPBACK_IFINDEX)
+                .filter(|packet| !packet.is_error() && hop.ifindex != LOOPBACK_IFINDEX && mark == 0)
                 .and_then(|packet| route::get(ctx.skb.skb.cast(), packet, hop.ifindex, 0));
             if let Some(route) = route {
                 let [destination, source] = route.macs();

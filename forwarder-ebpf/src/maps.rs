@@ -109,9 +109,9 @@ pub static PIPELINE: ProgramArray = ProgramArray::with_max_entries(1, 0);
 #[map]
 pub static STATS: PerCpuArray<u64> = PerCpuArray::with_max_entries(Reason::COUNT, 0);
 
-/// Where packets go, by a hash of their addresses.
+/// Where packets go, by a hash of their addresses. The last is for those whose place is taken.
 #[map]
-pub static ROUTES: PerCpuArray<Route> = PerCpuArray::with_max_entries(limits::ROUTES, 0);
+pub static ROUTES: PerCpuArray<Route> = PerCpuArray::with_max_entries(limits::ROUTES + 1, 0);
 
 /// How many senders were told of an obstacle just now.
 #[map]

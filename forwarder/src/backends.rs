@@ -215,6 +215,7 @@ pub fn interfaces(snapshot: &Snapshot) -> impl Iterator<Item = (u32, Interface)>
             Interface {
                 delivery,
                 mtu,
+                ethernet: u32::from(link.header == Header::Ethernet),
                 xdp: 0,
             },
         )

@@ -234,14 +234,16 @@ impl Datapath {
     }
 
     /// Runs the program on a frame as if it came in by a device of this network namespace
-    /// (BPF_PROG_TEST_RUN); returns tc's action and the frame afterwards. Redirects are not carried out.
+    /// with a mark (BPF_PROG_TEST_RUN); returns tc's action and the frame afterwards. Redirects are not carried out.
     ///
     /// # Errors
     /// The kernel refuses the frame.
-    pub fn try_frame(&self, frame: &[u8], ifindex: u32) -> Result<(u32, Vec<u8>)> {
-        /// Offset of `ifindex` in `struct __sk_buff` (include/uapi/linux/bpf.h).
+    pub fn try_frame(&self, frame: &[u8], ifindex: u32, mark: u32) -> Result<(u32, Vec<u8>)> {
+        /// Offsets in `struct __sk_buff` (include/uapi/linux/bpf.h).
+        const MARK: usize = 8;
         const IFINDEX: usize = 40;
         let mut context = [0; 192];
+        context[MARK..MARK + 4].copy_from_slice(&mark.to_ne_bytes());
         context[IFINDEX..IFINDEX + 4].copy_from_slice(&ifindex.to_ne_bytes());
         let mut after = vec![0; frame.len() + 256];
         let mut options = TestRunOptions::new();

@@ -90,7 +90,7 @@ pub(crate) fn changed(which: usize, length: usize, changes: &[(u16, u8)]) -> Vec
 #[track_caller]
 pub(crate) fn check(bench: &Bench, bytes: &[u8]) {
     // The kernel runs no program on what has no whole IP header.
-    if bytes.len() < 14 + 40 && bench.datapath.try_frame(bytes, LO).is_err() {
+    if bytes.len() < 14 + 40 && bench.datapath.try_frame(bytes, LO, 0).is_err() {
         return;
     }
     for ifindex in [bench.uplink, bench.container, LO] {

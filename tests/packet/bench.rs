@@ -137,6 +137,7 @@ impl Bench {
         let container = Interface {
             delivery: delivery::PEER,
             mtu: 1500,
+            ethernet: 1,
             xdp: 0,
         };
         maps.set_interface(bench.container, Some(container))
@@ -197,7 +198,12 @@ impl Bench {
     }
 
     pub(crate) fn send_bytes(&self, bytes: &[u8], ifindex: u32) -> Outcome {
-        self.outcome(|| self.datapath.try_frame(bytes, ifindex).unwrap())
+        self.send_marked(bytes, ifindex, 0)
+    }
+
+    /// The same, with the mark that another program or this host gave it.
+    pub(crate) fn send_marked(&self, bytes: &[u8], ifindex: u32, mark: u32) -> Outcome {
+        self.outcome(|| self.datapath.try_frame(bytes, ifindex, mark).unwrap())
     }
 
     fn outcome(&self, run: impl FnOnce() -> (u32, Vec<u8>)) -> Outcome {
@@ -233,6 +239,7 @@ impl Bench {
         let uplink = Interface {
             delivery: delivery::NEIGHBOUR,
             mtu: 1500,
+            ethernet: 1,
             xdp: 1,
         };
         let maps = &mut self.datapath.maps;

@@ -190,6 +190,7 @@ impl Arena {
                 let interface = Interface {
                     delivery,
                     mtu,
+                    ethernet: 1,
                     xdp: 0,
                 };
                 datapath.maps.set_interface(index, Some(interface)).unwrap();

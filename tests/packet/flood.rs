@@ -52,7 +52,7 @@ fn flood(bench: &Bench, protocol: Protocol, packets: u32) {
         let frame = first(protocol, SocketAddr::from((source, 4000)));
         let (action, _) = bench
             .datapath
-            .try_frame(&frame.bytes(), bench.uplink)
+            .try_frame(&frame.bytes(), bench.uplink, 0)
             .unwrap();
         assert_eq!(action, crate::bench::REDIRECT, "{source}");
     }

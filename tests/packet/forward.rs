@@ -257,6 +257,7 @@ fn a_client_is_answered_where_it_is_now() {
         let uplink = Interface {
             delivery: delivery::DEVICE, // a bridge's port
             mtu: 1500,
+            ethernet: 1,
             xdp: 0,
         };
         let maps = &mut bench.datapath.maps;

@@ -98,6 +98,7 @@ fn narrow_uplink(bench: &mut Bench) {
     let uplink = Interface {
         delivery: delivery::NEIGHBOUR,
         mtu: MTU as u32,
+        ethernet: 1,
         xdp: 0,
     };
     let maps = &mut bench.datapath.maps;
@@ -203,6 +204,7 @@ fn a_container_takes_packets_of_any_length() {
             let interface = Interface {
                 delivery: delivery::PEER,
                 mtu: MTU as u32,
+                ethernet: 1,
                 xdp: 0,
             };
             let maps = &mut bench.datapath.maps;

@@ -46,6 +46,7 @@ fn too_long(bench: &mut Bench) -> Frame {
     let narrow = Interface {
         delivery: delivery::NEIGHBOUR,
         mtu: 1000,
+        ethernet: 1,
         xdp: 0,
     };
     let maps = &mut bench.datapath.maps;
@@ -216,6 +217,7 @@ fn scenario(reason: Reason, bench: &mut Bench) -> Option<Outcome> {
             let nowhere = Interface {
                 delivery: delivery::NONE,
                 mtu: 1500,
+                ethernet: 1,
                 xdp: 0,
             };
             let maps = &mut bench.datapath.maps;

@@ -6,20 +6,22 @@ use std::{
     time::{Duration, Instant},
 };
 
+use forwarder_common::{flow::delivery, publish::Interface};
 use forwarder_tests::{
     frame::{Frame, Mac, Protocol},
     netns::Netns,
 };
 
-use crate::bench::{Bench, REDIRECT, TICK, at, bench};
+use crate::bench::{Bench, REDIRECT, TICK, XDP_TX, at, bench};
 
 const PORT: u16 = 8080;
-const BACKEND: &str = "198.51.100.10:80";
+const BACKENDS: [&str; 2] = ["198.51.100.10:80", "[2001:db8:100::10]:80"];
 
-/// A bench whose uplink leads to the backend and to clients, with the answer to each client's first datagram.
-fn with_answers(clients: u16, scenario: impl FnOnce(&mut Bench, &[Vec<u8>]) + Send) {
+/// A bench whose uplink leads to the backend and to clients, with the answer to each client's first datagram; returns
+/// whether XDP can be run.
+fn with_answers(clients: u16, scenario: impl FnOnce(&mut Bench, &[Vec<u8>], bool) + Send) {
     bench(|bench| {
-        bench.publish_beside(Protocol::Udp, PORT, BACKEND);
+        let xdp_runs = bench.publish_beside(Protocol::Udp, PORT, BACKENDS[0]);
         let neighbours: Vec<_> = (0..clients)
             .map(|client| neighbour(client, mac(client)))
             .collect();
@@ -27,13 +29,18 @@ fn with_answers(clients: u16, scenario: impl FnOnce(&mut Bench, &[Vec<u8>]) + Se
         ip(&neighbours.join("\n"));
         let answer = |client| {
             let client = SocketAddr::new(address(client), 4000);
-            let first = Frame::first(Protocol::Udp, client, at("198.51.100.2:8080"));
-            let arrived = bench.send(&first, bench.uplink).forwarded();
-            arrived.reply().bytes()
+            answer_to(bench, client, at("198.51.100.2:8080"))
         };
         let answers: Vec<_> = (0..clients).map(answer).collect();
-        scenario(bench, &answers);
+        scenario(bench, &answers, xdp_runs);
     });
+}
+
+/// A backend's answer to a client's first datagram.
+fn answer_to(bench: &Bench, client: SocketAddr, frontend: SocketAddr) -> Vec<u8> {
+    let first = Frame::first(Protocol::Udp, client, frontend);
+    let arrived = bench.send(&first, bench.uplink).forwarded();
+    arrived.reply().bytes()
 }
 
 fn ip(commands: &str) {
@@ -76,7 +83,7 @@ fn goes_to(bench: &Bench, answer: &[u8], mac: Mac) {
 
 #[test]
 fn an_answer_goes_to_the_mac_that_its_client_has_now() {
-    with_answers(1, |bench, answers| {
+    with_answers(1, |bench, answers, _| {
         let first = next_hop(bench, &answers[0]);
         assert_eq!(first, None, "the first is the kernel's");
         goes_to(bench, &answers[0], mac(0));
@@ -90,7 +97,7 @@ fn an_answer_goes_to_the_mac_that_its_client_has_now() {
 #[test]
 fn no_answer_goes_to_anothers_mac() {
     const CLIENTS: u16 = 300;
-    with_answers(CLIENTS, |bench, answers| {
+    with_answers(CLIENTS, |bench, answers, xdp_runs| {
         let mut known = 0;
         let all: Vec<_> = (0..CLIENTS).zip(answers).collect();
         // A few at a time, so that less than a second goes by between two of one.
@@ -106,13 +113,28 @@ fn no_answer_goes_to_anothers_mac() {
             }
         }
         assert!(known > usize::from(CLIENTS), "{known}");
+        if !xdp_runs {
+            return;
+        }
+        // XDP asks for those whose place is taken.
+        let mut sent = 0;
+        for (client, answer) in all {
+            for _ in 0..2 {
+                let early = bench.send_early(answer);
+                if early.action == XDP_TX {
+                    assert_eq!(early.bytes[..6], mac(client));
+                    sent += 1;
+                }
+            }
+        }
+        assert!(sent > usize::from(CLIENTS) / 2, "{sent}");
     });
 }
 
 /// Where packets only pass by its knowledge, the kernel would not find out that a neighbour has gone.
 #[test]
 fn once_a_second_packets_leave_by_the_kernels_output() {
-    with_answers(1, |bench, answers| {
+    with_answers(1, |bench, answers, _| {
         goes_to(bench, &answers[0], mac(0));
         let mut changes = 0;
         let mut was_known = true;
@@ -127,21 +149,91 @@ fn once_a_second_packets_leave_by_the_kernels_output() {
     });
 }
 
+/// Answers that a rule sends by another router on the same link.
+fn by_the_other_router(bench: &Bench, rule: &str, answer: &[u8], mark: u32) {
+    let is_v4 = answer[12..14] == [8, 0];
+    let (family, router) = if is_v4 {
+        ("-4", "198.51.100.77")
+    } else {
+        ("-6", "2001:db8:100::77")
+    };
+    let netns = Netns::current().unwrap();
+    for command in [
+        format!("neigh replace {router} lladdr 02:00:00:00:00:77 dev eth0"),
+        format!("route add default via {router} dev eth0 table 77"),
+        format!("rule add {rule} lookup 77"),
+    ] {
+        netns.run(&format!("ip {family} {command}")).unwrap();
+    }
+    let mut known = Vec::new();
+    for _ in 0..20 {
+        let outcome = bench.send_marked(answer, bench.uplink, mark);
+        assert_eq!(outcome.action, REDIRECT, "{outcome:?}");
+        if outcome.bytes[..6] != answer[..6] {
+            known.push(outcome.bytes[5]);
+        }
+        thread::sleep(TICK);
+    }
+    assert!(known.iter().all(|&last| last == 0x77), "{known:x?}");
+    // What the kernel is not asked about, its output finds out.
+    assert_eq!(known.is_empty(), mark != 0, "{known:x?}");
+}
+
 #[test]
 fn a_rule_may_choose_by_the_type_of_service() {
-    with_answers(1, |bench, answers| {
-        ip(
-            "neigh replace 198.51.100.77 lladdr 02:00:00:00:00:77 dev eth0\n\
-            route add default via 198.51.100.77 dev eth0 table 77\n\
-            rule add dsfield 0x10 lookup 77",
-        );
-        let mut other = answers[0].clone();
-        other[15] = 0x10;
-        let checksum = u16::from_be_bytes([other[24], other[25]]);
-        other[24..26].copy_from_slice(&(checksum - 0x10).to_be_bytes());
-        for _ in 0..3 {
-            goes_to(bench, &answers[0], mac(0));
-            goes_to(bench, &other, [2, 0, 0, 0, 0, 0x77]);
+    with_answers(1, |bench, answers, _| {
+        let mut urgent = answers[0].clone();
+        urgent[15] = 0x10;
+        let checksum = u16::from_be_bytes([urgent[24], urgent[25]]);
+        urgent[24..26].copy_from_slice(&(checksum - 0x10).to_be_bytes());
+        goes_to(bench, &answers[0], mac(0));
+        by_the_other_router(bench, "dsfield 0x10", &urgent, 0);
+        goes_to(bench, &answers[0], mac(0));
+    });
+}
+
+#[test]
+fn a_rule_may_choose_by_the_source() {
+    for (backend, client, frontend) in [
+        (BACKENDS[0], "198.51.100.9:4000", "198.51.100.2:8080"),
+        (
+            BACKENDS[1],
+            "[2001:db8:100::9]:4000",
+            "[2001:db8:100::2]:8080",
+        ),
+    ] {
+        bench(|bench| {
+            bench.publish_beside(Protocol::Udp, PORT, backend);
+            let answer = answer_to(bench, at(client), at(frontend));
+            let rule = format!("from {}", at(frontend).ip());
+            by_the_other_router(bench, &rule, &answer, 0);
+        });
+    }
+}
+
+#[test]
+fn a_rule_may_choose_by_the_mark() {
+    with_answers(1, |bench, answers, _| {
+        goes_to(bench, &answers[0], mac(0));
+        by_the_other_router(bench, "fwmark 5", &answers[0], 5);
+    });
+}
+
+/// Kernels before 6.6 would send Ethernet's header over PPP.
+#[test]
+fn what_has_no_ethernet_header_is_left_to_the_kernel() {
+    with_answers(1, |bench, answers, _| {
+        let uplink = Interface {
+            delivery: delivery::NEIGHBOUR,
+            mtu: 1500,
+            ethernet: 0,
+            xdp: 0,
+        };
+        let maps = &mut bench.datapath.maps;
+        maps.set_interface(bench.uplink, Some(uplink)).unwrap();
+        for _ in 0..20 {
+            assert_eq!(next_hop(bench, &answers[0]), None);
+            thread::sleep(TICK);
         }
     });
 }

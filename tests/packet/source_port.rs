@@ -88,7 +88,10 @@ fn ports_that_are_in_use_towards_one_backend_are_free_towards_the_next() {
 
 /// Sends a frame that must go on, without a look at the counters, and returns it.
 fn carried(bench: &Bench, frame: &Frame, ifindex: u32) -> Frame {
-    let (action, bytes) = bench.datapath.try_frame(&frame.bytes(), ifindex).unwrap();
+    let (action, bytes) = bench
+        .datapath
+        .try_frame(&frame.bytes(), ifindex, 0)
+        .unwrap();
     assert_eq!(action, REDIRECT, "{frame:?}");
     Frame::parse(&bytes).unwrap()
 }
@@ -107,7 +110,7 @@ fn sixty_thousand_clients_of_this_host_each_keep_their_conversation() {
             let address = [127, 0, 0, 1 + (number / 40_000) as u8];
             let client = SocketAddr::from((address, 20_000 + (number % 40_000) as u16));
             let frame = Frame::first(Protocol::Tcp, client, at("127.0.0.1:8080"));
-            let (action, bytes) = bench.datapath.try_frame(&frame.bytes(), LO).unwrap();
+            let (action, bytes) = bench.datapath.try_frame(&frame.bytes(), LO, 0).unwrap();
             if action != REDIRECT {
                 refused += 1; // then it takes another port
                 assert!(refused < 10, "after {} clients", conversations.len());
