@@ -80,7 +80,7 @@ pub struct Draft {
     pub flow: Flow,
 }
 
-// VERIFIER: on the stack, the traced program would have more than 512 bytes.
+// VERIFIER: on the stack, it would take half of what there is.
 #[map]
 pub static DRAFT: PerCpuArray<Draft> = PerCpuArray::with_max_entries(1, 0);
 
