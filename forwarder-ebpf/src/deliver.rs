@@ -14,11 +14,14 @@ use forwarder_common::{
 };
 
 use crate::{
-    frame::header, maps::INTERFACES, parse, parse::Packet, rewrite, route, words::read_mac,
+    frame::header,
+    maps::INTERFACES,
+    parse::{self, LOOPBACK_IFINDEX, Packet},
+    rewrite, route,
+    words::read_mac,
 };
 
 const PACKET_HOST: u32 = 0;
-const LOOPBACK_IFINDEX: u32 = 1;
 
 /// Sends the packet towards `hop`, or leaves it to the stack; the action to return. `packet` is given if its
 /// new tuple is that of its own headers.

@@ -80,7 +80,7 @@ pub struct Draft {
     pub flow: Flow,
 }
 
-// VERIFIER: on the stack, it would take half of what there is.
+// VERIFIER: on the stack, it would take more than a third of what there is.
 #[map]
 pub static DRAFT: PerCpuArray<Draft> = PerCpuArray::with_max_entries(1, 0);
 

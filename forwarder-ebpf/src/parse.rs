@@ -19,6 +19,9 @@ use crate::{
     words::read_address,
 };
 
+/// lo is device 1 in every network namespace (include/net/flow.h).
+pub const LOOPBACK_IFINDEX: u32 = 1;
+
 /// Offsets from the start of the frame. IPv4 with options and IPv6 with extension headers are left
 /// to the slow path, so the transport header has one place in each family.
 pub const L3: usize = 14;
@@ -159,10 +162,9 @@ pub struct Packet {
 }
 
 impl Packet {
-    /// lo is device 1 in every network namespace (`LOOPBACK_IFINDEX`, include/net/flow.h).
     #[inline(always)]
     pub fn is_from_this_host(&self) -> bool {
-        self.ifindex == 1
+        self.ifindex == LOOPBACK_IFINDEX
     }
 
     /// Where the transport header is.

@@ -18,13 +18,12 @@ use forwarder_common::{
 use crate::{
     clock,
     maps::{INTERFACES, ROUTES},
-    parse::Packet,
+    parse::{LOOPBACK_IFINDEX, Packet},
     words::copy_address,
 };
 
 const AF_INET: u8 = 2;
 const AF_INET6: u8 = 10;
-const LOOPBACK_IFINDEX: u32 = 1;
 const SECOND: u64 = 1_000_000_000;
 /// The bits of IPv4's type of service that are not of ECN (RFC 3168).
 const DSCP: u8 = 0xfc;

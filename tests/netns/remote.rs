@@ -5,6 +5,7 @@ use std::net::{SocketAddr, UdpSocket};
 
 use forwarder::datapath::{self, xdp::Mode};
 use forwarder_tests::{
+    cpu::pin_this_thread,
     daemon::{Daemon, Datapath},
     deadline::wait_for,
     netns::Netns,
@@ -17,10 +18,6 @@ use forwarder_tests::{
         Protocol::{self, Tcp, Udp},
         ask,
     },
-};
-use nix::{
-    sched::{CpuSet, sched_setaffinity},
-    unistd::Pid,
 };
 
 use crate::{
@@ -351,9 +348,7 @@ fn a_silent_backend_is_found_again(xdp: &str) {
     };
     let (backend, client) = (bind(&lan.far, BACKEND_PORT), bind(&lan.client, 5000));
     // Each processor asks the kernel for itself, and lets it look after the neighbour then.
-    let mut here = CpuSet::new();
-    here.set(0).unwrap();
-    sched_setaffinity(Pid::from_raw(0), &here).unwrap();
+    pin_this_thread(&[0]).unwrap();
     let frontend = SocketAddr::new(LAN.address(V4, HOST), PORT);
     let arrives = || {
         wait_for("a datagram arrives", || {

@@ -1,7 +1,7 @@
 //! A loaded program in a network namespace of its own, with an uplink and a container's device that nothing
 //! is attached to; what it publishes, and frames through it.
 
-use std::{collections::BTreeMap, net::SocketAddr, thread, time::Duration};
+use std::{collections::BTreeMap, net::SocketAddr, time::Duration};
 
 use forwarder::datapath::{Datapath, Options, xdp::Mode};
 use forwarder_common::{
@@ -12,6 +12,7 @@ use forwarder_common::{
     tuple::Tuple,
 };
 use forwarder_tests::{
+    deadline::wait_for,
     frame::{Frame, Mac, Protocol},
     netns::Netns,
 };
@@ -35,6 +36,14 @@ pub(crate) const UNSPEC: u32 = u32::MAX;
 pub(crate) const XDP_DROP: u32 = 1;
 pub(crate) const XDP_PASS: u32 = 2;
 pub(crate) const XDP_TX: u32 = 3;
+
+/// What the loader writes for an uplink, an Ethernet device.
+pub(crate) const UPLINK: Interface = Interface {
+    delivery: delivery::NEIGHBOUR,
+    mtu: 1500,
+    ethernet: 1,
+    xdp: 0,
+};
 
 /// The longest that there is (CONFIG_HZ=100), and a little more.
 pub(crate) const TICK: Duration = Duration::from_millis(20);
@@ -136,9 +145,7 @@ impl Bench {
         }
         let container = Interface {
             delivery: delivery::PEER,
-            mtu: 1500,
-            ethernet: 1,
-            xdp: 0,
+            ..UPLINK
         };
         maps.set_interface(bench.container, Some(container))
             .unwrap();
@@ -236,12 +243,7 @@ impl Bench {
             .unwrap();
         netns.forwards(true).unwrap();
         self.datapath.attach_xdp(self.uplink, Mode::Native).unwrap();
-        let uplink = Interface {
-            delivery: delivery::NEIGHBOUR,
-            mtu: 1500,
-            ethernet: 1,
-            xdp: 1,
-        };
+        let uplink = Interface { xdp: 1, ..UPLINK };
         let maps = &mut self.datapath.maps;
         maps.set_interface(self.uplink, Some(uplink)).unwrap();
         let mut entry = self.entry(port, &backend.to_string());
@@ -264,15 +266,11 @@ impl Bench {
 
     /// The same when the program knows the packet's way: once a second it does not, for a tick.
     pub(crate) fn send_early_on_its_way(&self, bytes: &[u8]) -> Outcome {
-        let mut outcome = self.send_early(bytes);
-        for _ in 0..100 {
-            if outcome.action != XDP_PASS {
-                break;
-            }
-            thread::sleep(Duration::from_millis(5));
-            outcome = self.send_early(bytes);
-        }
-        outcome
+        wait_for("XDP knows the way", || {
+            let outcome = self.send_early(bytes);
+            (outcome.action != XDP_PASS).then_some(outcome)
+        })
+        .unwrap()
     }
 
     fn stats(&self) -> BTreeMap<&'static str, u64> {

@@ -16,23 +16,20 @@ use forwarder_common::{
     publish::{Interface, Publish, flag},
 };
 use forwarder_tests::{
+    cpu::pin_this_thread,
     fragment::fix_header_checksum,
     frame::{ACK, FIN_ACK, Flags, Frame, Mac, Protocol, SYN, SYN_ACK},
     icmp::{IcmpError, quote},
     netns::Netns,
     wire::Wire,
 };
-use nix::{
-    net::if_::if_nametoindex,
-    sched::{CpuSet, sched_setaffinity},
-    unistd::Pid,
-};
+use nix::net::if_::if_nametoindex;
 use proptest::{
     prelude::*,
     test_runner::{Config, RngAlgorithm, TestRng, TestRunner},
 };
 
-use crate::bench::at;
+use crate::bench::{UPLINK, at};
 
 const CLIENT_MAC: Mac = [2, 0, 0, 0, 0, 1];
 const UPLINK_MAC: Mac = [2, 0, 0, 0, 0, 2];
@@ -116,10 +113,9 @@ impl Arena {
              }\n}\n",
         )
         .unwrap();
+        host.forwards(true).unwrap();
         host.enter(|| {
             for (setting, value) in [
-                ("ipv4/ip_forward", "1"),
-                ("ipv6/conf/all/forwarding", "1"),
                 // It must not send fewer errors than it would once a second.
                 ("ipv4/icmp_ratelimit", "0"),
                 ("ipv6/icmp/ratelimit", "0"),
@@ -190,8 +186,7 @@ impl Arena {
                 let interface = Interface {
                     delivery,
                     mtu,
-                    ethernet: 1,
-                    xdp: 0,
+                    ..UPLINK
                 };
                 datapath.maps.set_interface(index, Some(interface)).unwrap();
                 datapath.attach((index, Hook::Ingress), name).unwrap();
@@ -488,9 +483,7 @@ fn without_differences(mut frame: Vec<u8>) -> Vec<u8> {
 #[test]
 fn what_comes_out_is_what_nftables_makes_of_it() {
     // Frames of one CPU arrive in order, so that the marker is the last.
-    let mut cpu = CpuSet::new();
-    cpu.set(0).unwrap();
-    sched_setaffinity(Pid::from_raw(0), &cpu).unwrap();
+    pin_this_thread(&[0]).unwrap();
     let (oracle, ours) = (Arena::nftables(), Arena::forwarder());
     let config = Config {
         cases: 2000,

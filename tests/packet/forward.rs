@@ -7,7 +7,7 @@ use forwarder_common::{
 use forwarder_tests::frame::{Frame, Protocol};
 use proptest::prelude::*;
 
-use crate::bench::{BRIDGE_MAC, Bench, CONTAINER_MAC, at, bench};
+use crate::bench::{BRIDGE_MAC, Bench, CONTAINER_MAC, UPLINK, at, bench};
 
 fn there_and_back(bench: &mut Bench, protocol: Protocol, client: &str, host: &str, backend: &str) {
     bench.publish(protocol, at(host).port(), backend);
@@ -256,9 +256,7 @@ fn a_client_is_answered_where_it_is_now() {
         bench.publish(Protocol::Tcp, 8080, "172.31.0.2:80");
         let uplink = Interface {
             delivery: delivery::DEVICE, // a bridge's port
-            mtu: 1500,
-            ethernet: 1,
-            xdp: 0,
+            ..UPLINK
         };
         let maps = &mut bench.datapath.maps;
         maps.set_interface(bench.uplink, Some(uplink)).unwrap();

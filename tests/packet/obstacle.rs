@@ -10,7 +10,7 @@ use forwarder_tests::{
     icmp::{IcmpError, quote},
 };
 
-use crate::bench::{Bench, HOST, LO, Outcome, REDIRECT, at, bench};
+use crate::bench::{Bench, HOST, LO, Outcome, REDIRECT, UPLINK, at, bench};
 
 const V4: [&str; 3] = ["198.51.100.9:4000", "198.51.100.2:8080", "172.31.0.2:80"];
 const V6: [&str; 3] = [
@@ -96,10 +96,8 @@ fn remote(bench: &mut Bench, protocol: Protocol, backend: &str) {
 
 fn narrow_uplink(bench: &mut Bench) {
     let uplink = Interface {
-        delivery: delivery::NEIGHBOUR,
         mtu: MTU as u32,
-        ethernet: 1,
-        xdp: 0,
+        ..UPLINK
     };
     let maps = &mut bench.datapath.maps;
     maps.set_interface(bench.uplink, Some(uplink)).unwrap();
@@ -204,8 +202,7 @@ fn a_container_takes_packets_of_any_length() {
             let interface = Interface {
                 delivery: delivery::PEER,
                 mtu: MTU as u32,
-                ethernet: 1,
-                xdp: 0,
+                ..UPLINK
             };
             let maps = &mut bench.datapath.maps;
             maps.set_interface(bench.container, Some(interface))

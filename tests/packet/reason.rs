@@ -14,7 +14,7 @@ use forwarder_tests::{
     icmp::IcmpError,
 };
 
-use crate::bench::{Bench, LO, Outcome, at, bench_with, options};
+use crate::bench::{Bench, LO, Outcome, UPLINK, at, bench_with, options};
 
 const PORT: u16 = 8080;
 const BACKEND: &str = "172.31.0.2:80";
@@ -44,10 +44,8 @@ fn too_long(bench: &mut Bench) -> Frame {
     };
     publish(bench, Protocol::Udp, |entry| entry.hop = uplink);
     let narrow = Interface {
-        delivery: delivery::NEIGHBOUR,
         mtu: 1000,
-        ethernet: 1,
-        xdp: 0,
+        ..UPLINK
     };
     let maps = &mut bench.datapath.maps;
     maps.set_interface(bench.uplink, Some(narrow)).unwrap();
@@ -216,9 +214,7 @@ fn scenario(reason: Reason, bench: &mut Bench) -> Option<Outcome> {
             publish(bench, Protocol::Tcp, |_| {});
             let nowhere = Interface {
                 delivery: delivery::NONE,
-                mtu: 1500,
-                ethernet: 1,
-                xdp: 0,
+                ..UPLINK
             };
             let maps = &mut bench.datapath.maps;
             maps.set_interface(uplink, Some(nowhere)).unwrap();

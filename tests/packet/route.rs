@@ -6,13 +6,14 @@ use std::{
     time::{Duration, Instant},
 };
 
-use forwarder_common::{flow::delivery, publish::Interface};
+use forwarder_common::publish::Interface;
 use forwarder_tests::{
+    deadline::wait_for,
     frame::{Frame, Mac, Protocol},
     netns::Netns,
 };
 
-use crate::bench::{Bench, REDIRECT, TICK, XDP_TX, at, bench};
+use crate::bench::{Bench, REDIRECT, TICK, UPLINK, XDP_TX, at, bench};
 
 const PORT: u16 = 8080;
 const BACKENDS: [&str; 2] = ["198.51.100.10:80", "[2001:db8:100::10]:80"];
@@ -74,11 +75,8 @@ fn next_hop(bench: &Bench, answer: &[u8]) -> Option<Mac> {
 /// Tries for so long that the kernel is asked.
 #[track_caller]
 fn goes_to(bench: &Bench, answer: &[u8], mac: Mac) {
-    let tries = (0..100).find_map(|_| {
-        thread::sleep(Duration::from_millis(5));
-        next_hop(bench, answer)
-    });
-    assert_eq!(tries, Some(mac));
+    let known = wait_for("the kernel is asked", || next_hop(bench, answer));
+    assert_eq!(known.unwrap(), mac);
 }
 
 #[test]
@@ -218,10 +216,8 @@ fn a_rule_may_choose_by_the_mark() {
 fn what_has_no_ethernet_header_is_left_to_the_kernel() {
     with_answers(1, |bench, answers, _| {
         let uplink = Interface {
-            delivery: delivery::NEIGHBOUR,
-            mtu: 1500,
             ethernet: 0,
-            xdp: 0,
+            ..UPLINK
         };
         let maps = &mut bench.datapath.maps;
         maps.set_interface(bench.uplink, Some(uplink)).unwrap();

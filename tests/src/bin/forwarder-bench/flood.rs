@@ -4,12 +4,13 @@
 use std::{collections::BTreeMap, fmt::Write as _, thread, time::Duration};
 
 use anyhow::{Context, Result};
+use forwarder_tests::cpu::pin_this_thread;
 use serde::Serialize;
 
 use crate::{
     arena::{Arena, Client, Contender, Programs},
     generator::{Frames, Until},
-    process::{Placement, pin_this_thread},
+    process::Placement,
     report::{Summary, short},
     workload::{Measured, connections},
 };

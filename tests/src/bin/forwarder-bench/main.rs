@@ -180,7 +180,7 @@ fn conversations(options: &Options, programs: &Programs, report: &mut Report) ->
             }
         }
     }
-    process::pin_this_thread(&[0, 1]).context("end of the measurements")
+    forwarder_tests::cpu::pin_this_thread(&[0, 1]).context("end of the measurements")
 }
 
 fn is_quick(contender: Contender) -> bool {

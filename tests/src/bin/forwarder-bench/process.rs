@@ -6,11 +6,8 @@ use std::{
 };
 
 use anyhow::{Context, Result, bail};
-use forwarder_tests::{deadline::wait_for, netns::Netns};
-use nix::{
-    sched::{CpuSet, sched_setaffinity},
-    unistd::Pid,
-};
+use forwarder_tests::{cpu, deadline::wait_for, netns::Netns};
+use nix::{sched::sched_setaffinity, unistd::Pid};
 
 /// A program that is killed when dropped.
 #[derive(Debug)]
@@ -97,30 +94,13 @@ impl Placement {
 /// # Errors
 /// It has ended.
 pub(crate) fn pin(pid: u32, cores: &[usize]) -> Result<()> {
-    let set = cpu_set(cores)?;
+    let set = cpu::set(cores)?;
     for thread in fs::read_dir(format!("/proc/{pid}/task"))? {
         let number: i32 = thread?.file_name().to_string_lossy().parse()?;
         // A thread that has ended meanwhile needs no core.
         let _ = sched_setaffinity(Pid::from_raw(number), &set);
     }
     Ok(())
-}
-
-/// As [`pin`], for the calling thread and what it starts.
-///
-/// # Errors
-/// There is no such core.
-pub(crate) fn pin_this_thread(cores: &[usize]) -> Result<()> {
-    let this = Pid::from_raw(0);
-    sched_setaffinity(this, &cpu_set(cores)?).context("pin to a core")
-}
-
-fn cpu_set(cores: &[usize]) -> Result<CpuSet> {
-    let mut set = CpuSet::new();
-    for core in cores {
-        set.set(*core)?;
-    }
-    Ok(set)
 }
 
 /// Waits until somebody listens on a port of a namespace (or is bound to it, for UDP).

@@ -10,6 +10,7 @@ use std::{
 
 use anyhow::{Context, Result};
 use forwarder_tests::{
+    cpu::pin_this_thread,
     daemon::{Daemon, Datapath},
     topology::Topology,
 };
@@ -19,7 +20,7 @@ use crate::{
     arena::{Arena, Client, Contender, Programs, other_ports},
     flood::{self, Flooded},
     generator::{Frames, Until},
-    process::{Placement, Process, pin_this_thread, wait_for_port},
+    process::{Placement, Process, wait_for_port},
     report::{Summary, short},
     rules::{self, Port},
     workload::{self, Workload},

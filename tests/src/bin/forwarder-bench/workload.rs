@@ -3,14 +3,14 @@
 use std::{net::IpAddr, time::Duration};
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
-use forwarder_tests::netns::Netns;
+use forwarder_tests::{cpu::pin_this_thread, netns::Netns};
 use serde::Serialize;
 use serde_json::Value;
 
 use crate::{
     arena::{Arena, BULK, Client, DATAGRAM, HTTP, ROUND_TRIP},
     generator::{Frames, Until},
-    process::{Placement, busy_seconds, pin_this_thread},
+    process::{Placement, busy_seconds},
 };
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
