@@ -49,11 +49,9 @@ fn go_on(ctx: &XdpContext) -> Result<u32, Reason> {
     let published = publish::find(packet);
     if let Some(published) = published
         && published.publish.flags & flag::REMOTE != 0
+        && let Some(flow) = ingress::original(packet, &published)
     {
-        publish::dnat(packet, published.publish);
-        if let Some(flow) = ingress::original(packet, &published) {
-            return to_backend(ctx, packet, flow, &published.publish.hop);
-        }
+        return to_backend(ctx, packet, flow, &published.publish.hop);
     }
     if let Some(flow) = flow::get_by_reply(packet) {
         return to_client(ctx, packet, flow);

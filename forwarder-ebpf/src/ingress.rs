@@ -68,17 +68,16 @@ fn forward(
     published: Option<Published>,
     trail: &mut Trail,
 ) -> Verdict {
-    if let Some(published) = published {
-        publish::dnat(packet, published.publish);
-        if let Some(flow) = original(packet, &published) {
-            if let Some(obstacle) = before_backend(ctx, packet, &published)? {
-                return tell(ctx, packet, obstacle, 0);
-            }
-            flow::update(ctx, flow, packet, ORIGINAL);
-            follow_client(ctx, packet, &mut flow.back);
-            flow::keep(&packet.new, flow);
-            return to_backend(ctx, packet, &published, trail);
+    if let Some(published) = published
+        && let Some(flow) = original(packet, &published)
+    {
+        if let Some(obstacle) = before_backend(ctx, packet, &published)? {
+            return tell(ctx, packet, obstacle, 0);
         }
+        flow::update(ctx, flow, packet, ORIGINAL);
+        follow_client(ctx, packet, &mut flow.back);
+        flow::keep(&packet.new, flow);
+        return to_backend(ctx, packet, &published, trail);
     }
     if let Some(flow) = flow::get_by_reply(packet) {
         if is_stack(&flow.back) {
@@ -102,7 +101,7 @@ fn forward(
         return tell(ctx, packet, obstacle, 0);
     }
     let draft = flow::draft().ok_or(Reason::NoEntry)?;
-    begin(
+    let lacks_port = begin(
         ctx.skb.skb,
         packet,
         published.publish,
@@ -110,8 +109,7 @@ fn forward(
         draft,
     )?;
     flow::update(ctx, &mut draft.flow, packet, ORIGINAL);
-    let shares_port = publish::needs_snat(packet, published.publish);
-    if shares_port || !flow::insert(&draft.key, &draft.flow, BPF_NOEXIST)? {
+    if lacks_port || !flow::insert(&draft.key, &draft.flow, BPF_NOEXIST)? {
         flow::insert_by_ports(packet)?;
     }
     count(Reason::NewFlow);
@@ -162,12 +160,12 @@ fn before_backend(
     }
 }
 
-/// The flow of a packet from the client's side, which has been given its backend, and is given its source.
+/// The flow of a packet from the client's side, which gets its new tuple.
 #[inline(always)]
 pub fn original(packet: &mut Packet, published: &Published) -> Option<&'static mut Flow> {
-    if publish::needs_snat(packet, published.publish) {
-        publish::snat(packet, published.publish);
-    } else if let Some(flow) = flow::get_original(packet) {
+    if !publish::translate(packet, published.publish)
+        && let Some(flow) = flow::get_original(packet)
+    {
         return Some(flow);
     }
     flow::get_by_ports(packet, Ports::of(&packet.tuple)?)
@@ -195,7 +193,7 @@ fn follow_client(ctx: &TcContext, packet: &Packet, way: &mut Hop) {
     }
 }
 
-/// Drafts the flow that this packet begins, and gives the packet its new tuple.
+/// Drafts the flow that this packet begins, and gives the packet its new tuple; returns whether that lacks a source port.
 ///
 /// # Errors
 /// `ContainerClient` where answers would not pass the stack.
@@ -207,11 +205,8 @@ fn begin(
     publish: &'static Publish,
     index: u32,
     draft: &mut Draft,
-) -> Result<(), Reason> {
-    publish::dnat(packet, publish);
-    if publish::needs_snat(packet, publish) {
-        publish::snat(packet, publish);
-    }
+) -> Result<bool, Reason> {
+    let lacks_port = publish::translate(packet, publish);
     copy_tuple(&packet.new, &mut draft.key);
     let way_back = if packet.is_from_this_host() {
         delivery::NEIGHBOUR
@@ -239,7 +234,7 @@ fn begin(
     flow.acknowledged = [none as u32; 2];
     flow.packets = [none; 2];
     flow.bytes = [none; 2];
-    Ok(())
+    Ok(lacks_port)
 }
 
 /// DNAT, and SNAT where the packet's new tuple says so; an ICMP error is told whether it does.

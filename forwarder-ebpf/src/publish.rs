@@ -184,23 +184,27 @@ pub fn source(publish: u32) -> Option<&'static Address> {
     publish.map(|publish| &publish.source)
 }
 
-/// Changes the packet's destination to the backend.
+/// Gives the packet the tuple that the backend gets: its destination changes, and its source to this host's address on
+/// the backend's network where it has to. Returns whether it had to: then it lacks a port that nobody else has.
 #[inline(always)]
-pub fn dnat(packet: &mut Packet, publish: &Publish) {
+pub fn translate(packet: &mut Packet, publish: &Publish) -> bool {
+    let is_ours = needs_snat(packet, publish);
     let (old, new) = (&packet.tuple, &mut packet.new);
-    copy_address(&old.source, &mut new.source);
+    copy_address(
+        if is_ours {
+            &publish.source
+        } else {
+            &old.source
+        },
+        &mut new.source,
+    );
     copy_address(&publish.backend, &mut new.destination);
     new.source_port = old.source_port;
     new.destination_port = publish
         .backend_port_of(u16::from_be(old.destination_port))
         .to_be();
     new.protocol = old.protocol;
-}
-
-/// Changes its source to this host's address on the network of the backend.
-#[inline(always)]
-pub fn snat(packet: &mut Packet, publish: &Publish) {
-    copy_address(&publish.source, &mut packet.new.source);
+    is_ours
 }
 
 /// Whether the backend must see an address of this host as the source: a loopback address means
@@ -208,7 +212,7 @@ pub fn snat(packet: &mut Packet, publish: &Publish) {
 /// answers would go past us, and the address that the kernel itself uses towards the backend
 /// could meet a connection of its own.
 #[inline(always)]
-pub fn needs_snat(packet: &Packet, publish: &Publish) -> bool {
+fn needs_snat(packet: &Packet, publish: &Publish) -> bool {
     let source = packet.tuple.source;
     publish.flags & flag::REMOTE != 0
         || source == publish.backend
