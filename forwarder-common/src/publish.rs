@@ -14,13 +14,17 @@ use crate::{
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Pod, Zeroable)]
 pub struct Port {
-    /// Index in `PUBLISHES` of the publish on every local address; 0 for none.
-    pub wildcard: u32,
+    /// Index in `PUBLISHES` of the publish on every local IPv4 address; 0 for none.
+    pub every_v4: u16,
+    /// The same for IPv6.
+    pub every_v6: u16,
     /// How many entries of `FRONTENDS` have this port; 0 saves the lookup.
     pub exact: u16,
     /// How many publishes lead to this port of their backend: 0 for what no reply comes from.
     pub backends: u16,
 }
+
+const _: () = assert!(size_of::<Port>() == 8 && crate::limits::PUBLISHES <= 1 << u16::BITS);
 
 /// Ports of one protocol in `PORTS`.
 pub const PORTS_PER_PROTOCOL: u32 = 1 << 16;
@@ -38,8 +42,7 @@ pub const fn port_index(protocol: u8, port: u16) -> Option<u32> {
     }
 }
 
-/// A key of `FRONTENDS`: a port on one address. An unspecified address of a family stands for
-/// all local addresses of that family alone (`0.0.0.0:80:...` was asked for).
+/// A key of `FRONTENDS`: a port on one address.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Pod, Zeroable)]
 pub struct Frontend {

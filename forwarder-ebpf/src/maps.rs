@@ -22,7 +22,7 @@ use crate::{
 #[map]
 pub static PORTS: Array<Port> = Array::with_max_entries(PORTS_PER_PROTOCOL * PROTOCOLS, 0);
 
-/// Ports published on one address, or on one family's addresses: index in `PUBLISHES`.
+/// Ports published on one address: index in `PUBLISHES`.
 #[map]
 pub static FRONTENDS: HashMap<Frontend, u32> =
     HashMap::with_max_entries(limits::FRONTENDS, BPF_F_NO_PREALLOC);

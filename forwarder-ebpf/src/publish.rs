@@ -21,25 +21,29 @@ pub struct Published {
     pub index: u32,
 }
 
-/// The publish of the packet's destination: its exact address first, then its family's addresses, then
-/// every address. Whether the address is local is not looked at here.
+/// The publish of the packet's destination. Whether the address is local is not looked at here.
 #[inline(always)]
 pub fn find(packet: &Packet) -> Option<Published> {
-    at(&Frontend {
-        address: packet.tuple.destination,
-        port: packet.tuple.destination_port,
-        protocol: packet.protocol as u16,
-    })
+    let tuple = &packet.tuple;
+    at(
+        &tuple.destination,
+        packet.is_v4,
+        tuple.destination_port,
+        packet.protocol,
+    )
 }
 
-/// The publish of an address and port.
+/// The publish of an address and port (wire order): that on this very address, or that on all of its family.
 #[inline(always)]
-pub fn at(frontend: &Frontend) -> Option<Published> {
-    let number = u16::from_be(frontend.port);
-    let port = PORTS.get(port_index(frontend.protocol as u8, number)?)?;
-    let mut index = port.wildcard;
-    if port.exact != 0 {
-        index = exact(&frontend.address, frontend.port, frontend.protocol).unwrap_or(index);
+pub fn at(address: &Address, is_v4: bool, port: u16, protocol: u8) -> Option<Published> {
+    let element = PORTS.get(port_index(protocol, u16::from_be(port))?)?;
+    let mut index = if is_v4 {
+        element.every_v4
+    } else {
+        element.every_v6
+    } as u32;
+    if element.exact != 0 {
+        index = exact(address, port, protocol as u16).unwrap_or(index);
     }
     if index == 0 {
         return None;
@@ -56,25 +60,16 @@ pub fn may_be_reply(packet: &Packet) -> bool {
         .is_some_and(|port| port.backends != 0)
 }
 
-/// The publish on that address, or on all of its family.
+/// The publish on that address alone.
 // VERIFIER (here and below): a function of its own, for its share of the stack.
 #[inline(never)]
 fn exact(address: &Address, port: u16, protocol: u16) -> Option<u32> {
-    let mut frontend = Frontend {
+    let frontend = Frontend {
         address: *address,
         port,
         protocol,
     };
     // SAFETY: values of this map are one word, replaced as a whole.
-    if let Some(index) = unsafe { FRONTENDS.get(&frontend) } {
-        return Some(*index);
-    }
-    frontend.address = if address.is_v4() {
-        Address::from_v4(0)
-    } else {
-        Address::UNSPECIFIED
-    };
-    // SAFETY: as above.
     unsafe { FRONTENDS.get(&frontend) }.copied()
 }
 

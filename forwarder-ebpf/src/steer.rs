@@ -15,7 +15,7 @@ use aya_ebpf::{
     programs::{SkLookupContext, SockAddrContext, TcContext},
 };
 use forwarder_common::{
-    publish::{Frontend, flag, own_priority, socket_index},
+    publish::{flag, own_priority, socket_index},
     reason::Reason,
     tuple::{Address, UDP},
 };
@@ -57,16 +57,12 @@ pub fn steer(ctx: &SkLookupContext) {
             (*lookup).protocol,
         )
     };
-    let frontend = Frontend {
-        address: if is_v4 {
-            Address::from_v4(v4)
-        } else {
-            Address(v6)
-        },
-        port: (port as u16).to_be(),
-        protocol: protocol as u16,
+    let address = if is_v4 {
+        Address::from_v4(v4)
+    } else {
+        Address(v6)
     };
-    if let Some(published) = publish::at(&frontend)
+    if let Some(published) = publish::at(&address, is_v4, (port as u16).to_be(), protocol as u8)
         && is_steered(&published)
     {
         // Without a socket, the kernel goes on looking as if this program were not there.
@@ -84,28 +80,26 @@ fn is_steered(published: &Published) -> bool {
 pub fn may_bind(ctx: &SockAddrContext, is_v4: bool) -> bool {
     // SAFETY: the context that the kernel gave; its fields are readable, the socket behind it as well. The helper
     // takes the context.
-    let (frontend, mark, netns, own) = unsafe {
+    let (published, mark, netns, own) = unsafe {
         let request: *const bpf_sock_addr = ctx.sock_addr;
         let address = if is_v4 {
             Address::from_v4((*request).user_ip4)
         } else {
-            Address((*request).user_ip6)
+            // VERIFIER: as above.
+            Address(ptr::read_volatile(&raw const (*request).user_ip6))
         };
-        let frontend = Frontend {
-            address,
-            port: (*request).user_port as u16,
-            protocol: (*request).protocol as u16,
-        };
+        let (port, protocol) = ((*request).user_port as u16, (*request).protocol as u8);
+        let published = publish::at(&address, is_v4, port, protocol);
         let mark = (*(*request).__bindgen_anon_1.sk).mark;
         let netns = bpf_get_netns_cookie(ctx.sock_addr.cast());
-        (frontend, mark, netns, setting(&OWN_MARK))
+        (published, mark, netns, setting(&OWN_MARK))
     };
     if mark == own {
         let _ = NETNS.set(0, &netns, 0);
         return true;
     }
     let here = NETNS.get(0).is_some_and(|ours| *ours == netns);
-    if !here || !publish::at(&frontend).is_some_and(|published| is_steered(&published)) {
+    if !here || !published.is_some_and(|published| is_steered(&published)) {
         return true;
     }
     if setting(&SET_RETVAL) != 0 {

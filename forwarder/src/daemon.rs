@@ -378,10 +378,10 @@ impl Daemon {
         for port in spec.backend_ports.first..=spec.backend_ports.last {
             datapath.maps.count_backend_port(protocol, port, on)?;
         }
-        for port in spec.ports.first..=spec.ports.last {
-            datapath
-                .maps
-                .set_frontend(spec.address, protocol, port, index)?;
+        for address in spec.frontends() {
+            for port in spec.ports.first..=spec.ports.last {
+                datapath.maps.set_frontend(address, protocol, port, index)?;
+            }
         }
         Ok(())
     }

@@ -88,13 +88,13 @@ impl Maps {
             .context("write PUBLISHES")
     }
 
-    /// Points a port of one address at a publish, or with index 0 at none.
+    /// Points a port of an address, or of all of a family if it is unspecified, at a publish; with index 0 at none.
     ///
     /// # Errors
     /// The map is full, or the kernel refuses the update.
     pub fn set_frontend(
         &mut self,
-        address: Option<IpAddr>,
+        address: IpAddr,
         protocol: u8,
         port: u16,
         index: u32,
@@ -103,10 +103,15 @@ impl Maps {
             return Ok(());
         };
         let mut entry = self.ports.get(&element, 0).context("read PORTS")?;
-        let Some(address) = address else {
-            entry.wildcard = index;
+        if address.is_unspecified() {
+            let every = if address.is_ipv4() {
+                &mut entry.every_v4
+            } else {
+                &mut entry.every_v6
+            };
+            *every = u16::try_from(index)?;
             return self.ports.set(element, entry, 0).context("write PORTS");
-        };
+        }
         let key = Frontend {
             address: address.into(),
             port: port.to_be(),

@@ -191,10 +191,13 @@ impl Bench {
         entry: &Publish,
     ) {
         let number = if protocol == Protocol::Tcp { 6 } else { 17 };
-        let address = address.map(|address| address.parse().unwrap());
+        let addresses = address.map_or_else(|| vec!["0.0.0.0", "::"], |address| vec![address]);
         self.datapath.maps.set_publish(index, entry).unwrap();
         let maps = &mut self.datapath.maps;
-        maps.set_frontend(address, number, port, index).unwrap();
+        for address in addresses {
+            let address = address.parse().unwrap();
+            maps.set_frontend(address, number, port, index).unwrap();
+        }
         maps.count_backend(entry.backend.into(), true).unwrap();
         maps.count_backend_port(number, entry.backend_port_of(port), true)
             .unwrap();

@@ -167,7 +167,7 @@ impl Arena {
                 };
                 datapath.maps.set_publish(index, &publish).unwrap();
                 for protocol in [6, 17] {
-                    let address = Some(at(addresses[1]).ip());
+                    let address = at(addresses[1]).ip();
                     datapath
                         .maps
                         .set_frontend(address, protocol, 8080, index)
