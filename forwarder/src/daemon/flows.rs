@@ -75,8 +75,8 @@ impl Daemon {
         };
         let mut walk = Walk::default();
         while let Some(slice) = datapath.maps.slice(&mut walk)? {
-            for (key, flow) in &slice {
-                change(key, flow, &mut datapath.maps)?;
+            for (key, flow) in slice {
+                change(&key, &flow, &mut datapath.maps)?;
             }
         }
         Ok(())

@@ -7,7 +7,6 @@ use std::{
 
 use anyhow::{Context as _, Result};
 use aya::maps::{HashMap, IterableMap as _, MapData, MapError};
-use bytemuck::Zeroable as _;
 use forwarder_common::{
     flow::{Flow, state},
     tuple::Tuple,
@@ -35,7 +34,10 @@ impl Maps {
     ///
     /// # Errors
     /// The kernel refuses the walk.
-    pub fn slice(&self, walk: &mut Walk) -> Result<Option<Vec<(Tuple, Flow)>>> {
+    pub fn slice(
+        &self,
+        walk: &mut Walk,
+    ) -> Result<Option<impl Iterator<Item = (Tuple, Flow)> + use<>>> {
         if walk.over {
             return Ok(None);
         }
@@ -44,10 +46,9 @@ impl Maps {
         } else {
             &self.half_open
         };
-        let mut entries = lookup_batch(table, &mut walk.token).context("read the flows")?;
-        if !walk.kept {
-            entries.retain(|(_, flow)| flow.state & state::KEPT == 0);
-        }
+        let entries = lookup_batch(table, &mut walk.token).context("read the flows")?;
+        let kept = walk.kept;
+        let entries = entries.filter(move |(_, flow)| kept || flow.state & state::KEPT == 0);
         if walk.token.is_none() {
             walk.over = walk.kept;
             walk.kept = true;
@@ -60,10 +61,10 @@ impl Maps {
         let mut walk = Walk::default();
         std::iter::from_fn(move || self.slice(&mut walk).transpose()).flat_map(|slice| {
             let (entries, error) = match slice {
-                Ok(entries) => (entries, None),
-                Err(error) => (Vec::new(), Some(Err(error))),
+                Ok(entries) => (Some(entries), None),
+                Err(error) => (None, Some(Err(error))),
             };
-            entries.into_iter().map(Ok).chain(error)
+            entries.into_iter().flatten().map(Ok).chain(error)
         })
     }
 
@@ -112,7 +113,7 @@ impl Maps {
 fn lookup_batch(
     table: &HashMap<MapData, Tuple, Flow>,
     token: &mut Option<u32>,
-) -> io::Result<Vec<(Tuple, Flow)>> {
+) -> io::Result<impl Iterator<Item = (Tuple, Flow)> + use<>> {
     /// A command of bpf(2) and the fields of `union bpf_attr` that it reads (include/uapi/linux/bpf.h).
     const BPF_MAP_LOOKUP_BATCH: libc::c_long = 24;
     #[repr(C)]
@@ -126,8 +127,8 @@ fn lookup_batch(
         elem_flags: u64,
         flags: u64,
     }
-    let mut keys = vec![Tuple::zeroed(); SLICE];
-    let mut flows = vec![Flow::zeroed(); SLICE];
+    let mut keys: Vec<Tuple> = Vec::with_capacity(SLICE);
+    let mut flows: Vec<Flow> = Vec::with_capacity(SLICE);
     let start = *token;
     let mut next = 0_u32;
     let mut batch = Batch {
@@ -158,6 +159,10 @@ fn lookup_batch(
         }
         *token = None;
     }
-    keys.truncate(batch.count as usize);
-    Ok(keys.into_iter().zip(flows).collect())
+    // SAFETY: the kernel has written so many of both, and no more than there is room for.
+    unsafe {
+        keys.set_len(batch.count as usize);
+        flows.set_len(batch.count as usize);
+    }
+    Ok(keys.into_iter().zip(flows))
 }

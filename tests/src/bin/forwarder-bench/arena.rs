@@ -82,6 +82,8 @@ pub(crate) enum Contender {
     IptablesBare,
     Nftables,
     Flowtable,
+    /// What a relay in user space costs at least.
+    Relay,
     DockerProxy,
     Haproxy,
     Pasta,
@@ -100,7 +102,7 @@ pub(crate) enum Contender {
 }
 
 impl Contender {
-    pub(crate) const ALL: [Self; 21] = [
+    pub(crate) const ALL: [Self; 22] = [
         Self::Wire,
         Self::Hop,
         Self::Routing,
@@ -111,6 +113,7 @@ impl Contender {
         Self::IptablesBare,
         Self::Nftables,
         Self::Flowtable,
+        Self::Relay,
         Self::DockerProxy,
         Self::Haproxy,
         Self::Pasta,
@@ -136,6 +139,7 @@ impl Contender {
             Self::IptablesBare => "iptables, bare DNAT",
             Self::Nftables => "nftables map",
             Self::Flowtable => "nftables flowtable",
+            Self::Relay => "relay alone",
             Self::DockerProxy => "docker-proxy",
             Self::Haproxy => "haproxy",
             Self::Pasta => "pasta",
@@ -376,6 +380,12 @@ impl Arena {
                     wait_for_port(&host, protocol, number).context("docker-proxy")?;
                 }
             }
+            Contender::Relay => {
+                let program = std::env::current_exe()?;
+                let line = format!("{} --relay 172.31.0.2", program.display());
+                self.proxies.push(Process::start(&host, &line)?);
+                wait_for_port(&host, "udp", DATAGRAM).context("relay")?;
+            }
             Contender::Haproxy => {
                 let mut text = "global\n maxconn 4096\ndefaults\n mode tcp\n timeout connect 5s\n timeout client 60s\n timeout server 60s\n".to_owned();
                 for port in PORTS.iter().filter(|port| port.protocol == "tcp") {
@@ -516,9 +526,10 @@ impl Arena {
         let address = match (self.contender, client) {
             (Contender::Wire, Client::External) => WIRE[1].parse().ok()?,
             (Contender::Wire, _) => return None,
-            (Contender::Hop | Contender::RemoteHop, Client::Localhost | Client::Hairpin) => {
-                return None;
-            }
+            (
+                Contender::Hop | Contender::RemoteHop | Contender::Relay,
+                Client::Localhost | Client::Hairpin,
+            ) => return None,
             (Contender::RemoteHop, Client::External) => REMOTE.parse().ok()?,
             (
                 Contender::Hop
@@ -536,6 +547,11 @@ impl Arena {
 
     pub(crate) fn has_udp(&self) -> bool {
         self.contender.has_udp()
+    }
+
+    /// Whether it carries more than a few long conversations.
+    pub(crate) fn is_for_many(&self) -> bool {
+        self.contender != Contender::Relay
     }
 
     /// Puts the servers and a userland proxy on their cores.

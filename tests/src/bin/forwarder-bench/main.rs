@@ -9,6 +9,7 @@ mod flood;
 mod generator;
 mod goals;
 mod process;
+mod relay;
 mod report;
 mod rules;
 mod scale;
@@ -16,6 +17,7 @@ mod tools;
 mod workload;
 
 use std::{
+    net::IpAddr,
     path::{Path, PathBuf},
     process::ExitCode,
     time::{Duration, Instant},
@@ -67,6 +69,9 @@ struct Options {
     /// nowhere with --quick]
     #[arg(long, value_name = "FOLDER")]
     out: Option<PathBuf>,
+    /// Is the contender "relay alone", to this backend
+    #[arg(long, hide = true, value_name = "ADDRESS")]
+    relay: Option<IpAddr>,
 }
 
 fn main() -> ExitCode {
@@ -80,6 +85,9 @@ fn main() -> ExitCode {
 }
 
 fn bench(options: &Options) -> Result<()> {
+    if let Some(backend) = options.relay {
+        return relay::run(backend);
+    }
     let programs = Programs {
         docker_proxy: options
             .docker_proxy
@@ -149,8 +157,13 @@ fn conversations(options: &Options, programs: &Programs, report: &mut Report) ->
     let begin = Instant::now();
     let mut done = 0;
     for round in 0..rounds {
+        // Backwards every other time: nobody always comes after the same one, whose traces the kernel still clears away.
+        let mut in_turn: Vec<&Arena> = arenas.iter().collect();
+        if round % 2 != 0 {
+            in_turn.reverse();
+        }
         for case in &cases {
-            for arena in arenas.iter().filter(|arena| takes_part(arena, case)) {
+            for arena in in_turn.iter().filter(|arena| takes_part(arena, case)) {
                 let result = workload::measure(
                     arena,
                     case.workload,

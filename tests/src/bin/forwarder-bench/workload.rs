@@ -61,7 +61,11 @@ impl Workload {
     pub(crate) fn applies(self, arena: &Arena, client: Client) -> bool {
         let udp = self.is_generated() || self == Self::UdpRoundTrip;
         let from_outside = client == Client::External || !self.is_generated();
-        from_outside && arena.path(client).is_some() && (!udp || arena.has_udp())
+        let is_many = self.is_generated() || self == Self::Connect;
+        from_outside
+            && (!is_many || arena.is_for_many())
+            && arena.path(client).is_some()
+            && (!udp || arena.has_udp())
     }
 }
 
