@@ -338,3 +338,32 @@ fn an_instance_that_ran_out_of_descriptors_can_be_asked_again() {
     assert_eq!(daemon.list().unwrap().len(), 1);
     daemon.stop().unwrap();
 }
+
+#[test]
+fn each_family_may_have_its_own_publish_of_a_port() {
+    let topology = Topology::new().unwrap();
+    let _backends = [&topology.backend, &topology.peer]
+        .map(|container| Backend::start(&container.netns, Protocol::Tcp, BACKEND_PORT).unwrap());
+    // A backend that has IPv6 alone is published to clients that have it.
+    let v6 = spec(&topology.peer, Family::V6, Protocol::Tcp);
+    let v4 = format!(
+        "0.0.0.0:{}",
+        spec(&topology.backend, Family::V4, Protocol::Tcp)
+    );
+    let daemon = Daemon::start(&topology.host, &[&v6, &v4], Datapath::Ebpf).unwrap();
+    let served = |family| {
+        let frontend = SocketAddr::new(topology.host_address(family), PORT);
+        let before = packets(&daemon);
+        let answer = ask(&topology.client, Protocol::Tcp, frontend, "hello").unwrap();
+        assert_eq!(answer.seen.ip(), topology.client_address(family));
+        let after = packets(&daemon);
+        assert!(after.0 > before.0 && after.1 > before.1, "{family:?}");
+    };
+    served(Family::V4);
+    served(Family::V6);
+    daemon.control(&["unpublish", &v6]).unwrap();
+    served(Family::V4);
+    let frontend = SocketAddr::new(topology.host_address(Family::V6), PORT);
+    ask(&topology.client, Protocol::Tcp, frontend, "hello").unwrap_err();
+    daemon.stop().unwrap();
+}

@@ -231,6 +231,27 @@ fn the_unspecified_address_is_one_familys_addresses() {
 }
 
 #[test]
+fn each_family_has_its_own_publish_of_a_port() {
+    bench(|bench| {
+        let v4 = bench.entry(8080, "172.31.0.2:80");
+        bench.publish_entry(1, Some("0.0.0.0"), Protocol::Tcp, 8080, &v4);
+        let v6 = bench.entry(8080, "[fd00:31::2]:81");
+        bench.publish_entry(2, Some("::"), Protocol::Tcp, 8080, &v6);
+        let first = |client, host| Frame::first(Protocol::Tcp, at(client), at(host));
+        let by_v4 = first("198.51.100.9:4000", "198.51.100.2:8080");
+        let by_v6 = first("[2001:db8:100::9]:4000", "[2001:db8:100::2]:8080");
+        let backend = |bench: &Bench, sent| bench.send(sent, bench.uplink).forwarded().destination;
+        assert_eq!(backend(bench, &by_v4), at("172.31.0.2:80"));
+        assert_eq!(backend(bench, &by_v6), at("[fd00:31::2]:81"));
+        let maps = &mut bench.datapath.maps;
+        maps.set_frontend("0.0.0.0".parse().unwrap(), 6, 8080, 0)
+            .unwrap();
+        bench.send(&by_v4, bench.uplink).passed(&by_v4.bytes(), "");
+        assert_eq!(backend(bench, &by_v6), at("[fd00:31::2]:81"));
+    });
+}
+
+#[test]
 fn a_container_is_answered_at_the_mac_that_it_sent_from() {
     bench(|bench| {
         bench.publish(Protocol::Tcp, 8080, "172.31.0.2:80");
