@@ -3,7 +3,8 @@
 
 use std::{
     fs,
-    io::{BufRead as _, BufReader, Write as _},
+    io::{self, BufRead as _, BufReader, Write as _},
+    mem,
     os::unix::{fs::PermissionsExt as _, net::UnixStream},
     path::{Path, PathBuf},
 };
@@ -12,8 +13,8 @@ use anyhow::{Context as _, Result, bail};
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use tokio::{
-    io::{AsyncBufReadExt as _, AsyncWriteExt as _, BufReader as AsyncReader},
-    net::UnixListener,
+    io::{AsyncBufReadExt as _, AsyncReadExt as _, AsyncWriteExt as _, BufReader as AsyncReader},
+    net::{UnixListener, unix::OwnedReadHalf},
     sync::mpsc,
 };
 
@@ -21,6 +22,9 @@ use crate::{
     accept,
     cli::{Named, socket_path},
 };
+
+/// Room for some 200,000 SPECs.
+const LONGEST_REQUEST: usize = 16 << 20;
 
 /// What a client may ask.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -131,11 +135,14 @@ impl Socket {
 
 async fn client(stream: tokio::net::UnixStream, calls: mpsc::Sender<Call>) {
     let (reader, mut writer) = stream.into_split();
-    let mut lines = AsyncReader::new(reader).lines();
-    while let Some(line) = lines.next_line().await.transpose() {
+    let mut lines = Lines {
+        reader: AsyncReader::new(reader),
+        line: Vec::new(),
+    };
+    while let Some(line) = lines.next().await.transpose() {
         let request = line.map_err(|error| error.to_string());
-        let request =
-            request.and_then(|line| serde_json::from_str(&line).map_err(|error| error.to_string()));
+        let request = request
+            .and_then(|line| serde_json::from_slice(&line).map_err(|error| error.to_string()));
         let request = match request {
             Ok(request) => request,
             Err(error) => {
@@ -155,9 +162,32 @@ async fn client(stream: tokio::net::UnixStream, calls: mpsc::Sender<Call>) {
                     None => break,
                 },
                 // A client that goes ends its trace.
-                line = lines.next_line() => if !matches!(line, Ok(Some(_))) { return },
+                line = lines.next() => if !matches!(line, Ok(Some(_))) { return },
             }
         }
+    }
+}
+
+/// What a client says, line by line.
+struct Lines {
+    reader: AsyncReader<OwnedReadHalf>,
+    /// What has come of the next one.
+    line: Vec<u8>,
+}
+
+impl Lines {
+    /// The next line, or what there is of it at the end; `None` after that. May be dropped and asked for again.
+    async fn next(&mut self) -> io::Result<Option<Vec<u8>>> {
+        let room = LONGEST_REQUEST - self.line.len();
+        (&mut self.reader)
+            .take(room as u64)
+            .read_until(b'\n', &mut self.line)
+            .await?;
+        if self.line.len() == LONGEST_REQUEST {
+            let limit = format!("longer than {} MiB", LONGEST_REQUEST >> 20);
+            return Err(io::Error::new(io::ErrorKind::InvalidData, limit));
+        }
+        Ok(Some(mem::take(&mut self.line)).filter(|line| !line.is_empty()))
     }
 }
 
