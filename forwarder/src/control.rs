@@ -21,6 +21,7 @@ use tokio::{
 use crate::{
     accept,
     cli::{Named, socket_path},
+    memory,
 };
 
 /// Room for some 200,000 SPECs.
@@ -155,15 +156,19 @@ async fn client(stream: tokio::net::UnixStream, calls: mpsc::Sender<Call>) {
         if calls.send(Call { request, answer }).await.is_err() {
             return;
         }
-        loop {
+        let is_gone = loop {
             tokio::select! {
                 response = answers.recv() => match response {
-                    Some(response) => if send(&mut writer, &response).await.is_err() { return },
-                    None => break,
+                    Some(response) => if send(&mut writer, &response).await.is_err() { break true },
+                    None => break false,
                 },
                 // A client that goes ends its trace.
-                line = lines.next() => if !matches!(line, Ok(Some(_))) { return },
+                line = lines.next() => if !matches!(line, Ok(Some(_))) { break true },
             }
+        };
+        memory::trim();
+        if is_gone {
+            return;
         }
     }
 }

@@ -37,7 +37,7 @@ use crate::{
     control::{self, Call, Ending, Request, Response, Socket},
     datapath::{self, Datapath},
     interfaces::{self, Reader, Snapshot},
-    kernel, output,
+    kernel, memory, output,
     proxy::{Held, Idle, Options as ProxyOptions, Proxy, Stop, is_wide, raise_descriptor_limit},
     spec::Spec,
 };
@@ -94,15 +94,6 @@ pub struct Daemon {
     asked: HashMap<(u32, IpAddr), Instant>,
 }
 
-/// Gives back to the system what loading, or a list of ten thousand publishes, took for a moment.
-fn trim_memory() {
-    #[cfg(target_env = "gnu")]
-    // SAFETY: the allocator's own function; it takes no pointer.
-    unsafe {
-        libc::malloc_trim(0);
-    }
-}
-
 /// Serves an instance until a signal; prints a line for each publish and then `ready`.
 ///
 /// # Errors
@@ -136,7 +127,7 @@ pub async fn run(instance: &str, options: Run) -> Result<()> {
     socket.serve(sender);
     println!("ready");
     notify_ready();
-    trim_memory();
+    memory::trim();
     daemon.serve(calls, signals).await
 }
 
@@ -214,10 +205,7 @@ impl Daemon {
                 _ = interrupt.recv() => break,
                 _ = terminate.recv() => break,
                 call = calls.recv() => match call {
-                    Some(call) => {
-                        self.answer(call, &untrace).await;
-                        give_back_memory();
-                    }
+                    Some(call) => self.answer(call, &untrace).await,
                     None => break,
                 },
                 Some(()) = changes.next() => {
@@ -443,7 +431,6 @@ impl Daemon {
             Err(error) => Response::Failed(format!("{error:#}")),
         };
         let _ = call.answer.send(response).await;
-        trim_memory();
     }
 
     async fn publish_texts(
@@ -597,13 +584,4 @@ pub fn down(instance: &str) -> Result<bool> {
     }
     let socket = control::remove_stale(instance);
     Ok(datapath::remove_left(instance)? || socket)
-}
-
-/// Gives the system what a call took that published or listed thousands of ports.
-fn give_back_memory() {
-    // SAFETY: glibc's allocator can be told so at any time.
-    #[cfg(target_env = "gnu")]
-    unsafe {
-        libc::malloc_trim(0);
-    }
 }

@@ -11,6 +11,7 @@ pub mod doctor;
 pub mod interfaces;
 pub mod kernel;
 pub mod maps;
+mod memory;
 pub mod output;
 pub mod proxy;
 pub mod spec;
