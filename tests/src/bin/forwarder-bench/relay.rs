@@ -39,7 +39,6 @@ pub(crate) fn run(backend: IpAddr) -> Result<()> {
     Ok(())
 }
 
-/// A client that goes, or a backend that is not there, ends a conversation and not the relay.
 fn streams(listener: &TcpListener, backend: SocketAddr) -> io::Result<()> {
     for client in listener.incoming() {
         let (client, server) = (Arc::new(client?), Arc::new(TcpStream::connect(backend)?));

@@ -327,7 +327,8 @@ parentheses, and bold is what it is of iptables' median. \"one core\": client, s
 one core, so that a figure is the cost of all of it; \"two cores\": the client has one, server and proxy the \
 other; \"unpinned\": as the scheduler likes. Wire is a veth between client and container without a host; \
 routing is the client asking the container's own address (for a client on the host: a direct connection; for a \
-container: plain bridging). Every host forwards.
+container: plain bridging). Redirect alone and relay alone do what a hop by tc and a proxy in user space cannot do \
+without, and nothing else. Every host forwards.
 
 - capacity, new flows: 60-byte UDP frames from BPF_PROG_TEST_RUN with live frames, counted at the container's \
 device and dropped there; generator and host share one core, so the generator's cost (see wire) is in every figure. Of \
