@@ -25,19 +25,14 @@ pub struct Published {
 #[inline(always)]
 pub fn find(packet: &Packet) -> Option<Published> {
     let tuple = &packet.tuple;
-    at(
-        &tuple.destination,
-        packet.is_v4,
-        tuple.destination_port,
-        packet.protocol,
-    )
+    at(&tuple.destination, tuple.destination_port, packet.protocol)
 }
 
 /// The publish of an address and port (wire order): that on this very address, or that on all of its family.
 #[inline(always)]
-pub fn at(address: &Address, is_v4: bool, port: u16, protocol: u8) -> Option<Published> {
+pub fn at(address: &Address, port: u16, protocol: u8) -> Option<Published> {
     let element = PORTS.get(port_index(protocol, u16::from_be(port))?)?;
-    let mut index = if is_v4 {
+    let mut index = if address.is_v4() {
         element.every_v4
     } else {
         element.every_v6

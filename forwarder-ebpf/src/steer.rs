@@ -62,7 +62,7 @@ pub fn steer(ctx: &SkLookupContext) {
     } else {
         Address(v6)
     };
-    if let Some(published) = publish::at(&address, is_v4, (port as u16).to_be(), protocol as u8)
+    if let Some(published) = publish::at(&address, (port as u16).to_be(), protocol as u8)
         && is_steered(&published)
     {
         // Without a socket, the kernel goes on looking as if this program were not there.
@@ -80,7 +80,7 @@ fn is_steered(published: &Published) -> bool {
 pub fn may_bind(ctx: &SockAddrContext, is_v4: bool) -> bool {
     // SAFETY: the context that the kernel gave; its fields are readable, the socket behind it as well. The helper
     // takes the context.
-    let (published, mark, netns, own) = unsafe {
+    let (address, port, protocol, mark, netns) = unsafe {
         let request: *const bpf_sock_addr = ctx.sock_addr;
         let address = if is_v4 {
             Address::from_v4((*request).user_ip4)
@@ -89,17 +89,18 @@ pub fn may_bind(ctx: &SockAddrContext, is_v4: bool) -> bool {
             Address(ptr::read_volatile(&raw const (*request).user_ip6))
         };
         let (port, protocol) = ((*request).user_port as u16, (*request).protocol as u8);
-        let published = publish::at(&address, is_v4, port, protocol);
         let mark = (*(*request).__bindgen_anon_1.sk).mark;
         let netns = bpf_get_netns_cookie(ctx.sock_addr.cast());
-        (published, mark, netns, setting(&OWN_MARK))
+        (address, port, protocol, mark, netns)
     };
-    if mark == own {
+    if mark == setting(&OWN_MARK) {
         let _ = NETNS.set(0, &netns, 0);
         return true;
     }
     let here = NETNS.get(0).is_some_and(|ours| *ours == netns);
-    if !here || !published.is_some_and(|published| is_steered(&published)) {
+    if !here
+        || !publish::at(&address, port, protocol).is_some_and(|published| is_steered(&published))
+    {
         return true;
     }
     if setting(&SET_RETVAL) != 0 {

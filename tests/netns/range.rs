@@ -135,6 +135,22 @@ fn no_other_process_gets_a_port_of_the_range_until_it_is_free() {
 }
 
 #[test]
+fn no_other_process_gets_an_ipv4_port_of_the_range_by_an_ipv6_socket() {
+    let topology = Topology::new().unwrap();
+    let spec = format!("0.0.0.0:{}", range(&topology, Protocol::Tcp));
+    let daemon = Daemon::start(&topology.host, &[&spec], Datapath::Ebpf).unwrap();
+    let listen = |address: &str| {
+        let at = (address.parse::<IpAddr>().unwrap(), SOME[2]);
+        topology.host.enter(|| TcpListener::bind(at))
+    };
+    let error = listen("::ffff:127.0.0.1").expect_err("the port is published");
+    let refused = [ErrorKind::AddrInUse, ErrorKind::PermissionDenied];
+    assert!(refused.contains(&error.kind()), "{error}");
+    listen("::1").expect("IPv6 has its own ports");
+    daemon.stop().unwrap();
+}
+
+#[test]
 fn a_port_of_the_range_that_somebody_has_is_an_error_that_names_it() {
     let topology = Topology::new().unwrap();
     let taken = topology
