@@ -366,10 +366,11 @@ impl Daemon {
         for port in spec.backend_ports.first..=spec.backend_ports.last {
             datapath.maps.count_backend_port(protocol, port, on)?;
         }
-        for address in spec.frontends() {
-            for port in spec.ports.first..=spec.ports.last {
-                datapath.maps.set_frontend(address, protocol, port, index)?;
-            }
+        let addresses = spec.frontends();
+        for port in spec.ports.first..=spec.ports.last {
+            datapath
+                .maps
+                .set_frontend(&addresses, protocol, port, index)?;
         }
         Ok(())
     }

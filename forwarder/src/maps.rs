@@ -88,13 +88,14 @@ impl Maps {
             .context("write PUBLISHES")
     }
 
-    /// Points a port of an address, or of all of a family if it is unspecified, at a publish; with index 0 at none.
+    /// Points a port of some addresses, each of all of its family if it is unspecified, at a publish; with index 0 at
+    /// none.
     ///
     /// # Errors
     /// The map is full, or the kernel refuses the update.
     pub fn set_frontend(
         &mut self,
-        address: IpAddr,
+        addresses: &[IpAddr],
         protocol: u8,
         port: u16,
         index: u32,
@@ -103,15 +104,27 @@ impl Maps {
             return Ok(());
         };
         let mut entry = self.ports.get(&element, 0).context("read PORTS")?;
-        if address.is_unspecified() {
-            let every = if address.is_ipv4() {
-                &mut entry.every_v4
-            } else {
-                &mut entry.every_v6
-            };
-            *every = u16::try_from(index)?;
-            return self.ports.set(element, entry, 0).context("write PORTS");
+        for address in addresses {
+            if address.is_unspecified() {
+                let every = if address.is_ipv4() {
+                    &mut entry.every_v4
+                } else {
+                    &mut entry.every_v6
+                };
+                *every = u16::try_from(index)?;
+            } else if self.set_exact(*address, protocol, port, index)? {
+                if index == 0 {
+                    entry.exact -= 1;
+                } else {
+                    entry.exact += 1;
+                }
+            }
         }
+        self.ports.set(element, entry, 0).context("write PORTS")
+    }
+
+    /// Points a port of one address at a publish, or with index 0 at none; returns whether that made or removed an entry.
+    fn set_exact(&mut self, address: IpAddr, protocol: u8, port: u16, index: u32) -> Result<bool> {
         let key = Frontend {
             address: address.into(),
             port: port.to_be(),
@@ -119,15 +132,12 @@ impl Maps {
         };
         let there = self.frontends.get(&key, 0).is_ok();
         if index == 0 {
-            ignore_missing(self.frontends.remove(&key)).context("write FRONTENDS")?;
-            entry.exact -= u16::from(there);
+            ignore_missing(self.frontends.remove(&key))
         } else {
-            self.frontends
-                .insert(key, index, 0)
-                .context("write FRONTENDS")?;
-            entry.exact += u16::from(!there);
+            self.frontends.insert(key, index, 0)
         }
-        self.ports.set(element, entry, 0).context("write PORTS")
+        .context("write FRONTENDS")?;
+        Ok(there == (index == 0))
     }
 
     /// Counts one publish more, or less, that leads to this address.

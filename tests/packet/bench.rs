@@ -192,12 +192,10 @@ impl Bench {
     ) {
         let number = if protocol == Protocol::Tcp { 6 } else { 17 };
         let addresses = address.map_or_else(|| vec!["0.0.0.0", "::"], |address| vec![address]);
+        let addresses: Vec<_> = addresses.iter().map(|text| text.parse().unwrap()).collect();
         self.datapath.maps.set_publish(index, entry).unwrap();
         let maps = &mut self.datapath.maps;
-        for address in addresses {
-            let address = address.parse().unwrap();
-            maps.set_frontend(address, number, port, index).unwrap();
-        }
+        maps.set_frontend(&addresses, number, port, index).unwrap();
         maps.count_backend(entry.backend.into(), true).unwrap();
         maps.count_backend_port(number, entry.backend_port_of(port), true)
             .unwrap();

@@ -170,7 +170,7 @@ impl Arena {
                     let address = at(addresses[1]).ip();
                     datapath
                         .maps
-                        .set_frontend(address, protocol, 8080, index)
+                        .set_frontend(&[address], protocol, 8080, index)
                         .unwrap();
                     datapath
                         .maps

@@ -244,7 +244,7 @@ fn each_family_has_its_own_publish_of_a_port() {
         assert_eq!(backend(bench, &by_v4), at("172.31.0.2:80"));
         assert_eq!(backend(bench, &by_v6), at("[fd00:31::2]:81"));
         let maps = &mut bench.datapath.maps;
-        maps.set_frontend("0.0.0.0".parse().unwrap(), 6, 8080, 0)
+        maps.set_frontend(&["0.0.0.0".parse().unwrap()], 6, 8080, 0)
             .unwrap();
         bench.send(&by_v4, bench.uplink).passed(&by_v4.bytes(), "");
         assert_eq!(backend(bench, &by_v6), at("[fd00:31::2]:81"));

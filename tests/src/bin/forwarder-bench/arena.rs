@@ -382,8 +382,9 @@ impl Arena {
             }
             Contender::Relay => {
                 let program = std::env::current_exe()?;
-                let line = format!("{} --relay 172.31.0.2", program.display());
-                self.proxies.push(Process::start(&host, &line)?);
+                let mut command = host.command(program.to_str().context("its path is no text")?);
+                command.args(["--relay", "172.31.0.2"]);
+                self.proxies.push(Process::start_command(command)?);
                 wait_for_port(&host, "udp", DATAGRAM).context("relay")?;
             }
             Contender::Haproxy => {

@@ -25,6 +25,7 @@ use std::{
 
 use anyhow::{Context, Result, bail};
 use clap::Parser;
+use forwarder_tests::cpu::pin_this_thread;
 
 use crate::{
     arena::{Arena, Client, Contender, Programs},
@@ -193,7 +194,7 @@ fn conversations(options: &Options, programs: &Programs, report: &mut Report) ->
             }
         }
     }
-    forwarder_tests::cpu::pin_this_thread(&[0, 1]).context("end of the measurements")
+    pin_this_thread(&[0, 1]).context("end of the measurements")
 }
 
 fn is_quick(contender: Contender) -> bool {
