@@ -1,0 +1,1 @@
+//! The demonstration's page in a real browser.
