@@ -65,7 +65,11 @@ pub enum Command {
     /// Print a completion script for a shell.
     Completions { shell: clap_complete::Shell },
     /// Print the manual page.
-    Man,
+    Man {
+        /// Write the pages of all commands to this folder instead.
+        #[arg(long, value_name = "FOLDER")]
+        to: Option<PathBuf>,
+    },
 }
 
 #[derive(Debug, clap::Args)]

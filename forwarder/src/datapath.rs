@@ -108,20 +108,12 @@ pub fn pin_directory(instance: &str) -> PathBuf {
     Path::new("/sys/fs/bpf/forwarder").join(instance)
 }
 
-/// Whether this binary carries the eBPF object.
-pub fn is_built_in() -> bool {
-    !OBJECT.is_empty()
-}
-
 impl Datapath {
     /// Loads maps and programs; nothing is attached yet.
     ///
     /// # Errors
     /// Why the fast path is not to be had, and what would change that.
     pub fn load(options: &Options) -> Result<Self> {
-        if OBJECT.is_empty() {
-            bail!("this binary was built without its eBPF program: build it by `cargo xtask`");
-        }
         if let Some(refusal) = kernel().refusal() {
             bail!(refusal);
         }

@@ -41,17 +41,6 @@ pub fn examine() -> Vec<Finding> {
         &listed(&kernel.missing_capabilities, "CAP_BPF and CAP_NET_ADMIN"),
         "run as root or with CAP_BPF and CAP_NET_ADMIN",
     );
-    let built_in = datapath::is_built_in();
-    add(
-        "eBPF program",
-        built_in,
-        if built_in {
-            "built in"
-        } else {
-            "missing from this binary"
-        },
-        "build the binary by `cargo xtask`",
-    );
     let load = Datapath::load(&datapath::Options {
         instance: "doctor".into(),
         pins: None,

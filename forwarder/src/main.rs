@@ -93,7 +93,11 @@ fn run(cli: Cli) -> Result<()> {
             clap_complete::generate(shell, &mut Cli::command(), "forwarder", &mut text);
             Ok(std::io::stdout().write_all(&text)?)
         }
-        Command::Man => Ok(clap_mangen::Man::new(Cli::command()).render(&mut std::io::stdout())?),
+        Command::Man { to: None } => {
+            Ok(clap_mangen::Man::new(Cli::command()).render(&mut std::io::stdout())?)
+        }
+        Command::Man { to: Some(folder) } => clap_mangen::generate_to(Cli::command(), &folder)
+            .with_context(|| folder.display().to_string()),
     }
 }
 

@@ -9,6 +9,7 @@ pub mod fragment;
 pub mod frame;
 pub mod hearsay;
 pub mod icmp;
+pub mod machine;
 pub mod netns;
 pub mod sctp;
 pub mod table;

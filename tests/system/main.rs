@@ -4,4 +4,5 @@
 //! Takes more programs and more time than the other tiers, so `cargo xtask test` runs it only with `--tier 3`.
 
 mod documents;
+mod package;
 mod page;

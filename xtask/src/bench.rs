@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use anyhow::{Result, bail};
+use anyhow::{Context as _, Result};
 
 use crate::{
     ebpf,
@@ -21,35 +21,47 @@ pub(crate) struct Options {
     args: Vec<String>,
 }
 
+/// Programs that the benchmark starts; docker-proxy and pasta it looks for itself.
+pub(crate) const PROGRAMS: [&str; 9] = [
+    "ethtool",
+    "haproxy",
+    "ip",
+    "iperf3",
+    "iptables-restore",
+    "nft",
+    "sockperf",
+    "tc",
+    "wrk",
+];
+
 pub(crate) fn bench(options: &Options) -> Result<()> {
-    ebpf::build()?;
+    let object = ebpf::object()?;
+    let generator = ebpf::generator()?;
     step("building forwarder and its benchmark, optimised");
-    let built = exec::build_executables(&[
-        "build",
-        "--release",
-        "--package",
-        "forwarder",
-        "--bin",
-        "forwarder",
-        "--package",
-        "forwarder-tests",
-        "--bin",
-        "forwarder-bench",
-    ])?;
+    let built = exec::build_executables(
+        &[
+            "build",
+            "--release",
+            "--package",
+            "forwarder",
+            "--bin",
+            "forwarder",
+            "--package",
+            "forwarder-tests",
+            "--bin",
+            "forwarder-bench",
+        ],
+        &object,
+    )?;
     let variable = |name: &str, path: &Path| format!("{name}={}", path.display());
-    let Some(mut command) = exec::as_root(Path::new("env")) else {
-        bail!(
-            "the benchmark needs root, for BPF and network namespaces: run `sudo -v` first, or \
-             `cargo xtask bench` as root"
-        );
-    };
+    let mut command = exec::as_root("env").context("needs root")?;
     command
         .current_dir(exec::workspace())
         .arg(variable(
             "FORWARDER_BIN",
             &exec::executable(&built, "forwarder")?,
         ))
-        .arg(variable("GENERATOR_OBJECT", &ebpf::generator()))
+        .arg(variable("GENERATOR_OBJECT", &generator))
         .arg(exec::executable(&built, "forwarder-bench")?)
         .args(&options.args);
     step("the benchmark");

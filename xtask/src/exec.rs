@@ -10,6 +10,8 @@ use std::{
 
 use anyhow::{Context, Result, anyhow, bail};
 
+use crate::ebpf::Object;
+
 /// The repository's top folder.
 pub(crate) fn workspace() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR"))
@@ -121,24 +123,6 @@ pub(crate) fn find(program: &str) -> Option<PathBuf> {
         .find(|candidate| candidate.is_file())
 }
 
-/// Fails if one of these programs is missing, naming the Debian packages (given second) to install.
-pub(crate) fn need(programs: &[(&str, &str)]) -> Result<()> {
-    let missing: Vec<_> = programs
-        .iter()
-        .filter(|(program, _)| find(program).is_none())
-        .collect();
-    if missing.is_empty() {
-        return Ok(());
-    }
-    let names: Vec<_> = missing.iter().map(|(program, _)| *program).collect();
-    let packages: Vec<_> = missing.iter().map(|(_, package)| *package).collect();
-    bail!(
-        "{} missing: apt-get install {}",
-        names.join(", "),
-        packages.join(" ")
-    )
-}
-
 pub(crate) fn is_root() -> bool {
     // SAFETY: takes nothing, cannot fail.
     unsafe { libc::geteuid() == 0 }
@@ -146,7 +130,7 @@ pub(crate) fn is_root() -> bool {
 
 /// `program` with root's rights: as it is for root, through sudo for others, `None` where neither
 /// can be. `sudo` may ask for a password only where somebody can type it.
-pub(crate) fn as_root(program: &Path) -> Option<Command> {
+pub(crate) fn as_root(program: impl AsRef<OsStr>) -> Option<Command> {
     if is_root() {
         return Some(Command::new(program));
     }
@@ -180,10 +164,12 @@ impl JoinOs for [&OsStr] {
     }
 }
 
-/// Builds with stable cargo and returns the executables that came out, by target name.
-pub(crate) fn build_executables(args: &[&str]) -> Result<Vec<(String, PathBuf)>> {
+/// Builds with stable cargo and returns the executables that came out, by target name. `forwarder` embeds `object`.
+pub(crate) fn build_executables(args: &[&str], object: &Object) -> Result<Vec<(String, PathBuf)>> {
+    let mut build = cargo();
+    object.embed(&mut build);
     let text = output(
-        cargo()
+        build
             .args(args)
             .arg("--message-format=json-render-diagnostics"),
     )?;

@@ -28,8 +28,19 @@ pub(crate) struct Options {
     args: Vec<String>,
 }
 
+impl Options {
+    /// Programs that the demonstration starts.
+    pub(crate) fn programs(&self) -> Vec<&'static str> {
+        if self.args.is_empty() {
+            vec!["ip"]
+        } else {
+            vec![]
+        }
+    }
+}
+
 pub(crate) fn run(options: &Options) -> Result<()> {
-    ebpf::build()?;
+    let object = ebpf::object()?;
     step("building forwarder");
     let mut build = vec!["build", "--package", "forwarder", "--bin", "forwarder"];
     let demonstration = options.args.is_empty();
@@ -39,7 +50,7 @@ pub(crate) fn run(options: &Options) -> Result<()> {
     if options.release {
         build.push("--release");
     }
-    let built = exec::build_executables(&build)?;
+    let built = exec::build_executables(&build, &object)?;
 
     let mut args = Vec::new();
     let program = if demonstration {

@@ -15,14 +15,31 @@ use anyhow::{Context, Result, bail};
 
 use crate::exec::{self, step};
 
-const NIGHTLY: &str = "nightly-2026-05-20";
-const LINKER_VERSION: &str = "0.13.0";
+/// Versions of both, a line each. They are part of the eBPF program's sources.
+const PINNED: &str = include_str!("../../forwarder-ebpf/toolchain");
+
+/// The nightly that is pinned, as rustup names it.
+pub(crate) fn pinned_nightly() -> &'static str {
+    PINNED.lines().next().unwrap_or_default()
+}
+
+fn pinned_linker() -> &'static str {
+    let line = PINNED.lines().nth(1).unwrap_or_default();
+    line.trim_start_matches("bpf-linker ")
+}
 
 /// A toolchain that is complete and works.
 pub(crate) struct Toolchain {
     /// As rustup names it.
     pub(crate) nightly: String,
     pub(crate) linker: PathBuf,
+}
+
+impl Toolchain {
+    /// Whether it gives the same object everywhere.
+    pub(crate) fn is_pinned(&self) -> bool {
+        self.nightly == pinned_nightly()
+    }
 }
 
 /// Returns the toolchain, installing what is missing.
@@ -57,32 +74,34 @@ pub(crate) fn toolchain() -> Result<Toolchain> {
     install_linker(&nightly, &folder)?;
     fs::write(&stamp, stamp_of(&nightly)).with_context(|| stamp.display().to_string())?;
     step(&format!(
-        "toolchain ready: {nightly}, bpf-linker {LINKER_VERSION}"
+        "toolchain ready: {nightly}, bpf-linker {}",
+        pinned_linker()
     ));
     Ok(Toolchain { nightly, linker })
 }
 
 fn stamp_of(nightly: &str) -> String {
-    format!("{nightly} bpf-linker {LINKER_VERSION}\n")
+    format!("{nightly} bpf-linker {}\n", pinned_linker())
 }
 
 /// The nightly that a stamp names, when it is one that this version of the task writes.
 fn stamped(text: &str) -> Option<String> {
     let nightly = text.split(' ').next()?.to_owned();
-    let wanted = nightly == NIGHTLY || nightly == "nightly";
+    let wanted = nightly == pinned_nightly() || nightly == "nightly";
     (wanted && text == stamp_of(&nightly)).then_some(nightly)
 }
 
 /// The pinned nightly, or where it cannot be had, an installed `nightly`.
 fn nightly() -> Result<String> {
-    if sources_of_core(NIGHTLY) {
-        return Ok(NIGHTLY.to_owned());
+    let wanted = pinned_nightly();
+    if sources_of_core(wanted) {
+        return Ok(wanted.to_owned());
     }
-    step(&format!("installing {NIGHTLY} with rust-src"));
+    step(&format!("installing {wanted} with rust-src"));
     let install = [
         "toolchain",
         "install",
-        NIGHTLY,
+        wanted,
         "--profile",
         "minimal",
         "--no-self-update",
@@ -93,9 +112,9 @@ fn nightly() -> Result<String> {
             .args(["--component", "rust-src"]),
     );
     match fetched {
-        Ok(()) if sources_of_core(NIGHTLY) => return Ok(NIGHTLY.to_owned()),
-        Ok(()) => step(&format!("{NIGHTLY} came without rust-src")),
-        Err(error) => step(&format!("{NIGHTLY} cannot be installed: {error:#}")),
+        Ok(()) if sources_of_core(wanted) => return Ok(wanted.to_owned()),
+        Ok(()) => step(&format!("{wanted} came without rust-src")),
+        Err(error) => step(&format!("{wanted} cannot be installed: {error:#}")),
     }
 
     let added = sources_of_core("nightly")
@@ -112,11 +131,11 @@ fn nightly() -> Result<String> {
     if !added {
         bail!(
             "no nightly toolchain with rust-src: check the network, then \
-             `rustup toolchain install {NIGHTLY} --profile minimal --component rust-src`"
+             `rustup toolchain install {wanted} --profile minimal --component rust-src`"
         );
     }
     step(&format!(
-        "using the installed `nightly` instead of {NIGHTLY}"
+        "using the installed `nightly` instead of {wanted}"
     ));
     Ok("nightly".to_owned())
 }
@@ -151,7 +170,8 @@ fn install_linker(nightly: &str, folder: &Path) -> Result<()> {
     std::os::unix::fs::symlink(&llvm, &link).context("link the nightly's libLLVM")?;
 
     step(&format!(
-        "building bpf-linker {LINKER_VERSION} against {nightly}'s LLVM {major}"
+        "building bpf-linker {} against {nightly}'s LLVM {major}",
+        pinned_linker()
     ));
     exec::run(
         exec::rustup_run(nightly, "cargo")
@@ -159,7 +179,7 @@ fn install_linker(nightly: &str, folder: &Path) -> Result<()> {
                 "install",
                 "bpf-linker",
                 "--version",
-                LINKER_VERSION,
+                pinned_linker(),
                 "--locked",
                 "--force",
             ])
@@ -208,8 +228,14 @@ mod tests {
 
     #[test]
     fn a_stamp_of_another_version_does_not_count() {
-        assert_eq!(stamped(&stamp_of(NIGHTLY)).as_deref(), Some(NIGHTLY));
-        assert_eq!(stamped(&format!("{NIGHTLY} bpf-linker 0.0.1\n")), None);
+        assert_eq!(
+            stamped(&stamp_of(pinned_nightly())).as_deref(),
+            Some(pinned_nightly())
+        );
+        assert_eq!(
+            stamped(&format!("{} bpf-linker 0.0.1\n", pinned_nightly())),
+            None
+        );
         assert_eq!(stamped("nightly-2020-01-01 bpf-linker 0.13.0\n"), None);
         assert_eq!(stamped(""), None);
     }

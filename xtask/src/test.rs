@@ -1,30 +1,83 @@
-//! `test`: tier 0 as the user who asks, then tiers 1 and 2 with root's rights.
+//! `test`: tier 0 as the user who asks, then tiers 1 and 2 with root's rights; tier 3 if it is asked for.
 //!
-//! Tier 0 is pure code. Tier 1 sends packets through the loaded programs (`tests/packet`), tier 2
-//! uses real sockets in network namespaces (`tests/netns`). Building never happens as root for a
-//! user who is not.
+//! Tier 0 is pure code. Tier 1 sends packets through the loaded programs (`tests/packet`), tier 2 uses real sockets in
+//! network namespaces (`tests/netns`), tier 3 whole programs of others (`tests/system`). Building never happens as root for
+//! a user who is not.
 
-use anyhow::{Result, bail};
+use std::path::PathBuf;
+
+use anyhow::{Context as _, Result, bail};
 
 use crate::{
-    ebpf,
+    dist, ebpf,
     exec::{self, step},
+    root,
 };
 
 #[derive(Default, clap::Args)]
 pub(crate) struct Options {
     /// Only tests whose name contains this
     filter: Option<String>,
-    /// Only this tier: 0 pure code, 1 packets, 2 network namespaces
-    #[arg(long, value_parser = clap::value_parser!(u8).range(0..=2))]
-    tier: Option<u8>,
+    /// Only this tier: 0 pure code, 1 packets, 2 network namespaces, 3 browsers, packages, documents (not run unless asked for)
+    #[arg(long, value_parser = clap::value_parser!(u8).range(0..=3))]
+    pub(crate) tier: Option<u8>,
+    /// Of tier 3, what takes no package to be built
+    #[arg(long, requires = "tier")]
+    pub(crate) smoke: bool,
     /// Optimised build of what tiers 1 and 2 test
     #[arg(long)]
     release: bool,
 }
 
+/// A tier that needs root: its number, the test binary, and what it is about.
+const TIERS: [(u8, &str, &str); 3] = [
+    (1, "packet", "packets"),
+    (2, "netns", "network namespaces"),
+    (3, "system", "browsers, packages, documents"),
+];
+
+impl Options {
+    /// Tier 3, as CI runs it.
+    pub(crate) fn smoke() -> Self {
+        Self {
+            tier: Some(3),
+            smoke: true,
+            ..Self::default()
+        }
+    }
+
+    fn has(&self, tier: u8) -> bool {
+        self.tier.map_or(tier < 3, |only| only == tier)
+    }
+
+    /// Programs that the chosen tests start.
+    pub(crate) fn programs(&self) -> Vec<&'static str> {
+        let mut programs = Vec::new();
+        if self.has(1) || self.has(2) {
+            programs.extend([
+                "ethtool",
+                "ip",
+                "nft",
+                "sctp_test",
+                "setpriv",
+                "tc",
+                "unshare",
+            ]);
+        }
+        if self.has(3) {
+            programs.extend(["chromium", "curl", "ip", "unshare"]);
+            programs.extend(if self.smoke {
+                &[][..]
+            } else {
+                &["debootstrap", "rpm"]
+            });
+        }
+        programs
+    }
+}
+
 pub(crate) fn test(options: &Options) -> Result<()> {
-    if options.tier.is_none_or(|tier| tier == 0) {
+    if options.has(0) {
         step("tier 0: pure code");
         exec::run(
             exec::cargo()
@@ -37,48 +90,37 @@ pub(crate) fn test(options: &Options) -> Result<()> {
         return Ok(());
     }
 
-    let object = ebpf::build()?;
-    step("building forwarder and its tests");
-    let mut profile = Vec::new();
-    profile.extend(options.release.then_some("--release"));
-    let binary = [
-        &["build", "--package", "forwarder", "--bin", "forwarder"],
-        &profile[..],
-    ];
-    let binary = exec::executable(&exec::build_executables(&binary.concat())?, "forwarder")?;
-    let tests = [
-        &[
-            "test",
-            "--no-run",
-            "--package",
-            "forwarder-tests",
-            "--tests",
-        ],
-        &profile[..],
-    ];
-    let tests = exec::build_executables(&tests.concat())?;
-
+    let (binary, tests) = build(if options.release { &["--release"] } else { &[] })?;
+    let mut variables = vec![format!("FORWARDER_BIN={}", binary.display())];
+    if options.has(3) && !options.smoke {
+        variables.push(format!(
+            "FORWARDER_PACKAGES={}",
+            dist::packages()?.display()
+        ));
+        variables.push(format!("FORWARDER_ROOT={}", root::debian()?.display()));
+    }
     let mut failed = Vec::new();
-    for (tier, name, what) in [(1, "packet", "packets"), (2, "netns", "network namespaces")] {
-        if options.tier.is_some_and(|only| only != tier) {
+    for (tier, name, what) in TIERS {
+        if !options.has(tier) {
             continue;
         }
-        let program = exec::executable(&tests, name)?;
-        let Some(mut command) = exec::as_root(std::path::Path::new("env")) else {
-            bail!(
-                "tier {tier} needs root, for BPF and network namespaces: \
-                 run `sudo -v` first, or `cargo xtask test` as root"
-            );
-        };
         step(&format!("tier {tier}: {what}"));
-        let variable = |name: &str, path: &std::path::Path| format!("{name}={}", path.display());
+        // What is pinned stays in the tests' own bpffs, on a machine without one too.
+        let mut command = exec::as_root("unshare").context("needs root")?;
         command
             .current_dir(exec::workspace().join("tests"))
-            .arg(variable("FORWARDER_BIN", &binary))
-            .arg(variable("FORWARDER_EBPF_OBJECT", &object))
-            .arg(&program)
-            .args(&options.filter);
-        // The other tier's result is worth having too.
+            .args(["--mount", "sh", "-c"])
+            .arg("mount -t bpf bpf /sys/fs/bpf && exec env \"$@\"")
+            .arg("sh")
+            .args(&variables)
+            .arg(exec::executable(&tests, name)?)
+            .args(&options.filter)
+            .args(if options.smoke {
+                &["--skip", "package::"][..]
+            } else {
+                &[]
+            });
+        // The other tiers' results are worth having too.
         if let Err(error) = exec::run(&mut command) {
             failed.push(format!("tier {tier}: {error}"));
         }
@@ -87,4 +129,21 @@ pub(crate) fn test(options: &Options) -> Result<()> {
         bail!("{}", failed.join("; "));
     }
     Ok(())
+}
+
+/// Builds `forwarder` and all test binaries of tiers 1 to 3.
+pub(crate) fn build(profile: &[&str]) -> Result<(PathBuf, Vec<(String, PathBuf)>)> {
+    let object = ebpf::object()?;
+    step("building forwarder and its tests");
+    let binary = ["build", "--package", "forwarder", "--bin", "forwarder"];
+    let binary = exec::build_executables(&[&binary, profile].concat(), &object)?;
+    let tests = [
+        "test",
+        "--no-run",
+        "--package",
+        "forwarder-tests",
+        "--tests",
+    ];
+    let tests = exec::build_executables(&[&tests, profile].concat(), &object)?;
+    Ok((exec::executable(&binary, "forwarder")?, tests))
 }

@@ -37,21 +37,24 @@ struct Measured {
 
 pub(crate) fn verifier(options: &Options) -> Result<()> {
     let kernels = vm::kernels(&options.kernels, false)?;
-    let object = ebpf::build()?;
+    let object = ebpf::object()?;
     step("building forwarder-verifier");
-    let built = exec::build_executables(&[
-        "build",
-        "--package",
-        "forwarder-tests",
-        "--bin",
-        "forwarder-verifier",
-    ])?;
+    let built = exec::build_executables(
+        &[
+            "build",
+            "--package",
+            "forwarder-tests",
+            "--bin",
+            "forwarder-verifier",
+        ],
+        &object,
+    )?;
     let program = exec::executable(&built, "forwarder-verifier")?;
     let mut measured = Vec::new();
     for kernel in &kernels {
         step(&format!("{} ({})", kernel.name, kernel.release));
         let mut lines = Vec::new();
-        let files = [(object.clone(), "object".to_owned())];
+        let files = [(object.path.clone(), "object".to_owned())];
         let status = vm::run(kernel, &program, &["/object"], &files, |line| {
             lines.push(line.to_owned());
         })?;
@@ -66,7 +69,7 @@ pub(crate) fn verifier(options: &Options) -> Result<()> {
             programs: parsed(&lines)?,
         });
     }
-    if let Some(here) = here(&program, &object)? {
+    if let Some(here) = here(&program, &object.path)? {
         measured.push(here);
     }
     let text = document(&measured)?;

@@ -21,9 +21,27 @@ use anyhow::{Context, Result, bail};
 
 use self::kernel::Kernel;
 use crate::{
-    ebpf,
     exec::{self, step},
+    test,
 };
+
+/// Programs of this machine: the emulator, what fetches and unpacks kernels, what goes into the guest.
+pub(crate) const PROGRAMS: [&str; 14] = [
+    machine::EMULATOR,
+    "apt-get",
+    "bash",
+    "busybox",
+    "depmod",
+    "dpkg-deb",
+    "ethtool",
+    "ip",
+    "nft",
+    "sctp_test",
+    "setpriv",
+    "tc",
+    "xz",
+    "zstd",
+];
 
 /// How many times longer the guest may take: the emulator is that much slower at processes and connections.
 const SLACK: u32 = 8;
@@ -151,7 +169,6 @@ fn test(kernel: &Kernel, boots: &[(Vec<u8>, Boot)], append: &str, limit: Duratio
 
 /// The kernels of these names; Debian's four for none. What booting takes is looked for first.
 pub(crate) fn kernels(names: &[String], refresh: bool) -> Result<Vec<Kernel>> {
-    exec::need(&[&[machine::EMULATOR], &initramfs::TOOLS[..]].concat())?;
     let names = if names.is_empty() {
         kernel::names()
     } else {
@@ -180,21 +197,8 @@ pub(crate) fn run(
 
 /// Builds what is tested, and names where it goes in the guest.
 fn programs() -> Result<Vec<(PathBuf, String)>> {
-    ebpf::build()?;
-    step("building forwarder and its tests");
-    let binary =
-        exec::build_executables(&["build", "--package", "forwarder", "--bin", "forwarder"])?;
-    let tests = exec::build_executables(&[
-        "test",
-        "--no-run",
-        "--package",
-        "forwarder-tests",
-        "--tests",
-    ])?;
-    let mut programs = vec![(
-        exec::executable(&binary, "forwarder")?,
-        "usr/bin/forwarder".to_owned(),
-    )];
+    let (binary, tests) = test::build(&[])?;
+    let mut programs = vec![(binary, "usr/bin/forwarder".to_owned())];
     for group in ["packet", "netns"] {
         let program = exec::executable(&tests, group)?;
         programs.push((program, format!("tests/{group}")));

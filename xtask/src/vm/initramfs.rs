@@ -146,16 +146,16 @@ fn libraries(program: &Path) -> Result<Vec<PathBuf>> {
         .collect())
 }
 
-/// Programs that the tests call, with their Debian packages.
-pub(super) const TOOLS: [(&str, &str); 8] = [
-    ("bash", "bash"),
-    ("busybox", "busybox-static"),
-    ("ethtool", "ethtool"),
-    ("ip", "iproute2"),
-    ("tc", "iproute2"),
-    ("nft", "nftables"),
-    ("sctp_test", "lksctp-tools"),
-    ("setpriv", "util-linux"),
+/// Programs that the tests call.
+const TOOLS: [&str; 8] = [
+    "bash",
+    "busybox",
+    "ethtool",
+    "ip",
+    "tc",
+    "nft",
+    "sctp_test",
+    "setpriv",
 ];
 /// Programs that help somebody who looks around; taken where they are.
 const USEFUL: [&str; 5] = ["bpftool", "bridge", "iptables", "ping", "timeout"];
@@ -176,7 +176,7 @@ pub(crate) fn root(programs: &[(PathBuf, String)], command: &str) -> Result<Vec<
     archive.file("etc/group", 0o644, b"root:x:0:\n");
     archive.file("etc/command", 0o644, command.as_bytes());
     archive.file("init", 0o755, INIT.as_bytes());
-    for name in TOOLS.map(|(name, _)| name).iter().chain(&USEFUL) {
+    for name in TOOLS.iter().chain(&USEFUL) {
         if let Some(tool) = exec::find(name) {
             archive.program(&tool, &format!("usr/bin/{name}"))?;
         }

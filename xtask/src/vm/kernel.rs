@@ -78,12 +78,6 @@ fn kept(name: &str, home: &Path) -> Result<Kernel> {
 
 /// Downloads the newest package of that version, and what it is split into.
 fn fetch(home: &Path, suite: &str, version: &str) -> Result<()> {
-    exec::need(&[
-        ("apt-get", "apt"),
-        ("dpkg-deb", "dpkg"),
-        ("depmod", "kmod"),
-        ("xz", "xz-utils"),
-    ])?;
     step(&format!("fetching Debian's cloud kernel of {suite}"));
     let work = home.join("partial");
     let _ = fs::remove_dir_all(&work);
@@ -182,20 +176,31 @@ fn numbers(package: &str) -> Vec<u64> {
         .collect()
 }
 
-/// Lines of sources.list for a suite, from the mirrors that the system itself uses.
-fn sources(suite: &str) -> Result<String> {
-    let mirrors = exec::output(Command::new("apt-get").args([
+/// The addresses of the mirrors that the system's own apt uses, each once.
+///
+/// # Errors
+/// There is no apt.
+pub(crate) fn mirrors() -> Result<Vec<String>> {
+    let text = exec::output(Command::new("apt-get").args([
         "indextargets",
         "--format",
         "$(REPO_URI)",
         "Created-By: Packages",
     ]))?;
+    let mut mirrors: Vec<_> = text.lines().map(str::to_owned).collect();
+    mirrors.sort();
+    mirrors.dedup();
+    Ok(mirrors)
+}
+
+/// Lines of sources.list for a suite, from the mirrors that the system itself uses.
+fn sources(suite: &str) -> Result<String> {
     let mut options = "arch=amd64".to_owned();
     if Path::new(KEYRING).exists() {
         options += &format!(" signed-by={KEYRING}");
     }
-    let mut lines: Vec<String> = mirrors
-        .lines()
+    let lines: Vec<String> = mirrors()?
+        .iter()
         .filter_map(|mirror| {
             if mirror.contains("debian-security") {
                 (suite != "sid").then(|| format!("deb [{options}] {mirror} {suite}-security main"))
@@ -206,8 +211,6 @@ fn sources(suite: &str) -> Result<String> {
             }
         })
         .collect();
-    lines.sort();
-    lines.dedup();
     if lines.is_empty() {
         bail!(
             "apt's sources name no Debian mirror: add one, or name a folder with an unpacked kernel"
@@ -218,7 +221,6 @@ fn sources(suite: &str) -> Result<String> {
 
 /// Keeps what booting takes of an unpacked kernel package.
 fn keep(tree: &Path, home: &Path) -> Result<()> {
-    exec::need(&[("depmod", "kmod")])?;
     let modules = ["lib/modules", "usr/lib/modules"]
         .iter()
         .flat_map(|folder| files(&tree.join(folder)).unwrap_or_default())
@@ -303,11 +305,9 @@ fn decompress(folder: &Path) -> Result<()> {
         }
     }
     if !xz.is_empty() {
-        exec::need(&[("xz", "xz-utils")])?;
         exec::run(Command::new("xz").arg("--decompress").args(xz))?;
     }
     if !zstd.is_empty() {
-        exec::need(&[("zstd", "zstd")])?;
         exec::run(Command::new("zstd").args(["-q", "-d", "--rm"]).args(zstd))?;
     }
     Ok(())

@@ -19,7 +19,7 @@ use anyhow::{Context, Result, bail};
 use super::kernel::{Kernel, folder};
 
 /// With its Debian package.
-pub(super) const EMULATOR: (&str, &str) = ("qemu-system-x86_64", "qemu-system-x86");
+pub(super) const EMULATOR: &str = "qemu-system-x86_64";
 const MEMORY: &str = "2048M";
 /// The emulated timer may be late when the kernel looks whether it ticks.
 const PARAMETERS: &str = "console=ttyS0 quiet panic=-1 oops=panic mitigations=off no_timer_check";
@@ -61,7 +61,7 @@ pub(crate) fn boot(
     fs::write(&initrd, whole)?;
     File::create(&status)?;
 
-    let mut command = Command::new(EMULATOR.0);
+    let mut command = Command::new(EMULATOR);
     command
         .args(["-machine", "pc", "-accel", "tcg,thread=single"])
         .args(["-cpu", "Nehalem,+rdrand", "-smp", "2", "-m", MEMORY])

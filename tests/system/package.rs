@@ -1,0 +1,276 @@
+//! The packages that `cargo xtask dist` makes: installed in a clean Debian that systemd runs, they serve, and purged they
+//! leave nothing.
+
+use std::{
+    fs,
+    net::SocketAddr,
+    path::{Path, PathBuf},
+    process::Command,
+};
+
+use forwarder_tests::{
+    deadline::wait_for,
+    machine::Machine,
+    topology::{Family, Topology},
+    traffic::{Backend, Protocol, ask},
+};
+use serde_json::Value;
+
+const PORT: u16 = 8080;
+const BACKEND_PORT: u16 = 9000;
+
+fn variable(name: &str) -> PathBuf {
+    let value = std::env::var_os(name);
+    value
+        .unwrap_or_else(|| panic!("{name} is not set: run `cargo xtask test --tier 3`"))
+        .into()
+}
+
+/// The package whose name ends like that.
+fn package(end: &str) -> PathBuf {
+    let folder = variable("FORWARDER_PACKAGES");
+    let mut files = fs::read_dir(&folder)
+        .unwrap()
+        .map(|entry| entry.unwrap().path());
+    let found = files.find(|path| path.to_string_lossy().ends_with(end));
+    found.unwrap_or_else(|| panic!("no *{end} in {}", folder.display()))
+}
+
+struct Scene {
+    topology: Topology,
+    machine: Machine,
+    _backend: Backend,
+}
+
+impl Scene {
+    fn new() -> Self {
+        let topology = Topology::new().unwrap();
+        let machine = Machine::boot(&variable("FORWARDER_ROOT"), &topology.host).unwrap();
+        let _backend =
+            Backend::start(&topology.backend.netns, Protocol::Tcp, BACKEND_PORT).unwrap();
+        Self {
+            topology,
+            machine,
+            _backend,
+        }
+    }
+
+    #[track_caller]
+    fn run(&self, line: &str) -> String {
+        self.machine
+            .run(line)
+            .unwrap_or_else(|error| panic!("{error:#}"))
+    }
+
+    fn frontend(&self) -> SocketAddr {
+        SocketAddr::new(self.topology.host_address(Family::V4), PORT)
+    }
+
+    /// A client on another machine is answered, and its own address is what the backend sees.
+    #[track_caller]
+    fn serves(&self) {
+        let answer = ask(
+            &self.topology.client,
+            Protocol::Tcp,
+            self.frontend(),
+            "hello",
+        );
+        let answer = answer.unwrap_or_else(|error| {
+            panic!(
+                "{error:#}\n{}",
+                self.run("journalctl --no-pager -u forwarder; forwarder list; true")
+            )
+        });
+        assert_eq!(answer.seen.ip(), self.topology.client_address(Family::V4));
+    }
+
+    #[track_caller]
+    fn is_closed(&self) {
+        ask(
+            &self.topology.client,
+            Protocol::Tcp,
+            self.frontend(),
+            "hello",
+        )
+        .unwrap_err();
+    }
+
+    /// The only publish, as `list` has it.
+    fn entry(&self) -> Value {
+        let entries: Vec<Value> = serde_json::from_str(&self.run("forwarder list --json")).unwrap();
+        let [entry] = <[Value; 1]>::try_from(entries).unwrap();
+        entry
+    }
+
+    /// Publishes the backend's port by the unit.
+    fn start(&self) {
+        let backend = SocketAddr::new(self.topology.backend.address(Family::V4), BACKEND_PORT);
+        let flags = format!("FORWARDER_FLAGS=\"-p {PORT}:{backend}\"");
+        self.run(&format!("echo '{flags}' >/etc/default/forwarder"));
+        self.run("systemctl enable --now forwarder");
+    }
+}
+
+#[test]
+fn a_debian_package_serves_and_purged_leaves_nothing() {
+    let scene = Scene::new();
+    let before = scene.machine.files().unwrap();
+    scene
+        .machine
+        .put(&package("amd64.deb"), "/tmp/forwarder.deb")
+        .unwrap();
+    scene.run("apt-get install -y /tmp/forwarder.deb");
+
+    assert_eq!(
+        scene.run("systemctl is-enabled forwarder || true").trim(),
+        "disabled"
+    );
+    scene.run("forwarder --version");
+    scene.run("test -s /usr/share/man/man1/forwarder.1.gz && test -s /usr/share/man/man1/forwarder-publish.1.gz");
+    scene.run("bash -n /usr/share/bash-completion/completions/forwarder");
+    scene.is_closed();
+
+    scene.start();
+    scene.serves();
+    let entry = scene.entry();
+    assert_eq!(entry["datapath"], "ebpf", "{entry}");
+    assert!(entry["packets"].as_u64() > Some(0), "{entry}");
+
+    // Killed, it is started again, and forwards meanwhile.
+    scene.run("systemctl kill --signal=KILL forwarder");
+    scene.serves();
+    wait_for("the unit after a crash", || {
+        scene.machine.run("forwarder list").ok()
+    })
+    .unwrap();
+    scene.serves();
+
+    scene.run("apt-get remove -y forwarder");
+    scene.is_closed();
+    scene.run("test -e /etc/default/forwarder && ! test -e /usr/bin/forwarder");
+    scene.run("apt-get purge -y forwarder");
+    let after = scene.machine.files().unwrap();
+    let left: Vec<_> = after.difference(&before).collect();
+    assert!(left.is_empty(), "left behind: {left:?}");
+    let lost: Vec<_> = before
+        .difference(&after)
+        .filter(|path| !path.starts_with("/run/"))
+        .collect();
+    assert!(lost.is_empty(), "taken away: {lost:?}");
+    let filters = scene
+        .topology
+        .host
+        .run("tc filter show dev eth0 ingress")
+        .unwrap_or_default();
+    assert_eq!(filters, "");
+}
+
+#[test]
+fn a_debian_package_is_replaced_while_it_serves() {
+    let scene = Scene::new();
+    scene
+        .machine
+        .put(&package("amd64.deb"), "/tmp/forwarder.deb")
+        .unwrap();
+    scene.run("apt-get install -y /tmp/forwarder.deb");
+    scene.start();
+    scene.serves();
+    let before = scene.run("systemctl show --property=MainPID forwarder");
+    scene.run("apt-get install -y --reinstall /tmp/forwarder.deb");
+    scene.serves();
+    let after = scene.run("systemctl show --property=MainPID forwarder");
+    assert_ne!(before, after, "the new program runs");
+    scene.run("grep -q FORWARDER_FLAGS=.-p /etc/default/forwarder");
+}
+
+#[test]
+fn an_rpm_package_is_installed_and_erased() {
+    let root = tempfile::tempdir().unwrap();
+    let rpm = |arguments: &[&str]| {
+        let output = Command::new("rpm")
+            .arg("--root")
+            .arg(root.path())
+            .args(arguments)
+            .output()
+            .unwrap();
+        assert!(
+            output.status.success(),
+            "rpm {arguments:?}: {}",
+            String::from_utf8_lossy(&output.stderr)
+        );
+        String::from_utf8_lossy(&output.stdout).into_owned()
+    };
+    let file = package(".rpm").to_string_lossy().into_owned();
+    // Debian's rpm knows no package of this root, so dependencies are looked at by themselves.
+    rpm(&["--install", "--nodeps", "--noscripts", &file]);
+    let listed = rpm(&["--query", "--list", "forwarder"]);
+    for path in listed.lines() {
+        assert!(
+            root.path().join(path.trim_start_matches('/')).exists(),
+            "{path}"
+        );
+    }
+    for path in [
+        "/usr/bin/forwarder",
+        "/usr/lib/systemd/system/forwarder.service",
+        "/usr/share/man/man1/forwarder-run.1",
+    ] {
+        assert!(
+            listed.lines().any(|line| line == path),
+            "no {path} in\n{listed}"
+        );
+    }
+    let needs = rpm(&["--query", "--requires", "forwarder"]);
+    assert!(needs.contains("libc.so.6"), "{needs}");
+    rpm(&["--erase", "--noscripts", "forwarder"]);
+    for path in listed.lines().filter(|path| path.contains("forwarder")) {
+        assert!(
+            !root.path().join(path.trim_start_matches('/')).exists(),
+            "{path} is left"
+        );
+    }
+}
+
+/// Unpacks a static tarball and returns its program.
+fn unpacked(target: &str, folder: &Path) -> PathBuf {
+    let tarball = package(&format!("{target}.tar.gz"));
+    let status = Command::new("tar")
+        .arg("-xzf")
+        .arg(&tarball)
+        .arg("-C")
+        .arg(folder)
+        .status()
+        .unwrap();
+    assert!(status.success());
+    let top = fs::read_dir(folder)
+        .unwrap()
+        .next()
+        .unwrap()
+        .unwrap()
+        .path();
+    top.join("usr/local/bin/forwarder")
+}
+
+#[test]
+fn programs_are_small_and_list_what_they_are_made_of() {
+    let folder = tempfile::tempdir().unwrap();
+    let program = unpacked("x86_64-unknown-linux-musl", folder.path());
+    let content = fs::read(&program).unwrap();
+    assert!(content.len() < 8_000_000, "{} bytes", content.len());
+    // The section that cargo-auditable adds.
+    assert!(content.windows(7).any(|window| window == b".dep-v0"));
+    // A static program names no interpreter (PT_INTERP).
+    assert!(!content.windows(9).any(|window| window == b"ld-linux-"));
+    let version = Command::new(program).arg("--version").output().unwrap();
+    assert!(String::from_utf8_lossy(&version.stdout).starts_with("forwarder "));
+}
+
+#[test]
+fn the_checksums_are_those_of_the_packages() {
+    let folder = variable("FORWARDER_PACKAGES");
+    let status = Command::new("sha256sum")
+        .args(["--check", "--strict", "--quiet", "SHA256SUMS"])
+        .current_dir(folder)
+        .status();
+    assert!(status.unwrap().success());
+}
