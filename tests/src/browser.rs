@@ -257,12 +257,13 @@ impl Browser {
                 _ => false,
             }
         };
-        Ok(self
-            .events
-            .iter()
-            .filter(is_one)
-            .map(Value::to_string)
-            .collect())
+        let named = |event: &Value| {
+            let same = |it: &&Value| it["params"]["requestId"] == event["params"]["requestId"];
+            let mut requests = self.events.iter().filter(same);
+            let url = requests.find_map(|it| it["params"]["request"]["url"].as_str());
+            format!("{}{event}", url.unwrap_or_default())
+        };
+        Ok(self.events.iter().filter(is_one).map(named).collect())
     }
 
     /// Ends it, and waits until its processes are gone.
@@ -349,7 +350,9 @@ fn messages(from: impl Read + Send + 'static) -> mpsc::Receiver<Value> {
 
 fn collect(from: impl Read + Send + 'static, into: Arc<Mutex<String>>) {
     thread::spawn(move || {
-        for line in BufReader::new(from).lines().map_while(Result::ok) {
+        let lines = BufReader::new(from).lines().map_while(Result::ok);
+        // It misses a desktop's bus at every turn.
+        for line in lines.filter(|line| !line.contains("ERROR:dbus/")) {
             let mut text = into.lock().unwrap_or_else(PoisonError::into_inner);
             text.push_str(&line);
             text.push('\n');

@@ -244,7 +244,10 @@ fn looks_well(browser: &mut Browser, name: &str) -> Result<()> {
 const STICKS_OUT: &str = r"[...document.querySelectorAll('body *')].filter(it => {
     if (it.closest('pre, thead, defs') || !it.getClientRects().length) return false;
     const box = it.getBoundingClientRect();
-    const clipped = it.scrollWidth > it.clientWidth + 1 && it.clientWidth > 0;
+    // In the picture, a label belongs into the box that it is drawn on.
+    const around = it.matches('svg g text') && it.parentElement.querySelector('rect')?.getBoundingClientRect();
+    if (around && (box.left < around.left || box.right > around.right)) return true;
+    const clipped = !it.closest('svg') && it.scrollWidth > it.clientWidth + 1 && it.clientWidth > 0;
     return box.left < -1 || box.right > innerWidth + 1 || clipped;
 }).map(it => it.outerHTML.slice(0, 200))";
 

@@ -187,7 +187,11 @@ fn values<'a>(
     let frontend_seen = flow
         .map(|flow| flow.frontend.clone())
         .or_else(|| publish.and_then(frontend).map(|it| it.to_string()));
-    let client = or_none(flow.map(|flow| flow.client.clone()));
+    let client = match (flow, publish) {
+        (Some(flow), _) => flow.client.clone(),
+        (None, Some(_)) => "known to the proxy alone".to_owned(),
+        (None, None) => NONE.to_owned(),
+    };
     let pair = |of: fn(&ListedFlow) -> [u64; 2], show: fn(u64) -> String| {
         let [there, back] = flow.map(|flow| of(flow).map(show)).unwrap_or_default();
         if there.is_empty() {
@@ -292,7 +296,7 @@ fn how(visit: &Visit<'_>) -> String {
 fn state_of(visit: &Visit<'_>) -> String {
     match (visit.flow, visit.publish) {
         (Some(flow), _) => flow.state.replace('_', " "),
-        (None, Some(_)) => "a connection of the proxy; flows are the fast path’s".to_owned(),
+        (None, Some(_)) => "a connection of the proxy, which lists none".to_owned(),
         (None, None) => NONE.to_owned(),
     }
 }

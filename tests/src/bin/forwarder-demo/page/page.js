@@ -107,9 +107,7 @@ by("download").addEventListener("click", async () => {
   try {
     const began = performance.now();
     const answer = await fetch("/download", { cache: "no-store" });
-    const reader = answer.body.getReader();
-    let bytes = 0;
-    for (let part = await reader.read(); !part.done; part = await reader.read()) bytes += part.value.length;
+    const bytes = (await answer.arrayBuffer()).byteLength;
     const seconds = (performance.now() - began) / 1000;
     const speed = (bytes * 8) / seconds / 1e9;
     by("downloaded").textContent = `${(bytes / 1e6).toFixed(1)} MB in ${seconds.toFixed(2)} s, ${speed.toFixed(1)} Gbit/s in this browser`;
@@ -121,4 +119,5 @@ by("download").addEventListener("click", async () => {
 
 by("pulse").hidden = false;
 by("load").hidden = false;
+by("choose").hidden = false;
 refresh();
