@@ -159,10 +159,8 @@ fn stay_up(
         );
     }
     if !options.once && interrupted.try_recv().is_err() {
-        println!(
-            "\nOpen http://127.0.0.1:{port}/ in a browser: whom the backend saw, how the packets went, live."
-        );
-        println!("Or `curl http://127.0.0.1:{port}/`. Ctrl-C ends it and removes everything.");
+        println!("\nOpen http://127.0.0.1:{port}/ to see your own packets' way, live; or curl it.");
+        println!("Ctrl-C ends it and removes everything.");
         // An error means that nobody waits any more, which is an end as well.
         let _ = interrupted.recv();
         println!();

@@ -289,14 +289,15 @@ fn how(visit: &Visit<'_>) -> String {
         _ => "and delivered",
     };
     format!(
-        "Your packets are looked up and rewritten by the program at the ingress of {device}, {delivery}."
+        "Your packets are looked up and rewritten by the program at the ingress of {device}, {delivery}. Replies meet \
+         the same program at the backend’s veth."
     )
 }
 
 fn state_of(visit: &Visit<'_>) -> String {
     match (visit.flow, visit.publish) {
         (Some(flow), _) => flow.state.replace('_', " "),
-        (None, Some(_)) => "a connection of the proxy, which lists none".to_owned(),
+        (None, Some(_)) => "not listed, the proxy carries it".to_owned(),
         (None, None) => NONE.to_owned(),
     }
 }
