@@ -329,8 +329,12 @@ fn a_browser_on_the_host_sees_the_fast_path_live() -> Result<()> {
     picture_shows(&mut browser, "host", "ebpf")?;
 
     keeps_to_itself(&mut browser, URL)?;
-    browser.close()?;
-    demonstration.stop()
+
+    demonstration.stop()?;
+    browser.wait_until("document.querySelector('#trouble').textContent.includes('ended')")?;
+    assert_eq!(browser.text("#pulse")?, "gone");
+    browser.picture(&screenshots().join("ebpf-ended.png"))?;
+    browser.close()
 }
 
 #[test]

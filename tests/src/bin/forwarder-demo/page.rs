@@ -43,8 +43,13 @@ impl<'a> Visit<'a> {
             None => {
                 // The proxy's connections are in no list. What the browser asked for tells, if it is published.
                 let asked = asked_for(request);
-                let frontend = |it: &&Listed| frontend(it).is_some_and(|it| Some(it) == asked);
-                documents.list.iter().find(frontend)
+                let is_it = |it: SocketAddr| {
+                    // The sandbox's relay comes by loopback, whatever the browser asked for.
+                    let relayed = site.sandboxed && it.ip().is_loopback();
+                    Some(it) == asked || relayed && it.is_ipv4() == request.local.is_ipv4()
+                };
+                let mut list = documents.list.iter();
+                list.find(|it| frontend(it).is_some_and(is_it))
             }
         };
         let client = flow.and_then(|it| it.client.parse::<SocketAddr>().ok());
@@ -98,6 +103,20 @@ pub(crate) fn html(site: &Site, request: &Request, state: Option<&State>) -> Str
     let (mut values, _) = values(site, request, state);
     let checks = site.checks();
     let (command, instance) = site.daemon.get().cloned().unwrap_or_default();
+    let asking = match values.get("frontend") {
+        Some(Value::Text(frontend)) => format!("curl http://{frontend}/"),
+        _ => String::new(),
+    };
+    let (beside, commands) = if site.sandboxed {
+        ("Beside the demonstration:", asking)
+    } else {
+        let commands = ["list ", "flows", "trace"];
+        let commands = commands.map(|it| format!("forwarder {it} --instance {instance}\n"));
+        (
+            "As root, beside the demonstration:",
+            commands.concat() + &asking,
+        )
+    };
     let mut reasons: Vec<_> = checks
         .rows
         .iter()
@@ -116,7 +135,8 @@ pub(crate) fn html(site: &Site, request: &Request, state: Option<&State>) -> Str
     let reasons: Vec<_> = reasons.iter().map(|it| format!("userland: {it}")).collect();
     let texts = [
         ("command", command),
-        ("instance", instance),
+        ("beside", beside.to_owned()),
+        ("commands", commands),
         ("summary", summary),
         ("reasons", reasons.join("; ")),
         ("checked", checks.done.to_string()),
@@ -417,6 +437,15 @@ mod tests {
             assert_eq!(text(&values, "path-kind"), "unknown", "{host}");
             assert_eq!(text(&values, "frontend"), NONE, "{host}");
         }
+    }
+
+    #[test]
+    fn in_the_sandbox_everybody_comes_by_loopback() {
+        let other = publish(Ipv4Addr::new(198, 18, 0, 1));
+        let state = state(vec![other, publish(Ipv4Addr::LOCALHOST)], Vec::new());
+        let site = Site::new(Addresses::default(), true);
+        let (values, _) = values(&site, &request("tunnel.example:1"), Some(&state));
+        assert_eq!(text(&values, "frontend"), "127.0.0.1:8080");
     }
 
     #[test]

@@ -2,6 +2,7 @@
 "use strict";
 
 const SAMPLES = 60;
+const PATIENCE = 8000; // milliseconds; a container that is gone answers nothing, not even that it is gone
 const WIDTH = 240;
 const HEIGHT = 48;
 
@@ -16,7 +17,7 @@ let own = { client: body.dataset.client, path: body.dataset.path, how: by("how")
 
 async function refresh() {
   try {
-    const answer = await fetch("/status.json", { cache: "no-store" });
+    const answer = await fetch("/status.json", { cache: "no-store", signal: AbortSignal.timeout(PATIENCE) });
     if (!answer.ok) throw new Error(answer.statusText);
     show(await answer.json());
     by("pulse").textContent = "live";
