@@ -322,9 +322,12 @@ fn a_browser_on_the_host_sees_the_fast_path_live() -> Result<()> {
         .wait_until("parseFloat(document.querySelector('[data-live=bytes]').textContent) >= 32")?;
 
     // Another client's way is shown when it is asked for, and one's own again after that.
-    browser.value("document.querySelector('.checks tr[data-client=machine] button').click()")?;
-    picture_shows(&mut browser, "machine", "ebpf")?;
-    browser.picture(&screenshots().join("ebpf-another-machine.png"))?;
+    for client in ["machine", "container", "backend"] {
+        let button = format!("document.querySelector('.checks tr[data-client={client}] button')");
+        browser.value(&format!("{button}.click()"))?;
+        picture_shows(&mut browser, client, "ebpf")?;
+        browser.picture(&screenshots().join(format!("ebpf-way-{client}.png")))?;
+    }
     browser.value("document.querySelector('#mine').click()")?;
     picture_shows(&mut browser, "host", "ebpf")?;
 
@@ -413,7 +416,7 @@ fn every_kind_of_client_is_told_its_own_way() -> Result<()> {
 }
 
 #[test]
-fn the_page_is_whole_without_script_and_repeats_nothing_unescaped() -> Result<()> {
+fn the_page_is_whole_without_script_and_repeats_no_request() -> Result<()> {
     let demonstration = Demonstration::start(&[])?;
     let host = &demonstration.host;
     let page = page(host, "127.0.0.1:8080")?;

@@ -2,7 +2,7 @@
 "use strict";
 
 const SAMPLES = 60;
-const PATIENCE = 8000; // milliseconds; a container that is gone answers nothing, not even that it is gone
+const PATIENCE = 8000; // milliseconds; a machine that is gone does not answer
 const WIDTH = 240;
 const HEIGHT = 48;
 
