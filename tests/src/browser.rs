@@ -276,6 +276,11 @@ impl Browser {
         wait_at_most(long(), "the end of chromium", || {
             child.try_wait().ok().flatten()
         })?;
+        self.wait_for_processes()
+    }
+
+    /// Waits until nothing writes to the profile any more.
+    fn wait_for_processes(&self) -> Result<()> {
         let profile = self.profile.path().display().to_string();
         wait_at_most(long(), "the end of chromium's processes", || {
             processes_with(&profile).is_empty().then_some(())
@@ -321,9 +326,10 @@ impl Browser {
 
 impl Drop for Browser {
     fn drop(&mut self) {
-        // Its process namespace, and so everything in it, ends with it.
+        // Its process namespace, and so everything in it, ends with it, but a little later.
         let _ = self.child.kill();
         let _ = self.child.wait();
+        let _ = self.wait_for_processes();
         if thread::panicking() {
             eprintln!("{}", self.said());
         }
