@@ -452,7 +452,7 @@ fn forwarder(netns: &Netns) -> Command {
 }
 
 /// `FORWARDER_BIN`, else the one in the target folder that we were built into.
-fn binary() -> PathBuf {
+pub fn binary() -> PathBuf {
     if let Some(path) = std::env::var_os("FORWARDER_BIN") {
         return path.into();
     }

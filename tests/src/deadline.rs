@@ -23,8 +23,19 @@ pub fn slack() -> Duration {
 ///
 /// # Errors
 /// `what` did not come in time.
-pub fn wait_for<T>(what: &str, mut probe: impl FnMut() -> Option<T>) -> Result<T> {
-    let patience = patience();
+pub fn wait_for<T>(what: &str, probe: impl FnMut() -> Option<T>) -> Result<T> {
+    wait_at_most(patience(), what, probe)
+}
+
+/// The same for what takes longer, such as the start of a whole program.
+///
+/// # Errors
+/// As [`wait_for`].
+pub fn wait_at_most<T>(
+    patience: Duration,
+    what: &str,
+    mut probe: impl FnMut() -> Option<T>,
+) -> Result<T> {
     let deadline = Instant::now() + patience;
     loop {
         if let Some(found) = probe() {

@@ -62,6 +62,28 @@ impl Netns {
         })
     }
 
+    /// The namespaces that another process holds, such as the demonstration's.
+    ///
+    /// # Errors
+    /// It has ended, or is not ours to look at.
+    pub fn held_by(process: u32) -> Result<Vec<Self>> {
+        let folder = format!("/proc/{process}/fd");
+        let mut held = Vec::new();
+        for entry in fs::read_dir(&folder).with_context(|| folder.clone())? {
+            let path = entry?.path();
+            // A descriptor that was closed meanwhile is none.
+            let is_one =
+                fs::read_link(&path).is_ok_and(|it| it.to_string_lossy().starts_with("net:"));
+            if let (true, Ok(file)) = (is_one, File::open(&path)) {
+                held.push(Self {
+                    label: path.display().to_string(),
+                    file: Arc::new(file),
+                });
+            }
+        }
+        Ok(held)
+    }
+
     pub fn label(&self) -> &str {
         &self.label
     }

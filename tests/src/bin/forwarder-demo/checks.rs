@@ -1,4 +1,4 @@
-//! Every kind of client, whom the backend must have seen, and the table of it.
+//! Every kind of client, whom the backend must have seen, and the table of it, in the terminal and for the page.
 
 use std::{
     net::{IpAddr, SocketAddr},
@@ -6,6 +6,7 @@ use std::{
 };
 
 use anyhow::{Context, Result};
+use forwarder::daemon::Listed;
 use forwarder_tests::{
     daemon::Daemon,
     netns::Netns,
@@ -14,12 +15,16 @@ use forwarder_tests::{
         Topology,
     },
 };
-use serde_json::Value;
 
-use crate::{http, loopback};
+use crate::{
+    http, loopback,
+    watch::document,
+    who::Place::{self, Backend, Container, Host, Machine},
+};
 
 struct Client<'a> {
-    what: &'a str,
+    what: &'static str,
+    place: Place,
     netns: &'a Netns,
     connects_to: IpAddr,
     /// What the backend sees as the source when the packets take the fast path.
@@ -37,8 +42,9 @@ fn clients(topology: &Topology, family: Family) -> Vec<Client<'_>> {
         ..
     } = topology;
     let lan = topology.host_address(family);
-    let row = |what, netns, connects_to, seen| Client {
+    let row = |what, place, netns, connects_to, seen| Client {
         what,
+        place,
         netns,
         connects_to,
         seen,
@@ -47,45 +53,74 @@ fn clients(topology: &Topology, family: Family) -> Vec<Client<'_>> {
     vec![
         row(
             "another machine",
+            Machine,
             client,
             lan,
             topology.client_address(family),
         ),
         row(
             "a process here, to loopback",
+            Host,
             host,
             loopback(family),
             gateway,
         ),
-        row("a process here, to its own address", host, lan, lan),
+        row("a process here, to its own address", Host, host, lan, lan),
         row(
             "a container on the same bridge",
+            Container,
             &peer.netns,
             gateway,
             peer.address(family),
         ),
         row(
             "a container on another bridge",
+            Container,
             &other.netns,
             lan,
             other.address(family),
         ),
         row(
             "a container without a bridge",
+            Container,
             &ptp.netns,
             ptp.gateway(family),
             ptp.address(family),
         ),
-        row("the backend itself", &backend.netns, gateway, gateway),
+        row(
+            "the backend itself",
+            Backend,
+            &backend.netns,
+            gateway,
+            gateway,
+        ),
     ]
 }
 
-/// Asks from everywhere and prints the table. Returns whether all of it is as it should be.
+/// How one client was served.
+#[derive(Debug, Clone)]
+pub(crate) struct Row {
+    pub client: &'static str,
+    pub place: Place,
+    pub connects_to: SocketAddr,
+    /// The address that the backend saw, or why there is none.
+    pub seen: String,
+    pub fast: bool,
+    pub path: &'static str,
+    /// `ok`, or what should have been.
+    pub verdict: String,
+    pub good: bool,
+    /// Why it was not the fast path.
+    pub reason: Option<String>,
+}
+
+/// Asks from everywhere, hands each row to `note` and prints the table. Returns whether all of it is as it should be.
 pub(crate) fn check(
     topology: &Topology,
     daemon: &Daemon,
     port: u16,
     interrupted: &Receiver<()>,
+    note: impl Fn(Row),
 ) -> Result<bool> {
     print_row(["client", "connects to", "the backend saw", "path", ""]);
     let mut good = true;
@@ -100,8 +135,8 @@ pub(crate) fn check(
             let seen = http::source_seen(client.netns, frontend);
             let after = entry(daemon, frontend)?;
 
-            let fast = after["datapath"] == "ebpf";
-            let carried = after["packets"].as_u64() > before["packets"].as_u64();
+            let fast = after.datapath == "ebpf";
+            let carried = after.packets > before.packets;
             let expected = if fast {
                 client.seen
             } else {
@@ -110,19 +145,29 @@ pub(crate) fn check(
             let served = matches!(&seen, Ok(address) if address.ip() == expected);
             let row_good = served && (carried || !fast);
             good &= row_good;
-            let path = match (fast, carried) {
-                (true, true) => "eBPF",
-                (true, false) => "eBPF, unused",
-                (false, _) => "userland",
+            let row = Row {
+                client: client.what,
+                place: client.place,
+                connects_to: frontend,
+                seen: seen.map_or_else(|error| format!("{error:#}"), |it| it.to_string()),
+                fast,
+                path: match (fast, carried) {
+                    (true, true) => "eBPF",
+                    (true, false) => "eBPF, unused",
+                    (false, _) => "userland",
+                },
+                verdict: if row_good {
+                    "ok".to_owned()
+                } else {
+                    format!("not {expected}")
+                },
+                good: row_good,
+                reason: after.reason,
             };
-            let seen = seen.map_or_else(|error| format!("{error:#}"), |it| it.to_string());
-            let verdict = if row_good {
-                "ok".to_owned()
-            } else {
-                format!("not {expected}")
-            };
-            print_row([client.what, &frontend.to_string(), &seen, path, &verdict]);
-            reasons.extend(after["reason"].as_str().map(str::to_owned));
+            let to = frontend.to_string();
+            print_row([row.client, &to, &row.seen, row.path, &row.verdict]);
+            reasons.extend(row.reason.clone());
+            note(row);
         }
     }
     reasons.sort();
@@ -141,11 +186,10 @@ fn print_row([client, to, seen, path, verdict]: [&str; 5]) {
 }
 
 /// What the daemon says of the publish with that frontend.
-fn entry(daemon: &Daemon, frontend: SocketAddr) -> Result<Value> {
-    let address = frontend.ip().to_string();
-    let entries = daemon.list()?;
-    let found = entries
-        .into_iter()
-        .find(|entry| entry["frontend"]["address"] == address.as_str());
-    found.with_context(|| format!("{frontend} is not in the list"))
+fn entry(daemon: &Daemon, frontend: SocketAddr) -> Result<Listed> {
+    let entries: Vec<Listed> = document(daemon, "list")?;
+    let mut entries = entries.into_iter();
+    entries
+        .find(|entry| entry.frontend.address == Some(frontend.ip()))
+        .with_context(|| format!("{frontend} is not in the list"))
 }

@@ -1,108 +1,165 @@
-//! The web server that is published, and a client for it. Just enough HTTP/1.1 for a browser.
+//! The web server that is published, and a client for it. Just enough HTTP/1.1 for a browser, and no knowledge of
+//! what it serves (`site.rs`).
 
 use std::{
     io::{BufRead, BufReader, Read, Write},
     net::{Ipv6Addr, SocketAddr, TcpListener, TcpStream},
+    sync::Arc,
     thread,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use anyhow::{Context, Result};
 use forwarder_tests::netns::Netns;
 
-/// How long a request may take.
+/// How long an answer may take.
 const PATIENCE: Duration = Duration::from_secs(3);
+/// How long a connection may be without a request. The page asks every second.
+const IDLE: Duration = Duration::from_secs(15);
+/// No more than this is read of anybody's request.
+const LONGEST: u64 = 16 * 1024;
 /// The header in which the server says whom it saw.
 const SOURCE: &str = "X-Source-Seen: ";
+/// The page is made of what this server sends and of nothing else.
+const POLICY: &str = "default-src 'none'; style-src 'self'; script-src 'self'; img-src 'self'; connect-src 'self'; \
+     base-uri 'none'; form-action 'none'; frame-ancestors 'none'";
 
-/// A server that lives as long as the process.
+/// One request, and the connection that it came by.
 #[derive(Debug)]
-pub(crate) struct Server;
+pub(crate) struct Request {
+    pub method: String,
+    /// Without a query.
+    pub path: String,
+    pub host: Option<String>,
+    /// The client asks for HTML.
+    pub html: bool,
+    /// It wants no other answer by this connection.
+    last: bool,
+    /// The client's address as this server sees it.
+    pub peer: SocketAddr,
+    /// This server's own.
+    pub local: SocketAddr,
+    /// When the connection was accepted.
+    pub accepted: Instant,
+}
 
-impl Server {
-    pub(crate) fn start(netns: &Netns, port: u16) -> Result<Self> {
-        let any = SocketAddr::from((Ipv6Addr::UNSPECIFIED, port));
-        let listener = netns
-            .enter(|| TcpListener::bind(any))
-            .context("start the web server")?;
-        thread::spawn(move || {
-            for (stream, peer) in std::iter::repeat_with(|| listener.accept()).flatten() {
-                // A client that breaks off is its own affair.
-                thread::spawn(move || serve(&stream, peer));
-            }
-        });
-        Ok(Self)
+/// An answer.
+#[derive(Debug)]
+pub(crate) struct Answer {
+    pub status: &'static str,
+    pub kind: &'static str,
+    pub body: Vec<u8>,
+}
+
+impl Answer {
+    pub(crate) fn ok(kind: &'static str, body: impl Into<Vec<u8>>) -> Self {
+        Self {
+            status: "200 OK",
+            kind,
+            body: body.into(),
+        }
     }
 }
 
-fn serve(mut stream: &TcpStream, peer: SocketAddr) -> std::io::Result<()> {
-    stream.set_read_timeout(Some(PATIENCE))?;
-    let (mut request, mut html) = (String::new(), false);
-    // No more than this is read of anybody's headers.
-    for line in BufReader::new(stream.take(16 * 1024)).lines() {
-        let line = line?;
-        let lower = line.to_ascii_lowercase();
-        html |= lower.starts_with("accept:") && lower.contains("text/html");
-        if line.is_empty() {
+/// Starts a server that lives as long as the process.
+pub(crate) fn start(
+    netns: &Netns,
+    port: u16,
+    answer: impl Fn(&Request) -> Answer + Send + Sync + 'static,
+) -> Result<()> {
+    let any = SocketAddr::from((Ipv6Addr::UNSPECIFIED, port));
+    let listener = netns
+        .enter(|| TcpListener::bind(any))
+        .context("start the web server")?;
+    let answer = Arc::new(answer);
+    thread::spawn(move || {
+        for (stream, _) in std::iter::repeat_with(|| listener.accept()).flatten() {
+            let answer = Arc::clone(&answer);
+            // A client that breaks off is its own affair.
+            thread::spawn(move || serve(&stream, &*answer));
+        }
+    });
+    Ok(())
+}
+
+/// Answers one request after the other, so that a browser that stays is one flow.
+fn serve(mut stream: &TcpStream, answer: &dyn Fn(&Request) -> Answer) -> std::io::Result<()> {
+    let accepted = Instant::now();
+    let canonical = |it: SocketAddr| SocketAddr::new(it.ip().to_canonical(), it.port());
+    let (peer, local) = (
+        canonical(stream.peer_addr()?),
+        canonical(stream.local_addr()?),
+    );
+    stream.set_read_timeout(Some(IDLE))?;
+    stream.set_write_timeout(Some(PATIENCE))?;
+    let mut reader = BufReader::new(stream);
+    while let Some(request) = read(&mut reader, peer, local, accepted)? {
+        let Answer { status, kind, body } = answer(&request);
+        let connection = if request.last { "close" } else { "keep-alive" };
+        let mut bytes = format!(
+            "HTTP/1.1 {status}\r\nContent-Type: {kind}\r\nContent-Length: {}\r\n{SOURCE}{peer}\r\n\
+             Cache-Control: no-store\r\nContent-Security-Policy: {POLICY}\r\nX-Content-Type-Options: nosniff\r\n\
+             Connection: {connection}\r\n\r\n",
+            body.len(),
+        )
+        .into_bytes();
+        if request.method != "HEAD" {
+            bytes.extend(body);
+        }
+        stream.write_all(&bytes)?;
+        if request.last {
             break;
         }
-        if request.is_empty() {
-            request = line;
-        }
     }
-    let mut words = request.split(' ');
-    let (method, path) = (
-        words.next().unwrap_or_default(),
-        words.next().unwrap_or_default(),
-    );
-    let peer = SocketAddr::new(peer.ip().to_canonical(), peer.port());
-    let (status, kind, body) = match (method, path) {
-        ("GET" | "HEAD", "/") if html => ("200 OK", "text/html; charset=utf-8", page(peer)),
-        ("GET" | "HEAD", "/") => (
-            "200 OK",
-            "text/plain; charset=utf-8",
-            format!("the backend saw {peer}\n"),
-        ),
-        ("GET" | "HEAD", _) => ("404 Not Found", "text/plain", "nothing here\n".to_owned()),
-        _ => (
-            "405 Method Not Allowed",
-            "text/plain",
-            "only GET\n".to_owned(),
-        ),
-    };
-    let answer = format!(
-        "HTTP/1.1 {status}\r\nContent-Type: {kind}\r\nContent-Length: {}\r\n{SOURCE}{peer}\r\n\
-         Cache-Control: no-store\r\nConnection: close\r\n\r\n{}",
-        body.len(),
-        if method == "HEAD" { "" } else { &body },
-    );
-    stream.write_all(answer.as_bytes())
+    Ok(())
 }
 
-fn page(peer: SocketAddr) -> String {
-    format!(
-        r#"<!doctype html>
-<html lang="en">
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>forwarder</title>
-<style>
-  :root {{ color-scheme: light dark; }}
-  body {{ font: 1.1rem/1.6 system-ui, sans-serif; max-width: 36rem; margin: 16vh auto; padding: 0 1.5rem; }}
-  h1 {{ font-size: 1rem; font-weight: 600; letter-spacing: .04em; opacity: .65; margin: 0; }}
-  output {{ display: block; font: 600 clamp(1.4rem, 6vw, 2.4rem)/1.3 ui-monospace, monospace; margin: .4rem 0 1.6rem; overflow-wrap: anywhere; }}
-  p {{ margin: .6rem 0; opacity: .85; }}
-  code {{ font-family: ui-monospace, monospace; }}
-</style>
-<h1>THE BACKEND SAW YOU AS</h1>
-<output>{peer}</output>
-<p>This page comes from a container. No port of it is open to you: <code>forwarder</code> published
-one on this host and brought your packets here.</p>
-<p>A client on the host is seen with the host's address on the container's network, since
-<code>127.0.0.1</code> would mean the container itself. Clients elsewhere are seen with their own.</p>
-</html>
-"#
-    )
+/// Reads a request's head. `None`: the client has ended the connection, or says too much.
+fn read(
+    reader: &mut impl BufRead,
+    peer: SocketAddr,
+    local: SocketAddr,
+    accepted: Instant,
+) -> std::io::Result<Option<Request>> {
+    let mut head = reader.take(LONGEST).lines();
+    let Some(first) = head.next().transpose()? else {
+        return Ok(None);
+    };
+    let mut words = first.split(' ').map(str::to_owned);
+    let (method, target) = (
+        words.next().unwrap_or_default(),
+        words.next().unwrap_or_default(),
+    );
+    let path = target.split('?').next().unwrap_or_default().to_owned();
+    let mut request = Request {
+        method,
+        path,
+        host: None,
+        html: false,
+        last: words.next().as_deref() != Some("HTTP/1.1"),
+        peer,
+        local,
+        accepted,
+    };
+    for line in head {
+        let line = line?;
+        if line.is_empty() {
+            return Ok(Some(request));
+        }
+        let Some((name, value)) = line.split_once(':') else {
+            continue;
+        };
+        let value = value.trim();
+        match name.to_ascii_lowercase().as_str() {
+            "accept" => request.html |= value.to_ascii_lowercase().contains("text/html"),
+            "host" => request.host = Some(value.to_owned()),
+            "connection" => request.last |= value.eq_ignore_ascii_case("close"),
+            // A body would be taken for the next request.
+            "content-length" | "transfer-encoding" => request.last = true,
+            _ => (),
+        }
+    }
+    Ok(None)
 }
 
 /// Gets `/` from `netns` and returns the source that the server saw.
@@ -122,4 +179,63 @@ pub(crate) fn source_seen(netns: &Netns, server: SocketAddr) -> Result<SocketAdd
             .trim()
             .parse()?)
     })
+}
+
+#[cfg(test)]
+impl Request {
+    /// `GET /` of a browser.
+    pub(crate) fn example() -> Self {
+        Self {
+            method: "GET".into(),
+            path: "/".into(),
+            host: None,
+            html: true,
+            last: false,
+            peer: SocketAddr::from(([198, 18, 0, 1], 40_000)),
+            local: SocketAddr::from(([198, 18, 0, 2], 80)),
+            accepted: Instant::now(),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parsed(text: &str) -> Vec<Request> {
+        let address = SocketAddr::from(([192, 0, 2, 1], 1));
+        let mut bytes = text.as_bytes();
+        let request = || read(&mut bytes, address, address, Instant::now()).unwrap();
+        std::iter::from_fn(request).collect()
+    }
+
+    #[test]
+    fn requests_come_one_after_the_other() {
+        let text =
+            "GET /a?b HTTP/1.1\r\nHost: x:1\r\nACCEPT: text/html\r\n\r\nHEAD /c HTTP/1.1\r\n\r\n";
+        let [first, second] = parsed(text).try_into().unwrap();
+        assert_eq!((first.path.as_str(), first.html), ("/a", true));
+        assert_eq!(first.host.as_deref(), Some("x:1"));
+        assert_eq!((second.method.as_str(), second.html), ("HEAD", false));
+        assert!(!first.last && !second.last);
+    }
+
+    #[test]
+    fn close_and_old_versions_end_the_connection() {
+        assert!(parsed("GET / HTTP/1.1\r\nConnection: Close\r\n\r\n")[0].last);
+        assert!(parsed("GET / HTTP/1.0\r\n\r\n")[0].last);
+        assert!(parsed("POST / HTTP/1.1\r\nContent-Length: 1\r\n\r\n")[0].last);
+    }
+
+    #[test]
+    fn a_request_without_end_is_none() {
+        assert!(parsed("GET / HTTP/1.1\r\n").is_empty());
+        assert!(
+            parsed(&format!(
+                "GET / HTTP/1.1\r\nA: {}\r\n\r\n",
+                "a".repeat(20_000)
+            ))
+            .is_empty()
+        );
+    }
 }

@@ -1,18 +1,27 @@
 //! The demonstration: containers, another machine and a web server, all made here, published by
 //! `forwarder`, and every kind of client checked. Stays up for a browser until Ctrl-C and removes
-//! what it made.
+//! what it made. `http` serves what `site` answers; `page` says it in HTML, with what `watch` reads.
 //!
 //! As root it surrounds this machine's own namespace, whose real addresses are never published.
 //! Without root it does the same in a namespace of the user's own (`sandbox`).
 
 mod checks;
 mod http;
+mod page;
 mod sandbox;
+mod site;
+mod template;
+mod watch;
+mod who;
 
 use std::{
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener},
     process::ExitCode,
-    sync::mpsc::{Receiver, channel},
+    sync::{
+        Arc,
+        mpsc::{Receiver, channel},
+    },
+    thread,
 };
 
 use anyhow::{Context, Result, bail};
@@ -24,6 +33,8 @@ use forwarder_tests::{
 };
 use nix::sys::signal::{SigSet, Signal};
 
+use crate::{site::Site, who::Addresses};
+
 /// Publishes a built-in web server with forwarder, checks every kind of client, and stays up.
 #[derive(Parser)]
 #[command(name = "forwarder-demo")]
@@ -34,6 +45,15 @@ struct Options {
     /// The published port
     #[arg(long, default_value_t = 8080)]
     port: u16,
+    /// How forwarder is to carry packets: auto, ebpf, userland [default: auto as root, else userland]
+    #[arg(long, value_parser = datapath)]
+    datapath: Option<Datapath>,
+}
+
+fn datapath(name: &str) -> Result<Datapath> {
+    let all = [Datapath::Auto, Datapath::Ebpf, Datapath::Userland];
+    let named = all.into_iter().find(|datapath| datapath.name() == name);
+    named.context("one of auto, ebpf, userland")
 }
 
 /// Where the web server listens in its container.
@@ -75,11 +95,11 @@ fn demonstrate(options: &Options) -> Result<bool> {
     signals.thread_block()?;
 
     let root = nix::unistd::geteuid().is_root() && Netns::new("probe").is_ok();
-    let datapath = if root {
+    let datapath = options.datapath.unwrap_or(if root {
         Datapath::Auto
     } else {
         Datapath::Userland
-    };
+    });
     if root {
         drop(listener);
     } else {
@@ -92,17 +112,46 @@ fn demonstrate(options: &Options) -> Result<bool> {
     let interrupted = wait_in_background(signals);
 
     let topology = Topology::around_here(plan()).context("the demonstration's network")?;
-    let _server = http::Server::start(&topology.backend.netns, BACKEND_PORT)?;
+    let site = Arc::new(Site::new(Addresses::of(&topology), !root));
+    let answering = Arc::clone(&site);
+    http::start(&topology.backend.netns, BACKEND_PORT, move |request| {
+        answering.answer(request)
+    })?;
     let specs = specs(&topology, port);
     let specs: Vec<_> = specs.iter().map(String::as_str).collect();
     let daemon = Daemon::start(&topology.host, &specs, datapath)?;
 
-    println!(
-        "$ forwarder run --datapath {}{}\n",
+    let command = format!(
+        "forwarder run --datapath {}{}",
         datapath.name(),
         shown(&specs)
     );
-    let good = checks::check(&topology, &daemon, port, &interrupted)?;
+    println!("$ {command}\n");
+    // Set once; visitors until then are shown none.
+    let _ = site.daemon.set((command, daemon.instance().to_owned()));
+
+    let good = thread::scope(|scope| {
+        scope.spawn(|| site.watch.read(|| watch::documents(&daemon)));
+        let _ending = site.watch.ending();
+        stay_up(options, root, &topology, &daemon, &site, &interrupted)
+    })?;
+    daemon.stop()?;
+    Ok(good)
+}
+
+/// Checks every client, then waits for the end unless that is now. Returns whether every client was served as it should be.
+fn stay_up(
+    options: &Options,
+    root: bool,
+    topology: &Topology,
+    daemon: &Daemon,
+    site: &Site,
+    interrupted: &Receiver<()>,
+) -> Result<bool> {
+    let port = options.port;
+    let note = |row| site.change_checks(|checks| checks.rows.push(row));
+    let good = checks::check(topology, daemon, port, interrupted, note)?;
+    site.change_checks(|checks| checks.done = true);
     if !root {
         println!(
             "\nWith root the same ports are forwarded by eBPF in the kernel, several times faster,\n\
@@ -110,13 +159,12 @@ fn demonstrate(options: &Options) -> Result<bool> {
         );
     }
     if !options.once && interrupted.try_recv().is_err() {
-        println!("\nOpen http://127.0.0.1:{port}/ or `curl http://127.0.0.1:{port}/`.");
+        println!("\nOpen http://127.0.0.1:{port}/ to see your own packets' way, live; or curl it.");
         println!("Ctrl-C ends it and removes everything.");
         // An error means that nobody waits any more, which is an end as well.
         let _ = interrupted.recv();
         println!();
     }
-    daemon.stop()?;
     Ok(good)
 }
 
