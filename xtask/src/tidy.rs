@@ -1,4 +1,4 @@
-//! What holds for every source file of the repository, checked by `cargo test`.
+//! What holds for every source file and every document of the repository, checked by `cargo test`.
 
 use std::{
     fs,
@@ -18,26 +18,25 @@ fn sources() -> Vec<(String, String)> {
         "tests",
         "xtask",
     ] {
-        collect(&exec::workspace().join(folder), &mut paths);
+        collect(&exec::workspace().join(folder), "rs", &mut paths);
     }
     assert!(paths.len() > 20, "only {} source files found", paths.len());
-    let named = |path: PathBuf| {
-        let name = path
-            .strip_prefix(exec::workspace())
-            .unwrap()
-            .display()
-            .to_string();
-        (name, fs::read_to_string(path).unwrap())
-    };
     paths.into_iter().map(named).collect()
 }
 
-fn collect(folder: &Path, paths: &mut Vec<PathBuf>) {
+/// A file's name in the repository, and what it says.
+fn named(path: PathBuf) -> (String, String) {
+    let name = path.strip_prefix(exec::workspace()).unwrap();
+    let name = name.display().to_string();
+    (name, fs::read_to_string(path).unwrap())
+}
+
+fn collect(folder: &Path, extension: &str, paths: &mut Vec<PathBuf>) {
     for entry in fs::read_dir(folder).unwrap() {
         let path = entry.unwrap().path();
         if path.is_dir() {
-            collect(&path, paths);
-        } else if path.extension().is_some_and(|extension| extension == "rs") {
+            collect(&path, extension, paths);
+        } else if path.extension().is_some_and(|found| found == extension) {
             paths.push(path);
         }
     }
@@ -84,6 +83,19 @@ fn files_are_named_after_what_they_own() {
     });
 }
 
+/// README.md, CONTRIBUTING.md, ARCHITECTURE.md, CHANGELOG.md and all of docs/, by their names.
+fn documents() -> Vec<(String, String)> {
+    let top = exec::workspace();
+    let mut paths = Vec::new();
+    collect(&top.join("docs"), "md", &mut paths);
+    let own = fs::read_dir(top)
+        .unwrap()
+        .map(|entry| entry.unwrap().path());
+    paths.extend(own.filter(|path| path.extension().is_some_and(|found| found == "md")));
+    assert!(paths.len() > 5, "only {} documents found", paths.len());
+    paths.into_iter().map(named).collect()
+}
+
 /// Names in backticks that look like `file::test`.
 fn tests_named_in(document: &str) -> Vec<(String, String)> {
     let quoted = document.split('`').skip(1).step_by(2);
@@ -93,21 +105,97 @@ fn tests_named_in(document: &str) -> Vec<(String, String)> {
         .collect()
 }
 
+/// What is quoted in blocks of code is no promise.
+fn without_code(document: &str) -> String {
+    let parts = document.split("```").step_by(2);
+    parts.collect()
+}
+
 #[test]
 fn every_test_that_a_document_names_is_there() {
     let sources = sources();
-    let path = exec::workspace().join("docs/rfc-compliance.md");
-    let named = tests_named_in(&fs::read_to_string(path).unwrap());
-    assert!(named.len() > 30, "only {} tests are named", named.len());
-    for (file, test) in named {
-        let mut files = sources
-            .iter()
-            .filter(|(name, _)| name.ends_with(&format!("/{file}.rs")));
-        // `matrix.rs` makes several of each `name: Client,`.
-        let is_there = |text: &str| {
-            text.contains(&format!("fn {test}()")) || text.contains(&format!("\n    {test}: "))
-        };
-        assert!(files.any(|(_, text)| is_there(text)), "no {file}::{test}");
+    let mut named = 0;
+    for (document, text) in documents() {
+        // It names functions in the same way.
+        if document == "ARCHITECTURE.md" {
+            continue;
+        }
+        for (file, test) in tests_named_in(&without_code(&text)) {
+            named += 1;
+            let mut files = sources
+                .iter()
+                .filter(|(name, _)| name.ends_with(&format!("/{file}.rs")));
+            // `matrix.rs` makes several of each `name: Client,`.
+            let is_there = |text: &str| {
+                text.contains(&format!("fn {test}()")) || text.contains(&format!("\n    {test}: "))
+            };
+            let found = files.any(|(_, text)| is_there(text));
+            assert!(found, "{document}: no {file}::{test}");
+        }
+    }
+    assert!(named > 30, "only {named} tests are named");
+}
+
+/// The rows of the table below a heading of a document, without its header.
+fn rows<'a>(document: &'a str, heading: &str) -> Vec<&'a str> {
+    let section = document.split(&format!("\n{heading}\n")).nth(1);
+    let section = section.unwrap_or_else(|| panic!("no {heading}"));
+    let lines = section.lines().skip_while(|line| !line.starts_with('|'));
+    lines
+        .take_while(|line| line.starts_with('|'))
+        .skip(2)
+        .collect()
+}
+
+#[test]
+fn what_the_readme_claims_beside_others_is_shown_by_a_test() {
+    let readme = fs::read_to_string(exec::workspace().join("README.md")).unwrap();
+    let rows = rows(&readme, "## Compared");
+    assert!(rows.len() > 10, "only {} rows", rows.len());
+    for row in rows {
+        let ours = row.split('|').nth(2).unwrap_or_default().trim();
+        let claims = ours != "no" && !ours.starts_with("not yet");
+        assert!(!claims || !tests_named_in(row).is_empty(), "no test: {row}");
+    }
+}
+
+/// The name that GitHub gives a heading.
+fn anchor(heading: &str) -> String {
+    let kept = |c: char| match c {
+        ' ' => Some('-'),
+        c if c.is_alphanumeric() || c == '-' || c == '_' => Some(c.to_ascii_lowercase()),
+        _ => None,
+    };
+    let text = heading.trim_start_matches('#').trim();
+    text.chars().filter_map(kept).collect()
+}
+
+#[test]
+fn every_link_of_a_document_leads_somewhere() {
+    let documents = documents();
+    for (document, text) in &documents {
+        let folder = exec::workspace().join(document);
+        let folder = folder.parent().unwrap();
+        let text = without_code(text);
+        let links = text.split("](").skip(1);
+        for link in links.filter_map(|rest| rest.split(')').next()) {
+            if link.contains("://") {
+                continue;
+            }
+            let (path, heading) = link.split_once('#').unwrap_or((link, ""));
+            let target = if path.is_empty() {
+                exec::workspace().join(document)
+            } else {
+                folder.join(path)
+            };
+            assert!(target.exists(), "{document}: {link} leads nowhere");
+            if !heading.is_empty() {
+                let text = fs::read_to_string(target).unwrap();
+                let mut headings = text.lines().filter(|line| line.starts_with('#'));
+                let found = headings.any(|line| anchor(line) == heading);
+                assert!(found, "{document}: {link} names no heading");
+            }
+        }
     }
 }
 
