@@ -98,9 +98,13 @@ fn documents() -> Vec<(String, String)> {
 
 /// Names in backticks that look like `file::test`.
 fn tests_named_in(document: &str) -> Vec<(String, String)> {
+    let is_name = |text: &str| {
+        !text.is_empty() && text.chars().all(|c| c.is_ascii_alphanumeric() || c == '_')
+    };
     let quoted = document.split('`').skip(1).step_by(2);
     let pairs = quoted.filter_map(|text| text.split_once("::"));
     pairs
+        .filter(|(file, test)| is_name(file) && is_name(test))
         .map(|(file, test)| (file.into(), test.into()))
         .collect()
 }
