@@ -35,6 +35,8 @@ use tempfile::TempDir;
 const ELSEWHERE: &[(&str, Runner)] = &[
     ("cargo xtask run", Runner::Fresh),
     ("cargo xtask test", Runner::Fresh),
+    ("cargo xtask test --tier 3", Runner::Itself),
+    ("cargo xtask fresh", Runner::Person),
     ("cargo install --path forwarder", Runner::Packages),
     ("cargo xtask install", Runner::Packages),
     ("cargo xtask dist", Runner::Packages),
@@ -65,6 +67,8 @@ const ELSEWHERE: &[(&str, Runner)] = &[
 enum Runner {
     /// `cargo xtask fresh`, on a machine that has nothing.
     Fresh,
+    /// What runs this test.
+    Itself,
     /// The tests of the packages, in this tier.
     Packages,
     /// Nobody but a person, before a release: it takes other kernels or another toolchain, and up to an hour.
@@ -568,6 +572,55 @@ fn has_shape(shown: &Value, real: &Value) -> Result<(), String> {
         | (Value::Number(_), Value::Number(_))
         | (Value::Bool(_), Value::Bool(_)) => Ok(()),
         _ => Err(format!("{real} has another type than {shown}")),
+    }
+}
+
+/// The reference, which every command and flag must stand in.
+fn reference() -> String {
+    fs::read_to_string(repository().join("docs/reference.md")).unwrap()
+}
+
+/// What `forwarder` prints for these arguments.
+fn printed_by(arguments: &[&str]) -> String {
+    let binary = std::env::var_os("FORWARDER_BIN").expect("FORWARDER_BIN names the program");
+    let output = Command::new(binary).args(arguments).output().unwrap();
+    assert!(output.status.success(), "{arguments:?}: {output:?}");
+    String::from_utf8(output.stdout).unwrap()
+}
+
+#[test]
+fn every_command_and_flag_is_in_the_reference() {
+    let reference = reference();
+    let help = printed_by(&["help"]);
+    let listed = help.split("Commands:\n").nth(1).unwrap().lines();
+    let commands = listed.map_while(|line| line.strip_prefix("  ")?.split(' ').next());
+    let commands: Vec<&str> = commands.filter(|command| *command != "help").collect();
+    assert!(commands.len() > 8, "{help}");
+    for command in commands {
+        let rows = [format!("`{command}"), format!("`{command}`")];
+        let found = rows.iter().any(|row| reference.contains(row));
+        assert!(found, "docs/reference.md has no command `{command}`");
+        let help = printed_by(&[command, "--help"]);
+        let words = help.split_whitespace();
+        for flag in words.filter(|word| word.starts_with("--") && word.len() > 3) {
+            let flag = flag.trim_end_matches(|c: char| !c.is_ascii_lowercase());
+            let found = flag == "--help" || reference.contains(flag);
+            assert!(found, "docs/reference.md has no `{flag}` of `{command}`");
+        }
+    }
+}
+
+#[test]
+fn every_timeout_is_in_the_reference() {
+    let reference = reference();
+    let defaults = forwarder_common::flow::Timeouts::default();
+    for phase in forwarder_common::flow::Phase::ALL {
+        let row = format!("\n| `{}` | ", phase.name());
+        let shown = reference.split(&row).nth(1);
+        let shown = shown.unwrap_or_else(|| panic!("docs/reference.md has no {}", phase.name()));
+        let shown = shown.split(' ').next().unwrap_or_default();
+        let chosen: forwarder::cli::Timeout = format!("{}={shown}", phase.name()).parse().unwrap();
+        assert_eq!(chosen.seconds, defaults.of(*phase), "{shown}");
     }
 }
 

@@ -65,7 +65,7 @@ fn draw(report: &Report, cases: &[Case]) -> Drawing {
     }
     let notes = [
         "A client on another machine; client, proxy and server share one core. A longer bar is faster, and every bar begins at 0.",
-        "Bold: how many times the figure of iptables. Who is not in a panel was not measured there.",
+        "Bold: how many times the figure of iptables. A contender that is missing from a panel was not measured there.",
     ];
     let faint = Style::plain(12.0).coloured(FAINT);
     for (line, note) in notes.into_iter().enumerate() {
