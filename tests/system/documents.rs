@@ -596,6 +596,7 @@ fn every_command_and_flag_is_in_the_reference() {
     let commands = listed.map_while(|line| line.strip_prefix("  ")?.split(' ').next());
     let commands: Vec<&str> = commands.filter(|command| *command != "help").collect();
     assert!(commands.len() > 8, "{help}");
+    let mut all = help.clone();
     for command in commands {
         let rows = [format!("`{command}"), format!("`{command}`")];
         let found = rows.iter().any(|row| reference.contains(row));
@@ -607,6 +608,16 @@ fn every_command_and_flag_is_in_the_reference() {
             let found = flag == "--help" || reference.contains(flag);
             assert!(found, "docs/reference.md has no `{flag}` of `{command}`");
         }
+        all += &help;
+    }
+    let flags = reference.split("--").skip(1);
+    for flag in flags.filter(|text| text.starts_with(|c: char| c.is_ascii_lowercase())) {
+        let end = flag.find(|c: char| !c.is_ascii_lowercase() && c != '-');
+        let flag = format!("--{}", &flag[..end.unwrap_or(flag.len())]);
+        assert!(
+            all.contains(&flag),
+            "docs/reference.md has `{flag}`, forwarder has not"
+        );
     }
 }
 

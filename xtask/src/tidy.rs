@@ -5,7 +5,9 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use crate::exec;
+use clap::Parser as _;
+
+use crate::{Cli, exec};
 
 const LONGEST: usize = 700;
 
@@ -169,6 +171,47 @@ fn what_the_readme_claims_beside_others_is_shown_by_a_test() {
         let named = shown.is_some_and(|shown| shown.contains("::"));
         assert!(named, "[{number} is no test: {row}");
     }
+}
+
+/// Tasks that documents name and that come with another change; to be emptied by it.
+const NOT_YET: &[&str] = &["install", "dist", "fresh", "test --tier 3"];
+
+/// Commands of `cargo xtask` in blocks fenced as `sh`, and in backticks if they are whole.
+fn tasks_named_in(document: &str) -> Vec<String> {
+    let mut tasks = Vec::new();
+    for (at, part) in document.split("```").enumerate() {
+        let candidates: Vec<&str> = match (at % 2, part.strip_prefix("sh\n")) {
+            (1, Some(shell)) => shell.lines().collect(),
+            (1, None) => continue,
+            _ => part.split('`').skip(1).step_by(2).collect(),
+        };
+        let commands = candidates.iter().filter_map(|text| {
+            let command = text.split(" #").next()?;
+            command.strip_prefix("cargo xtask ")
+        });
+        // `[FILTER]` and `...` stand for something.
+        let whole = commands.filter(|command| !command.contains(['[', '.']));
+        tasks.extend(whole.map(|command| command.trim().to_owned()));
+    }
+    tasks
+}
+
+#[test]
+fn every_task_that_a_document_names_is_understood() {
+    let mut named = 0;
+    for (document, text) in documents() {
+        for task in tasks_named_in(&text) {
+            named += 1;
+            if NOT_YET.contains(&task.as_str()) {
+                continue;
+            }
+            let words = ["xtask"].into_iter().chain(task.split_whitespace());
+            if let Err(error) = Cli::try_parse_from(words) {
+                panic!("{document}: `cargo xtask {task}`: {error}");
+            }
+        }
+    }
+    assert!(named > 10, "only {named} tasks are named");
 }
 
 /// The name that GitHub gives a heading.
