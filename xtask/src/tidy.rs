@@ -189,8 +189,8 @@ fn tasks_named_in(document: &str) -> Vec<String> {
             let command = text.split(" #").next()?;
             command.strip_prefix("cargo xtask ")
         });
-        // `[FILTER]` and `...` stand for something.
-        let whole = commands.filter(|command| !command.contains(['[', '.']));
+        // `[FILTER]` and `...` stand for something else.
+        let whole = commands.filter(|task| !task.contains('[') && !task.contains("..."));
         tasks.extend(whole.map(|command| command.trim().to_owned()));
     }
     tasks
