@@ -1,7 +1,7 @@
 //! The commands of README.md, CONTRIBUTING.md and docs/, each run as it stands there, as root of a small machine.
 //!
 //! What counts is every block fenced as `sh`. A command of `forwarder` or `curl`, also behind `sudo`, is run literally by
-//! a shell and must succeed. Every other command must stand in [`ELSEWHERE`], which names the test that runs it. A block
+//! a shell and must succeed. Every other command must stand in [`ELSEWHERE`], which says who runs it. A block
 //! fenced as `text` or `json` right below shows what its last command prints, and is compared.
 //!
 //! `forwarder run` stays in the background until the document ends or says `run` or `down` again. The commands see a file
@@ -28,7 +28,7 @@ use self::{
     shown::fits,
 };
 
-/// Commands that no namespace can hold, and which test runs them instead.
+/// Commands that no namespace can hold, and who runs them instead.
 const ELSEWHERE: &[(&str, Runner)] = &[
     ("cargo xtask run", Runner::Fresh),
     ("cargo xtask test", Runner::Fresh),
@@ -68,7 +68,8 @@ enum Runner {
     Itself,
     /// The tests of the packages, in this tier.
     Packages,
-    /// Nobody but a person, before a release: it takes other kernels or another toolchain, and up to an hour.
+    /// A person, before a release: it takes other kernels or another toolchain, and up to an hour. Of `cargo xtask`,
+    /// xtask's own tests assert that the command line is understood.
     Person,
 }
 
