@@ -1,11 +1,13 @@
-//! What holds for every source file of the repository, checked by `cargo test`.
+//! What holds for every source file and every document of the repository, checked by `cargo test`.
 
 use std::{
     fs,
     path::{Path, PathBuf},
 };
 
-use crate::exec;
+use clap::Parser as _;
+
+use crate::{Cli, exec};
 
 const LONGEST: usize = 700;
 
@@ -18,26 +20,25 @@ fn sources() -> Vec<(String, String)> {
         "tests",
         "xtask",
     ] {
-        collect(&exec::workspace().join(folder), &mut paths);
+        collect(&exec::workspace().join(folder), "rs", &mut paths);
     }
     assert!(paths.len() > 20, "only {} source files found", paths.len());
-    let named = |path: PathBuf| {
-        let name = path
-            .strip_prefix(exec::workspace())
-            .unwrap()
-            .display()
-            .to_string();
-        (name, fs::read_to_string(path).unwrap())
-    };
     paths.into_iter().map(named).collect()
 }
 
-fn collect(folder: &Path, paths: &mut Vec<PathBuf>) {
+/// A file's name in the repository, and what it says.
+fn named(path: PathBuf) -> (String, String) {
+    let name = path.strip_prefix(exec::workspace()).unwrap();
+    let name = name.display().to_string();
+    (name, fs::read_to_string(path).unwrap())
+}
+
+fn collect(folder: &Path, extension: &str, paths: &mut Vec<PathBuf>) {
     for entry in fs::read_dir(folder).unwrap() {
         let path = entry.unwrap().path();
         if path.is_dir() {
-            collect(&path, paths);
-        } else if path.extension().is_some_and(|extension| extension == "rs") {
+            collect(&path, extension, paths);
+        } else if path.extension().is_some_and(|found| found == extension) {
             paths.push(path);
         }
     }
@@ -84,30 +85,172 @@ fn files_are_named_after_what_they_own() {
     });
 }
 
+/// README.md, CONTRIBUTING.md, ARCHITECTURE.md, CHANGELOG.md and all of docs/, by their names.
+fn documents() -> Vec<(String, String)> {
+    let top = exec::workspace();
+    let mut paths = Vec::new();
+    collect(&top.join("docs"), "md", &mut paths);
+    let own = fs::read_dir(top)
+        .unwrap()
+        .map(|entry| entry.unwrap().path());
+    paths.extend(own.filter(|path| path.extension().is_some_and(|found| found == "md")));
+    assert!(paths.len() > 5, "only {} documents found", paths.len());
+    paths.into_iter().map(named).collect()
+}
+
 /// Names in backticks that look like `file::test`.
 fn tests_named_in(document: &str) -> Vec<(String, String)> {
+    let is_name = |text: &str| {
+        !text.is_empty() && text.chars().all(|c| c.is_ascii_alphanumeric() || c == '_')
+    };
     let quoted = document.split('`').skip(1).step_by(2);
     let pairs = quoted.filter_map(|text| text.split_once("::"));
     pairs
+        .filter(|(file, test)| is_name(file) && is_name(test))
         .map(|(file, test)| (file.into(), test.into()))
         .collect()
+}
+
+/// What is quoted in blocks of code is no promise.
+fn without_code(document: &str) -> String {
+    let parts = document.split("```").step_by(2);
+    parts.collect()
 }
 
 #[test]
 fn every_test_that_a_document_names_is_there() {
     let sources = sources();
-    let path = exec::workspace().join("docs/rfc-compliance.md");
-    let named = tests_named_in(&fs::read_to_string(path).unwrap());
-    assert!(named.len() > 30, "only {} tests are named", named.len());
-    for (file, test) in named {
-        let mut files = sources
-            .iter()
-            .filter(|(name, _)| name.ends_with(&format!("/{file}.rs")));
-        // `matrix.rs` makes several of each `name: Client,`.
-        let is_there = |text: &str| {
-            text.contains(&format!("fn {test}()")) || text.contains(&format!("\n    {test}: "))
+    let mut named = 0;
+    for (document, text) in documents() {
+        // It names functions in the same way.
+        if document == "ARCHITECTURE.md" {
+            continue;
+        }
+        for (file, test) in tests_named_in(&without_code(&text)) {
+            named += 1;
+            let mut files = sources
+                .iter()
+                .filter(|(name, _)| name.ends_with(&format!("/{file}.rs")));
+            // `matrix.rs` makes several of each `name: Client,`.
+            let is_there = |text: &str| {
+                text.contains(&format!("fn {test}()")) || text.contains(&format!("\n    {test}: "))
+            };
+            let found = files.any(|(_, text)| is_there(text));
+            assert!(found, "{document}: no {file}::{test}");
+        }
+    }
+    assert!(named > 30, "only {named} tests are named");
+}
+
+/// The rows of the table below a heading of a document, without its header.
+fn rows<'a>(document: &'a str, heading: &str) -> Vec<&'a str> {
+    let section = document.split(&format!("\n{heading}\n")).nth(1);
+    let section = section.unwrap_or_else(|| panic!("no {heading}"));
+    let lines = section.lines().skip_while(|line| !line.starts_with('|'));
+    lines
+        .take_while(|line| line.starts_with('|'))
+        .skip(2)
+        .collect()
+}
+
+#[test]
+fn what_the_readme_claims_beside_others_is_shown_by_a_test() {
+    let readme = fs::read_to_string(exec::workspace().join("README.md")).unwrap();
+    let rows = rows(&readme, "## Compared");
+    assert!(rows.len() > 10, "only {} rows", rows.len());
+    for row in rows {
+        let ours = row.split('|').nth(2).unwrap_or_default().trim();
+        if ours == "no" || ours.starts_with("not yet") {
+            continue;
+        }
+        // `yes [3]`, and below the table `[3] `file::test``.
+        let number = ours.rsplit_once('[').map(|(_, number)| number);
+        let number = number.unwrap_or_else(|| panic!("no test: {row}"));
+        let shown = readme.split(&format!("\n[{number} `")).nth(1);
+        let shown = shown.and_then(|rest| rest.split('`').next());
+        let named = shown.is_some_and(|shown| shown.contains("::"));
+        assert!(named, "[{number} is no test: {row}");
+    }
+}
+
+/// Tasks that documents name and that come with another change; to be emptied by it.
+const NOT_YET: &[&str] = &["install", "dist", "fresh", "test --tier 3"];
+
+/// Commands of `cargo xtask` in blocks fenced as `sh`, and in backticks if they are whole.
+fn tasks_named_in(document: &str) -> Vec<String> {
+    let mut tasks = Vec::new();
+    for (at, part) in document.split("```").enumerate() {
+        let candidates: Vec<&str> = match (at % 2, part.strip_prefix("sh\n")) {
+            (1, Some(shell)) => shell.lines().collect(),
+            (1, None) => continue,
+            _ => part.split('`').skip(1).step_by(2).collect(),
         };
-        assert!(files.any(|(_, text)| is_there(text)), "no {file}::{test}");
+        let commands = candidates.iter().filter_map(|text| {
+            let command = text.split(" #").next()?;
+            command.strip_prefix("cargo xtask ")
+        });
+        // `[FILTER]` and `...` stand for something else.
+        let whole = commands.filter(|task| !task.contains('[') && !task.contains("..."));
+        tasks.extend(whole.map(|command| command.trim().to_owned()));
+    }
+    tasks
+}
+
+#[test]
+fn every_task_that_a_document_names_is_understood() {
+    let mut named = 0;
+    for (document, text) in documents() {
+        for task in tasks_named_in(&text) {
+            named += 1;
+            if NOT_YET.contains(&task.as_str()) {
+                continue;
+            }
+            let words = ["xtask"].into_iter().chain(task.split_whitespace());
+            if let Err(error) = Cli::try_parse_from(words) {
+                panic!("{document}: `cargo xtask {task}`: {error}");
+            }
+        }
+    }
+    assert!(named > 10, "only {named} tasks are named");
+}
+
+/// The name that GitHub gives a heading.
+fn anchor(heading: &str) -> String {
+    let kept = |c: char| match c {
+        ' ' => Some('-'),
+        c if c.is_alphanumeric() || c == '-' || c == '_' => Some(c.to_ascii_lowercase()),
+        _ => None,
+    };
+    let text = heading.trim_start_matches('#').trim();
+    text.chars().filter_map(kept).collect()
+}
+
+#[test]
+fn every_link_of_a_document_leads_somewhere() {
+    let documents = documents();
+    for (document, text) in &documents {
+        let folder = exec::workspace().join(document);
+        let folder = folder.parent().unwrap();
+        let text = without_code(text);
+        let links = text.split("](").skip(1);
+        for link in links.filter_map(|rest| rest.split(')').next()) {
+            if link.contains("://") {
+                continue;
+            }
+            let (path, heading) = link.split_once('#').unwrap_or((link, ""));
+            let target = if path.is_empty() {
+                exec::workspace().join(document)
+            } else {
+                folder.join(path)
+            };
+            assert!(target.exists(), "{document}: {link} leads nowhere");
+            if !heading.is_empty() {
+                let text = fs::read_to_string(target).unwrap();
+                let mut headings = text.lines().filter(|line| line.starts_with('#'));
+                let found = headings.any(|line| anchor(line) == heading);
+                assert!(found, "{document}: {link} names no heading");
+            }
+        }
     }
 }
 

@@ -155,7 +155,7 @@ impl Contender {
     }
 
     /// Whether it carries datagrams.
-    fn has_udp(self) -> bool {
+    pub(crate) fn has_udp(self) -> bool {
         self != Self::Haproxy
     }
 
@@ -183,6 +183,8 @@ pub(crate) enum Client {
 }
 
 impl Client {
+    pub(crate) const ALL: [Self; 3] = [Self::External, Self::Localhost, Self::Hairpin];
+
     pub(crate) fn name(self) -> &'static str {
         match self {
             Self::External => "external",

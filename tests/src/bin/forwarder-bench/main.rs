@@ -5,9 +5,11 @@
 
 mod arena;
 mod chart;
+mod drawing;
 mod flood;
 mod generator;
 mod goals;
+mod headline;
 mod process;
 mod relay;
 mod report;
@@ -70,6 +72,9 @@ struct Options {
     /// nowhere with --quick]
     #[arg(long, value_name = "FOLDER")]
     out: Option<PathBuf>,
+    /// Measures nothing: draws the charts of an earlier report again, from its raw numbers
+    #[arg(long, value_name = "FOLDER", conflicts_with = "out")]
+    redraw: Option<PathBuf>,
     /// Is the contender "relay alone", to this backend
     #[arg(long, hide = true, value_name = "ADDRESS")]
     relay: Option<IpAddr>,
@@ -88,6 +93,9 @@ fn main() -> ExitCode {
 fn bench(options: &Options) -> Result<()> {
     if let Some(backend) = options.relay {
         return relay::run(backend);
+    }
+    if let Some(folder) = &options.redraw {
+        return Report::read(folder)?.draw(folder);
     }
     let programs = Programs {
         docker_proxy: options

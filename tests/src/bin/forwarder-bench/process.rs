@@ -63,6 +63,8 @@ pub(crate) enum Placement {
 }
 
 impl Placement {
+    pub(crate) const ALL: [Self; 3] = [Self::Same, Self::Split, Self::Free];
+
     pub(crate) fn name(self) -> &'static str {
         match self {
             Self::Same => "one core",

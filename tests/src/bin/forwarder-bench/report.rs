@@ -1,14 +1,14 @@
-//! What was measured, as tables, raw numbers and a chart.
+//! What was measured, as tables, raw numbers and charts; and read again from the raw numbers.
 
 use std::{collections::BTreeMap, fmt, fmt::Write as _, fs, path::Path};
 
 use anyhow::{Context, Result};
-use serde::Serialize;
-use serde_json::json;
+use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
 
 use crate::{
     arena::{Client, Contender},
-    chart, goals,
+    chart, goals, headline,
     process::Placement,
     scale::Scale,
     workload::{Sample, Workload},
@@ -98,6 +98,34 @@ impl Report {
 
     pub(crate) fn add(&mut self, record: Record) {
         self.records.push(record);
+    }
+
+    /// What an earlier run left in `raw.json`, but for what it says of many publishes, which no chart shows.
+    ///
+    /// # Errors
+    /// It is not there, or names something that this benchmark does not know.
+    pub(crate) fn read(folder: &Path) -> Result<Self> {
+        let path = folder.join("raw.json");
+        let text = fs::read_to_string(&path).with_context(|| path.display().to_string())?;
+        let raw: Raw = serde_json::from_str(&text).with_context(|| path.display().to_string())?;
+        let records: Result<_> = raw.records.into_iter().map(RawRecord::known).collect();
+        Ok(Self {
+            environment: raw.environment,
+            notes: raw.notes,
+            records: records.with_context(|| path.display().to_string())?,
+            scale: None,
+        })
+    }
+
+    /// How often everything was measured.
+    pub(crate) fn rounds(&self) -> u32 {
+        let rounds = self.records.iter().map(|record| record.round + 1);
+        rounds.max().unwrap_or_default()
+    }
+
+    /// What was measured, and on what: the first lines of the environment.
+    pub(crate) fn machine(&self) -> &[String] {
+        &self.environment[..self.environment.len().min(3)]
     }
 
     fn samples(&self, contender: Contender, case: Case) -> impl Iterator<Item = &Sample> {
@@ -267,20 +295,36 @@ impl Report {
         text
     }
 
-    /// README.md, raw.json, chart.svg.
+    /// The cases of the charts.
+    pub(crate) fn outside(&self) -> Vec<Case> {
+        let mut groups = self.groups();
+        let outside = groups.remove(&(Client::External, Placement::Same));
+        outside.unwrap_or_default()
+    }
+
+    pub(crate) fn chart(&self) -> String {
+        chart::svg(self, &self.outside())
+    }
+
+    /// headline.svg and chart.svg.
+    ///
+    /// # Errors
+    /// The folder cannot be written.
+    pub(crate) fn draw(&self, folder: &Path) -> Result<()> {
+        fs::write(folder.join("headline.svg"), headline::svg(self)).context("headline.svg")?;
+        fs::write(folder.join("chart.svg"), self.chart()).context("chart.svg")
+    }
+
+    /// README.md, raw.json and the charts.
     ///
     /// # Errors
     /// The folder cannot be written.
     pub(crate) fn write(&self, folder: &Path) -> Result<()> {
         fs::create_dir_all(folder).with_context(|| folder.display().to_string())?;
-        let outside: Vec<Case> = self
-            .groups()
-            .remove(&(Client::External, Placement::Same))
-            .unwrap_or_default();
         let mut heading = "# Benchmark\n\n".to_owned();
-        if !outside.is_empty() {
-            heading += "![Medians of each workload by contender](chart.svg)\n\n";
-            fs::write(folder.join("chart.svg"), chart::svg(self, &outside)).context("chart.svg")?;
+        if !self.outside().is_empty() {
+            heading += CHARTS;
+            self.draw(folder)?;
         }
         fs::write(folder.join("README.md"), heading + &self.markdown()).context("README.md")?;
         fs::write(folder.join("raw.json"), self.raw()?).context("raw.json")
@@ -319,6 +363,65 @@ impl Report {
         Ok(serde_json::to_string_pretty(&document)? + "\n")
     }
 }
+
+/// `raw.json`, as [`Report::raw`] writes it.
+#[derive(Deserialize)]
+struct Raw {
+    environment: Vec<String>,
+    notes: Vec<String>,
+    records: Vec<RawRecord>,
+    /// Read by nobody.
+    #[serde(rename = "scale")]
+    _scale: Value,
+}
+
+#[derive(Deserialize)]
+struct RawRecord {
+    contender: String,
+    client: String,
+    placement: String,
+    workload: String,
+    round: u32,
+    sample: Option<Sample>,
+    error: Option<String>,
+}
+
+impl RawRecord {
+    fn known(self) -> Result<Record> {
+        let contender = named(Contender::ALL, Contender::name, &self.contender)?;
+        let case = Case {
+            client: named(Client::ALL, Client::name, &self.client)?,
+            placement: named(Placement::ALL, Placement::name, &self.placement)?,
+            workload: named(Workload::ALL, Workload::name, &self.workload)?,
+        };
+        let result = match (self.sample, self.error) {
+            (Some(sample), None) => Ok(sample),
+            (_, error) => Err(error.unwrap_or_default()),
+        };
+        Ok(Record {
+            contender,
+            case,
+            round: self.round,
+            result,
+        })
+    }
+}
+
+fn named<T: Copy, const N: usize>(
+    all: [T; N],
+    name: impl Fn(T) -> &'static str,
+    wanted: &str,
+) -> Result<T> {
+    let found = all.into_iter().find(|one| name(*one) == wanted);
+    found.with_context(|| format!("{wanted:?} is unknown to this benchmark"))
+}
+
+const CHARTS: &str = "\
+![Packets, connections, round trips and throughput of forwarder and five others](headline.svg)
+
+![Medians of each workload by contender](chart.svg)
+
+";
 
 const METHOD: &str = "\
 By `cargo xtask bench`: each contender has its own client, host and container, network namespaces joined by \
@@ -370,7 +473,9 @@ fn without_units(table: &str) -> String {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
+    use std::path::PathBuf;
+
     use super::*;
 
     #[test]
@@ -380,5 +485,72 @@ mod tests {
         let even = Summary::of([4.0, 1.0, 2.0, 3.0]).expect("four");
         assert_eq!(even.median, 2.5);
         assert!(Summary::of([]).is_none());
+    }
+
+    /// The committed runs and their folders.
+    pub(crate) fn committed() -> Vec<(PathBuf, Report)> {
+        let runs = Path::new(env!("CARGO_MANIFEST_DIR")).join("../docs/benchmarks");
+        let folders = fs::read_dir(runs).unwrap();
+        let folders = folders.map(|entry| entry.unwrap().path());
+        let runs: Vec<_> = folders
+            .filter(|folder| folder.is_dir())
+            .map(|folder| (folder.clone(), Report::read(&folder).unwrap()))
+            .collect();
+        assert!(!runs.is_empty());
+        runs
+    }
+
+    /// Everything measured, with the widest numbers: a contender far ahead, one far behind, and all at one height.
+    pub(crate) fn invented() -> Vec<Report> {
+        let report = |value: fn(usize) -> f64| {
+            let machine = [
+                "forwarder 10.20.30",
+                "Linux 6.18.44-amd64-unsigned",
+                "128 cores",
+            ];
+            let mut report = Report::new(machine.map(Into::into).into());
+            for (number, contender) in Contender::ALL.into_iter().enumerate() {
+                for workload in Workload::ALL {
+                    report.add(Record {
+                        contender,
+                        case: Case {
+                            client: Client::External,
+                            placement: Placement::Same,
+                            workload,
+                        },
+                        round: 0,
+                        result: Ok(Sample {
+                            value: value(number),
+                            cpu_us: 1.0,
+                            p50_us: None,
+                            p99_us: None,
+                        }),
+                    });
+                }
+            }
+            report
+        };
+        vec![
+            report(|_| 8888.8),
+            report(|number| if number == 14 { 88_888.8 } else { 888.8 }),
+            report(|number| 0.01 + number as f64),
+        ]
+    }
+
+    #[test]
+    fn raw_numbers_are_read_as_they_were_written() {
+        for report in invented() {
+            let folder = tempfile::TempDir::new().unwrap();
+            report.write(folder.path()).unwrap();
+            let again = Report::read(folder.path()).unwrap();
+            assert_eq!(again.raw().unwrap(), report.raw().unwrap());
+            assert_eq!(again.markdown(), report.markdown());
+        }
+    }
+
+    #[test]
+    fn a_contender_that_is_unknown_is_named() {
+        let error = named(Client::ALL, Client::name, "martian").unwrap_err();
+        assert!(error.to_string().contains("martian"), "{error}");
     }
 }

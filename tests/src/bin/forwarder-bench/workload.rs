@@ -4,7 +4,7 @@ use std::{net::IpAddr, time::Duration};
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use forwarder_tests::{cpu::pin_this_thread, netns::Netns};
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::{
@@ -32,6 +32,16 @@ pub(crate) enum Workload {
 }
 
 impl Workload {
+    pub(crate) const ALL: [Self; 7] = [
+        Self::Capacity,
+        Self::OneWay,
+        Self::NewFlows,
+        Self::Bulk,
+        Self::TcpRoundTrip,
+        Self::UdpRoundTrip,
+        Self::Connect,
+    ];
+
     pub(crate) fn name(self) -> &'static str {
         match self {
             Self::Capacity => "capacity",
@@ -57,9 +67,13 @@ impl Workload {
         matches!(self, Self::Capacity | Self::OneWay | Self::NewFlows)
     }
 
+    pub(crate) fn is_udp(self) -> bool {
+        self.is_generated() || self == Self::UdpRoundTrip
+    }
+
     /// Whether this arena has such a path at all.
     pub(crate) fn applies(self, arena: &Arena, client: Client) -> bool {
-        let udp = self.is_generated() || self == Self::UdpRoundTrip;
+        let udp = self.is_udp();
         let from_outside = client == Client::External || !self.is_generated();
         let is_many = self.is_generated() || self == Self::Connect;
         from_outside
@@ -70,7 +84,7 @@ impl Workload {
 }
 
 /// One measurement. Higher values are better, in [`Workload::unit`].
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub(crate) struct Sample {
     pub(crate) value: f64,
     /// CPU time of the whole machine, client and server included, for each packet, round trip, request or
