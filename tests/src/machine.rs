@@ -52,7 +52,8 @@ pub struct Machine {
     /// Process 1, as this machine numbers it.
     init: u32,
     cgroup: PathBuf,
-    changes: tempfile::TempDir,
+    /// What it has changed of the clean root; removed with it.
+    _changes: tempfile::TempDir,
 }
 
 impl Machine {
@@ -81,7 +82,7 @@ impl Machine {
             child,
             init: 0,
             cgroup,
-            changes,
+            _changes: changes,
         };
         let parent = machine.child.id();
         let children = format!("/proc/{parent}/task/{parent}/children");

@@ -34,6 +34,8 @@ const ELSEWHERE: &[(&str, Runner)] = &[
     ("cargo xtask test", Runner::Fresh),
     ("cargo xtask test --tier 3", Runner::Itself),
     ("cargo xtask fresh", Runner::Person),
+    ("cargo xtask ebpf", Runner::Ci),
+    ("cargo xtask ebpf --check", Runner::Ci),
     ("cargo install --path forwarder", Runner::Packages),
     ("cargo xtask install", Runner::Packages),
     ("cargo xtask dist", Runner::Packages),
@@ -64,6 +66,8 @@ const ELSEWHERE: &[(&str, Runner)] = &[
 enum Runner {
     /// `cargo xtask fresh`, on a machine that has nothing.
     Fresh,
+    /// `cargo xtask ci`, which does either.
+    Ci,
     /// What runs this test.
     Itself,
     /// The tests of the packages, in this tier.

@@ -265,6 +265,139 @@ fn programs_are_small_and_list_what_they_are_made_of() {
     assert!(String::from_utf8_lossy(&version.stdout).starts_with("forwarder "));
 }
 
+fn cargo(words: &[&str]) {
+    let output = Command::new(env!("CARGO"))
+        .args(words)
+        .current_dir(Path::new(env!("CARGO_MANIFEST_DIR")).join(".."))
+        .output()
+        .unwrap();
+    assert!(
+        output.status.success(),
+        "cargo {words:?}: {}",
+        String::from_utf8_lossy(&output.stderr)
+    );
+}
+
+/// All files below a folder.
+fn files(folder: &Path) -> Vec<PathBuf> {
+    let mut found = Vec::new();
+    for entry in fs::read_dir(folder).unwrap() {
+        let path = entry.unwrap().path();
+        if path.is_dir() {
+            found.extend(files(&path));
+        } else {
+            found.push(path);
+        }
+    }
+    found
+}
+
+#[test]
+fn a_checkout_is_installed_into_a_prefix_and_removed() {
+    let folder = tempfile::tempdir().unwrap();
+    let prefix = folder.path().to_str().unwrap();
+    let defaults = folder.path().join("etc/default/forwarder");
+    cargo(&["xtask", "install", "--prefix", prefix]);
+    let program = folder.path().join("bin/forwarder");
+    assert!(fs::metadata(&program).unwrap().len() < 8_000_000);
+    for path in [
+        "share/man/man1/forwarder-run.1",
+        "share/fish/vendor_completions.d/forwarder.fish",
+    ] {
+        assert!(folder.path().join(path).exists(), "{path}");
+    }
+    let unit =
+        fs::read_to_string(folder.path().join("lib/systemd/system/forwarder.service")).unwrap();
+    assert!(
+        unit.contains(&format!("ExecStart={} run", program.display())),
+        "{unit}"
+    );
+    assert!(
+        unit.contains(&format!("EnvironmentFile=-{}", defaults.display())),
+        "{unit}"
+    );
+
+    // Installed again, while the program runs, it keeps the flags that somebody has written.
+    fs::write(&defaults, "FORWARDER_FLAGS=\"--datapath userland\"\n").unwrap();
+    let mut running = Command::new(&program)
+        .args(["run", "--datapath", "userland", "--instance", "prefix"])
+        .spawn()
+        .unwrap();
+    cargo(&["xtask", "install", "--prefix", prefix]);
+    assert!(fs::read_to_string(&defaults).unwrap().contains("userland"));
+    nix::sys::signal::kill(
+        nix::unistd::Pid::from_raw(running.id().cast_signed()),
+        nix::sys::signal::Signal::SIGTERM,
+    )
+    .unwrap();
+    running.wait().unwrap();
+
+    cargo(&["xtask", "install", "--prefix", prefix, "--remove"]);
+    assert_eq!(files(folder.path()), [PathBuf::new(); 0]);
+}
+
+#[test]
+fn cargo_installs_a_program_with_its_fast_path() {
+    let folder = tempfile::tempdir().unwrap();
+    let target = Path::new(env!("CARGO_MANIFEST_DIR")).join("../target");
+    let (folder_name, target) = (folder.path().to_str().unwrap(), target.to_str().unwrap());
+    cargo(&[
+        "install",
+        "--path",
+        "forwarder",
+        "--root",
+        folder_name,
+        "--target-dir",
+        target,
+        "--locked",
+    ]);
+    let found = Command::new(folder.path().join("bin/forwarder"))
+        .args(["doctor", "--json"])
+        .output()
+        .unwrap();
+    let findings: Vec<Value> = serde_json::from_slice(&found.stdout).unwrap();
+    let load = findings
+        .iter()
+        .find(|finding| finding["check"] == "load")
+        .unwrap();
+    assert_eq!(load["ok"], true, "{load}");
+}
+
+/// A userland instance of the program for another processor serves a port.
+#[test]
+fn an_aarch64_program_serves_a_port_under_emulation() {
+    let folder = tempfile::tempdir().unwrap();
+    let program = unpacked("aarch64-unknown-linux-musl", folder.path());
+    let topology = Topology::new().unwrap();
+    let backends = [Protocol::Tcp, Protocol::Udp]
+        .map(|protocol| Backend::start(&topology.backend.netns, protocol, BACKEND_PORT).unwrap());
+    let backend = SocketAddr::new(topology.backend.address(Family::V4), BACKEND_PORT);
+    let mut run = topology.host.command("qemu-aarch64-static");
+    run.arg(program)
+        .args(["run", "--datapath", "userland", "--instance", "aarch64"]);
+    run.args([
+        "-p",
+        &format!("{PORT}:{backend}"),
+        "-p",
+        &format!("{PORT}:{backend}/udp"),
+    ]);
+    let mut running = run.spawn().unwrap();
+    let frontend = SocketAddr::new(topology.host_address(Family::V4), PORT);
+    for protocol in [Protocol::Tcp, Protocol::Udp] {
+        let answer = wait_for("an answer", || {
+            ask(&topology.client, protocol, frontend, "hello").ok()
+        });
+        assert_eq!(answer.unwrap().payload, "hello");
+    }
+    assert!(backends.iter().all(|backend| backend.requests() > 0));
+    nix::sys::signal::kill(
+        nix::unistd::Pid::from_raw(running.id().cast_signed()),
+        nix::sys::signal::Signal::SIGTERM,
+    )
+    .unwrap();
+    assert!(running.wait().unwrap().success());
+}
+
 #[test]
 fn the_checksums_are_those_of_the_packages() {
     let folder = variable("FORWARDER_PACKAGES");

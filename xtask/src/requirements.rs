@@ -9,7 +9,7 @@ use anyhow::{Context, Result, bail, ensure};
 
 use crate::exec::{self, step};
 
-/// A program, and the packages of apt, dnf and pacman that bring it.
+/// A program, and the packages of apt, dnf and pacman that bring it (several with spaces between).
 struct Package {
     program: &'static str,
     names: [&'static str; 3],
@@ -23,7 +23,14 @@ const PACKAGES: &[Package] = &[
     package("apt-get", ["apt", "apt", "apt"]),
     package("bash", ["bash", "bash", "bash"]),
     package("busybox", ["busybox-static", "busybox", "busybox"]),
-    package("chromium", ["chromium", "chromium-headless", "chromium"]),
+    package(
+        "chromium",
+        [
+            "chromium fonts-dejavu-core",
+            "chromium dejavu-sans-fonts",
+            "chromium ttf-dejavu",
+        ],
+    ),
     package("curl", ["curl", "curl", "curl"]),
     package("debootstrap", ["debootstrap", "debootstrap", "debootstrap"]),
     package("depmod", ["kmod", "kmod", "kmod"]),
@@ -147,7 +154,7 @@ fn command(manager: &Manager, programs: &[&str]) -> Result<Vec<&'static str>> {
         let name = package
             .with_context(|| format!("no package of {program} is known"))?
             .names[manager.column];
-        packages.push(name);
+        packages.extend(name.split(' '));
     }
     packages.sort_unstable();
     packages.dedup();

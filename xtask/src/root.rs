@@ -1,7 +1,7 @@
 //! A clean Debian to try things in: made once by debootstrap, then used beneath an overlay, so that what is done in it is
 //! gone with the overlay.
 
-use std::{fs, path::PathBuf, process::Command};
+use std::{fs, path::PathBuf};
 
 use anyhow::{Context as _, Result};
 

@@ -69,7 +69,7 @@ impl Options {
             programs.extend(if self.smoke {
                 &[][..]
             } else {
-                &["debootstrap", "rpm"]
+                &["debootstrap", "qemu-aarch64-static", "rpm"]
             });
         }
         programs
@@ -84,6 +84,15 @@ pub(crate) fn test(options: &Options) -> Result<()> {
                 .args(["test", "--quiet", "--no-fail-fast"])
                 .args(&options.filter),
         )?;
+        let programs = [
+            "test",
+            "--quiet",
+            "--package",
+            "forwarder-tests",
+            "--lib",
+            "--bins",
+        ];
+        exec::run(exec::cargo().args(programs).args(&options.filter))?;
         exec::run(exec::cargo().args(["check", "--quiet", "--package", "forwarder-ebpf"]))?;
     }
     if options.tier == Some(0) {

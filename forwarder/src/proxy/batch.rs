@@ -99,26 +99,41 @@ impl Batch {
             header.msg_name = ptr::from_mut(&mut self.names[at]).cast();
             header.msg_namelen = size_of::<libc::sockaddr_storage>() as libc::socklen_t;
             header.msg_control = ptr::from_mut(&mut self.controls[at]).cast();
-            header.msg_controllen = CONTROL;
+            header.msg_controllen = CONTROL as _;
             self.vectors[at].iov_len = DATAGRAM;
         }
         // SAFETY: every pointer in `messages` leads to a live buffer of the length that stands beside it.
-        let count = unsafe {
-            libc::recvmmsg(
-                socket.as_raw_fd(),
-                self.messages.as_mut_ptr(),
-                BATCH as libc::c_uint,
-                libc::MSG_DONTWAIT,
-                ptr::null_mut(),
-            )
-        };
-        usize::try_from(count).map_err(|_| io::Error::last_os_error())
+        unsafe { call(libc::SYS_recvmmsg, socket, &mut self.messages) }
     }
 
     fn datagram(&self, at: usize) -> &[u8] {
         let length = (self.messages[at].msg_len as usize).min(DATAGRAM);
         &self.data[at * DATAGRAM..][..length]
     }
+}
+
+/// Does recvmmsg(2) or sendmmsg(2) without waiting. It calls the kernel itself, since musl's function sends one datagram a call.
+/// What musl leaves between the fields, where the kernel has the upper half of a length, is zero from the start.
+///
+/// # Safety
+/// Every pointer in `messages` leads to a live buffer of the length that stands beside it.
+unsafe fn call(
+    number: libc::c_long,
+    socket: BorrowedFd<'_>,
+    messages: &mut [libc::mmsghdr],
+) -> io::Result<usize> {
+    // SAFETY: as the caller promises; the last argument is recvmmsg's, no time limit.
+    let count = unsafe {
+        libc::syscall(
+            number,
+            socket.as_raw_fd(),
+            messages.as_mut_ptr(),
+            messages.len(),
+            libc::MSG_DONTWAIT,
+            ptr::null_mut::<libc::timespec>(),
+        )
+    };
+    usize::try_from(count).map_err(|_| io::Error::last_os_error())
 }
 
 thread_local! {
@@ -225,22 +240,15 @@ pub(super) fn answer(
             header.msg_name = name.as_ptr().cast_mut().cast();
             header.msg_namelen = name.len();
             header.msg_control = control.0.as_mut_ptr().cast();
-            header.msg_controllen = control_length;
+            header.msg_controllen = control_length as _;
         }
         let mut sent = 0;
         while sent < count {
             // SAFETY: every pointer in `messages` leads to a live buffer of the length that stands beside it; those
             // that outlive this call are written anew before the next.
-            let more = unsafe {
-                libc::sendmmsg(
-                    to.as_raw_fd(),
-                    batch.messages[sent..].as_mut_ptr(),
-                    (count - sent) as libc::c_uint,
-                    libc::MSG_DONTWAIT,
-                )
-            };
+            let more = unsafe { call(libc::SYS_sendmmsg, to, &mut batch.messages[sent..count]) };
             // An error is about the first datagram that was not sent.
-            sent += usize::try_from(more).unwrap_or(1).max(1);
+            sent += more.unwrap_or(1).max(1);
         }
         Ok((count, bytes))
     })
@@ -253,7 +261,7 @@ fn write_local(control: &mut Control, local: Local) -> usize {
     unsafe {
         let mut header: libc::msghdr = mem::zeroed();
         header.msg_control = control.0.as_mut_ptr().cast();
-        header.msg_controllen = CONTROL;
+        header.msg_controllen = CONTROL as _;
         let message = libc::CMSG_FIRSTHDR(&raw const header);
         let data = libc::CMSG_DATA(message);
         let length = match local.address {
@@ -279,7 +287,7 @@ fn write_local(control: &mut Control, local: Local) -> usize {
                 size_of::<libc::in6_pktinfo>() as u32
             }
         };
-        (*message).cmsg_len = libc::CMSG_LEN(length) as usize;
+        (*message).cmsg_len = libc::CMSG_LEN(length) as _;
         libc::CMSG_SPACE(length) as usize
     }
 }

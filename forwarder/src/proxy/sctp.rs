@@ -233,7 +233,7 @@ fn receive(socket: &Socket, into: &mut [u8]) -> io::Result<(usize, Option<Info>,
     header.msg_iov = &raw mut part;
     header.msg_iovlen = 1;
     header.msg_control = (&raw mut control).cast();
-    header.msg_controllen = size_of::<Control>();
+    header.msg_controllen = size_of::<Control>() as _;
     // SAFETY: everything that the header points to lives until the call returns.
     let read = unsafe { libc::recvmsg(socket.as_raw_fd(), &raw mut header, 0) };
     let read = usize::try_from(read).map_err(|_| io::Error::last_os_error())?;
@@ -281,11 +281,11 @@ fn send(socket: &Socket, message: &[u8], about: Info) -> io::Result<()> {
     // SAFETY: the control message is shorter than its room; the kernel reads only what the header points to, all of
     // which lives until the call returns.
     let sent = unsafe {
-        header.msg_controllen = libc::CMSG_SPACE(length) as usize;
+        header.msg_controllen = libc::CMSG_SPACE(length) as _;
         let first = libc::CMSG_FIRSTHDR(&raw const header);
         (*first).cmsg_level = libc::IPPROTO_SCTP;
         (*first).cmsg_type = libc::SCTP_SNDINFO;
-        (*first).cmsg_len = libc::CMSG_LEN(length) as usize;
+        (*first).cmsg_len = libc::CMSG_LEN(length) as _;
         libc::CMSG_DATA(first)
             .cast::<libc::sctp_sndinfo>()
             .write_unaligned(data);
