@@ -8,7 +8,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use anyhow::{Context as _, Result, bail};
+use anyhow::{Context as _, Result, ensure};
 
 use crate::{
     exec::{self, step},
@@ -82,22 +82,19 @@ pub(crate) fn fresh(options: &Options) -> Result<()> {
     for command in commands {
         step(&format!("in a clean root: {command}"));
         let begun = Instant::now();
-        let done = exec::run(
-            exec::as_root("unshare")
-                .context("needs root")?
-                .args(["--mount", "--pid", "--fork", "sh", "-c", SCRIPT, "sh"])
-                .args([&root, &changes])
-                .arg(exec::workspace())
-                .arg(home.trim())
-                .arg(programs)
-                .args([toolchain, command]),
+        let mut inside = exec::as_root("unshare").context("needs root")?;
+        inside
+            .args(["--mount", "--pid", "--fork", "sh", "-c", SCRIPT, "sh"])
+            .args([&root, &changes])
+            .arg(exec::workspace())
+            .arg(home.trim())
+            .arg(programs)
+            .args([toolchain, command]);
+        ensure!(
+            inside.status()?.success(),
+            "`{command}` failed in a clean root, which is left in {}",
+            changes.display()
         );
-        if let Err(error) = done {
-            bail!(
-                "in a clean root, `{command}`: {error:#}; it is left in {}",
-                changes.display()
-            );
-        }
         took.push((command, begun.elapsed()));
     }
     remove()?;
