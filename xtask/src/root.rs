@@ -42,21 +42,21 @@ pub(crate) fn debian() -> Result<PathBuf> {
     // apt reaches its mirrors in there as it does here.
     for what in [
         "/etc/apt/apt.conf.d",
+        "/etc/apt/sources.list",
         "/etc/apt/sources.list.d",
         "/etc/ssl/certs/ca-certificates.crt",
     ] {
         let to = format!("{}{what}", root.display());
-        let folder = fs::metadata(what).is_ok_and(|what| what.is_dir());
-        let from = if folder {
-            format!("{what}/.")
-        } else {
-            what.to_owned()
-        };
+        exec::run(
+            exec::as_root("rm")
+                .context("needs root")?
+                .args(["-r", "-f", &to]),
+        )?;
         if fs::exists(what)? {
             exec::run(
                 exec::as_root("cp")
                     .context("needs root")?
-                    .args(["-r", &from, &to]),
+                    .args(["-r", what, &to]),
             )?;
         }
     }
