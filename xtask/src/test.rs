@@ -36,6 +36,14 @@ const TIERS: [(u8, &str, &str); 3] = [
     (3, "system", "browsers, packages, documents"),
 ];
 
+/// What is pinned stays in a bpffs of the tests' own, which a machine without one has too. The same with cgroup v2.
+const MOUNTS: &str = r#"
+set -e
+mount -t bpf bpf /sys/fs/bpf
+grep -q ' cgroup2 ' /proc/mounts || mount -t cgroup2 cgroup2 /sys/fs/cgroup
+exec env "$@"
+"#;
+
 impl Options {
     /// Tier 3, as CI runs it.
     pub(crate) fn smoke() -> Self {
@@ -114,13 +122,10 @@ pub(crate) fn test(options: &Options) -> Result<()> {
             continue;
         }
         step(&format!("tier {tier}: {what}"));
-        // What is pinned stays in the tests' own bpffs, on a machine without one too.
         let mut command = exec::as_root("unshare").context("needs root")?;
         command
             .current_dir(exec::workspace().join("tests"))
-            .args(["--mount", "sh", "-c"])
-            .arg("mount -t bpf bpf /sys/fs/bpf && exec env \"$@\"")
-            .arg("sh")
+            .args(["--mount", "sh", "-c", MOUNTS, "sh"])
             .args(&variables)
             .arg(exec::executable(&tests, name)?)
             .args(&options.filter)
