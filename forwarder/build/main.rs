@@ -21,8 +21,8 @@ fn main() -> Result<(), Failure> {
 
     let object = match env::var_os(VARIABLE) {
         Some(value) if value == "source" => from_source(&workspace)?,
-        Some(value) => PathBuf::from(value),
-        None => prebuilt(&workspace)?,
+        Some(value) if !value.is_empty() => workspace.join(value),
+        _ => prebuilt(&workspace)?,
     };
     println!("cargo::rerun-if-changed={}", object.display());
     let content = fs::read(&object).map_err(|error| {
@@ -31,9 +31,12 @@ fn main() -> Result<(), Failure> {
             object.display()
         )
     })?;
+    if !content.starts_with(b"\x7fELF") {
+        return Err(format!("the eBPF object {} is no ELF file", object.display()).into());
+    }
     let big_endian = env::var("CARGO_CFG_TARGET_ENDIAN").is_ok_and(|endian| endian == "big");
+    // EI_DATA (elf(5)).
     if content.get(5) != Some(if big_endian { &2 } else { &1 }) {
-        // EI_DATA of the ELF header (elf(5)).
         return Err(format!(
             "the eBPF object {} has another byte order than the target: build on such a machine with {VARIABLE}=source",
             object.display()
@@ -50,15 +53,12 @@ fn main() -> Result<(), Failure> {
 
 /// The object that comes with the sources. Says so if the sources have changed since.
 fn prebuilt(workspace: &Path) -> Result<PathBuf, Failure> {
-    for folder in sources::FOLDERS {
-        println!(
-            "cargo::rerun-if-changed={}",
-            workspace.join(folder).display()
-        );
-    }
+    watch(workspace);
     let stamp = workspace.join("prebuilt/forwarder.o.sources");
     println!("cargo::rerun-if-changed={}", stamp.display());
-    if fs::read_to_string(stamp)?.trim() != sources::digest(workspace)? {
+    let stamped = fs::read_to_string(&stamp)
+        .map_err(|error| format!("{}: {error}; `cargo xtask ebpf` renews it", stamp.display()))?;
+    if stamped.trim() != sources::digest(workspace)? {
         println!(
             "cargo::warning=the eBPF program's sources have changed since prebuilt/forwarder.o was built: \
              `cargo xtask ebpf` renews it"
@@ -67,15 +67,17 @@ fn prebuilt(workspace: &Path) -> Result<PathBuf, Failure> {
     Ok(workspace.join("prebuilt/forwarder.o"))
 }
 
+/// Has cargo run this again when the eBPF program's sources change.
+fn watch(workspace: &Path) {
+    for path in sources::FOLDERS.iter().chain(&sources::FILES) {
+        println!("cargo::rerun-if-changed={}", workspace.join(path).display());
+    }
+}
+
 /// Has `cargo xtask` build it, which installs the toolchain that it takes. In a target folder of its own, since cargo holds
 /// the lock of this one.
 fn from_source(workspace: &Path) -> Result<PathBuf, Failure> {
-    for folder in sources::FOLDERS {
-        println!(
-            "cargo::rerun-if-changed={}",
-            workspace.join(folder).display()
-        );
-    }
+    watch(workspace);
     let mut build = Command::new(env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
     build
         .current_dir(workspace)

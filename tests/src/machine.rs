@@ -38,11 +38,15 @@ pivot_root . old
 exec chroot . sh -c 'umount -l /old && rmdir /old && exec env -i container=forwarder /lib/systemd/systemd'
 "#;
 
-/// Enters the cgroup, then makes the namespaces, of which the cgroup's root is this one.
+/// Enters the cgroup, then makes the namespaces, of which the cgroup's root is this one. The machine ends with the test, also
+/// if that is killed: unshare(1) ignores the SIGTERM that it would get.
 const ENTER: &str = r#"
 echo $$ >"$3/cgroup.procs"
-exec unshare --mount --uts --ipc --pid --cgroup --fork --kill-child sh -c "$BOOT" sh "$@"
+exec setpriv --pdeathsig KILL unshare --mount --uts --ipc --pid --cgroup --fork --kill-child sh -c "$BOOT" sh "$@"
 "#;
+
+/// What the names of the machines' cgroups begin with.
+const CGROUP: &str = "forwarder-test-";
 
 /// A machine that runs; dropped, it is switched off.
 #[derive(Debug)]
@@ -63,9 +67,16 @@ impl Machine {
     /// No cgroup v2, or systemd says that something failed.
     pub fn boot(root: &Path, netns: &Netns) -> Result<Self> {
         let changes = tempfile::tempdir()?;
+        let all = cgroups()?;
+        // What tests have left that were killed: those with processes stay.
+        for entry in fs::read_dir(&all)?.flatten() {
+            if entry.file_name().to_string_lossy().starts_with(CGROUP) {
+                remove_cgroups(&entry.path());
+            }
+        }
         let name = changes.path().file_name().context("a folder has a name")?;
-        let cgroup = cgroups()?.join(format!(
-            "forwarder-test-{}",
+        let cgroup = all.join(format!(
+            "{CGROUP}{}",
             name.to_string_lossy().trim_start_matches('.')
         ));
         fs::create_dir(&cgroup).with_context(|| cgroup.display().to_string())?;

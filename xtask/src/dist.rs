@@ -107,17 +107,14 @@ fn build(tools: &Path, object: &Object, target: Option<&str>) -> Result<PathBuf>
     object.embed(&mut cargo);
     with(tools, &mut cargo).args(["auditable", "build", "--release", "--quiet"]);
     cargo.args(["--package", "forwarder", "--bin", "forwarder"]);
-    let mut folder = exec::workspace().join("target");
     if let Some(target) = target {
         exec::run(Command::new("rustup").args(["--quiet", "target", "add", target]))?;
         let variable = target.to_uppercase().replace('-', "_");
         cargo
             .args(["--target", target])
             .env(format!("CARGO_TARGET_{variable}_LINKER"), "rust-lld");
-        folder.push(target);
     }
-    exec::run(&mut cargo)?;
-    Ok(folder.join("release/forwarder"))
+    exec::executable(&exec::executables(&mut cargo)?, "forwarder")
 }
 
 /// Packs a static program with what belongs to it.

@@ -90,10 +90,13 @@ pub(crate) fn ebpf(options: &Options) -> Result<()> {
 /// Or what `FORWARDER_EBPF_OBJECT` names.
 pub(crate) fn object() -> Result<Object> {
     let is_current = || {
-        fs::read_to_string(stamp()).is_ok_and(|text| digest().is_ok_and(|now| text.trim() == now))
+        prebuilt().exists()
+            && fs::read_to_string(stamp())
+                .is_ok_and(|text| digest().is_ok_and(|now| text.trim() == now))
     };
-    let (path, built) = match std::env::var_os(VARIABLE) {
-        Some(path) if path != "source" => (PathBuf::from(path), true),
+    let chosen = std::env::var_os(VARIABLE).filter(|value| !value.is_empty());
+    let (path, built) = match chosen {
+        Some(path) if path != "source" => (exec::workspace().join(path), true),
         None if cfg!(target_endian = "little") && is_current() => (prebuilt(), false),
         _ => (build()?, true),
     };

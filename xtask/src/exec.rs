@@ -131,6 +131,9 @@ pub(crate) fn is_root() -> bool {
 /// `program` with root's rights: as it is for root, through sudo for others, `None` where neither
 /// can be. `sudo` may ask for a password only where somebody can type it.
 pub(crate) fn as_root(program: impl AsRef<OsStr>) -> Option<Command> {
+    // Root's own PATH may lack the folders that `find` looks in.
+    let found = program.as_ref().to_str().and_then(find);
+    let program = found.as_deref().map_or(program.as_ref(), Path::as_os_str);
     if is_root() {
         return Some(Command::new(program));
     }
@@ -168,11 +171,12 @@ impl JoinOs for [&OsStr] {
 pub(crate) fn build_executables(args: &[&str], object: &Object) -> Result<Vec<(String, PathBuf)>> {
     let mut build = cargo();
     object.embed(&mut build);
-    let text = output(
-        build
-            .args(args)
-            .arg("--message-format=json-render-diagnostics"),
-    )?;
+    executables(build.args(args))
+}
+
+/// Runs a build and returns the executables that came out.
+pub(crate) fn executables(build: &mut Command) -> Result<Vec<(String, PathBuf)>> {
+    let text = output(build.arg("--message-format=json-render-diagnostics"))?;
     let mut executables = Vec::new();
     for line in text.lines() {
         let message: serde_json::Value = serde_json::from_str(line).context("cargo's message")?;

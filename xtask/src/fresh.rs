@@ -28,7 +28,7 @@ pub(crate) struct Options {
 /// What README.md begins with.
 const COMMANDS: [&str; 2] = ["cargo xtask run --once", "cargo xtask test"];
 
-pub(crate) const PROGRAMS: [&str; 4] = ["apt-get", "debootstrap", "git", "unshare"];
+pub(crate) const PROGRAMS: [&str; 5] = ["apt-get", "debootstrap", "git", "setpriv", "unshare"];
 
 /// Runs as root in mount and process namespaces of its own: $1 the clean root, $2 a folder for what changes, $3 the
 /// checkout, $4 rustup's home, $5 the folder of its programs, $6 the toolchain's name, $7 the command.
@@ -82,9 +82,18 @@ pub(crate) fn fresh(options: &Options) -> Result<()> {
     for command in commands {
         step(&format!("in a clean root: {command}"));
         let begun = Instant::now();
-        let mut inside = exec::as_root("unshare").context("needs root")?;
+        let mut inside = exec::as_root("setpriv").context("needs root")?;
         inside
-            .args(["--mount", "--pid", "--fork", "sh", "-c", SCRIPT, "sh"])
+            .args([
+                "--pdeathsig",
+                "KILL",
+                "unshare",
+                "--mount",
+                "--pid",
+                "--fork",
+                "--kill-child",
+            ])
+            .args(["sh", "-c", SCRIPT, "sh"])
             .args([&root, &changes])
             .arg(exec::workspace())
             .arg(home.trim())

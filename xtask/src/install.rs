@@ -33,12 +33,9 @@ pub(crate) struct Layout<'a> {
 }
 
 impl<'a> Layout<'a> {
-    /// The system's own prefixes have their configuration in /etc, others below themselves.
+    /// A distribution's own prefix has its configuration in /etc, others below themselves.
     pub(crate) fn new(prefix: &'a Path) -> Self {
-        let is_system = ["/usr", "/usr/local"]
-            .iter()
-            .any(|own| prefix == Path::new(own));
-        let etc = if is_system {
+        let etc = if prefix == Path::new("/usr") {
             PathBuf::from("/etc")
         } else {
             prefix.join("etc")
@@ -47,6 +44,11 @@ impl<'a> Layout<'a> {
             prefix,
             defaults: etc.join("default/forwarder"),
         }
+    }
+
+    /// The list of what was installed, with which it is removed.
+    fn list(&self) -> PathBuf {
+        self.prefix.join("share/forwarder/installed")
     }
 }
 
@@ -59,7 +61,19 @@ const COMPLETIONS: [(&str, &str); 3] = [
 
 pub(crate) fn install(options: &Options) -> Result<()> {
     let prefix = std::path::absolute(&options.prefix)?;
+    let text = prefix.to_str().unwrap_or_default();
+    let plain = |c: char| c.is_alphanumeric() || "/._-+@:".contains(c);
+    ensure!(
+        !text.is_empty() && text.chars().all(plain) && !text.split('/').any(|part| part == ".."),
+        "--prefix {}: a unit file cannot name it: write it without `..`, spaces and signs",
+        options.prefix.display()
+    );
     let layout = Layout::new(&prefix);
+    if options.remove {
+        return remove(&layout);
+    }
+    // Before a build that would be in vain.
+    drop(changing(&prefix, "true")?);
     let object = ebpf::object()?;
     step("building forwarder, optimised");
     let build = [
@@ -75,46 +89,90 @@ pub(crate) fn install(options: &Options) -> Result<()> {
     let tree = exec::workspace().join("target/install");
     stage(&tree, &layout, &binary, &binary)?;
     let files = files(&tree)?;
-    if options.remove {
-        let paths = files.iter().map(|path| Path::new("/").join(path));
-        exec::run(changing(&prefix, "rm")?.arg("--force").args(paths))?;
-        step(&format!("removed from {}", prefix.display()));
-        return Ok(());
-    }
-    let defaults = layout.defaults.strip_prefix("/")?;
-    for path in &files {
-        let mut copy = changing(&prefix, "install")?;
-        let kept = path == defaults && layout.defaults.exists();
-        if kept {
-            step(&format!("{} stays as it is", layout.defaults.display()));
+    let listed: String = files
+        .iter()
+        .map(|path| format!("/{}\n", path.display()))
+        .collect();
+    let list = layout.list().strip_prefix("/")?.to_owned();
+    write(&tree.join(&list), 0o644, listed.as_bytes())?;
+    for path in files.iter().chain([&list]) {
+        let to = Path::new("/").join(path);
+        if to == layout.defaults && to.exists() {
+            step(&format!("{} stays as it is", to.display()));
             continue;
         }
-        // It removes what is there first: a program that runs cannot be written to.
+        // install(1) removes what is there first: a program that runs cannot be written to.
         let mode = fs::metadata(tree.join(path))?.permissions().mode() & 0o777;
+        let mut copy = changing(&to, "install")?;
         copy.arg("-D").arg(format!("--mode={mode:o}"));
-        exec::run(copy.arg(tree.join(path)).arg(Path::new("/").join(path)))?;
+        exec::run(copy.arg(tree.join(path)).arg(to))?;
     }
     step(&format!(
-        "installed: {}; its flags as a service: {}",
+        "installed: {}; its flags as a service, after `systemctl daemon-reload`: {}",
         prefix.join("bin/forwarder").display(),
         layout.defaults.display()
     ));
     Ok(())
 }
 
-/// A program that changes files below `prefix`: with root's rights only where it takes them.
-fn changing(prefix: &Path, program: &str) -> Result<Command> {
-    let there = prefix
+/// Removes what the list in the prefix names; flags that somebody has written stay.
+fn remove(layout: &Layout) -> Result<()> {
+    let list = layout.list();
+    let listed = fs::read_to_string(&list)
+        .with_context(|| format!("nothing is installed there: {}", list.display()))?;
+    let is_enabled = exec::succeeds(Command::new("systemctl").args([
+        "--quiet",
+        "is-enabled",
+        "forwarder.service",
+    ]));
+    let unit = layout.prefix.join("lib/systemd/system/forwarder.service");
+    let shown = Command::new("systemctl")
+        .args(["show", "--property=FragmentPath", "forwarder.service"])
+        .output();
+    let is_this = shown.is_ok_and(|shown| {
+        String::from_utf8_lossy(&shown.stdout)
+            .trim()
+            .ends_with(&unit.display().to_string())
+    });
+    ensure!(
+        !(is_enabled && is_this),
+        "forwarder.service is enabled: `systemctl disable --now forwarder` first"
+    );
+    let shipped = fs::read(exec::workspace().join("forwarder/packaging/forwarder.default"))?;
+    for path in listed.lines().map(Path::new).chain([list.as_path()]) {
+        if path == layout.defaults && fs::read(path).is_ok_and(|content| content != shipped) {
+            step(&format!(
+                "{} was written by somebody and stays",
+                path.display()
+            ));
+            continue;
+        }
+        exec::run(changing(path, "rm")?.arg("--force").arg(path))?;
+    }
+    for own in ["share/forwarder", "share/doc/forwarder"] {
+        let folder = layout.prefix.join(own);
+        if folder.exists() {
+            let mut rmdir = changing(&folder, "rmdir")?;
+            exec::run(rmdir.arg("--ignore-fail-on-non-empty").arg(&folder))?;
+        }
+    }
+    step(&format!("removed from {}", layout.prefix.display()));
+    Ok(())
+}
+
+/// A program that changes `path`: with root's rights only where it takes them.
+fn changing(path: &Path, program: &str) -> Result<Command> {
+    let folder = path.parent().unwrap_or(path);
+    let there = folder
         .ancestors()
         .find(|folder| folder.exists())
         .unwrap_or(Path::new("/"));
-    let writable = exec::succeeds(Command::new("test").arg("-w").arg(there));
-    if writable {
+    if exec::succeeds(Command::new("test").arg("-w").arg(there)) {
         return Ok(Command::new(program));
     }
     exec::as_root(program).with_context(|| {
         format!(
-            "{} is not yours to write: run `sudo -v` first, or choose --prefix",
+            "{} is not yours to write: become root, or choose --prefix",
             there.display()
         )
     })
@@ -151,16 +209,14 @@ pub(crate) fn stage(tree: &Path, layout: &Layout, binary: &Path, runs: &Path) ->
     }
 
     let packaging = exec::workspace().join("forwarder/packaging");
-    let unit = fs::read_to_string(packaging.join("forwarder.service"))?
-        .replace(
-            "@BINARY@",
-            &layout.prefix.join("bin/forwarder").display().to_string(),
-        )
-        .replace("@DEFAULTS@", &layout.defaults.display().to_string());
-    ensure!(
-        !unit.contains('@'),
-        "forwarder.service has a place that nothing is put into"
-    );
+    let mut unit = fs::read_to_string(packaging.join("forwarder.service"))?;
+    for (place, path) in [
+        ("@BINARY@", layout.prefix.join("bin/forwarder")),
+        ("@DEFAULTS@", layout.defaults.clone()),
+    ] {
+        ensure!(unit.contains(place), "forwarder.service has no {place}");
+        unit = unit.replace(place, &path.display().to_string());
+    }
     write(
         &prefix.join("lib/systemd/system/forwarder.service"),
         0o644,
@@ -170,7 +226,9 @@ pub(crate) fn stage(tree: &Path, layout: &Layout, binary: &Path, runs: &Path) ->
         &below(&layout.defaults),
         0o644,
         &fs::read(packaging.join("forwarder.default"))?,
-    )
+    )?;
+    // Whatever the umask is.
+    exec::run(Command::new("chmod").args(["-R", "u=rwX,go=rX"]).arg(tree))
 }
 
 fn write(path: &Path, mode: u32, content: &[u8]) -> Result<()> {

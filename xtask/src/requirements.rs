@@ -108,19 +108,17 @@ pub(crate) fn provide(programs: &[&str], install: bool) -> Result<()> {
         );
     };
     let command = command(manager, &missing)?;
-    if !install || !exec::is_root() {
-        let sudo = if exec::is_root() { "" } else { "sudo " };
-        bail!(
-            "{} missing: {sudo}{}",
-            missing.join(", "),
-            command.join(" ")
-        );
+    let whole = match manager.refresh {
+        Some(refresh) => format!("{} && {}", refresh.join(" "), command.join(" ")),
+        None => command.join(" "),
+    };
+    if !exec::is_root() {
+        bail!("{} missing: sudo sh -c '{whole}'", missing.join(", "));
     }
-    step(&format!(
-        "{} missing: {}",
-        missing.join(", "),
-        command.join(" ")
-    ));
+    if !install {
+        bail!("{} missing: {whole}", missing.join(", "));
+    }
+    step(&format!("{} missing: {whole}", missing.join(", ")));
     if let Some(refresh) = manager.refresh {
         manage(refresh)?;
     }

@@ -73,11 +73,11 @@ impl Options {
             ]);
         }
         if self.has(3) {
-            programs.extend(["chromium", "curl", "ip", "unshare"]);
+            programs.extend(["chromium", "curl", "ip", "setpriv", "unshare"]);
             programs.extend(if self.smoke {
                 &[][..]
             } else {
-                &["debootstrap", "qemu-aarch64-static", "rpm"]
+                &["apt-get", "debootstrap", "qemu-aarch64-static", "rpm"]
             });
         }
         programs

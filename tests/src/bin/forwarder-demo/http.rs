@@ -4,7 +4,10 @@
 use std::{
     io::{BufRead, BufReader, Read, Write},
     net::{Ipv6Addr, SocketAddr, TcpListener, TcpStream},
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
     thread,
     time::{Duration, Instant},
 };
@@ -12,10 +15,14 @@ use std::{
 use anyhow::{Context, Result};
 use forwarder_tests::netns::Netns;
 
-/// How long an answer may take.
+/// How long a client or a part of an answer may take.
 const PATIENCE: Duration = Duration::from_secs(3);
 /// How long a connection may be without a request. The page asks every second.
 const IDLE: Duration = Duration::from_secs(15);
+/// How long a whole answer may take.
+const LONGEST_ANSWER: Duration = Duration::from_secs(60);
+/// Connections at once; more are closed.
+const MOST: usize = 64;
 /// No more than this is read of anybody's request.
 const LONGEST: u64 = 16 * 1024;
 /// The header in which the server says whom it saw.
@@ -49,6 +56,8 @@ pub(crate) struct Answer {
     pub status: &'static str,
     pub kind: &'static str,
     pub body: Vec<u8>,
+    /// So many zero octets follow the body.
+    pub zeros: usize,
 }
 
 impl Answer {
@@ -57,6 +66,7 @@ impl Answer {
             status: "200 OK",
             kind,
             body: body.into(),
+            zeros: 0,
         }
     }
 }
@@ -73,10 +83,25 @@ pub(crate) fn start(
         .context("start the web server")?;
     let answer = Arc::new(answer);
     thread::spawn(move || {
-        for (stream, _) in std::iter::repeat_with(|| listener.accept()).flatten() {
-            let answer = Arc::clone(&answer);
-            // A client that breaks off is its own affair.
-            thread::spawn(move || serve(&stream, &*answer));
+        let open = Arc::new(AtomicUsize::new(0));
+        loop {
+            let Ok((stream, _)) = listener.accept() else {
+                thread::sleep(Duration::from_millis(100)); // no descriptor is free
+                continue;
+            };
+            if open.load(Ordering::Relaxed) >= MOST {
+                continue;
+            }
+            open.fetch_add(1, Ordering::Relaxed);
+            let (answer, counted) = (Arc::clone(&answer), Arc::clone(&open));
+            let started = thread::Builder::new().spawn(move || {
+                // A client that breaks off is its own affair.
+                let _ = serve(&stream, &*answer);
+                counted.fetch_sub(1, Ordering::Relaxed);
+            });
+            if started.is_err() {
+                open.fetch_sub(1, Ordering::Relaxed);
+            }
         }
     });
     Ok(())
@@ -94,22 +119,46 @@ fn serve(mut stream: &TcpStream, answer: &dyn Fn(&Request) -> Answer) -> std::io
     stream.set_write_timeout(Some(PATIENCE))?;
     let mut reader = BufReader::new(stream);
     while let Some(request) = read(&mut reader, peer, local, accepted)? {
-        let Answer { status, kind, body } = answer(&request);
+        let Answer {
+            status,
+            kind,
+            body,
+            zeros,
+        } = answer(&request);
+        let deadline = Instant::now() + LONGEST_ANSWER;
         let connection = if request.last { "close" } else { "keep-alive" };
         let mut bytes = format!(
             "HTTP/1.1 {status}\r\nContent-Type: {kind}\r\nContent-Length: {}\r\n{SOURCE}{peer}\r\n\
              Cache-Control: no-store\r\nContent-Security-Policy: {POLICY}\r\nX-Content-Type-Options: nosniff\r\n\
              Connection: {connection}\r\n\r\n",
-            body.len(),
+            body.len() + zeros,
         )
         .into_bytes();
-        if request.method != "HEAD" {
+        let has_body = request.method != "HEAD";
+        if has_body {
             bytes.extend(body);
         }
         stream.write_all(&bytes)?;
+        if has_body {
+            write_zeros(stream, zeros, deadline)?;
+        }
         if request.last {
             break;
         }
+    }
+    Ok(())
+}
+
+/// Writes zeros of no memory of their own until `deadline`.
+fn write_zeros(mut stream: &TcpStream, mut count: usize, deadline: Instant) -> std::io::Result<()> {
+    static ZEROS: [u8; 1 << 16] = [0; 1 << 16];
+    while count > 0 {
+        if Instant::now() > deadline {
+            return Err(std::io::ErrorKind::TimedOut.into());
+        }
+        let part = count.min(ZEROS.len());
+        stream.write_all(&ZEROS[..part])?;
+        count -= part;
     }
     Ok(())
 }

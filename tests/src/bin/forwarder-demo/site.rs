@@ -92,7 +92,10 @@ impl Site {
                 include_str!("page/page.js"),
             ),
             "/icon.svg" => Answer::ok("image/svg+xml", include_str!("page/icon.svg")),
-            "/download" => Answer::ok("application/octet-stream", vec![0; DOWNLOAD]),
+            "/download" => Answer {
+                zeros: DOWNLOAD,
+                ..Answer::ok("application/octet-stream", [])
+            },
             _ => Answer {
                 status: "404 Not Found",
                 ..Answer::ok(TEXT, "nothing here\n")
