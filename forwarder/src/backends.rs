@@ -547,4 +547,64 @@ mod tests {
         let mtu = |index| mtu(index).map(|(_, interface)| interface.mtu);
         assert_eq!((mtu(2), mtu(3), mtu(99)), (Some(1500), Some(1400), None));
     }
+
+    #[test]
+    fn what_is_behind_a_container_network_follows_from_the_routes() {
+        let mut snapshot = host();
+        snapshot.routes.clear();
+        for (destination, prefix, ifindex, gateway) in [
+            ("0.0.0.0", 0, 2, true),
+            ("198.51.100.0", 24, 2, false),
+            ("172.31.0.0", 24, 3, false),
+            ("10.8.0.0", 24, 3, true),     // by way of a container
+            ("172.31.0.128", 25, 2, true), // an exception from the bridge's network
+            ("10.44.0.2", 32, 5, false),
+            ("fe80::", 64, 3, false),
+        ] {
+            snapshot
+                .routes
+                .push(route(destination, prefix, ifindex, gateway));
+        }
+        let shown: Vec<_> = networks(&snapshot)
+            .iter()
+            .map(|(prefix, device)| format!("{prefix} {device}"))
+            .collect();
+        assert_eq!(
+            shown,
+            [
+                "10.8.0.0/24 3",
+                "10.44.0.2/32 5",
+                "172.31.0.0/24 3",
+                "172.31.0.128/25 0"
+            ]
+        );
+        let behind: Vec<u32> = interfaces(&snapshot)
+            .map(|(_, device)| device.network)
+            .collect();
+        assert_eq!(behind, [0, 0, 3, 3, 5], "lo, eth0, br0, veth0, ptp0");
+    }
+
+    #[test]
+    fn of_two_routes_to_a_prefix_the_better_one_counts() {
+        let mut snapshot = host();
+        snapshot.routes.clear();
+        for (ifindex, priority) in [(3, 100), (2, 50)] {
+            let route = route("172.31.0.0", 24, ifindex, false);
+            snapshot.routes.push(Route { priority, ..route });
+        }
+        assert!(networks(&snapshot).is_empty());
+        snapshot.routes[1].priority = 200;
+        assert_eq!(networks(&snapshot).into_values().collect::<Vec<_>>(), [3]);
+    }
+
+    #[test]
+    fn a_bridge_that_is_an_uplink_is_no_container_network() {
+        let mut snapshot = host();
+        snapshot.links.insert(6, link("eth1", Kind::Other, Some(3)));
+        assert!(!networks(&snapshot).values().any(|device| *device == 3));
+        let behind: Vec<u32> = interfaces(&snapshot)
+            .map(|(_, device)| device.network)
+            .collect();
+        assert!(!behind.contains(&3), "{behind:?}");
+    }
 }
