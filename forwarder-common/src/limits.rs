@@ -10,6 +10,8 @@ pub const SOCKETS: u32 = 1024;
 pub const BACKENDS: u32 = 65_536;
 /// Addresses of the host.
 pub const LOCAL_ADDRESSES: u32 = 16_384;
+/// Prefixes that lead to container networks, and exceptions from them.
+pub const NETWORKS: u32 = 65_536;
 /// Devices.
 pub const INTERFACES: u32 = 16_384;
 /// Flows at once. Entries are allocated as they are needed.

@@ -127,6 +127,9 @@ pub struct Interface {
     pub ethernet: u32,
     /// Not 0 where the XDP program is attached.
     pub xdp: u32,
+    /// The container network behind it: the device that this host's routes to the containers lead to, which is the bridge
+    /// or the device itself. 0 for an uplink and for lo. Sources are of the same network (`NETWORKS`), or forged.
+    pub network: u32,
 }
 
 /// The priority (SO_PRIORITY) of sockets that answer from a port of a wide range, by the instance's mark. Its low four

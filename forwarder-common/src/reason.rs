@@ -67,7 +67,8 @@ reasons! {
     /// Passed: the firewall is respected, and the backend's answers to another container could go past it; the userland
     /// proxy serves it.
     ContainerClient = "container_client",
-    /// Dropped: a source that cannot be, such as a loopback address from outside.
+    /// Dropped: a source that cannot be: a loopback address from outside, an address that the host routes elsewhere, a reply
+    /// of another device than the backend's.
     Martian = "martian_source",
     /// Dropped: the source is not on the allow-list.
     NotAllowed = "not_allowed",

@@ -51,9 +51,13 @@ fn go_on(ctx: &XdpContext) -> Result<u32, Reason> {
         && published.publish.flags & flag::REMOTE != 0
         && let Some(flow) = ingress::original(packet, &published)
     {
+        ingress::is_from_client(packet, flow)?;
         return to_backend(ctx, packet, flow, &published.publish.hop);
     }
     if let Some(flow) = flow::get_by_reply(packet) {
+        if !packet.is_error() {
+            publish::is_from_backend(packet, flow.publish)?;
+        }
         return to_client(ctx, packet, flow);
     }
     let published = published.ok_or(Reason::NotOurs)?;

@@ -71,6 +71,7 @@ fn forward(
     if let Some(published) = published
         && let Some(flow) = original(packet, &published)
     {
+        is_from_client(packet, flow)?;
         if let Some(obstacle) = before_backend(ctx, packet, &published)? {
             return tell(ctx, packet, obstacle, 0);
         }
@@ -80,6 +81,9 @@ fn forward(
         return to_backend(ctx, packet, &published, trail);
     }
     if let Some(flow) = flow::get_by_reply(packet) {
+        if !packet.is_error() {
+            publish::is_from_backend(packet, flow.publish)?;
+        }
         if is_stack(&flow.back) {
             return Err(Reason::NotOurs); // until it leaves
         }
@@ -169,6 +173,17 @@ pub fn original(packet: &mut Packet, published: &Published) -> Option<&'static m
         return Some(flow);
     }
     flow::get_by_ports(packet, Ports::of(&packet.tuple)?)
+}
+
+/// Whether a packet of a flow's original direction came in as its client's may. An ICMP error may come from anywhere.
+///
+/// # Errors
+/// `Martian`.
+#[inline(always)]
+pub fn is_from_client(packet: &Packet, flow: &Flow) -> Result<(), Reason> {
+    let back = &flow.back;
+    let is = packet.ifindex == back.ifindex || packet.is_error() || publish::moved(packet, back);
+    if is { Ok(()) } else { Err(Reason::Martian) }
 }
 
 /// Has answers go where the client's packets come from now: to another MAC behind its device, or by another device if its

@@ -45,6 +45,12 @@ pub static BACKENDS: HashMap<Address, u32> =
 pub static INTERFACES: HashMap<u32, Interface> =
     HashMap::with_max_entries(limits::INTERFACES, BPF_F_NO_PREALLOC);
 
+/// Where this host's routes to containers lead: an address to the network's device, as in [`Interface::network`]. No entry,
+/// or 0, is the rest of the world.
+#[map]
+pub static NETWORKS: LpmTrie<Address, u32> =
+    LpmTrie::with_max_entries(limits::NETWORKS, BPF_F_NO_PREALLOC);
+
 #[map]
 pub static ALLOW: LpmTrie<Allowed, u32> =
     LpmTrie::with_max_entries(limits::ALLOW, BPF_F_NO_PREALLOC);

@@ -2,14 +2,14 @@
 
 use aya_ebpf::maps::lpm_trie::Key;
 use forwarder_common::{
-    flow::delivery,
+    flow::{Hop, delivery},
     publish::{Allowed, Frontend, Publish, flag, port_index},
     reason::Reason,
     tuple::{Address, TCP},
 };
 
 use crate::{
-    maps::{ALLOW, BACKENDS, FRONTENDS, INTERFACES, LOCAL_ADDRESSES, PORTS, PUBLISHES},
+    maps::{ALLOW, BACKENDS, FRONTENDS, INTERFACES, LOCAL_ADDRESSES, NETWORKS, PORTS, PUBLISHES},
     parse::Packet,
     words::copy_address,
 };
@@ -94,11 +94,14 @@ pub fn admit(packet: &Packet, publish: &'static Publish, index: u32) -> Result<(
         return Err(Reason::NotSyn);
     }
     permitted(packet, published)?;
-    if publish.backend.is_v4() != packet.is_v4 {
-        return Err(Reason::OtherFamily);
-    }
     if tuple.source.is_link_local() {
         return Err(Reason::LinkLocal);
+    }
+    if !packet.is_from_this_host() && !belongs(packet) {
+        return Err(Reason::Martian);
+    }
+    if publish.backend.is_v4() != packet.is_v4 {
+        return Err(Reason::OtherFamily);
     }
     if publish.flags & flag::DRAINING != 0 {
         return Err(Reason::Draining);
@@ -124,6 +127,43 @@ pub fn permitted(packet: &Packet, published: &Published) -> Result<(), Reason> {
         return Err(Reason::NotAllowed);
     }
     Ok(())
+}
+
+/// Whether the packet came in by a device that this host's routes to its source lead to, as far as container networks are
+/// concerned: a container cannot speak for another network or another machine, and no other machine for a container.
+#[inline(never)]
+pub fn belongs(packet: &Packet) -> bool {
+    let source = Key::new(128, packet.tuple.source);
+    let there = NETWORKS.get(source).copied().unwrap_or(0);
+    there == network(packet.ifindex)
+}
+
+/// Whether a packet of a flow's client, which came in by another device than the flow's `way` back, may be the client's: by
+/// another uplink, or of a container whose device has gone. A container does not speak by two devices.
+#[inline(always)]
+pub fn moved(packet: &Packet, way: &Hop) -> bool {
+    (network(packet.ifindex) == 0 || !exists(way.ifindex)) && belongs(packet)
+}
+
+/// Whether the packet, whose source is the backend of a publish, came from there: from the backend's own device, or where
+/// that is not known, from its network. A remote backend's may come by any uplink.
+///
+/// # Errors
+/// `Martian`, or `Unresolved` while the backend's device is not known or has gone.
+#[inline(always)]
+pub fn is_from_backend(packet: &Packet, publish: u32) -> Result<(), Reason> {
+    let publish = PUBLISHES.get(publish).ok_or(Reason::Unresolved)?;
+    let (device, known) = (publish.hop.ifindex, publish.hop.delivery);
+    if device == packet.ifindex {
+        return Ok(());
+    }
+    if known == delivery::NEIGHBOUR && network(device) == network(packet.ifindex) {
+        return Ok(());
+    }
+    if known == delivery::NONE || !exists(device) {
+        return Err(Reason::Unresolved);
+    }
+    Err(Reason::Martian)
 }
 
 /// Whether some publish leads to this address.
@@ -155,6 +195,13 @@ fn allowed(publish: u32, source: Address) -> bool {
 pub fn way_back(ifindex: u32) -> u32 {
     // SAFETY: values of this map are one word, replaced as a whole.
     unsafe { INTERFACES.get(ifindex) }.map_or(delivery::NEIGHBOUR, |interface| interface.delivery)
+}
+
+/// The container network behind a device; 0 for an uplink and for lo.
+#[inline(always)]
+fn network(ifindex: u32) -> u32 {
+    // SAFETY: values of this map are replaced as a whole.
+    unsafe { INTERFACES.get(ifindex) }.map_or(0, |interface| interface.network)
 }
 
 /// Whether there is such a device.

@@ -1,13 +1,17 @@
 //! Decides, from a snapshot and without IO: how packets get to a backend, which devices the program is
 //! attached to, and how replies leave by each.
 
-use std::{collections::BTreeSet, net::IpAddr};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    net::IpAddr,
+};
 
 use forwarder_common::{
     flow::{Hop, delivery},
     publish::Interface,
     tuple::Address,
 };
+use ipnet::IpNet;
 
 use crate::{
     cli::XdpChoice,
@@ -150,8 +154,9 @@ fn is_host_route(route: &Route) -> bool {
 
 fn is_local_bridge(snapshot: &Snapshot, bridge: u32) -> bool {
     let mut routes = snapshot.routes.iter();
-    // Where this host is a container itself, its uplink is a veth too.
-    let is_uplink = routes.any(|route| route.ifindex == bridge && route.gateway);
+    // Where this host is a container itself, its uplink is a veth too. A container may be the gateway of some network.
+    let is_uplink =
+        routes.any(|route| route.ifindex == bridge && route.gateway && route.prefix == 0);
     let mut ports = snapshot
         .links
         .values()
@@ -189,6 +194,64 @@ pub fn with_xdp(snapshot: &Snapshot, choice: XdpChoice) -> impl Iterator<Item = 
     })
 }
 
+/// The container network that a device leads to, as [`Interface::network`] has it. LAN machines are behind other ports of a
+/// bridge that an uplink is a port of, so its ports have none.
+fn network(snapshot: &Snapshot, ifindex: u32) -> u32 {
+    let Some(link) = snapshot.links.get(&ifindex) else {
+        return 0;
+    };
+    let bridge = match link.kind {
+        Kind::Bridge => Some(ifindex),
+        _ => link.controller.filter(|controller| {
+            let controller = snapshot.links.get(controller);
+            controller.is_some_and(|link| link.kind == Kind::Bridge)
+        }),
+    };
+    match bridge {
+        Some(bridge) if is_local_bridge(snapshot, bridge) => bridge,
+        None if way_to(link).is_some() && is_routed(snapshot, ifindex) => ifindex,
+        _ => 0,
+    }
+}
+
+/// Whether a device has a route of its own for one address, as a container without a bridge has.
+fn is_routed(snapshot: &Snapshot, ifindex: u32) -> bool {
+    let mut routes = snapshot.routes.iter();
+    routes.any(|route| route.ifindex == ifindex && is_host_route(route) && !route.gateway)
+}
+
+/// What is behind each container network: the destinations of this host's routes there, also by way of a container. Routes
+/// that lead elsewhere from within are exceptions, with 0. Link-local addresses are everywhere.
+pub fn networks(snapshot: &Snapshot) -> BTreeMap<IpNet, u32> {
+    let mut routes: Vec<(IpNet, u32, u32)> = snapshot
+        .routes
+        .iter()
+        .filter(|route| !route.local && route.prefix > 0 && !is_link_local(route.destination))
+        .filter_map(|route| {
+            let prefix = IpNet::new(route.destination, route.prefix).ok()?;
+            Some((
+                prefix.trunc(),
+                route.priority,
+                network(snapshot, route.ifindex),
+            ))
+        })
+        .collect();
+    // Of equal prefixes the one that counts comes last.
+    routes.sort_by_key(|(prefix, priority, _)| (*prefix, std::cmp::Reverse(*priority)));
+    let mut networks: BTreeMap<IpNet, u32> = routes
+        .iter()
+        .map(|(prefix, _, device)| (*prefix, *device))
+        .collect();
+    let inside: Vec<IpNet> = networks
+        .iter()
+        .filter(|(_, device)| **device != 0)
+        .map(|(prefix, _)| *prefix)
+        .collect();
+    networks
+        .retain(|prefix, device| *device != 0 || inside.iter().any(|outer| outer.contains(prefix)));
+    networks
+}
+
 /// How packets leave by each device. Replies to a client that came in by it go back to the MAC where a container or
 /// a virtual machine is behind it, and by a bridge's ports; the others are uplinks.
 pub fn interfaces(snapshot: &Snapshot) -> impl Iterator<Item = (u32, Interface)> {
@@ -199,10 +262,7 @@ pub fn interfaces(snapshot: &Snapshot) -> impl Iterator<Item = (u32, Interface)>
                 .get(&bridge)
                 .is_some_and(|b| b.kind == Kind::Bridge)
         });
-        let routed = snapshot
-            .routes
-            .iter()
-            .any(|route| route.ifindex == index && is_host_route(route) && !route.gateway);
+        let routed = is_routed(snapshot, index);
         // The kernel has no neighbours behind a bridge's port.
         let delivery = match way_to(link) {
             Some(delivery) if bridged || routed => delivery,
@@ -217,13 +277,14 @@ pub fn interfaces(snapshot: &Snapshot) -> impl Iterator<Item = (u32, Interface)>
                 mtu,
                 ethernet: u32::from(link.header == Header::Ethernet),
                 xdp: 0,
+                network: network(snapshot, index),
             },
         )
     })
 }
 
 fn contains(network: IpAddr, prefix: u8, address: IpAddr) -> bool {
-    ipnet::IpNet::new(network, prefix).is_ok_and(|net| net.contains(&address))
+    IpNet::new(network, prefix).is_ok_and(|net| net.contains(&address))
 }
 
 fn best_route(snapshot: &Snapshot, address: IpAddr) -> Option<Route> {
@@ -485,5 +546,65 @@ mod tests {
         let mtu = |wanted| interfaces(&host).find(|(index, _)| *index == wanted);
         let mtu = |index| mtu(index).map(|(_, interface)| interface.mtu);
         assert_eq!((mtu(2), mtu(3), mtu(99)), (Some(1500), Some(1400), None));
+    }
+
+    #[test]
+    fn what_is_behind_a_container_network_follows_from_the_routes() {
+        let mut snapshot = host();
+        snapshot.routes.clear();
+        for (destination, prefix, ifindex, gateway) in [
+            ("0.0.0.0", 0, 2, true),
+            ("198.51.100.0", 24, 2, false),
+            ("172.31.0.0", 24, 3, false),
+            ("10.8.0.0", 24, 3, true),     // by way of a container
+            ("172.31.0.128", 25, 2, true), // an exception from the bridge's network
+            ("10.44.0.2", 32, 5, false),
+            ("fe80::", 64, 3, false),
+        ] {
+            snapshot
+                .routes
+                .push(route(destination, prefix, ifindex, gateway));
+        }
+        let shown: Vec<_> = networks(&snapshot)
+            .iter()
+            .map(|(prefix, device)| format!("{prefix} {device}"))
+            .collect();
+        assert_eq!(
+            shown,
+            [
+                "10.8.0.0/24 3",
+                "10.44.0.2/32 5",
+                "172.31.0.0/24 3",
+                "172.31.0.128/25 0"
+            ]
+        );
+        let behind: Vec<u32> = interfaces(&snapshot)
+            .map(|(_, device)| device.network)
+            .collect();
+        assert_eq!(behind, [0, 0, 3, 3, 5], "lo, eth0, br0, veth0, ptp0");
+    }
+
+    #[test]
+    fn of_two_routes_to_a_prefix_the_better_one_counts() {
+        let mut snapshot = host();
+        snapshot.routes.clear();
+        for (ifindex, priority) in [(3, 100), (2, 50)] {
+            let route = route("172.31.0.0", 24, ifindex, false);
+            snapshot.routes.push(Route { priority, ..route });
+        }
+        assert!(networks(&snapshot).is_empty());
+        snapshot.routes[1].priority = 200;
+        assert_eq!(networks(&snapshot).into_values().collect::<Vec<_>>(), [3]);
+    }
+
+    #[test]
+    fn a_bridge_that_is_an_uplink_is_no_container_network() {
+        let mut snapshot = host();
+        snapshot.links.insert(6, link("eth1", Kind::Other, Some(3)));
+        assert!(!networks(&snapshot).values().any(|device| *device == 3));
+        let behind: Vec<u32> = interfaces(&snapshot)
+            .map(|(_, device)| device.network)
+            .collect();
+        assert!(!behind.contains(&3), "{behind:?}");
     }
 }

@@ -32,6 +32,7 @@ pub struct Maps {
     local_addresses: HashMap<MapData, Address, u32>,
     backends: HashMap<MapData, Address, u32>,
     interfaces: HashMap<MapData, u32, Interface>,
+    networks: Trie<MapData, Address, u32>,
     allow: Trie<MapData, Allowed, u32>,
     flows: HashMap<MapData, Tuple, Flow>,
     half_open: HashMap<MapData, Tuple, Flow>,
@@ -63,6 +64,7 @@ impl Maps {
             local_addresses: HashMap::try_from(map("LOCAL_ADDRESSES")?)?,
             backends: HashMap::try_from(map("BACKENDS")?)?,
             interfaces: HashMap::try_from(map("INTERFACES")?)?,
+            networks: LpmTrie::try_from(map("NETWORKS")?)?,
             allow: LpmTrie::try_from(map("ALLOW")?)?,
             flows: HashMap::try_from(map("FLOWS")?)?,
             half_open: HashMap::try_from(map("HALF_OPEN")?)?,
@@ -207,15 +209,25 @@ impl Maps {
         .context("write INTERFACES")
     }
 
+    /// Says which container network's device the addresses of a prefix are behind: 0 for none. `None` forgets the prefix.
+    ///
+    /// # Errors
+    /// The map is full, or the kernel refuses the update.
+    pub fn set_network(&mut self, prefix: IpNet, device: Option<u32>) -> Result<()> {
+        let key = Key::new(key_length(prefix), prefix.network().into());
+        match device {
+            Some(device) => self.networks.insert(&key, device, 0),
+            None => ignore_missing(self.networks.remove(&key)),
+        }
+        .context("write NETWORKS")
+    }
+
     /// Puts a network on a publish's allow-list, or takes it off.
     ///
     /// # Errors
     /// The map is full, or the kernel refuses the update.
     pub fn set_allowed(&mut self, index: u32, network: IpNet, allowed: bool) -> Result<()> {
-        let length = match network {
-            IpNet::V4(v4) => 32 + 96 + u32::from(v4.prefix_len()),
-            IpNet::V6(v6) => 32 + u32::from(v6.prefix_len()),
-        };
+        let length = 32 + key_length(network);
         let data = Allowed {
             publish: index.to_be(),
             source: network.network().into(),
@@ -240,6 +252,14 @@ impl Maps {
                 Ok((reason, counters.iter().sum()))
             })
             .collect()
+    }
+}
+
+/// The length of a prefix of [`Address`]es, among which IPv4 ones are mapped (RFC 4291 section 2.5.5.2).
+fn key_length(network: IpNet) -> u32 {
+    match network {
+        IpNet::V4(v4) => 96 + u32::from(v4.prefix_len()),
+        IpNet::V6(v6) => u32::from(v6.prefix_len()),
     }
 }
 

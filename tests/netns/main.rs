@@ -1,6 +1,6 @@
 //! Tier 2: real sockets in network namespaces, through the daemon as a user starts it.
 //!
-//! `matrix` has every kind of client, `firewall` what a firewall does meanwhile, `flood` what a flood does, `lifecycle` what
+//! `matrix` has every kind of client, `firewall` what a firewall does meanwhile, `flood` what a flood does, `forged` what says it comes from somebody else, `lifecycle` what
 //! comes and goes, `moved` clients that get another MAC or link, `filters` other people's tc filters, `promises` what must
 //! not be reachable, `timeout` when a flow ends, `fragment` datagrams in parts, `direct` connections past the published port,
 //! `scale` as many flows as there may be, `crowd` as many connections of this host as there are source ports, `selftests`
@@ -14,6 +14,7 @@ mod doctor;
 mod filters;
 mod firewall;
 mod flood;
+mod forged;
 mod fragment;
 mod icmp;
 mod lifecycle;

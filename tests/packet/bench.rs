@@ -43,6 +43,7 @@ pub(crate) const UPLINK: Interface = Interface {
     mtu: 1500,
     ethernet: 1,
     xdp: 0,
+    network: 0,
 };
 
 /// The longest that there is (CONFIG_HZ=100), and a little more.

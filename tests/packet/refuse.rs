@@ -1,8 +1,16 @@
 //! What is dropped: sources that cannot be, or may not.
 
-use forwarder_tests::frame::{Frame, Protocol};
+use forwarder_common::{
+    flow::delivery,
+    publish::{Interface, flag},
+};
+use forwarder_tests::{
+    frame::{ACK, Frame, Protocol},
+    netns::Netns,
+};
+use nix::net::if_::if_nametoindex;
 
-use crate::bench::{LO, at, bench};
+use crate::bench::{Bench, LO, UPLINK, at, bench};
 
 #[test]
 fn a_martian_source_is_dropped() {
@@ -53,7 +61,7 @@ fn a_flow_of_this_host_cannot_be_joined_from_outside() {
 fn only_the_allow_list_is_served() {
     bench(|bench| {
         let mut entry = bench.entry(8080, "172.31.0.2:80");
-        entry.flags |= forwarder_common::publish::flag::ALLOW_LIST;
+        entry.flags |= flag::ALLOW_LIST;
         bench.publish_entry(1, None, Protocol::Tcp, 8080, &entry);
         for network in ["198.51.100.0/28", "192.0.2.7/32"] {
             bench
@@ -81,5 +89,220 @@ fn only_the_allow_list_is_served() {
         bench
             .send(&from("192.0.2.8:4000"), bench.uplink)
             .dropped("not_allowed");
+    });
+}
+
+/// Backends and clients of both families: a container's address, and one of another machine.
+const FAMILIES: [(&str, &str, &str, &str); 2] = [
+    (
+        "172.31.0.2:80",
+        "172.31.0.3:4000",
+        "198.51.100.9:4000",
+        "198.51.100.2:8080",
+    ),
+    (
+        "[fd00:31::2]:80",
+        "[fd00:31::3]:4000",
+        "[2001:db8:100::9]:4000",
+        "[2001:db8:100::2]:8080",
+    ),
+];
+const PROTOCOLS: [Protocol; 2] = [Protocol::Tcp, Protocol::Udp];
+
+/// Has the bench's container and a neighbour, whose device is returned, be on one network, and the uplink lead elsewhere.
+fn containers(bench: &mut Bench) -> u32 {
+    let netns = Netns::current().unwrap();
+    netns
+        .ip("link add veth1 type veth peer name veth1p\nlink set veth1 up\nlink add br0 type bridge")
+        .unwrap();
+    let [neighbour, bridge] = ["veth1", "br0"].map(|name| if_nametoindex(name).unwrap());
+    let maps = &mut bench.datapath.maps;
+    for device in [bench.container, neighbour, bridge] {
+        let interface = Interface {
+            delivery: delivery::PEER,
+            network: bridge,
+            ..UPLINK
+        };
+        maps.set_interface(device, Some(interface)).unwrap();
+    }
+    maps.set_interface(bench.uplink, Some(UPLINK)).unwrap();
+    for prefix in ["172.31.0.0/24", "fd00:31::/64"] {
+        maps.set_network(prefix.parse().unwrap(), Some(bridge))
+            .unwrap();
+    }
+    neighbour
+}
+
+/// Runs `scenario` for both families and protocols, with the neighbour's device, backend, neighbour, other machine and
+/// frontend.
+fn everywhere(scenario: impl Fn(&Bench, Protocol, u32, [&str; 4]) + Sync) {
+    for (backend, neighbour, machine, frontend) in FAMILIES {
+        for protocol in PROTOCOLS {
+            bench(|bench| {
+                let device = containers(bench);
+                bench.publish(protocol, 8080, backend);
+                scenario(
+                    bench,
+                    protocol,
+                    device,
+                    [backend, neighbour, machine, frontend],
+                );
+            });
+        }
+    }
+}
+
+#[test]
+fn a_container_cannot_begin_with_another_machines_address() {
+    everywhere(
+        |bench, protocol, device, [_, neighbour, machine, frontend]| {
+            let forged = Frame::first(protocol, at(machine), at(frontend));
+            bench.send(&forged, device).dropped("martian_source");
+            let own = Frame::first(protocol, at(neighbour), at(frontend));
+            bench.send(&own, device).forwarded();
+        },
+    );
+}
+
+#[test]
+fn an_uplink_cannot_bring_a_containers_address() {
+    everywhere(|bench, protocol, _, [_, neighbour, machine, frontend]| {
+        let forged = Frame::first(protocol, at(neighbour), at(frontend));
+        bench.send(&forged, bench.uplink).dropped("martian_source");
+        let honest = Frame::first(protocol, at(machine), at(frontend));
+        bench.send(&honest, bench.uplink).forwarded();
+    });
+}
+
+#[test]
+fn an_address_that_is_routed_elsewhere_is_no_containers() {
+    bench(|bench| {
+        containers(bench);
+        let elsewhere = "172.31.0.64/26".parse().unwrap();
+        bench.datapath.maps.set_network(elsewhere, Some(0)).unwrap();
+        bench.publish(Protocol::Udp, 8080, "172.31.0.2:80");
+        let frame = Frame::first(
+            Protocol::Udp,
+            at("172.31.0.65:4000"),
+            at("198.51.100.2:8080"),
+        );
+        bench.send(&frame, bench.uplink).forwarded();
+        bench.datapath.maps.set_network(elsewhere, None).unwrap();
+        let frame = Frame::first(
+            Protocol::Udp,
+            at("172.31.0.65:4001"),
+            at("198.51.100.2:8080"),
+        );
+        bench.send(&frame, bench.uplink).dropped("martian_source");
+    });
+}
+
+#[test]
+fn a_reply_is_the_backends_own() {
+    everywhere(|bench, protocol, device, [_, _, machine, frontend]| {
+        let request = Frame::first(protocol, at(machine), at(frontend));
+        let forwarded = bench.send(&request, bench.uplink).forwarded();
+        for forger in [bench.uplink, device] {
+            bench
+                .send(&forwarded.reply(), forger)
+                .dropped("martian_source");
+        }
+        let reply = bench.send(&forwarded.reply(), bench.container).forwarded();
+        assert_eq!(
+            (reply.source, reply.destination),
+            (at(frontend), at(machine))
+        );
+    });
+}
+
+/// Until the backend's port of the bridge is known, its network is as much as can be asked.
+#[test]
+fn a_reply_of_a_backend_whose_port_is_not_known_comes_from_its_network() {
+    bench(|bench| {
+        let device = containers(bench);
+        let mut entry = bench.entry(8080, "172.31.0.2:80");
+        entry.hop.ifindex = if_nametoindex("br0").unwrap();
+        entry.hop.delivery = delivery::NEIGHBOUR;
+        bench.publish_entry(1, None, Protocol::Udp, 8080, &entry);
+        let request = Frame::first(
+            Protocol::Udp,
+            at("198.51.100.9:4000"),
+            at("198.51.100.2:8080"),
+        );
+        let forwarded = bench.send(&request, bench.uplink).forwarded();
+        bench
+            .send(&forwarded.reply(), bench.uplink)
+            .dropped("martian_source");
+        bench.send(&forwarded.reply(), device).forwarded();
+    });
+}
+
+/// A container's link that has gone, while the daemon does not know the new one.
+#[test]
+fn a_reply_by_a_backends_new_link_is_left_until_that_is_known() {
+    bench(|bench| {
+        let device = containers(bench);
+        bench.publish(Protocol::Udp, 8080, "172.31.0.2:80");
+        let request = Frame::first(
+            Protocol::Udp,
+            at("198.51.100.9:4000"),
+            at("198.51.100.2:8080"),
+        );
+        let reply = bench.send(&request, bench.uplink).forwarded().reply();
+        bench
+            .datapath
+            .maps
+            .set_interface(bench.container, None)
+            .unwrap();
+        bench
+            .send(&reply, device)
+            .passed(&reply.bytes(), "unresolved");
+    });
+}
+
+#[test]
+fn a_containers_conversation_is_continued_by_its_own_device() {
+    everywhere(|bench, protocol, device, [_, neighbour, _, frontend]| {
+        let request = Frame::first(protocol, at(neighbour), at(frontend));
+        bench.send(&request, device).forwarded();
+        let next = request.with_flags(ACK);
+        for forger in [bench.uplink, bench.container] {
+            bench.send(&next, forger).dropped("martian_source");
+        }
+        bench.send(&next, device).forwarded();
+    });
+}
+
+#[test]
+fn a_machines_conversation_is_not_continued_by_a_container() {
+    everywhere(|bench, protocol, device, [_, _, machine, frontend]| {
+        let request = Frame::first(protocol, at(machine), at(frontend));
+        bench.send(&request, bench.uplink).forwarded();
+        let next = request.with_flags(ACK);
+        bench.send(&next, device).dropped("martian_source");
+        bench.send(&next, bench.uplink).forwarded();
+    });
+}
+
+#[test]
+fn xdp_takes_no_reply_of_a_local_backend_from_an_uplink() {
+    bench(|bench| {
+        containers(bench);
+        if !bench.publish_beside(Protocol::Udp, 9090, "198.51.100.10:80") {
+            return; // this kernel runs XDP programs for no single device
+        }
+        let entry = bench.entry(8080, "172.31.0.2:80");
+        bench.publish_entry(2, None, Protocol::Udp, 8080, &entry);
+        let request = Frame::first(
+            Protocol::Udp,
+            at("198.51.100.9:4000"),
+            at("198.51.100.2:8080"),
+        );
+        let reply = bench.send(&request, bench.uplink).forwarded().reply();
+        let outcome = bench.send_early(&reply.bytes());
+        assert_eq!(
+            (outcome.action, &outcome.reasons[..]),
+            (crate::bench::XDP_DROP, &["martian_source"][..])
+        );
     });
 }

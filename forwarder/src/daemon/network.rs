@@ -101,6 +101,18 @@ impl Daemon {
         for address in old.symmetric_difference(&new) {
             datapath.maps.set_local(*address, new.contains(address))?;
         }
+        let (old, new) = (
+            backends::networks(before),
+            backends::networks(&self.snapshot),
+        );
+        for (prefix, device) in &new {
+            if old.get(prefix) != Some(device) {
+                datapath.maps.set_network(*prefix, Some(*device))?;
+            }
+        }
+        for prefix in old.keys().filter(|prefix| !new.contains_key(prefix)) {
+            datapath.maps.set_network(*prefix, None)?;
+        }
         self.forget_xdp();
         self.attach_xdp();
         self.write_interfaces()?;
