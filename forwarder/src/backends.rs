@@ -207,11 +207,20 @@ fn network(snapshot: &Snapshot, ifindex: u32) -> u32 {
             controller.is_some_and(|link| link.kind == Kind::Bridge)
         }),
     };
-    match bridge {
+    let device = match bridge {
         Some(bridge) if is_local_bridge(snapshot, bridge) => bridge,
         None if way_to(link).is_some() && is_routed(snapshot, ifindex) => ifindex,
-        _ => 0,
-    }
+        _ => return 0,
+    };
+    // Of one whose routes are in another table, a VRF's, nothing can be said.
+    let mut routes = snapshot.routes.iter();
+    let is_reached = routes.any(|route| route.ifindex == device && tells_networks(route));
+    if is_reached { device } else { 0 }
+}
+
+/// Whether a route says what is behind its device. Link-local addresses are everywhere.
+fn tells_networks(route: &Route) -> bool {
+    !route.local && route.prefix > 0 && !is_link_local(route.destination)
 }
 
 /// Whether a device has a route of its own for one address, as a container without a bridge has.
@@ -221,12 +230,12 @@ fn is_routed(snapshot: &Snapshot, ifindex: u32) -> bool {
 }
 
 /// What is behind each container network: the destinations of this host's routes there, also by way of a container. Routes
-/// that lead elsewhere from within are exceptions, with 0. Link-local addresses are everywhere.
+/// that lead elsewhere from within are exceptions, with 0.
 pub fn networks(snapshot: &Snapshot) -> BTreeMap<IpNet, u32> {
     let mut routes: Vec<(IpNet, u32, u32)> = snapshot
         .routes
         .iter()
-        .filter(|route| !route.local && route.prefix > 0 && !is_link_local(route.destination))
+        .filter(|route| tells_networks(route))
         .filter_map(|route| {
             let prefix = IpNet::new(route.destination, route.prefix).ok()?;
             Some((
@@ -606,5 +615,15 @@ mod tests {
             .map(|(_, device)| device.network)
             .collect();
         assert!(!behind.contains(&3), "{behind:?}");
+    }
+
+    #[test]
+    fn a_bridge_whose_routes_are_in_another_table_is_not_judged() {
+        let mut snapshot = host();
+        snapshot.routes = vec![route("fe80::", 64, 3, false)];
+        let behind: Vec<u32> = interfaces(&snapshot)
+            .map(|(_, device)| device.network)
+            .collect();
+        assert_eq!(behind, [0; 5]);
     }
 }
