@@ -53,6 +53,13 @@ exec chroot . env -i HOME=/root TERM=dumb PATH=/root/.cargo/bin:/usr/sbin:/usr/b
 
 pub(crate) fn fresh(options: &Options) -> Result<()> {
     let root = root::debian()?;
+    // What is tried is a clone of what is committed now.
+    let commit = exec::output(Command::new("git").current_dir(exec::workspace()).args([
+        "rev-parse",
+        "--short",
+        "HEAD",
+    ]))?;
+    let commit = commit.trim();
     let changes = exec::workspace().join("target/fresh");
     let remove = || {
         exec::run(
@@ -110,7 +117,7 @@ pub(crate) fn fresh(options: &Options) -> Result<()> {
     let table = table(&took);
     print!("\n{table}");
     if options.write {
-        let (date, commit) = exec::today_and_commit()?;
+        let (date, _) = exec::today_and_commit()?;
         let text = format!(
             "# From nothing to served\n\n\
              The README's commands in a Debian root that debootstrap made, with rustup's stable Rust and nothing else: no C\n\
