@@ -3,6 +3,7 @@
 use std::{
     io::{ErrorKind, Read, Write},
     net::{Shutdown, SocketAddr, TcpListener, TcpStream, UdpSocket},
+    sync::LazyLock,
     thread,
     time::Duration,
 };
@@ -10,7 +11,12 @@ use std::{
 use super::{Held, Idle, Options, Proxy, Stop};
 use crate::spec::Spec;
 
-const DEADLINE: Duration = Duration::from_secs(10);
+/// Ten seconds, or as many times that as `FORWARDER_TEST_SLACK` says: an emulated machine is slower.
+static DEADLINE: LazyLock<Duration> = LazyLock::new(|| {
+    let factor = std::env::var("FORWARDER_TEST_SLACK").ok();
+    let factor = factor.and_then(|text| text.parse().ok()).unwrap_or(1);
+    Duration::from_secs(10) * factor
+});
 
 /// A proxy in a runtime of its own.
 struct Served {
@@ -68,9 +74,11 @@ fn listen(address: &str) -> (TcpListener, SocketAddr) {
 }
 
 fn connect(address: SocketAddr) -> TcpStream {
-    let stream = TcpStream::connect_timeout(&address, DEADLINE).expect("connected");
-    stream.set_read_timeout(Some(DEADLINE)).expect("a timeout");
-    stream.set_write_timeout(Some(DEADLINE)).expect("a timeout");
+    let stream = TcpStream::connect_timeout(&address, *DEADLINE).expect("connected");
+    stream.set_read_timeout(Some(*DEADLINE)).expect("a timeout");
+    stream
+        .set_write_timeout(Some(*DEADLINE))
+        .expect("a timeout");
     stream
 }
 
@@ -78,7 +86,9 @@ fn connect(address: SocketAddr) -> TcpStream {
 fn pair(served: &Served, listener: &TcpListener) -> (TcpStream, TcpStream) {
     let client = connect(served.frontend);
     let (backend, _) = listener.accept().expect("the proxy connects");
-    backend.set_read_timeout(Some(DEADLINE)).expect("a timeout");
+    backend
+        .set_read_timeout(Some(*DEADLINE))
+        .expect("a timeout");
     (client, backend)
 }
 
@@ -94,9 +104,9 @@ fn is_reset(stream: &mut TcpStream) -> bool {
 
 /// The reset may be there before the client has noticed that it was connected.
 fn is_reset_at_once(frontend: SocketAddr) -> bool {
-    match TcpStream::connect_timeout(&frontend, DEADLINE) {
+    match TcpStream::connect_timeout(&frontend, *DEADLINE) {
         Ok(mut stream) => {
-            stream.set_read_timeout(Some(DEADLINE)).expect("a timeout");
+            stream.set_read_timeout(Some(*DEADLINE)).expect("a timeout");
             is_reset(&mut stream)
         }
         Err(error) => error.kind() == ErrorKind::ConnectionReset,
@@ -270,7 +280,7 @@ fn stopping_frees_the_port_and_ends_connections_as_asked() {
         backend.read_exact(&mut [0]).expect("read");
         served.stop(how);
         let refused =
-            TcpStream::connect_timeout(&frontend, DEADLINE).expect_err("the port is free");
+            TcpStream::connect_timeout(&frontend, *DEADLINE).expect_err("the port is free");
         assert_eq!(refused.kind(), ErrorKind::ConnectionRefused, "{how:?}");
         match how {
             Stop::Cut => assert_eq!(client.read(&mut [0; 16]).expect("the end"), 0),
@@ -286,7 +296,7 @@ fn stopping_frees_the_port_and_ends_connections_as_asked() {
 
 fn datagrams(address: &str) -> UdpSocket {
     let socket = UdpSocket::bind(address).expect("bound");
-    socket.set_read_timeout(Some(DEADLINE)).expect("a timeout");
+    socket.set_read_timeout(Some(*DEADLINE)).expect("a timeout");
     socket
 }
 
@@ -385,7 +395,10 @@ fn a_backend_that_comes_back_gets_the_next_datagram() {
     let counted = |packets| {
         let start = std::time::Instant::now();
         while served.proxy.counters().packets < packets {
-            assert!(start.elapsed() < DEADLINE, "the proxy carries the datagram");
+            assert!(
+                start.elapsed() < *DEADLINE,
+                "the proxy carries the datagram"
+            );
             thread::yield_now();
         }
     };
