@@ -232,6 +232,11 @@ fn is_routed(snapshot: &Snapshot, ifindex: u32) -> bool {
 /// What is behind each container network: the destinations of this host's routes there, also by way of a container. Routes
 /// that lead elsewhere from within are exceptions, with 0.
 pub fn networks(snapshot: &Snapshot) -> BTreeMap<IpNet, u32> {
+    // Once for each device and not for each route, of which there may be many more.
+    let devices = snapshot.links.keys();
+    let devices: BTreeMap<u32, u32> = devices
+        .map(|&ifindex| (ifindex, network(snapshot, ifindex)))
+        .collect();
     let mut routes: Vec<(IpNet, u32, u32)> = snapshot
         .routes
         .iter()
@@ -241,7 +246,7 @@ pub fn networks(snapshot: &Snapshot) -> BTreeMap<IpNet, u32> {
             Some((
                 prefix.trunc(),
                 route.priority,
-                network(snapshot, route.ifindex),
+                devices.get(&route.ifindex).copied().unwrap_or(0),
             ))
         })
         .collect();
