@@ -8,10 +8,8 @@ pub const FRONTENDS: u32 = 131_072;
 pub const SOCKETS: u32 = 1024;
 /// Addresses of backends.
 pub const BACKENDS: u32 = 65_536;
-/// Addresses of the host.
-pub const LOCAL_ADDRESSES: u32 = 16_384;
-/// Prefixes that lead to container networks, and exceptions from them.
-pub const NETWORKS: u32 = 65_536;
+/// Addresses of this host and of containers, prefixes that lead to container networks, and exceptions from them.
+pub const LOCATIONS: u32 = 131_072;
 /// Devices.
 pub const INTERFACES: u32 = 16_384;
 /// Flows at once. Entries are allocated as they are needed.

@@ -128,8 +128,43 @@ pub struct Interface {
     /// Not 0 where the XDP program is attached.
     pub xdp: u32,
     /// The container network behind it: the device that this host's routes to the containers lead to, which is the bridge
-    /// or the device itself. 0 for an uplink and for lo. Sources are of the same network (`NETWORKS`), or forged.
+    /// or the device itself. 0 for an uplink. Sources are of the same network ([`Location`]), or forged.
     pub network: u32,
+    /// This host's MAC there: the device's own, or that of the bridge that it is a port of.
+    pub mac: [u8; 6],
+    pub reserved: u16,
+}
+
+const _: () = assert!(size_of::<Interface>() == 28);
+
+/// A value of `LOCATIONS`: what an address is behind. Zero is the rest of the world.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Pod, Zeroable)]
+pub struct Location {
+    /// The device of the container network, as in [`Interface::network`]; [`Location::HERE`] for addresses of this host.
+    pub network: u32,
+    /// The device that the address's own container is behind; 0 where that is not known.
+    pub device: u32,
+}
+
+impl Location {
+    /// An address of this host: what is behind lo, which is device 1 in every network namespace (include/net/flow.h).
+    pub const HERE: Self = Self {
+        network: 1,
+        device: 0,
+    };
+}
+
+/// Words of `LOCAL_FILTER`, of 64 bits each.
+pub const FILTER_WORDS: u32 = 1024;
+
+/// The word and the bit of `LOCAL_FILTER` that belong to an address.
+#[inline(always)]
+pub const fn filter_bit(address: &Address) -> (u32, u64) {
+    let [a, b, c, d] = address.0;
+    let mixed = d ^ a.rotate_left(8) ^ b.rotate_left(16) ^ c.rotate_left(24);
+    let hash = mixed.wrapping_mul(0x9e37_79b1) >> 16;
+    (hash >> 6, 1 << (hash & 63))
 }
 
 /// The priority (SO_PRIORITY) of sockets that answer from a port of a wide range, by the instance's mark. Its low four
@@ -157,6 +192,8 @@ mod user {
     unsafe impl aya::Pod for super::Allowed {}
     // SAFETY: as above.
     unsafe impl aya::Pod for super::Interface {}
+    // SAFETY: as above.
+    unsafe impl aya::Pod for super::Location {}
 }
 
 #[cfg(test)]

@@ -32,7 +32,8 @@ reasons! {
     NewFlow = "new_flow",
     /// Passed: neither a published port nor a reply of a flow. Not counted, to cost others nothing.
     NotOurs = "not_ours",
-    /// Passed: a published port's number, but the destination is no address of this host.
+    /// Passed: a published port's number, but the destination is no address of this host. Counted only where that took a
+    /// look-up; nearly all transit is told apart before.
     NotLocal = "not_local",
     /// Passed: the port is of a range, but a socket of this host has it, such as a client's own.
     OtherSocket = "other_socket",

@@ -5,7 +5,7 @@ use core::ptr;
 
 use aya_ebpf::{
     bindings::{TC_ACT_REDIRECT, TC_ACT_UNSPEC},
-    helpers::{bpf_redirect, bpf_redirect_neigh, bpf_redirect_peer},
+    helpers::{bpf_redirect, bpf_redirect_neigh, bpf_redirect_peer, generated::bpf_skb_vlan_pop},
     programs::TcContext,
 };
 use forwarder_common::{
@@ -36,10 +36,22 @@ pub fn deliver(
     packet: Option<&Packet>,
 ) -> Result<i32, Reason> {
     // SAFETY: `skb` is the context that the kernel gave; its fields are readable.
-    let (pkt_type, from, mark) = unsafe {
+    let (pkt_type, from, mark, tagged) = unsafe {
         let skb = ctx.skb.skb;
-        ((*skb).pkt_type, (*skb).ifindex, (*skb).mark)
+        (
+            (*skb).pkt_type,
+            (*skb).ifindex,
+            (*skb).mark,
+            (*skb).vlan_present != 0,
+        )
     };
+    if tagged {
+        // Of no VLAN, or it would not be here: the priority counts on that link alone.
+        // SAFETY: a valid context.
+        if unsafe { bpf_skb_vlan_pop(ctx.skb.skb) } != 0 {
+            return Err(Reason::Unwritable);
+        }
+    }
     if pkt_type != PACKET_HOST {
         // A frame to the bridge's MAC is somebody else's on a bridge port, and the other end would drop it.
         ctx.change_type(PACKET_HOST)

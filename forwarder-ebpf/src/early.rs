@@ -10,6 +10,7 @@ use forwarder_common::{
     flow::{Flow, Hop, ORIGINAL, REPLY, delivery, state},
     publish::flag,
     reason::Reason,
+    tuple::TCP,
 };
 
 use crate::{
@@ -46,23 +47,29 @@ fn go_on(ctx: &XdpContext) -> Result<u32, Reason> {
     if packet.part != Part::Whole {
         return Err(Reason::NotOurs);
     }
-    let published = publish::find(packet);
+    let published = publish::find(ctx, packet);
     if let Some(published) = published
         && published.publish.flags & flag::REMOTE != 0
         && let Some(flow) = ingress::original(packet, &published)
     {
+        if !parse::is_to(ctx, &flow.back.source_mac) {
+            return Err(Reason::NotOurs);
+        }
         ingress::is_from_client(packet, flow)?;
         return to_backend(ctx, packet, flow, &published.publish.hop);
     }
     if let Some(flow) = flow::get_by_reply(packet) {
-        if !packet.is_error() {
-            publish::is_from_backend(packet, flow.publish)?;
-        }
+        publish::is_from_backend(packet, flow.publish)?;
         return to_client(ctx, packet, flow);
     }
     let published = published.ok_or(Reason::NotOurs)?;
+    if packet.is_error() || packet.protocol == TCP && !packet.opens() {
+        return Err(Reason::NotOurs);
+    }
     publish::arrived(packet)?;
-    publish::permitted(packet, &published)?;
+    if publish::is_to_device(ctx, packet) {
+        publish::permitted(packet, &published)?;
+    }
     Err(Reason::NotOurs)
 }
 

@@ -2,6 +2,22 @@
 
 use aya_ebpf::programs::{TcContext, XdpContext};
 
+/// Whom a frame was sent to, as the kernel tells from its destination MAC.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum SentTo {
+    Host,
+    /// Several at once.
+    Everybody,
+    /// Not the device's own MAC. At a bridge's port the bridge's own is one of these.
+    Other,
+}
+
+/// include/uapi/linux/if_packet.h
+const PACKET_HOST: u32 = 0;
+const PACKET_OTHERHOST: u32 = 3;
+/// include/uapi/linux/if_vlan.h: the VLAN's number in a tag.
+const VLAN: u32 = 0x0fff;
+
 /// What the parser needs to know, the same at each hook.
 pub trait Frame {
     /// Address of the first byte of the linear part.
@@ -12,8 +28,10 @@ pub trait Frame {
     fn length(&self) -> u32;
     /// The device that it came in by, or is about to leave by.
     fn ifindex(&self) -> u32;
-    /// Whether a VLAN tag was taken off it.
+    /// Whether a VLAN's tag was taken off it. Priority alone (VLAN 0, IEEE 802.1Q section 9.6) is no VLAN's.
     fn is_tagged(&self) -> bool;
+    /// Whom its link header names.
+    fn sent_to(&self) -> SentTo;
     /// Brings so many bytes into the linear part; whether that went well.
     fn pull(&self, bytes: u32) -> bool;
 }
@@ -42,8 +60,18 @@ impl Frame for TcContext {
 
     #[inline(always)]
     fn is_tagged(&self) -> bool {
+        // SAFETY: as above. Without a tag the second may be anything.
+        unsafe { (*self.skb.skb).vlan_present != 0 && (*self.skb.skb).vlan_tci & VLAN != 0 }
+    }
+
+    #[inline(always)]
+    fn sent_to(&self) -> SentTo {
         // SAFETY: as above.
-        unsafe { (*self.skb.skb).vlan_present != 0 }
+        match unsafe { (*self.skb.skb).pkt_type } {
+            PACKET_HOST => SentTo::Host,
+            PACKET_OTHERHOST => SentTo::Other,
+            _ => SentTo::Everybody,
+        }
     }
 
     #[inline(always)]
@@ -77,6 +105,12 @@ impl Frame for XdpContext {
     #[inline(always)]
     fn is_tagged(&self) -> bool {
         false
+    }
+
+    /// Nobody has looked yet: [`crate::early`] compares MACs where it matters.
+    #[inline(always)]
+    fn sent_to(&self) -> SentTo {
+        SentTo::Host
     }
 
     /// All of it is there.

@@ -43,7 +43,7 @@ pub fn ingress(ctx: &TcContext, trail: &mut Trail) -> Verdict {
     if fragment::complete(packet).is_err() {
         fragment::leave(ctx.skb.skb, packet)?;
     }
-    let published = publish::find(packet);
+    let published = publish::find(ctx, packet);
     if published.is_some() {
         fragment::rejoin(packet)?;
     }
@@ -81,9 +81,7 @@ fn forward(
         return to_backend(ctx, packet, &published, trail);
     }
     if let Some(flow) = flow::get_by_reply(packet) {
-        if !packet.is_error() {
-            publish::is_from_backend(packet, flow.publish)?;
-        }
+        publish::is_from_backend(packet, flow.publish)?;
         if is_stack(&flow.back) {
             return Err(Reason::NotOurs); // until it leaves
         }

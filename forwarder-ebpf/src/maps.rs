@@ -9,7 +9,10 @@ use aya_ebpf::{
 use forwarder_common::{
     flow::Flow,
     handover, limits,
-    publish::{Allowed, Frontend, Interface, PORTS_PER_PROTOCOL, PROTOCOLS, Port, Publish},
+    publish::{
+        Allowed, FILTER_WORDS, Frontend, Interface, Location, PORTS_PER_PROTOCOL, PROTOCOLS, Port,
+        Publish,
+    },
     reason::Reason,
     tuple::{Address, Tuple},
 };
@@ -30,11 +33,6 @@ pub static FRONTENDS: HashMap<Frontend, u32> =
 #[map]
 pub static PUBLISHES: Array<Publish> = Array::with_max_entries(limits::PUBLISHES, 0);
 
-/// The addresses of this host but for loopback ones.
-#[map]
-pub static LOCAL_ADDRESSES: HashMap<Address, u32> =
-    HashMap::with_max_entries(limits::LOCAL_ADDRESSES, BPF_F_NO_PREALLOC);
-
 /// The addresses of backends, and how many publishes lead there.
 #[map]
 pub static BACKENDS: HashMap<Address, u32> =
@@ -45,11 +43,16 @@ pub static BACKENDS: HashMap<Address, u32> =
 pub static INTERFACES: HashMap<u32, Interface> =
     HashMap::with_max_entries(limits::INTERFACES, BPF_F_NO_PREALLOC);
 
-/// Where this host's routes to containers lead: an address to the network's device, as in [`Interface::network`]. No entry,
-/// or 0, is the rest of the world.
+/// What addresses are behind: this host's own but for loopback ones, and those that its routes to containers lead to. No
+/// entry is the rest of the world.
 #[map]
-pub static NETWORKS: LpmTrie<Address, u32> =
-    LpmTrie::with_max_entries(limits::NETWORKS, BPF_F_NO_PREALLOC);
+pub static LOCATIONS: LpmTrie<Address, Location> =
+    LpmTrie::with_max_entries(limits::LOCATIONS, BPF_F_NO_PREALLOC);
+
+/// The bits of this host's addresses, by [`forwarder_common::publish::filter_bit`]: tells nearly all traffic to others apart
+/// before anything is looked up for it.
+#[map]
+pub static LOCAL_FILTER: Array<u64> = Array::with_max_entries(FILTER_WORDS, 0);
 
 #[map]
 pub static ALLOW: LpmTrie<Allowed, u32> =
@@ -67,6 +70,11 @@ pub static HALF_OPEN: LruHashMap<Tuple, Flow> = LruHashMap::with_max_entries(lim
 /// How many source ports flows may have, by a hash of their original tuple. Never made smaller.
 #[map]
 pub static TRIES: Array<u32> = Array::with_max_entries(limits::TRIES, 0);
+
+/// What the order of source ports is a hash by: random, as nobody but root may foresee them (RFC 6056 section 3.3.3), and the
+/// same for as long as flows are.
+#[map]
+pub static KEYS: Array<[u64; 5]> = Array::with_max_entries(1, 0);
 
 /// Datagrams of which a fragment has come, by addresses and identification.
 #[map]

@@ -14,7 +14,7 @@ use forwarder_common::{
 };
 
 use crate::{
-    frame::{Frame, header},
+    frame::{Frame, SentTo, header},
     maps::PACKET,
     words::read_address,
 };
@@ -150,6 +150,7 @@ pub struct Packet {
     pub id: u32,
     pub protocol: u8,
     pub is_v4: bool,
+    pub sent_to: SentTo,
     /// No router may cut it up: it is IPv6, or says so (RFC 791).
     pub dont_fragment: bool,
     /// Type of service, or IPv6's traffic class.
@@ -188,6 +189,15 @@ impl Packet {
     pub fn opens(&self) -> bool {
         self.flags & (SYN | ACK | RST | FIN) == SYN
     }
+}
+
+/// Whether a frame's link header names this MAC as its destination.
+#[inline(always)]
+pub fn is_to(frame: &impl Frame, mac: &[u8; 6]) -> bool {
+    header::<Ethernet>(frame, 0).is_some_and(|ethernet| {
+        // SAFETY: `header` checked the bounds; packed structs have no alignment.
+        unsafe { (*ethernet).destination == *mac }
+    })
 }
 
 /// What the header of a TCP packet says, if the packet has one.
@@ -245,6 +255,7 @@ pub fn packet(frame: &impl Frame) -> Result<&'static mut Packet, Reason> {
     (packet.is_v4, packet.dont_fragment) = (false, true);
     packet.length = frame.length();
     packet.ifindex = frame.ifindex();
+    packet.sent_to = frame.sent_to();
     let ethernet = header::<Ethernet>(frame, 0).ok_or(Reason::NotOurs)?;
     // SAFETY: `header` checked the bounds; packed structs have no alignment.
     match unsafe { (*ethernet).ethertype } {

@@ -3,14 +3,15 @@
 use aya_ebpf::maps::lpm_trie::Key;
 use forwarder_common::{
     flow::{Hop, delivery},
-    publish::{Allowed, Frontend, Publish, flag, port_index},
+    publish::{Allowed, Frontend, Location, Publish, filter_bit, flag, port_index},
     reason::Reason,
     tuple::{Address, TCP},
 };
 
 use crate::{
-    maps::{ALLOW, BACKENDS, FRONTENDS, INTERFACES, LOCAL_ADDRESSES, NETWORKS, PORTS, PUBLISHES},
-    parse::Packet,
+    frame::{Frame, SentTo},
+    maps::{ALLOW, BACKENDS, FRONTENDS, INTERFACES, LOCAL_FILTER, LOCATIONS, PORTS, PUBLISHES},
+    parse::{self, Packet},
     words::copy_address,
 };
 
@@ -21,11 +22,39 @@ pub struct Published {
     pub index: u32,
 }
 
-/// The publish of the packet's destination. Whether the address is local is not looked at here.
+/// The publish of the packet's destination, unless a few instructions tell that the packet is for somebody else. What they
+/// leave, [`arrived`] tells.
 #[inline(always)]
-pub fn find(packet: &Packet) -> Option<Published> {
+pub fn find(frame: &impl Frame, packet: &Packet) -> Option<Published> {
     let tuple = &packet.tuple;
-    at(&tuple.destination, tuple.destination_port, packet.protocol)
+    let published = at(&tuple.destination, tuple.destination_port, packet.protocol)?;
+    let is_here =
+        packet.is_from_this_host() || may_be_local(&tuple.destination) && reaches(frame, packet);
+    is_here.then_some(published)
+}
+
+#[inline(always)]
+fn may_be_local(address: &Address) -> bool {
+    let (word, bit) = filter_bit(address);
+    LOCAL_FILTER.get(word).is_some_and(|word| word & bit != 0)
+}
+
+/// Whether the frame was sent to this host, by the kernel's word, or to the bridge that its device is a port of.
+#[inline(always)]
+fn reaches(frame: &impl Frame, packet: &Packet) -> bool {
+    match packet.sent_to {
+        SentTo::Host => true,
+        SentTo::Everybody => false,
+        SentTo::Other => is_to_device(frame, packet),
+    }
+}
+
+/// Whether the frame's destination is this host's MAC on the packet's device.
+#[inline(always)]
+pub fn is_to_device(frame: &impl Frame, packet: &Packet) -> bool {
+    // SAFETY: values of this map are replaced as a whole.
+    let interface = unsafe { INTERFACES.get(packet.ifindex) };
+    interface.is_some_and(|interface| parse::is_to(frame, &interface.mac))
 }
 
 /// The publish of an address and port (wire order): that on this very address, or that on all of its family.
@@ -75,12 +104,13 @@ fn exact(address: &Address, port: u16, protocol: u16) -> Option<u32> {
 #[inline(always)]
 pub fn arrived(packet: &Packet) -> Result<(), Reason> {
     let destination = packet.tuple.destination;
-    let here = if packet.is_from_this_host() {
-        destination.is_unicast()
+    let is_here = packet.is_from_this_host() && destination.is_loopback()
+        || location(destination).network == Location::HERE.network;
+    if is_here {
+        Ok(())
     } else {
-        is_local(destination)
-    };
-    if here { Ok(()) } else { Err(Reason::NotLocal) }
+        Err(Reason::NotLocal)
+    }
 }
 
 /// Whether a new flow may begin with this packet, which has [`arrived`].
@@ -96,9 +126,6 @@ pub fn admit(packet: &Packet, publish: &'static Publish, index: u32) -> Result<(
     permitted(packet, published)?;
     if tuple.source.is_link_local() {
         return Err(Reason::LinkLocal);
-    }
-    if !packet.is_from_this_host() && !belongs(packet) {
-        return Err(Reason::Martian);
     }
     if publish.backend.is_v4() != packet.is_v4 {
         return Err(Reason::OtherFamily);
@@ -120,7 +147,7 @@ pub fn admit(packet: &Packet, publish: &'static Publish, index: u32) -> Result<(
 pub fn permitted(packet: &Packet, published: &Published) -> Result<(), Reason> {
     let source = packet.tuple.source;
     let from_outside = !packet.is_from_this_host();
-    if from_outside && (!source.is_unicast() || source.is_loopback() || is_local(source)) {
+    if from_outside && (!source.is_unicast() || source.is_loopback() || !belongs(packet)) {
         return Err(Reason::Martian);
     }
     if published.publish.flags & flag::ALLOW_LIST != 0 && !allowed(published.index, source) {
@@ -129,13 +156,23 @@ pub fn permitted(packet: &Packet, published: &Published) -> Result<(), Reason> {
     Ok(())
 }
 
-/// Whether the packet came in by a device that this host's routes to its source lead to, as far as container networks are
-/// concerned: a container cannot speak for another network or another machine, and no other machine for a container.
+/// Whether the packet came in by the device that its source is behind, as far as this host and container networks are
+/// concerned: a container cannot speak for another container, another network or another machine, no other machine for a
+/// container, and nobody outside for this host.
 #[inline(never)]
 pub fn belongs(packet: &Packet) -> bool {
-    let source = Key::new(128, packet.tuple.source);
-    let there = NETWORKS.get(source).copied().unwrap_or(0);
-    there == network(packet.ifindex)
+    let there = location(packet.tuple.source);
+    if packet.tuple.source.is_link_local() {
+        return there.network != Location::HERE.network; // the others are everywhere
+    }
+    there.network == network(packet.ifindex)
+        && (there.device == 0 || there.device == packet.ifindex)
+}
+
+#[inline(always)]
+fn location(address: Address) -> Location {
+    let key = Key::new(128, address);
+    LOCATIONS.get(key).copied().unwrap_or_default()
 }
 
 /// Whether a packet of a flow's client, which came in by another device than the flow's `way` back, may be the client's: by
@@ -152,6 +189,9 @@ pub fn moved(packet: &Packet, way: &Hop) -> bool {
 /// `Martian`, or `Unresolved` while the backend's device is not known or has gone.
 #[inline(always)]
 pub fn is_from_backend(packet: &Packet, publish: u32) -> Result<(), Reason> {
+    if packet.is_error() {
+        return Ok(()); // any router on the way may send one
+    }
     let publish = PUBLISHES.get(publish).ok_or(Reason::Unresolved)?;
     let (device, known) = (publish.hop.ifindex, publish.hop.delivery);
     if device == packet.ifindex {
@@ -170,11 +210,6 @@ pub fn is_from_backend(packet: &Packet, publish: u32) -> Result<(), Reason> {
 #[inline(always)]
 pub fn is_backend(address: Address) -> bool {
     BACKENDS.get_ptr(&address).is_some()
-}
-
-#[inline(always)]
-fn is_local(address: Address) -> bool {
-    LOCAL_ADDRESSES.get_ptr(&address).is_some()
 }
 
 #[inline(always)]

@@ -4,17 +4,16 @@
 
 use forwarder_common::{limits, tuple::Tuple};
 
-use crate::{maps::TRIES, setting};
+use crate::{
+    maps::{KEYS, TRIES},
+    setting,
+};
 
 /// Set by the loader: ports that the kernel gives to no socket.
 #[unsafe(no_mangle)]
 static SNAT_FIRST: u16 = 0;
 #[unsafe(no_mangle)]
 static SNAT_PORTS: u32 = 0;
-/// Set by the loader, the same for as long as flows are: without it nobody knows a conversation's port beforehand
-/// (RFC 6056 section 3.3.3).
-#[unsafe(no_mangle)]
-static SNAT_KEYS: [u64; 5] = [0; 5];
 
 /// The ports of one conversation: the hash of its original tuple.
 #[derive(Clone, Copy)]
@@ -24,7 +23,8 @@ impl Ports {
     /// `None` where there are none.
     #[inline(always)]
     pub fn of(original: &Tuple) -> Option<Self> {
-        (setting(&SNAT_PORTS) != 0).then(|| Self(original.hash(|at| setting(&SNAT_KEYS[at]))))
+        let keys = KEYS.get(0)?;
+        (setting(&SNAT_PORTS) != 0).then(|| Self(original.hash(|at| keys[at])))
     }
 
     /// The port to try, in wire order.

@@ -8,7 +8,7 @@ use std::{
 
 use forwarder_common::{
     flow::{Hop, delivery},
-    publish::Interface,
+    publish::{Interface, Location},
     tuple::Address,
 };
 use ipnet::IpNet;
@@ -284,6 +284,13 @@ pub fn interfaces(snapshot: &Snapshot) -> impl Iterator<Item = (u32, Interface)>
             _ => delivery::NEIGHBOUR,
         };
         let mtu = link.mtu;
+        let mac = match link
+            .controller
+            .and_then(|bridge| snapshot.links.get(&bridge))
+        {
+            Some(bridge) if bridged => bridge.mac,
+            _ => link.mac,
+        };
         (
             index,
             Interface {
@@ -292,6 +299,8 @@ pub fn interfaces(snapshot: &Snapshot) -> impl Iterator<Item = (u32, Interface)>
                 ethernet: u32::from(link.header == Header::Ethernet),
                 xdp: 0,
                 network: network(snapshot, index),
+                mac: mac.unwrap_or_default(),
+                reserved: 0,
             },
         )
     })
@@ -337,13 +346,23 @@ fn is_link_local(address: IpAddr) -> bool {
     }
 }
 
-/// The addresses that count as this host's: all but loopback ones, which only `lo` serves.
-pub fn local_addresses(snapshot: &Snapshot) -> impl Iterator<Item = IpAddr> {
-    snapshot
-        .addresses
-        .iter()
-        .map(|local| local.address)
-        .filter(|address| !address.is_loopback())
+/// What addresses are behind, as `LOCATIONS` has it: [`networks`], and this host's own addresses and local prefixes but for
+/// loopback ones, which only `lo` serves. Prefixes that are local in another table than *local* (a transparent proxy's) are
+/// not this host's.
+pub fn locations(snapshot: &Snapshot) -> BTreeMap<IpNet, Location> {
+    let networks = networks(snapshot).into_iter().map(|(prefix, network)| {
+        let location = Location { network, device: 0 };
+        (prefix, location)
+    });
+    let addresses = snapshot.addresses.iter();
+    let addresses = addresses.map(|local| IpNet::from(local.address));
+    let prefixes = snapshot.routes.iter().filter(|route| route.local);
+    let prefixes = prefixes.filter_map(|route| IpNet::new(route.destination, route.prefix).ok());
+    let local = addresses
+        .chain(prefixes)
+        .filter(|prefix| !prefix.addr().is_loopback())
+        .map(|prefix| (prefix.trunc(), Location::HERE));
+    networks.chain(local).collect()
 }
 
 #[cfg(test)]
@@ -596,6 +615,31 @@ mod tests {
             .map(|(_, device)| device.network)
             .collect();
         assert_eq!(behind, [0, 0, 3, 3, 5], "lo, eth0, br0, veth0, ptp0");
+    }
+
+    #[test]
+    fn addresses_and_local_prefixes_are_this_hosts_own() {
+        let mut snapshot = host();
+        let local = |destination, prefix| Route {
+            local: true,
+            ..route(destination, prefix, 1, false)
+        };
+        let routes = [local("203.0.113.0", 28), local("127.0.0.0", 8)];
+        snapshot.routes.extend(routes);
+        let container = |network| Location { network, device: 0 };
+        let expected = [
+            ("10.44.0.1/32", Location::HERE),
+            ("10.44.0.2/32", container(5)),
+            ("172.31.0.0/24", container(3)),
+            ("172.31.0.1/32", Location::HERE),
+            ("198.51.100.2/32", Location::HERE),
+            ("203.0.113.0/28", Location::HERE),
+        ];
+        let shown: Vec<_> = locations(&snapshot).into_iter().collect();
+        assert_eq!(
+            shown,
+            expected.map(|(prefix, there)| (prefix.parse().expect("a literal"), there))
+        );
     }
 
     #[test]

@@ -5,7 +5,6 @@ mod steering;
 pub mod xdp;
 
 use std::{
-    array,
     collections::BTreeMap,
     ffi::CString,
     fs,
@@ -37,12 +36,12 @@ use crate::{
 static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/forwarder.o"));
 
 /// Part of the pins' path: the layout of what is pinned. Another layout is not adopted.
-const LAYOUT: &str = "v4";
+const LAYOUT: &str = "v5";
 /// Folder of the marks of qdiscs.
 const QDISCS: &str = "qdiscs";
 /// The maps that a later instance takes over, so that established flows survive a restart. The kernel empties
 /// `PIPELINE` when neither a process nor a pin has it.
-const ADOPTED: [&str; 4] = ["FLOWS", "HALF_OPEN", "TRIES", "PIPELINE"];
+const ADOPTED: [&str; 5] = ["FLOWS", "HALF_OPEN", "TRIES", "KEYS", "PIPELINE"];
 
 /// What the kernel is asked at load.
 #[derive(Clone, Debug)]
@@ -74,24 +73,6 @@ pub struct Datapath {
     steering: bool,
 }
 
-/// The same from one start of this machine to the next, as pins are, and known to nobody outside.
-fn snat_keys() -> [u64; 5] {
-    let id = fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
-    let digits: String = id
-        .chars()
-        .filter(char::is_ascii_hexdigit)
-        .take(16)
-        .collect();
-    let mut state = u64::from_str_radix(&digits, 16).unwrap_or_default();
-    // SplitMix64 (Steele, Lea, Flood: Fast Splittable Pseudorandom Number Generators, 2014).
-    array::from_fn(|_| {
-        state = state.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mixed = (state ^ state >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        let mixed = (mixed ^ mixed >> 27).wrapping_mul(0x94d0_49bb_1331_11eb);
-        mixed ^ mixed >> 31
-    })
-}
-
 /// A program of the object, by its name and of its type.
 fn program<'a, P>(ebpf: &'a mut Ebpf, name: &str) -> Result<&'a mut P>
 where
@@ -120,7 +101,6 @@ impl Datapath {
         kernel().raise_memory_limit()?;
         let peer_from_lo = u8::from(kernel().peer_from_lo);
         let (snat_first, snat_ports) = options.snat;
-        let snat_keys = snat_keys();
         let own_mark = steering::own_mark();
         let set_retval = u8::from(kernel().bind_error);
         let mut loader = EbpfLoader::new();
@@ -129,7 +109,6 @@ impl Datapath {
             .override_global("PEER_FROM_LO", &peer_from_lo, true)
             .override_global("SNAT_FIRST", &snat_first, true)
             .override_global("SNAT_PORTS", &snat_ports, true)
-            .override_global("SNAT_KEYS", &snat_keys[..], true)
             .override_global("OWN_MARK", &own_mark, true)
             .override_global("SET_RETVAL", &set_retval, true)
             .map_max_entries("FLOWS", options.flows);
@@ -154,7 +133,8 @@ impl Datapath {
                 remove_empty(pins);
             }
         })?;
-        let maps = Maps::take(&mut ebpf)?;
+        let mut maps = Maps::take(&mut ebpf)?;
+        maps.choose_keys()?;
         let mut datapath = Self {
             ebpf,
             maps,

@@ -3,7 +3,7 @@
 
 mod flows;
 
-use std::{net::IpAddr, os::fd::RawFd};
+use std::{collections::BTreeMap, net::IpAddr, os::fd::RawFd};
 
 use anyhow::{Context as _, Result};
 use aya::{
@@ -16,7 +16,9 @@ use aya::{
 };
 use forwarder_common::{
     flow::Flow,
-    publish::{Allowed, Frontend, Interface, Port, Publish, port_index},
+    publish::{
+        Allowed, FILTER_WORDS, Frontend, Interface, Location, Port, Publish, filter_bit, port_index,
+    },
     reason::Reason,
     tuple::{Address, Tuple},
 };
@@ -29,14 +31,15 @@ pub struct Maps {
     ports: Array<MapData, Port>,
     frontends: HashMap<MapData, Frontend, u32>,
     publishes: Array<MapData, Publish>,
-    local_addresses: HashMap<MapData, Address, u32>,
     backends: HashMap<MapData, Address, u32>,
     interfaces: HashMap<MapData, u32, Interface>,
-    networks: Trie<MapData, Address, u32>,
+    locations: Trie<MapData, Address, Location>,
+    local_filter: Array<MapData, u64>,
     allow: Trie<MapData, Allowed, u32>,
     flows: HashMap<MapData, Tuple, Flow>,
     half_open: HashMap<MapData, Tuple, Flow>,
     sockets: SockHash<MapData, u32>,
+    keys: Array<MapData, [u64; 5]>,
     pipeline: ProgramArray<MapData>,
     stats: PerCpuArray<MapData, u64>,
 }
@@ -61,17 +64,33 @@ impl Maps {
             ports: Array::try_from(map("PORTS")?)?,
             frontends: HashMap::try_from(map("FRONTENDS")?)?,
             publishes: Array::try_from(map("PUBLISHES")?)?,
-            local_addresses: HashMap::try_from(map("LOCAL_ADDRESSES")?)?,
             backends: HashMap::try_from(map("BACKENDS")?)?,
             interfaces: HashMap::try_from(map("INTERFACES")?)?,
-            networks: LpmTrie::try_from(map("NETWORKS")?)?,
+            locations: LpmTrie::try_from(map("LOCATIONS")?)?,
+            local_filter: Array::try_from(map("LOCAL_FILTER")?)?,
             allow: LpmTrie::try_from(map("ALLOW")?)?,
             flows: HashMap::try_from(map("FLOWS")?)?,
             half_open: HashMap::try_from(map("HALF_OPEN")?)?,
             sockets: SockHash::try_from(map("SOCKETS")?)?,
+            keys: Array::try_from(map("KEYS")?)?,
             pipeline: ProgramArray::try_from(map("PIPELINE")?)?,
             stats: PerCpuArray::try_from(map("STATS")?)?,
         })
+    }
+
+    /// Chooses the keys of source ports at random, unless an earlier instance has: its flows are found by them.
+    ///
+    /// # Errors
+    /// The kernel has no randomness, or refuses the update.
+    pub fn choose_keys(&mut self) -> Result<()> {
+        let keys = self.keys.get(&0, 0).context("read KEYS")?;
+        if keys != [0; 5] {
+            return Ok(());
+        }
+        let mut octets = [0; size_of::<[u64; 5]>()];
+        getrandom::fill(&mut octets).context("choose random keys")?;
+        let keys: [u64; 5] = bytemuck::cast(octets);
+        self.keys.set(0, keys, 0).context("write KEYS")
     }
 
     /// Chooses the program that `ingress_l3` hands packets to.
@@ -184,19 +203,6 @@ impl Maps {
             .context("write SOCKETS")
     }
 
-    /// # Errors
-    /// The map is full, or the kernel refuses the update.
-    pub fn set_local(&mut self, address: IpAddr, local: bool) -> Result<()> {
-        let key = Address::from(address);
-        if local {
-            self.local_addresses
-                .insert(key, 1, 0)
-                .context("write LOCAL_ADDRESSES")
-        } else {
-            ignore_missing(self.local_addresses.remove(&key)).context("write LOCAL_ADDRESSES")
-        }
-    }
-
     /// How packets leave by a device; `None` makes it an uplink that takes packets of any length.
     ///
     /// # Errors
@@ -209,17 +215,33 @@ impl Maps {
         .context("write INTERFACES")
     }
 
-    /// Says which container network's device the addresses of a prefix are behind: 0 for none. `None` forgets the prefix.
+    /// Says what addresses are behind: changes only what differs from `old`, which was said before.
     ///
     /// # Errors
     /// The map is full, or the kernel refuses the update.
-    pub fn set_network(&mut self, prefix: IpNet, device: Option<u32>) -> Result<()> {
-        let key = Key::new(key_length(prefix), prefix.network().into());
-        match device {
-            Some(device) => self.networks.insert(&key, device, 0),
-            None => ignore_missing(self.networks.remove(&key)),
+    pub fn set_locations(
+        &mut self,
+        old: &BTreeMap<IpNet, Location>,
+        new: &BTreeMap<IpNet, Location>,
+    ) -> Result<()> {
+        let key = |prefix: &IpNet| Key::new(key_length(*prefix), prefix.network().into());
+        for (prefix, location) in new {
+            if old.get(prefix) != Some(location) {
+                let inserted = self.locations.insert(&key(prefix), location, 0);
+                inserted.context("write LOCATIONS")?;
+            }
         }
-        .context("write NETWORKS")
+        for prefix in old.keys().filter(|prefix| !new.contains_key(prefix)) {
+            ignore_missing(self.locations.remove(&key(prefix))).context("write LOCATIONS")?;
+        }
+        let words = filter(old).into_iter().zip(filter(new));
+        for (index, (old, new)) in (0..).zip(words) {
+            if old != new {
+                let set = self.local_filter.set(index, new, 0);
+                set.context("write LOCAL_FILTER")?;
+            }
+        }
+        Ok(())
     }
 
     /// Puts a network on a publish's allow-list, or takes it off.
@@ -253,6 +275,21 @@ impl Maps {
             })
             .collect()
     }
+}
+
+/// The words of `LOCAL_FILTER`: a bit for each of this host's addresses, and all of them where it has whole prefixes.
+fn filter(locations: &BTreeMap<IpNet, Location>) -> Vec<u64> {
+    let mut words = vec![0; FILTER_WORDS as usize];
+    let here = locations.iter().filter(|(_, l)| **l == Location::HERE);
+    for (prefix, _) in here {
+        if prefix.prefix_len() < prefix.max_prefix_len() {
+            words.fill(u64::MAX);
+            break;
+        }
+        let (index, bit) = filter_bit(&prefix.addr().into());
+        words[index as usize] |= bit;
+    }
+    words
 }
 
 /// The length of a prefix of [`Address`]es, among which IPv4 ones are mapped (RFC 4291 section 2.5.5.2).

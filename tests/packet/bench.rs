@@ -1,13 +1,17 @@
 //! A loaded program in a network namespace of its own, with an uplink and a container's device that nothing
 //! is attached to; what it publishes, and frames through it.
 
-use std::{collections::BTreeMap, net::SocketAddr, time::Duration};
+use std::{
+    collections::BTreeMap,
+    net::{IpAddr, SocketAddr},
+    time::Duration,
+};
 
 use forwarder::datapath::{Datapath, Options, xdp::Mode};
 use forwarder_common::{
     flow::{Flow, Hop, delivery},
     limits,
-    publish::{Interface, Publish, flag},
+    publish::{Interface, Location, Publish, flag},
     reason::Reason,
     tuple::Tuple,
 };
@@ -16,10 +20,13 @@ use forwarder_tests::{
     frame::{Frame, Mac, Protocol},
     netns::Netns,
 };
+use ipnet::IpNet;
 use nix::net::if_::if_nametoindex;
 
 pub(crate) const CONTAINER_MAC: Mac = [2, 0, 0, 0, 0, 0xc];
 pub(crate) const BRIDGE_MAC: Mac = [2, 0, 0, 0, 0, 0xb];
+/// Where frames go unless they say otherwise.
+pub(crate) const HOST_MAC: Mac = [2, 0, 0, 0, 0, 2];
 /// Addresses of the host: LAN, and on the backend's network.
 pub(crate) const HOST: [&str; 4] = [
     "198.51.100.2",
@@ -44,6 +51,8 @@ pub(crate) const UPLINK: Interface = Interface {
     ethernet: 1,
     xdp: 0,
     network: 0,
+    mac: HOST_MAC,
+    reserved: 0,
 };
 
 /// The longest that there is (CONFIG_HZ=100), and a little more.
@@ -53,6 +62,7 @@ pub(crate) struct Bench {
     pub(crate) datapath: Datapath,
     pub(crate) uplink: u32,
     pub(crate) container: u32,
+    locations: BTreeMap<IpNet, Location>,
 }
 
 /// What became of a frame.
@@ -130,6 +140,12 @@ pub(crate) fn at(text: &str) -> SocketAddr {
     text.parse().unwrap()
 }
 
+/// A prefix, or one address.
+pub(crate) fn network(text: &str) -> IpNet {
+    let address = || text.parse::<IpAddr>().map(IpNet::from);
+    text.parse().or_else(|_| address()).unwrap()
+}
+
 impl Bench {
     /// A fresh program in the network namespace that we are in, which has the [`LINKS`].
     pub(crate) fn here(options: &Options) -> Self {
@@ -139,18 +155,41 @@ impl Bench {
             datapath,
             uplink: index("eth0"),
             container: index("veth0"),
+            locations: BTreeMap::new(),
         };
         let maps = &mut bench.datapath.maps;
-        for address in HOST {
-            maps.set_local(address.parse().unwrap(), true).unwrap();
-        }
+        let uplink = Interface {
+            mtu: u32::MAX,
+            ..UPLINK
+        };
+        maps.set_interface(bench.uplink, Some(uplink)).unwrap();
         let container = Interface {
             delivery: delivery::PEER,
             ..UPLINK
         };
         maps.set_interface(bench.container, Some(container))
             .unwrap();
+        for address in HOST {
+            bench.locate(address, Location::HERE);
+        }
         bench
+    }
+
+    /// Says what an address, or the addresses of a prefix, are behind.
+    pub(crate) fn locate(&mut self, prefix: &str, location: Location) {
+        self.change_locations(|locations| locations.insert(network(prefix), location));
+    }
+
+    /// Takes that back.
+    pub(crate) fn forget(&mut self, prefix: &str) {
+        self.change_locations(|locations| locations.remove(&network(prefix)));
+    }
+
+    fn change_locations<T>(&mut self, change: impl FnOnce(&mut BTreeMap<IpNet, Location>) -> T) {
+        let old = self.locations.clone();
+        change(&mut self.locations);
+        let maps = &mut self.datapath.maps;
+        maps.set_locations(&old, &self.locations).unwrap();
     }
 
     /// Publishes a port of every local address, to a container.

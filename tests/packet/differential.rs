@@ -7,13 +7,13 @@
 //! (conntrack reassembles and cuts anew), and packets that are too long and may be cut up (so does the router; the
 //! program leaves a client's to the proxy and answers a backend's).
 
-use std::net::SocketAddr;
+use std::{collections::BTreeMap, net::SocketAddr};
 
 use forwarder::datapath::{Datapath, Options, devices::Hook};
 use forwarder_common::{
     flow::{Hop, delivery},
     limits,
-    publish::{Interface, Publish, flag},
+    publish::{Interface, Location, Publish, flag},
 };
 use forwarder_tests::{
     cpu::pin_this_thread,
@@ -140,9 +140,10 @@ impl Arena {
             };
             let mut datapath = Datapath::load(&options).unwrap();
             let [uplink, veth] = ["eth0", "veth0"].map(|name| if_nametoindex(name).unwrap());
-            for address in [V4[1], V6[1], "172.31.0.1:0", "[fd00:31::1]:0"] {
-                datapath.maps.set_local(at(address).ip(), true).unwrap();
-            }
+            let here = [V4[1], V6[1], "172.31.0.1:0", "[fd00:31::1]:0"];
+            let here = here.map(|address| (at(address).ip().into(), Location::HERE));
+            let maps = &mut datapath.maps;
+            maps.set_locations(&BTreeMap::new(), &here.into()).unwrap();
             for (index, addresses) in [(1, V4), (2, V6)] {
                 let backend = at(addresses[2]);
                 let source = if index == 1 {

@@ -5,7 +5,7 @@ use forwarder_tests::{
     icmp::{IcmpError, quote},
 };
 
-use crate::bench::{BRIDGE_MAC, CONTAINER_MAC, LO, Outcome, REDIRECT, at, bench};
+use crate::bench::{BRIDGE_MAC, CONTAINER_MAC, HOST_MAC, LO, Outcome, REDIRECT, at, bench};
 
 /// Everything; and the least that an error quotes.
 const LENGTHS: [usize; 2] = [1000, 8];
@@ -122,7 +122,8 @@ fn the_backend_is_told_about_what_it_answered() {
             let reply = bench.send(&answer, bench.container).forwarded();
             for from in [addresses.client, addresses.router_at_client] {
                 for octets in LENGTHS {
-                    let error = too_big(&reply, from, octets);
+                    let mut error = too_big(&reply, from, octets);
+                    error.destination_mac = HOST_MAC;
                     let outcome = bench.send_bytes(&error.bytes(), bench.uplink);
                     let answer = Frame {
                         ttl: 63,
@@ -269,7 +270,9 @@ fn an_error_neither_refreshes_nor_ends_a_flow() {
         let reply = bench.send(&forwarded.reply(), bench.container).forwarded();
         let before = bench.flow();
         for (about, ifindex) in [(&forwarded, bench.container), (&reply, bench.uplink)] {
-            translated(bench.send_bytes(&IcmpError::port_unreachable(about).bytes(), ifindex));
+            let mut error = IcmpError::port_unreachable(about);
+            error.destination_mac = HOST_MAC;
+            translated(bench.send_bytes(&error.bytes(), ifindex));
         }
         assert_eq!(bench.flow(), before);
     });

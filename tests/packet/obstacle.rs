@@ -265,11 +265,12 @@ fn nobody_is_told_about_an_error() {
 fn nobody_is_told_about_a_frame_to_everybody() {
     bench(|bench| {
         bench.publish(Protocol::Udp, 8080, V4[2]);
-        let mut sent = Frame::first(Protocol::Udp, at(V4[0]), at(V4[1]));
-        sent.ttl = 1;
+        let sent = Frame::first(Protocol::Udp, at(V4[0]), at(V4[1]));
+        let mut answer = bench.send(&sent, bench.uplink).forwarded().reply();
+        answer.ttl = 1;
         for everybody in [[0xff; 6], [0x01, 0, 0x5e, 0, 0, 1]] {
-            sent.destination_mac = everybody;
-            bench.send(&sent, bench.uplink).dropped("untold");
+            answer.destination_mac = everybody;
+            bench.send(&answer, bench.container).dropped("untold");
         }
     });
 }

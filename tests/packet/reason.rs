@@ -78,7 +78,7 @@ fn scenario(reason: Reason, bench: &mut Bench) -> Option<Outcome> {
         Reason::NotLocal => {
             publish(bench, Protocol::Tcp, |_| {});
             let elsewhere = at("203.0.113.1:8080");
-            bench.send(&Frame::first(Protocol::Tcp, tcp.source, elsewhere), uplink)
+            bench.send(&Frame::first(Protocol::Tcp, tcp.source, elsewhere), LO)
         }
         Reason::OtherSocket => {
             publish(bench, Protocol::Udp, |entry| {

@@ -2,10 +2,10 @@
 
 use forwarder_common::{
     flow::delivery,
-    publish::{Interface, flag},
+    publish::{Interface, Location, flag},
 };
 use forwarder_tests::{
-    frame::{ACK, Frame, Protocol},
+    frame::{ACK, Frame, Mac, Protocol},
     netns::Netns,
 };
 use nix::net::if_::if_nametoindex;
@@ -51,9 +51,7 @@ fn a_flow_of_this_host_cannot_be_joined_from_outside() {
         bench.send(&frame, bench.uplink).dropped("martian_source");
         let frame = Frame::first(Protocol::Udp, at("127.0.0.1:4000"), at("127.0.0.1:53"));
         bench.send(&frame, LO).forwarded();
-        bench
-            .send(&frame, bench.uplink)
-            .passed(&frame.bytes(), "not_local");
+        bench.send(&frame, bench.uplink).passed(&frame.bytes(), "");
     });
 }
 
@@ -127,8 +125,13 @@ fn containers(bench: &mut Bench) -> u32 {
     }
     maps.set_interface(bench.uplink, Some(UPLINK)).unwrap();
     for prefix in ["172.31.0.0/24", "fd00:31::/64"] {
-        maps.set_network(prefix.parse().unwrap(), Some(bridge))
-            .unwrap();
+        bench.locate(
+            prefix,
+            Location {
+                network: bridge,
+                device: 0,
+            },
+        );
     }
     neighbour
 }
@@ -178,8 +181,7 @@ fn an_uplink_cannot_bring_a_containers_address() {
 fn an_address_that_is_routed_elsewhere_is_no_containers() {
     bench(|bench| {
         containers(bench);
-        let elsewhere = "172.31.0.64/26".parse().unwrap();
-        bench.datapath.maps.set_network(elsewhere, Some(0)).unwrap();
+        bench.locate("172.31.0.64/26", Location::default());
         bench.publish(Protocol::Udp, 8080, "172.31.0.2:80");
         let frame = Frame::first(
             Protocol::Udp,
@@ -187,7 +189,7 @@ fn an_address_that_is_routed_elsewhere_is_no_containers() {
             at("198.51.100.2:8080"),
         );
         bench.send(&frame, bench.uplink).forwarded();
-        bench.datapath.maps.set_network(elsewhere, None).unwrap();
+        bench.forget("172.31.0.64/26");
         let frame = Frame::first(
             Protocol::Udp,
             at("172.31.0.65:4001"),
@@ -304,5 +306,100 @@ fn xdp_takes_no_reply_of_a_local_backend_from_an_uplink() {
             (outcome.action, &outcome.reasons[..]),
             (crate::bench::XDP_DROP, &["martian_source"][..])
         );
+    });
+}
+
+/// A frame that a switch has flooded, or that was meant for another machine with the same address (VRRP), or broadcast.
+#[test]
+fn a_frame_to_another_mac_is_not_for_this_host() {
+    const MACS: [Mac; 3] = [[2, 0, 0, 0, 0, 0x77], [0xff; 6], [1, 0, 0x5e, 0, 0, 1]];
+    bench(|bench| {
+        for protocol in PROTOCOLS {
+            for (backend, _, machine, frontend) in FAMILIES {
+                bench.publish(protocol, 8080, backend);
+                let honest = Frame::first(protocol, at(machine), at(frontend));
+                for destination_mac in MACS {
+                    let frame = Frame {
+                        destination_mac,
+                        ..honest.clone()
+                    };
+                    bench.send(&frame, bench.uplink).passed(&frame.bytes(), "");
+                }
+                bench.send(&honest, bench.uplink).forwarded();
+                let flooded = Frame {
+                    destination_mac: MACS[0],
+                    ..honest
+                };
+                bench
+                    .send(&flooded, bench.uplink)
+                    .passed(&flooded.bytes(), "");
+            }
+        }
+    });
+}
+
+/// A transparent proxy on this host has the kernel lead its connections to other machines over lo.
+#[test]
+fn what_this_host_sends_to_others_over_lo_is_not_ours() {
+    bench(|bench| {
+        for protocol in PROTOCOLS {
+            for (backend, _, machine, frontend) in FAMILIES {
+                bench.publish(protocol, 8080, backend);
+                let mut to = at(machine);
+                to.set_port(8080);
+                let mut from = at(frontend);
+                from.set_port(4000);
+                let frame = Frame::first(protocol, from, to);
+                bench.send(&frame, LO).passed(&frame.bytes(), "not_local");
+                let frame = Frame::first(protocol, from, at(frontend));
+                bench.send(&frame, LO).forwarded();
+            }
+        }
+    });
+}
+
+#[test]
+fn a_local_prefix_is_served_like_an_address() {
+    bench(|bench| {
+        bench.publish(Protocol::Udp, 8080, "172.31.0.2:80");
+        let frame = Frame::first(
+            Protocol::Udp,
+            at("198.51.100.9:4000"),
+            at("203.0.113.5:8080"),
+        );
+        bench.send(&frame, bench.uplink).passed(&frame.bytes(), "");
+        bench.locate("203.0.113.0/28", Location::HERE);
+        bench.send(&frame, bench.uplink).forwarded();
+        bench.forget("203.0.113.0/28");
+        let frame = Frame::first(
+            Protocol::Udp,
+            at("198.51.100.9:4001"),
+            at("203.0.113.5:8080"),
+        );
+        bench.send(&frame, bench.uplink).passed(&frame.bytes(), "");
+    });
+}
+
+/// The neighbour's own address is known to be behind its device: nobody else on the bridge has it.
+#[test]
+fn a_container_does_not_speak_for_its_neighbour() {
+    bench(|bench| {
+        let neighbour = containers(bench);
+        let bridge = if_nametoindex("br0").unwrap();
+        for (backend, client, _, frontend) in FAMILIES {
+            let address = at(client).ip().to_string();
+            let behind = |device| Location {
+                network: bridge,
+                device,
+            };
+            for protocol in PROTOCOLS {
+                bench.publish(protocol, 8080, backend);
+                let frame = Frame::first(protocol, at(client), at(frontend));
+                bench.locate(&address, behind(bench.container));
+                bench.send(&frame, neighbour).dropped("martian_source");
+                bench.locate(&address, behind(neighbour));
+                bench.send(&frame, neighbour).forwarded();
+            }
+        }
     });
 }

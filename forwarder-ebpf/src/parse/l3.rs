@@ -7,7 +7,7 @@ use forwarder_common::{
     tuple::{Address, TCP, Tuple, UDP},
 };
 
-use crate::frame::header;
+use crate::frame::{SentTo, header};
 
 use super::{
     ETHERTYPE_IPV4, ETHERTYPE_IPV6, FRAGMENT_HEADER, ICMP, ICMPV6, Ipv4, Ipv6, MORE, OFFSET,
@@ -29,6 +29,7 @@ pub fn packet(ctx: &TcContext) -> Result<Packet, Reason> {
         id: 0,
         protocol: 0,
         is_v4: protocol == ETHERTYPE_IPV4 as u32,
+        sent_to: SentTo::Host,
         dont_fragment: true,
         tos: 0,
         ttl: 0,

@@ -1,10 +1,7 @@
 //! The part of the daemon that follows the network: one reading after another, and the kernel's maps,
 //! attachments and neighbours made to match it.
 
-use std::{
-    collections::{BTreeMap, BTreeSet},
-    net::IpAddr,
-};
+use std::collections::{BTreeMap, BTreeSet};
 
 use anyhow::Result;
 use forwarder_common::{
@@ -96,23 +93,10 @@ impl Daemon {
         let Some(datapath) = &mut self.datapath else {
             return Ok(());
         };
-        let old: BTreeSet<IpAddr> = backends::local_addresses(before).collect();
-        let new: BTreeSet<IpAddr> = backends::local_addresses(&self.snapshot).collect();
-        for address in old.symmetric_difference(&new) {
-            datapath.maps.set_local(*address, new.contains(address))?;
-        }
-        let (old, new) = (
-            backends::networks(before),
-            backends::networks(&self.snapshot),
-        );
-        for (prefix, device) in &new {
-            if old.get(prefix) != Some(device) {
-                datapath.maps.set_network(*prefix, Some(*device))?;
-            }
-        }
-        for prefix in old.keys().filter(|prefix| !new.contains_key(prefix)) {
-            datapath.maps.set_network(*prefix, None)?;
-        }
+        datapath.maps.set_locations(
+            &backends::locations(before),
+            &backends::locations(&self.snapshot),
+        )?;
         self.forget_xdp();
         self.attach_xdp();
         self.write_interfaces()?;
