@@ -3,7 +3,7 @@
 
 use bytemuck::{Pod, Zeroable};
 
-use crate::tuple::Address;
+use crate::tuple::{Address, Tuple};
 
 /// How a packet leaves towards somebody.
 pub mod delivery {
@@ -55,20 +55,32 @@ pub mod state {
     pub const SYN_AGAIN: u32 = 1 << 7;
     /// The client is on this host: only packets from `lo` belong to the original direction.
     pub const LOCAL_CLIENT: u32 = 1 << 8;
-    /// In `FLOWS`. On an entry of `HALF_OPEN`: what was left behind there.
+    /// In `FLOWS`: proven, or from the beginning because the backend sees an address of this host. On an entry of `HALF_OPEN`: what was left behind there.
     pub const KEPT: u32 = 1 << 9;
     /// The client has gone on after a reset.
     pub const SPOKE_ORIGINAL: u32 = 1 << 10;
     pub const SPOKE_REPLY: u32 = 1 << 11;
     /// Another conversation has the tuple, one that does not come by a port of this host.
     pub const FOREIGN: u32 = 1 << 12;
+    /// Not a flow, but where one is found whose source port is not the first of its conversation's. The key is the
+    /// conversation's original tuple, and client and frontend stand for source and destination of the flow's key.
+    pub const ALIAS: u32 = 1 << 13;
+
+    /// TCP: begun in the midst of the connection, and settled when this is `ESTABLISHED`.
+    pub const PICKED_UP: u32 = 1 << 14;
 
     pub const BOTH_FIN: u32 = FIN_ORIGINAL | FIN_REPLY;
     pub const BOTH_ACKNOWLEDGED: u32 = FIN_ORIGINAL_ACKNOWLEDGED | FIN_REPLY_ACKNOWLEDGED;
     pub const BOTH_SPOKE: u32 = SPOKE_ORIGINAL | SPOKE_REPLY;
     /// Everything that a new conversation on the same tuple starts without.
-    pub const PROGRESS: u32 =
-        REPLIED | ESTABLISHED | BOTH_FIN | RESET | BOTH_ACKNOWLEDGED | SYN_AGAIN | BOTH_SPOKE;
+    pub const PROGRESS: u32 = REPLIED
+        | ESTABLISHED
+        | BOTH_FIN
+        | RESET
+        | BOTH_ACKNOWLEDGED
+        | SYN_AGAIN
+        | BOTH_SPOKE
+        | PICKED_UP;
     /// Of these, an established TCP connection of which nobody has taken leave has `ESTABLISHED` alone.
     pub const UNSETTLED: u32 = ESTABLISHED | BOTH_FIN | RESET;
 }
@@ -94,6 +106,9 @@ pub struct Flow {
     pub state: u32,
     /// TCP: the greatest number that the client's side has acknowledged, and the backend's; host byte order.
     pub acknowledged: [u32; 2],
+    /// TCP: the number behind the last octet that the client's side has sent, and the backend's; host byte order. What
+    /// acknowledges more is not believed.
+    pub sent: [u32; 2],
     /// Nanoseconds of `CLOCK_MONOTONIC`, of the newest packet, to the tick.
     pub last_seen: u64,
     /// Original direction, reply direction.
@@ -102,7 +117,36 @@ pub struct Flow {
     pub bytes: [u64; 2],
 }
 
-const _: () = assert!(size_of::<Flow>() == 112);
+const _: () = assert!(size_of::<Flow>() == 120);
+
+impl Flow {
+    /// The conversation's tuple as the client sends it.
+    #[inline(always)]
+    pub const fn original(&self, protocol: u32) -> Tuple {
+        Tuple {
+            source: self.client,
+            destination: self.frontend,
+            source_port: self.client_port,
+            destination_port: self.frontend_port,
+            protocol,
+        }
+    }
+
+    /// What an alias and the flow that it leads to have in common, with the two keys' parts exchanged: of a flow its alias,
+    /// of an alias its flow.
+    #[must_use]
+    pub const fn counterpart(&self, key: &Tuple) -> (Tuple, Self) {
+        let flow = Self {
+            client: key.source,
+            frontend: key.destination,
+            client_port: key.source_port,
+            frontend_port: key.destination_port,
+            state: self.state ^ state::ALIAS,
+            ..*self
+        };
+        (self.original(key.protocol), flow)
+    }
+}
 
 macro_rules! phases {
     ($($(#[$doc:meta])* $name:ident = $text:literal, $seconds:literal;)*) => {
@@ -178,6 +222,11 @@ pub struct Timeouts([u64; Phase::ALL.len()]);
 impl Timeouts {
     pub const fn of(&self, phase: Phase) -> u64 {
         self.0[phase as usize]
+    }
+
+    /// In nanoseconds, by [`Phase`].
+    pub fn nanoseconds(&self) -> [u64; Phase::ALL.len()] {
+        self.0.map(|seconds| seconds.saturating_mul(1_000_000_000))
     }
 
     pub const fn set(&mut self, phase: Phase, seconds: u64) {

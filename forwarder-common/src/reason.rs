@@ -37,13 +37,17 @@ reasons! {
     NotLocal = "not_local",
     /// Passed: the port is of a range, but a socket of this host has it, such as a client's own.
     OtherSocket = "other_socket",
+    /// Passed: it answers what left this host by others, such as a masqueraded container's query, from a published port's
+    /// number.
+    OthersAnswer = "others_answer",
     /// Passed: a fragment whose datagram's first was not carried; the slow path reassembles it.
     Fragment = "fragment",
     /// Handed to the daemon: the first fragment of a backend's datagram, after a later one; the daemon puts it together.
     OutOfOrder = "out_of_order",
     /// Passed: TCP or UDP behind IPv4 options or IPv6 extension headers, whoever's it is.
     Options = "options",
-    /// Passed: a TCP packet without a flow that is no SYN.
+    /// Passed: a TCP packet without a flow that begins none: it is no SYN, and a socket of this host has the connection or
+    /// the backend cannot know it by this packet.
     NotSyn = "not_syn",
     /// Passed: a link-local client, whose address means nothing on the backend's network.
     LinkLocal = "link_local",
@@ -73,11 +77,11 @@ reasons! {
     Martian = "martian_source",
     /// Dropped: the source is not on the allow-list.
     NotAllowed = "not_allowed",
-    /// Dropped: every source port towards this backend is in use.
+    /// Passed: every source port towards this backend is in use; the userland proxy has ports of its own.
     NoSourcePort = "no_source_port",
     /// Forwarded as well: the table of proven flows is full, and this one's stays among the half-open.
     FlowsFull = "flows_full",
-    /// Dropped: the kernel made no entry for a new flow.
+    /// Passed: the kernel made no entry for a new flow, as the table is full; the userland proxy needs none.
     NoEntry = "no_entry",
     /// Dropped: the reply of a flow could not be sent back.
     NoWayBack = "no_way_back",
@@ -95,8 +99,6 @@ impl Reason {
             self,
             Self::Martian
                 | Self::NotAllowed
-                | Self::NoSourcePort
-                | Self::NoEntry
                 | Self::NoWayBack
                 | Self::OutOfOrder
                 | Self::Untold

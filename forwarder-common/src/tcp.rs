@@ -23,12 +23,23 @@ pub struct Segment {
     pub flags: u8,
     pub sequence: u32,
     pub acknowledgement: u32,
+    /// Octets of payload.
+    pub payload: u32,
 }
 
 impl Segment {
     #[inline(always)]
     const fn has(self, flags: u8) -> bool {
         self.flags & flags != 0
+    }
+
+    /// The number behind it: SYN and FIN count (RFC 9293 section 3.4).
+    #[inline(always)]
+    const fn end(self) -> u32 {
+        let counted = self.has(SYN) as u32 + self.has(FIN) as u32;
+        self.sequence
+            .wrapping_add(self.payload)
+            .wrapping_add(counted)
     }
 }
 
@@ -39,32 +50,49 @@ const fn within(number: u32, start: u32, length: u32) -> bool {
 }
 
 /// Follows one segment; returns whether it is one of this flow. What is not heeded here goes on all the same: to judge
-/// it is its receiver's business.
+/// it is its receiver's business. `is_direct` tells whether the flow's tuple may also be a direct connection's.
 #[inline(always)]
-pub fn follow(flow: &mut Flow, direction: usize, segment: Segment) -> bool {
+pub fn follow(
+    flow: &mut Flow,
+    direction: usize,
+    segment: Segment,
+    is_direct: impl FnOnce() -> bool,
+) -> bool {
     if flow.state & state::UNSETTLED == state::ESTABLISHED && !segment.has(SYN | FIN | RST) {
+        send(flow, direction, segment);
         acknowledge(flow, direction, segment);
         return true;
     }
-    change(flow, direction, segment)
+    if flow.state & (state::PICKED_UP | state::ESTABLISHED) == state::PICKED_UP
+        && !segment.has(SYN | RST)
+    {
+        meet(flow, direction, segment);
+        return true;
+    }
+    if direction == REPLY && misses(flow, segment) {
+        if segment.has(SYN) || is_direct() {
+            flow.state = flow.state & !state::PROGRESS | state::FOREIGN;
+            return false;
+        }
+        // Of an older connection with this tuple, whose end the client makes by a reset.
+        return true;
+    }
+    change(flow, direction, segment);
+    true
 }
 
 /// [`follow`], where the segment may change the state.
 // VERIFIER: a function of its own, for its share of the stack, and to keep it out of what most packets run through.
 #[inline(never)]
-fn change(flow: &mut Flow, direction: usize, segment: Segment) -> bool {
-    if direction == REPLY && is_foreign(flow, segment) {
-        flow.state = flow.state & !state::PROGRESS | state::FOREIGN;
-        return false;
-    }
+fn change(flow: &mut Flow, direction: usize, segment: Segment) {
     flow.state = next(flow, direction, segment);
-    true
+    send(flow, direction, segment);
 }
 
-/// Whether the backend speaks to somebody who has the flow's tuple by connecting to it directly: it answers a SYN that
-/// the flow has not had, or goes on with what the flow has not begun.
+/// Whether the backend does not speak of what the flow has begun: it answers a SYN that the flow has not had, or goes on with
+/// a connection that is not this one.
 #[inline(always)]
-fn is_foreign(flow: &Flow, segment: Segment) -> bool {
+fn misses(flow: &Flow, segment: Segment) -> bool {
     let unanswered = flow.state & state::REPLIED == 0;
     let closed = flow.state & state::RESET != 0 || flow.state & state::BOTH_FIN == state::BOTH_FIN;
     (unanswered || closed && segment.has(SYN))
@@ -77,10 +105,63 @@ fn is_foreign(flow: &Flow, segment: Segment) -> bool {
         )
 }
 
+/// Begins to follow a connection in the midst of it, by a segment of the client's.
+#[inline(always)]
+pub fn pick_up(flow: &mut Flow, segment: Segment) {
+    flow.state |= state::PICKED_UP;
+    flow.acknowledged = [segment.acknowledgement, segment.sequence];
+    flow.sent = [segment.end(), segment.acknowledgement];
+}
+
+/// Follows such a connection until both sides have spoken of each other's numbers.
+#[inline(never)]
+fn meet(flow: &mut Flow, direction: usize, segment: Segment) {
+    let expected = flow.sent[other(direction)].wrapping_sub(WINDOW);
+    if !segment.has(ACK) || !within(segment.acknowledgement, expected, 2 * WINDOW) {
+        return;
+    }
+    if direction == REPLY {
+        if flow.state & state::REPLIED == 0 {
+            flow.sent[REPLY] = segment.end();
+        }
+        flow.state |= state::REPLIED;
+    } else if flow.state & state::REPLIED != 0 {
+        flow.state |= state::ESTABLISHED;
+    }
+    flow.acknowledged[direction] = segment.acknowledgement;
+    send(flow, direction, segment);
+    if segment.has(FIN) {
+        flow.state |= if direction == ORIGINAL {
+            state::FIN_ORIGINAL
+        } else {
+            state::FIN_REPLY
+        };
+    }
+}
+
+/// Notes how far a side has sent.
+#[inline(always)]
+fn send(flow: &mut Flow, direction: usize, segment: Segment) {
+    let sent = &mut flow.sent[direction];
+    let end = segment.end();
+    // A SYN within a connection is not believed until the other side has answered it.
+    let begins = segment.has(SYN) && flow.state & state::ESTABLISHED == 0;
+    if begins || !segment.has(SYN | RST) && within(end, *sent, LARGEST_WINDOW) {
+        *sent = end;
+    }
+}
+
 #[inline(always)]
 fn acknowledge(flow: &mut Flow, direction: usize, segment: Segment) {
+    let sent = flow.sent[other(direction)];
     let acknowledged = &mut flow.acknowledged[direction];
-    if segment.has(ACK) && within(segment.acknowledgement, *acknowledged, LARGEST_WINDOW) {
+    if segment.has(ACK)
+        && within(
+            segment.acknowledgement,
+            *acknowledged,
+            sent.wrapping_sub(*acknowledged),
+        )
+    {
         *acknowledged = segment.acknowledgement;
     }
 }
@@ -179,6 +260,7 @@ fn synchronize(flow: &mut Flow, direction: usize, segment: Segment) -> u32 {
         }
         after &= !state::PROGRESS;
         flow.acknowledged[REPLY] = segment.acknowledgement;
+        flow.sent[ORIGINAL] = segment.acknowledgement;
     }
     if !segment.has(ACK)
         || within(

@@ -15,6 +15,7 @@ use forwarder_common::{
 
 use crate::{
     frame::header,
+    left,
     maps::INTERFACES,
     parse::{self, LOOPBACK_IFINDEX, Packet},
     rewrite, route,
@@ -69,6 +70,8 @@ pub fn deliver(
             unsafe { bpf_redirect(hop.ifindex, 0) }
         }
         delivery::NEIGHBOUR => {
+            // SAFETY: `skb` is the context that the kernel gave; this field is writable.
+            unsafe { (*ctx.skb.skb).tc_index = left::OURS as u32 };
             if hop.ifindex == LOOPBACK_IFINDEX {
                 // Back to a client on this host. lo has no MAC, and would take any other for a stranger's.
                 rewrite::macs(ctx, [0; 6], [0; 6])?;

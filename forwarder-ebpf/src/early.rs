@@ -16,7 +16,7 @@ use forwarder_common::{
 use crate::{
     flow,
     frame::Frame as _,
-    ingress,
+    ingress, left,
     maps::count,
     parse::{self, Packet, Part},
     publish,
@@ -67,6 +67,7 @@ fn go_on(ctx: &XdpContext) -> Result<u32, Reason> {
         return Err(Reason::NotOurs);
     }
     publish::arrived(packet)?;
+    left::is_no_answer(packet)?;
     if publish::is_to_device(ctx, packet) {
         publish::permitted(packet, &published)?;
     }
@@ -82,7 +83,7 @@ fn to_backend(
 ) -> Result<u32, Reason> {
     let route = route(ctx, packet, hop)?;
     flow::update(ctx, flow, packet, ORIGINAL);
-    flow::keep(&packet.new, flow);
+    flow::keep(packet, flow);
     send(ctx, packet, hop, route)
 }
 

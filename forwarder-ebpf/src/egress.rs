@@ -1,23 +1,40 @@
-//! What leaves by the stack, because its firewall is respected: the backend's answers, which get the frontend's address
-//! when the firewall has seen them. The destination is rewritten at ingress and the source here, as netfilter's own
-//! NAT does it in PREROUTING and POSTROUTING.
+//! What leaves by the stack. Behind the host's own NAT, packets from published port numbers are noted. And where the firewall
+//! is respected, the backend's answers get the frontend's address when the firewall has seen them: the destination is
+//! rewritten at ingress and the source here, as netfilter's own NAT does it in PREROUTING and POSTROUTING.
 
 use aya_ebpf::programs::TcContext;
 use forwarder_common::{flow::delivery, reason::Reason};
 
 use crate::{
-    flow, fragment, ingress,
+    flow, fragment, ingress, left,
     parse::{self, Packet},
+    setting,
     trace::Trail,
     verdict::Verdict,
 };
 
+/// Set by the loader: the firewall is respected.
+#[unsafe(no_mangle)]
+static RESPECTS_FIREWALL: u8 = 0;
+
 #[inline(always)]
 pub fn egress(ctx: &TcContext, trail: &mut Trail) -> Verdict {
+    if setting(&RESPECTS_FIREWALL) != 0 {
+        match reply(ctx, trail) {
+            Err(Reason::NotOurs) => {}
+            verdict => return verdict,
+        }
+    }
+    left::note(ctx)?;
+    Err(Reason::NotOurs)
+}
+
+#[inline(always)]
+fn reply(ctx: &TcContext, trail: &mut Trail) -> Verdict {
     let packet = parse::packet(ctx)?;
     fragment::complete(packet)?;
     trail.parsed(packet, 0);
-    let verdict = reply(ctx, packet, trail);
+    let verdict = rewritten(ctx, packet, trail);
     if verdict.is_ok() {
         fragment::remember(packet);
     }
@@ -25,7 +42,7 @@ pub fn egress(ctx: &TcContext, trail: &mut Trail) -> Verdict {
 }
 
 #[inline(always)]
-fn reply(ctx: &TcContext, packet: &mut Packet, trail: &mut Trail) -> Verdict {
+fn rewritten(ctx: &TcContext, packet: &mut Packet, trail: &mut Trail) -> Verdict {
     match flow::get_by_reply(packet) {
         Some(flow) if flow.back.delivery == delivery::STACK => {
             ingress::to_client(ctx, packet, flow, trail)

@@ -2,9 +2,9 @@
 //! makes the oldest go, and are kept in `FLOWS` when the client has answered the backend's answer, which no
 //! sender of invented addresses does.
 
-use aya_ebpf::bindings::{BPF_ANY, BPF_NOEXIST};
+use aya_ebpf::bindings::{__sk_buff, BPF_ANY, BPF_NOEXIST};
 use forwarder_common::{
-    flow::{Flow, REPLY, state},
+    flow::{Flow, Phase, REPLY, state},
     limits,
     reason::Reason,
     tcp,
@@ -14,15 +14,15 @@ use forwarder_common::{
 use crate::{
     clock,
     frame::Frame,
-    maps::{DRAFT, Draft, FLOWS, HALF_OPEN, count},
+    maps::{CLAIMS, DIRECT, DRAFT, Draft, FLOWS, HALF_OPEN, count},
     parse::{self, Packet},
-    publish,
+    publish, setting,
     source_port::Ports,
-    words::{copy_address, copy_tuple, reverse},
+    steer,
+    words::{copy_address, reverse},
 };
 
 const EEXIST: i32 = -17;
-const NO_PORT: u32 = u32::MAX;
 
 /// The flow whose key is `tuple`. Proven ones come first: what is left of them in `HALF_OPEN` is not looked at.
 #[inline(always)]
@@ -46,7 +46,7 @@ pub fn get_by_reply(packet: &mut Packet) -> Option<&'static mut Flow> {
         return None;
     }
     reverse(&packet.tuple, &mut packet.new);
-    get(&packet.new).filter(|flow| flow.state & state::FOREIGN == 0)
+    get(&packet.new).filter(|flow| flow.state & (state::FOREIGN | state::ALIAS) == 0)
 }
 
 /// The flow whose key is what the packet becomes, if the packet is of its original direction.
@@ -55,48 +55,26 @@ pub fn get_original(packet: &Packet) -> Option<&'static mut Flow> {
     get(&packet.new).filter(|flow| is_original(flow, packet))
 }
 
-/// The same, with one of the conversation's own source ports, which the packet gets: nearly always the first.
+/// The same, with the source port that this host chose for the conversation, which the packet gets: nearly always the first
+/// that it tries.
 #[inline(always)]
-pub fn get_by_ports(packet: &mut Packet, ports: Ports) -> Option<&'static mut Flow> {
-    let tries = ports.tries();
-    if tries == 0 {
-        return None;
-    }
-    packet.new.source_port = ports.nth(0);
-    let first = get_original(packet);
-    if first.is_some() || tries == 1 {
-        return first;
-    }
-    let draft = draft()?;
-    copy_tuple(&packet.new, &mut draft.key);
-    copy_tuple(&packet.tuple, &mut draft.original);
-    draft.flow.state = local_client(packet);
-    packet.new.source_port = u16::try_from(find_port(ports.0)).ok()?;
+pub fn get_by_ports(packet: &mut Packet) -> Option<&'static mut Flow> {
+    packet.new.source_port = Ports::of(&packet.tuple)?.nth(0);
+    get_original(packet).or_else(|| get_by_alias(packet))
+}
+
+/// The same, with the source port that the conversation's alias has.
+#[inline(always)]
+pub fn get_by_alias(packet: &mut Packet) -> Option<&'static mut Flow> {
+    packet.new.source_port = alias(packet)?;
     get_original(packet)
 }
 
-/// The source port of the flow that is drafted, if it is not the first; more than a port if there is none.
-// VERIFIER: a function that others may call is walked once, and not in every state that a packet may come in.
-#[unsafe(no_mangle)]
+// VERIFIER: a function of its own, for its share of the stack.
 #[inline(never)]
-pub extern "C" fn find_port(hash: u32) -> u32 {
-    let ports = Ports(hash);
-    let Some(draft) = draft() else {
-        return NO_PORT;
-    };
-    let tries = ports.tries();
-    for attempt in 1..limits::SNAT_TRIES {
-        if attempt >= tries {
-            break;
-        }
-        draft.key.source_port = ports.nth(attempt);
-        if let Some(flow) = get(&draft.key)
-            && is_of(flow, &draft.original, draft.flow.state)
-        {
-            return draft.key.source_port as u32;
-        }
-    }
-    NO_PORT
+fn alias(packet: &Packet) -> Option<u16> {
+    let alias = get(&packet.tuple)?;
+    (alias.state & state::ALIAS != 0).then_some(alias.client_port)
 }
 
 /// Whether the packet is from this flow's client to its frontend; a client on this host is one that came by `lo`.
@@ -111,7 +89,7 @@ fn is_of(flow: &Flow, original: &Tuple, local_client: u32) -> bool {
         && flow.frontend_port == original.destination_port
         && flow.client == original.source
         && flow.frontend == original.destination
-        && flow.state & (state::LOCAL_CLIENT | state::FOREIGN) == local_client
+        && flow.state & (state::LOCAL_CLIENT | state::FOREIGN | state::ALIAS) == local_client
 }
 
 /// The part of a flow's state that its first packet says.
@@ -134,7 +112,7 @@ pub fn update(frame: &impl Frame, flow: &mut Flow, packet: &Packet, direction: u
     flow.last_seen = clock::now();
     if packet.protocol == TCP {
         if let Some(segment) = parse::segment(frame, packet)
-            && !tcp::follow(flow, direction, segment)
+            && !tcp::follow(flow, direction, segment, || is_direct(packet))
         {
             return false;
         }
@@ -150,15 +128,36 @@ pub fn update(frame: &impl Frame, flow: &mut Flow, packet: &Packet, direction: u
     true
 }
 
-/// Puts a flow that is proven where no new one takes its place. Called with a packet of the original direction. What
-/// `HALF_OPEN` has of it goes when it is the oldest: to remove it now would give its element to another flow
-/// while a reply on another CPU still reads it.
+/// Notes the SYN of a connection that goes to a backend's port by itself, not by a port of this host.
+#[inline(never)]
+pub fn note_direct(packet: &Packet) {
+    let _ = DIRECT.insert(&packet.tuple, &0, BPF_ANY as u64);
+}
+
+/// Whether the packet may be an answer to such a connection.
+// VERIFIER: a function of its own, for its share of the stack.
+#[inline(never)]
+fn is_direct(packet: &Packet) -> bool {
+    let mut asked = Tuple::default();
+    reverse(&packet.tuple, &mut asked);
+    DIRECT.get_ptr(&asked).is_some()
+}
+
+/// Puts a flow that is proven where no new one takes its place. Called with a packet of the original direction, which has its
+/// new tuple. What `HALF_OPEN` has of it goes when it is the oldest: to remove it now would give its element to another
+/// flow while a reply on another CPU still reads it.
 #[inline(always)]
-pub fn keep(key: &Tuple, flow: &mut Flow) {
+pub fn keep(packet: &Packet, flow: &mut Flow) {
     const BITS: u32 = state::ESTABLISHED | state::RESET | state::KEPT;
-    if flow.state & BITS != state::ESTABLISHED {
-        return;
+    if flow.state & BITS == state::ESTABLISHED {
+        keep_now(packet, flow);
     }
+}
+
+// VERIFIER: a function of its own, for its share of the stack.
+#[inline(never)]
+fn keep_now(packet: &Packet, flow: &mut Flow) {
+    let key = &packet.new;
     flow.state |= state::KEPT;
     // RACE: two CPUs at once: the first's entry stays, both packets go on. What another CPU writes
     // during the copy is a counter, or a state that the next packet's follows.
@@ -167,7 +166,21 @@ pub fn keep(key: &Tuple, flow: &mut Flow) {
         Err(_) => {
             flow.state &= !state::KEPT;
             count(Reason::FlowsFull);
+            return;
         }
+    }
+    // RACE: the element may have become another flow's while it was copied.
+    let kept = FLOWS.get_ptr(key);
+    // SAFETY: an element's memory stays readable until the program ends.
+    if kept.is_some_and(|kept| unsafe { !is_original(&*kept, packet) }) {
+        let _ = FLOWS.remove(key);
+        return;
+    }
+    if key.source_port != packet.tuple.source_port
+        && let Some(alias) = HALF_OPEN.get_ptr(&packet.tuple)
+    {
+        // SAFETY: as above.
+        let _ = FLOWS.insert(&packet.tuple, unsafe { &*alias }, BPF_NOEXIST as u64);
     }
 }
 
@@ -189,58 +202,288 @@ pub fn draft() -> Option<&'static mut Draft> {
     DRAFT.get_ptr_mut(0).map(|draft| unsafe { &mut *draft })
 }
 
-/// Begins a flow under a tuple after NAT. `Ok(false)`: the tuple is taken. With `BPF_ANY` a half-open flow gives way.
+/// What became of a flow that was to begin.
+pub enum Begun {
+    /// As drafted.
+    New,
+    /// Another CPU has begun it with another packet of this moment.
+    Already,
+    /// Another conversation has its tuple.
+    Taken,
+}
+
+/// Begins the flow that is drafted for a packet, with the client's own source port.
 ///
 /// # Errors
 /// `NoEntry`.
 #[inline(always)]
-pub fn insert(key: &Tuple, flow: &Flow, flags: u32) -> Result<bool, Reason> {
-    // RACE: a flow that another CPU puts into `FLOWS` right now is in `HALF_OPEN` too. Of two first packets at once
-    // the second takes another source port; answers to either come back, and later packets go by the first's.
-    if FLOWS.get_ptr(key).is_some() {
-        return Ok(false);
+pub fn insert(packet: &Packet, draft: &Draft) -> Result<Begun, Reason> {
+    let there = || match get_original(packet) {
+        Some(_) => Begun::Already,
+        None => Begun::Taken,
+    };
+    if FLOWS.get_ptr(&draft.key).is_some() {
+        return Ok(there());
     }
-    match HALF_OPEN.insert(key, flow, flags as u64) {
-        Ok(()) => Ok(true),
-        Err(EEXIST) => Ok(false),
+    match HALF_OPEN.insert(&draft.key, &draft.flow, BPF_NOEXIST as u64) {
+        Ok(()) => Ok(Begun::New),
+        Err(EEXIST) => Ok(there()),
         Err(_) => Err(Reason::NoEntry),
     }
 }
 
-/// Begins the flow that is drafted with a source port nobody else has towards its backend, which the packet gets.
+/// Begins the flow that is drafted with a source port that nobody else has towards its backend, which the packet gets: no
+/// flow, and no socket of this host, whose conversation with the backend it would cut. Returns whether the flow is new.
 ///
 /// # Errors
-/// `NoSourcePort`.
+/// `NoSourcePort` or `NoEntry`.
 #[inline(always)]
-pub fn insert_by_ports(packet: &mut Packet) -> Result<(), Reason> {
+pub fn insert_by_ports(
+    skb: *mut __sk_buff,
+    packet: &mut Packet,
+    is_snat: bool,
+) -> Result<bool, Reason> {
+    const OF_THIS_HOST: u32 = state::KEPT | state::LOCAL_CLIENT;
     let ports = Ports::of(&packet.tuple).ok_or(Reason::NoSourcePort)?;
-    let port = u16::try_from(take_port(ports.0)).map_err(|_| Reason::NoSourcePort)?;
-    packet.new.source_port = port;
-    Ok(())
+    let mut from = 0;
+    for _ in 0..limits::SNAT_SOCKETS {
+        let taken = take_port(ports.hash, from);
+        if taken == NO_ROOM {
+            return Err(Reason::NoEntry);
+        }
+        if taken == NO_PORT {
+            break;
+        }
+        let attempt = taken & ATTEMPT;
+        packet.new.source_port = ports.nth(attempt);
+        if taken & ALREADY != 0 {
+            return Ok(false);
+        }
+        let is_ours = draft().is_some_and(|draft| draft.flow.state & OF_THIS_HOST != 0);
+        if is_ours && steer::has_socket(skb, packet) {
+            give_back();
+            from = attempt + 1;
+            continue;
+        }
+        if attempt != 0 || !is_snat {
+            make_alias()?;
+        }
+        return Ok(true);
+    }
+    Err(Reason::NoSourcePort)
 }
 
-/// Begins the flow that is drafted, and returns its port; more than a port if there is none. If all are taken, the
-/// half-open flow of one gives way, so that a flood cannot hold them.
-// VERIFIER: as above.
+/// What [`take_port`] returns if no port was found. Else it is the attempt, and whether another CPU was first.
+const NO_PORT: u32 = u32::MAX;
+/// The same if there is no room for a flow.
+const NO_ROOM: u32 = u32::MAX - 1;
+const ALREADY: u32 = 1 << 31;
+const ATTEMPT: u32 = 0xffff;
+
+/// Begins the flow that is drafted with the first port from that attempt on that no flow has; else with that of a flow that
+/// is over, or the oldest that is not proven. Not of datagrams, whose late answers nothing tells apart. In a bounded
+/// number of steps, however many are taken.
+// VERIFIER (and below): a function that others may call is walked once, and not in every state that a packet may come in.
 #[unsafe(no_mangle)]
 #[inline(never)]
-pub extern "C" fn take_port(hash: u32) -> u32 {
-    let ports = Ports(hash);
+pub extern "C" fn take_port(hash: u32, from: u32) -> u32 {
     let Some(draft) = draft() else {
         return NO_PORT;
     };
-    for attempt in 0..2 * limits::SNAT_TRIES {
-        let (attempt, flags) = if attempt < limits::SNAT_TRIES {
-            (attempt, BPF_NOEXIST)
-        } else {
-            (attempt - limits::SNAT_TRIES, BPF_ANY)
-        };
-        draft.key.source_port = ports.nth(attempt);
-        if let Ok(true) = insert(&draft.key, &draft.flow, flags) {
-            // RACE: a packet of this conversation that comes before this takes a port of its own, as above.
-            ports.remember(attempt);
-            return draft.key.source_port as u32;
+    (draft.over, draft.unproven, draft.oldest) = (NO_PORT, NO_PORT, u64::MAX);
+    for step in 0..limits::SNAT_TRIES {
+        let attempt = from.wrapping_add(step) & ATTEMPT;
+        match try_port(hash, attempt) {
+            TAKEN => {}
+            FREE => return attempt,
+            OWN => return attempt | ALREADY,
+            _ => return NO_ROOM,
+        }
+        if draft.over != NO_PORT && step >= limits::SNAT_FREE_TRIES {
+            break;
         }
     }
-    NO_PORT
+    let attempt = if draft.over == NO_PORT {
+        draft.unproven
+    } else {
+        draft.over
+    };
+    if attempt == NO_PORT {
+        return NO_PORT;
+    }
+    let client = draft.original.source_port;
+    draft.key.source_port = Ports { hash, client }.nth(attempt);
+    if take_over(draft) { attempt } else { NO_PORT }
+}
+
+/// What [`try_port`] returns.
+const TAKEN: u32 = 0;
+/// It was: the flow has begun.
+const FREE: u32 = 1;
+/// The conversation itself has it.
+const OWN: u32 = 2;
+/// There is no room for a flow.
+const FULL: u32 = 3;
+
+/// Begins the flow that is drafted with this port if no flow has it, and notes in the draft what else could be done.
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn try_port(hash: u32, attempt: u32) -> u32 {
+    let Some(draft) = draft() else {
+        return FULL;
+    };
+    let client = draft.original.source_port;
+    draft.key.source_port = Ports { hash, client }.nth(attempt);
+    let mut there = get(&draft.key);
+    if there.is_none() {
+        match table(&draft.flow, &draft.key) {
+            Ok(()) => return FREE,
+            Err(EEXIST) => there = get(&draft.key),
+            Err(_) => return FULL,
+        }
+    }
+    let Some(flow) = there else {
+        return TAKEN; // and gone again
+    };
+    if is_of(
+        flow,
+        &draft.original,
+        draft.flow.state & state::LOCAL_CLIENT,
+    ) {
+        return OWN;
+    }
+    match remains(flow, draft.key.protocol) {
+        Remains::Nothing if draft.over == NO_PORT => draft.over = attempt,
+        Remains::Hope if flow.last_seen < draft.oldest => {
+            (draft.unproven, draft.oldest) = (attempt, flow.last_seen);
+        }
+        _ => {}
+    }
+    TAKEN
+}
+
+/// Where a new flow with a source port of this host's choice goes. Of this host's addresses there are no more than ports
+/// towards each backend, and none must be given to another before its time.
+#[inline(always)]
+fn table(flow: &Flow, key: &Tuple) -> Result<(), i32> {
+    if flow.state & state::KEPT != 0 {
+        FLOWS.insert(key, flow, BPF_NOEXIST as u64)
+    } else {
+        HALF_OPEN.insert(key, flow, BPF_NOEXIST as u64)
+    }
+}
+
+/// What another conversation would take from a flow with its source port.
+enum Remains {
+    /// Nothing: it has ended, or has been silent for too long.
+    Nothing,
+    /// A handshake that has not come about. A flood holds no ports that way: of those the oldest gives way.
+    Hope,
+    All,
+}
+
+#[inline(always)]
+fn remains(flow: &Flow, protocol: u32) -> Remains {
+    let phase = Phase::of(protocol, flow.state);
+    let silent = clock::now().saturating_sub(flow.last_seen);
+    let believed = flow.state & state::BOTH_SPOKE == 0;
+    if silent >= timeout(phase)
+        || phase == Phase::TcpTimeWait
+        || phase == Phase::TcpClose && believed
+    {
+        Remains::Nothing
+    } else if matches!(phase, Phase::TcpSynSent | Phase::TcpSynRecv) {
+        Remains::Hope
+    } else {
+        Remains::All
+    }
+}
+
+/// Set by the loader: nanoseconds, by phase.
+#[unsafe(no_mangle)]
+static TIMEOUTS: [u64; Phase::ALL.len()] = [0; Phase::ALL.len()];
+
+/// Nanoseconds.
+#[inline(always)]
+pub fn timeout(phase: Phase) -> u64 {
+    setting(&TIMEOUTS[phase as usize])
+}
+
+/// Puts the flow that is drafted in place of another, whose alias goes; whether that went well. Of several that want the
+/// place one has it: they claim it first.
+#[inline(always)]
+fn take_over(draft: &mut Draft) -> bool {
+    if CLAIMS.insert(&draft.key, &0, BPF_NOEXIST as u64).is_err() {
+        return false;
+    }
+    let taken = match get(&draft.key) {
+        None => table(&draft.flow, &draft.key).is_ok(),
+        Some(flow) if matches!(remains(flow, draft.key.protocol), Remains::All) => false,
+        Some(flow) => {
+            copy_address(&flow.client, &mut draft.other.source);
+            copy_address(&flow.frontend, &mut draft.other.destination);
+            draft.other.source_port = flow.client_port;
+            draft.other.destination_port = flow.frontend_port;
+            draft.other.protocol = draft.key.protocol;
+            replace(draft)
+        }
+    };
+    let _ = CLAIMS.remove(&draft.key);
+    taken
+}
+
+#[inline(always)]
+fn replace(draft: &Draft) -> bool {
+    forget_alias(&draft.other);
+    if draft.flow.state & state::KEPT != 0 {
+        return FLOWS
+            .insert(&draft.key, &draft.flow, BPF_ANY as u64)
+            .is_ok();
+    }
+    // In this order: whoever looks in between finds one of the two.
+    let inserted = HALF_OPEN.insert(&draft.key, &draft.flow, BPF_ANY as u64);
+    let _ = FLOWS.remove(&draft.key);
+    inserted.is_ok()
+}
+
+/// Takes the drafted flow back, as nobody has used it yet.
+// VERIFIER (and below): as above.
+#[inline(never)]
+fn give_back() {
+    if let Some(draft) = draft() {
+        let _ = FLOWS.remove(&draft.key);
+        let _ = HALF_OPEN.remove(&draft.key);
+    }
+}
+
+/// Makes the alias of the drafted flow. Without it the flow would not be found again, and ends here.
+///
+/// # Errors
+/// `NoEntry`.
+#[inline(never)]
+fn make_alias() -> Result<(), Reason> {
+    let draft = draft().ok_or(Reason::NoEntry)?;
+    let flow = &mut draft.flow;
+    copy_address(&draft.key.source, &mut flow.client);
+    copy_address(&draft.key.destination, &mut flow.frontend);
+    (flow.client_port, flow.frontend_port) = (draft.key.source_port, draft.key.destination_port);
+    flow.state |= state::ALIAS;
+    let made = if flow.state & state::KEPT != 0 {
+        FLOWS.insert(&draft.original, &draft.flow, BPF_ANY as u64)
+    } else {
+        HALF_OPEN.insert(&draft.original, &draft.flow, BPF_ANY as u64)
+    };
+    made.map_err(|_| {
+        give_back();
+        Reason::NoEntry
+    })
+}
+
+#[inline(always)]
+fn forget_alias(original: &Tuple) {
+    let is_alias = get(original).is_some_and(|there| there.state & state::ALIAS != 0);
+    if is_alias {
+        let _ = FLOWS.remove(original);
+        let _ = HALF_OPEN.remove(original);
+    }
 }

@@ -1,24 +1,24 @@
 //! The pipeline: every packet that enters by a device of this host, from top to bottom.
 
-use aya_ebpf::{
-    bindings::{__sk_buff, BPF_NOEXIST},
-    programs::TcContext,
-};
+use aya_ebpf::{bindings::__sk_buff, programs::TcContext};
 use forwarder_common::{
     flow::{Flow, Hop, ORIGINAL, REPLY, delivery, state},
     publish::{Publish, flag},
     reason::Reason,
+    tcp::{self, ACK, RST, SYN},
+    tuple::TCP,
 };
 
 use crate::{
-    deliver, flow, fragment, icmp,
+    deliver,
+    flow::{self, Begun},
+    fragment, icmp,
     icmp::Obstacle,
+    left,
     maps::{Draft, count},
     parse::{self, Packet},
     publish::{self, Published},
-    rewrite, setting,
-    source_port::Ports,
-    steer,
+    rewrite, setting, steer,
     trace::Trail,
     verdict::{Forwarded, Verdict},
     words::{copy_address, copy_tuple, zero},
@@ -77,7 +77,7 @@ fn forward(
         }
         flow::update(ctx, flow, packet, ORIGINAL);
         follow_client(ctx, packet, &mut flow.back);
-        flow::keep(&packet.new, flow);
+        flow::keep(packet, flow);
         return to_backend(ctx, packet, &published, trail);
     }
     if let Some(flow) = flow::get_by_reply(packet) {
@@ -92,12 +92,20 @@ fn forward(
         }
         return to_client(ctx, packet, flow, trail);
     }
+    if packet.opens() && publish::is_backend(packet.tuple.destination) {
+        flow::note_direct(packet);
+    }
     // An ICMP error is carried in both directions like a packet of its flow, but begins none.
     let published = published
         .filter(|_| !packet.is_error())
         .ok_or(Reason::NotOurs)?;
     publish::arrived(packet)?;
     steer::give_way(ctx, packet, &published)?;
+    left::is_no_answer(packet)?;
+    let is_begun = packet.protocol == TCP && !packet.opens();
+    if is_begun && !may_go_on(ctx, packet, &published) {
+        return Err(Reason::NotSyn);
+    }
     publish::admit(packet, published.publish, published.index)?;
     if let Some(obstacle) = before_backend(ctx, packet, &published)? {
         return tell(ctx, packet, obstacle, 0);
@@ -110,12 +118,35 @@ fn forward(
         published.index,
         draft,
     )?;
-    flow::update(ctx, &mut draft.flow, packet, ORIGINAL);
-    if lacks_port || !flow::insert(&draft.key, &draft.flow, BPF_NOEXIST)? {
-        flow::insert_by_ports(packet)?;
+    if is_begun && let Some(segment) = parse::segment(ctx, packet) {
+        tcp::pick_up(&mut draft.flow, segment);
     }
-    count(Reason::NewFlow);
+    flow::update(ctx, &mut draft.flow, packet, ORIGINAL);
+    let begun = if lacks_port {
+        Begun::Taken
+    } else {
+        flow::insert(packet, draft)?
+    };
+    let is_new = match begun {
+        Begun::New => true,
+        Begun::Already => false,
+        Begun::Taken => flow::insert_by_ports(ctx.skb.skb, packet, lacks_port)?,
+    };
+    if is_new {
+        count(Reason::NewFlow);
+    }
     to_backend(ctx, packet, &published, trail)
+}
+
+/// Whether a connection whose flow is not known, any more or yet, goes on by this packet: as nf_conntrack_tcp_loose has it
+/// (Documentation/networking/nf_conntrack-sysctl.rst), where packet and publish alone tell what it becomes, and no socket
+/// of this host has the connection.
+#[inline(always)]
+fn may_go_on(ctx: &TcContext, packet: &Packet, published: &Published) -> bool {
+    packet.flags & (SYN | RST | ACK) == ACK
+        && published.publish.flags & flag::STACK == 0
+        && !publish::needs_snat(packet, published.publish)
+        && !steer::is_connected(ctx.skb.skb, packet)
 }
 
 /// The packet's way to the backend. This host's own clients have been through its firewall.
@@ -165,12 +196,11 @@ fn before_backend(
 /// The flow of a packet from the client's side, which gets its new tuple.
 #[inline(always)]
 pub fn original(packet: &mut Packet, published: &Published) -> Option<&'static mut Flow> {
-    if !publish::translate(packet, published.publish)
-        && let Some(flow) = flow::get_original(packet)
-    {
-        return Some(flow);
+    if publish::translate(packet, published.publish) {
+        flow::get_by_ports(packet)
+    } else {
+        flow::get_original(packet).or_else(|| flow::get_by_alias(packet))
     }
-    flow::get_by_ports(packet, Ports::of(&packet.tuple)?)
 }
 
 /// Whether a packet of a flow's original direction came in as its client's may. An ICMP error may come from anywhere.
@@ -221,6 +251,7 @@ fn begin(
 ) -> Result<bool, Reason> {
     let lacks_port = publish::translate(packet, publish);
     copy_tuple(&packet.new, &mut draft.key);
+    copy_tuple(&packet.tuple, &mut draft.original);
     let way_back = if packet.is_from_this_host() {
         delivery::NEIGHBOUR
     } else {
@@ -242,9 +273,10 @@ fn begin(
     flow.client_port = packet.tuple.source_port;
     flow.frontend_port = packet.tuple.destination_port;
     flow.publish = index;
-    flow.state = flow::local_client(packet);
+    flow.state = flow::local_client(packet) | if lacks_port { state::KEPT } else { 0 };
     let none = zero();
     flow.acknowledged = [none as u32; 2];
+    flow.sent = [none as u32; 2];
     flow.packets = [none; 2];
     flow.bytes = [none; 2];
     Ok(lacks_port)
@@ -309,7 +341,7 @@ pub fn to_client(
 /// packet was sent to, or from this host's on the network of `publish`'s backend.
 #[inline(always)]
 fn tell(ctx: &TcContext, packet: &Packet, obstacle: Obstacle, publish: u32) -> Verdict {
-    icmp::may_tell(ctx.skb.skb, packet)?;
+    icmp::may_tell(ctx.skb.skb, packet, obstacle.reason)?;
     rewrite::into_error(ctx, packet, obstacle.mtu, publish::source(publish))?;
     let action = send_back(ctx.skb.skb);
     if action < 0 {

@@ -22,6 +22,7 @@ mod frame;
 mod icmp;
 mod ingress;
 mod l3;
+mod left;
 mod maps;
 mod parse;
 mod publish;

@@ -1,5 +1,5 @@
 //! The maps, and nothing else. Types and sizes come from `forwarder_common`; user space fills all but
-//! `FLOWS`, `HALF_OPEN`, `TRIES`, `DRAFT`, `FRAGMENTS`, `HANDOVER`, `NETNS`, `LOOKING`, `ROUTES`, `STATS`, `CLOCK`, `TOLD` and `TRAIL`.
+//! `FLOWS`, `HALF_OPEN`, `CLAIMS`, `DRAFT`, `FRAGMENTS`, `HANDOVER`, `NETNS`, `LOOKING`, `ROUTES`, `STATS`, `CLOCK`, `TOLD` and `TRAIL`.
 
 use aya_ebpf::{
     bindings::BPF_F_NO_PREALLOC,
@@ -67,9 +67,17 @@ pub static FLOWS: HashMap<Tuple, Flow> =
 #[map]
 pub static HALF_OPEN: LruHashMap<Tuple, Flow> = LruHashMap::with_max_entries(limits::HALF_OPEN, 0);
 
-/// How many source ports flows may have, by a hash of their original tuple. Never made smaller.
+/// Connections to backends' ports that did not come by a port of this host, of which the SYN was seen.
 #[map]
-pub static TRIES: Array<u32> = Array::with_max_entries(limits::TRIES, 0);
+pub static DIRECT: LruHashMap<Tuple, u32> = LruHashMap::with_max_entries(limits::DIRECT, 0);
+
+/// When something left this host from a published port's number, by the tuple that its answers have.
+#[map]
+pub static LEFT: LruHashMap<Tuple, u64> = LruHashMap::with_max_entries(limits::LEFT, 0);
+
+/// Keys of flows that another flow is about to take the place of.
+#[map]
+pub static CLAIMS: HashMap<Tuple, u32> = HashMap::with_max_entries(limits::CLAIMS, 0);
 
 /// What the order of source ports is a hash by: random, as nobody but root may foresee them (RFC 6056 section 3.3.3), and the
 /// same for as long as flows are.
@@ -85,13 +93,20 @@ pub static FRAGMENTS: LruHashMap<Tuple, Datagram> =
 #[map]
 pub static HANDOVER: RingBuf = RingBuf::with_byte_size(handover::BYTES, 0);
 
-/// A flow that is looked for, or made.
+/// A flow that is made.
 #[repr(C)]
 #[derive(Clone, Copy)]
 pub struct Draft {
     pub key: Tuple,
     pub original: Tuple,
     pub flow: Flow,
+    /// The original tuple of the flow whose place this one takes.
+    pub other: Tuple,
+    /// Which attempt at a source port found a flow that is over, and the oldest that is not proven.
+    pub over: u32,
+    pub unproven: u32,
+    /// When that was last seen.
+    pub oldest: u64,
 }
 
 // VERIFIER: on the stack, it would take more than a third of what there is.
@@ -129,7 +144,7 @@ pub static ROUTES: PerCpuArray<Route> = PerCpuArray::with_max_entries(limits::RO
 
 /// How many senders were told of an obstacle just now.
 #[map]
-pub static TOLD: PerCpuArray<Told> = PerCpuArray::with_max_entries(1, 0);
+pub static TOLD: PerCpuArray<Told> = PerCpuArray::with_max_entries(1 + limits::TOLD_GROUPS, 0);
 
 /// The time, and when it was read.
 #[map]

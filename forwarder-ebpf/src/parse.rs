@@ -6,6 +6,8 @@ mod icmp;
 #[path = "parse/l3.rs"]
 pub mod l3;
 
+use core::ffi::c_void;
+
 use aya_ebpf::programs::TcContext;
 use forwarder_common::{
     reason::Reason,
@@ -37,8 +39,8 @@ pub const UDP_CHECKSUM: usize = 6;
 /// ICMP's header, type to the four octets that depend on it; an error's quotation follows (RFC 792, RFC 4443).
 pub const ICMP_LENGTH: usize = 8;
 
-const ETHERTYPE_IPV4: u16 = 0x0800_u16.to_be();
-const ETHERTYPE_IPV6: u16 = 0x86dd_u16.to_be();
+pub const ETHERTYPE_IPV4: u16 = 0x0800_u16.to_be();
+pub const ETHERTYPE_IPV6: u16 = 0x86dd_u16.to_be();
 /// RFC 791: do not fragment; more fragments follow; the offset in units of eight bytes.
 const DONT: u16 = 0x4000;
 const MORE: u16 = 0x2000;
@@ -210,11 +212,25 @@ pub fn segment(frame: &impl Frame, packet: &Packet) -> Option<Segment> {
     let tcp = header::<Tcp>(frame, packet.l4())?;
     // SAFETY: `header` checked the bounds; packed structs have no alignment.
     let tcp = unsafe { &*tcp };
+    let header = packet.l4() as u32 + (tcp.data_offset as u32 >> 4 << 2);
     Some(Segment {
+        payload: packet.length.saturating_sub(header),
         flags: tcp.flags,
         sequence: u32::from_be(tcp.sequence),
         acknowledgement: u32::from_be(tcp.acknowledgement),
     })
+}
+
+/// Where the packet's IP header and TCP header are, for helpers that read them.
+#[inline(always)]
+pub fn headers(frame: &impl Frame, packet: &Packet) -> Option<(*mut c_void, u32, *mut c_void)> {
+    let tcp = header::<Tcp>(frame, packet.l4())?;
+    let (ip, length) = if packet.is_v4 {
+        (header::<Ipv4>(frame, L3)?.cast(), size_of::<Ipv4>())
+    } else {
+        (header::<Ipv6>(frame, L3)?.cast(), size_of::<Ipv6>())
+    };
+    Some((ip, length as u32, tcp.cast()))
 }
 
 /// The length of the longest packet that this becomes, without the link header. Segments that the kernel has merged

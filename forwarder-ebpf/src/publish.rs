@@ -5,7 +5,7 @@ use forwarder_common::{
     flow::{Hop, delivery},
     publish::{Allowed, Frontend, Location, Publish, filter_bit, flag, port_index},
     reason::Reason,
-    tuple::{Address, TCP},
+    tuple::Address,
 };
 
 use crate::{
@@ -33,8 +33,16 @@ pub fn find(frame: &impl Frame, packet: &Packet) -> Option<Published> {
     is_here.then_some(published)
 }
 
+/// Whether the port (wire order) is published on any address.
 #[inline(always)]
-fn may_be_local(address: &Address) -> bool {
+pub fn is_published(protocol: u8, port: u16) -> bool {
+    port_index(protocol, u16::from_be(port))
+        .and_then(|index| PORTS.get(index))
+        .is_some_and(|port| (port.every_v4 | port.every_v6 | port.exact) != 0)
+}
+
+#[inline(always)]
+pub fn may_be_local(address: &Address) -> bool {
     let (word, bit) = filter_bit(address);
     LOCAL_FILTER.get(word).is_some_and(|word| word & bit != 0)
 }
@@ -120,9 +128,6 @@ pub fn arrived(packet: &Packet) -> Result<(), Reason> {
 #[inline(never)]
 pub fn admit(packet: &Packet, publish: &'static Publish, index: u32) -> Result<(), Reason> {
     let (tuple, published) = (&packet.tuple, &Published { publish, index });
-    if packet.protocol == TCP && !packet.opens() {
-        return Err(Reason::NotSyn);
-    }
     permitted(packet, published)?;
     if tuple.source.is_link_local() {
         return Err(Reason::LinkLocal);
@@ -284,7 +289,7 @@ pub fn translate(packet: &mut Packet, publish: &Publish) -> bool {
 /// answers would go past us, and the address that the kernel itself uses towards the backend
 /// could meet a connection of its own.
 #[inline(always)]
-fn needs_snat(packet: &Packet, publish: &Publish) -> bool {
+pub fn needs_snat(packet: &Packet, publish: &Publish) -> bool {
     let source = packet.tuple.source;
     publish.flags & flag::REMOTE != 0
         || source == publish.backend

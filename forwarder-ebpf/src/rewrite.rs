@@ -47,6 +47,7 @@ pub fn tuple(ctx: &TcContext, packet: &Packet, hop: bool) -> Result<(), Reason> 
         )?;
     } else {
         ipv6(ctx, new, hop)?;
+        header_changed(ctx, addresses, hop);
     }
     if packet.part == Part::Later {
         return Ok(()); // the transport header, and the checksum over all parts, is in the first
@@ -65,7 +66,7 @@ pub fn tuple(ctx: &TcContext, packet: &Packet, hop: bool) -> Result<(), Reason> 
         (l4 + UDP_CHECKSUM, BPF_F_MARK_MANGLED_0 as u64)
     };
     if addresses != 0 {
-        pseudo_header(ctx, field, addresses, flags, packet.is_v4)?;
+        pseudo_header(ctx, field, addresses, flags)?;
     }
     if old_ports != new_ports {
         ctx.l4_csum_replace(field, old_ports as u64, new_ports as u64, flags | 4)
@@ -121,22 +122,21 @@ pub fn error(
 
 /// Takes a change of addresses into the transport checksum at `field`.
 #[inline(always)]
-fn pseudo_header(
-    ctx: &TcContext,
-    field: usize,
-    addresses: u32,
-    flags: u64,
-    is_v4: bool,
-) -> Result<(), Reason> {
+fn pseudo_header(ctx: &TcContext, field: usize, addresses: u32, flags: u64) -> Result<(), Reason> {
     ctx.l4_csum_replace(field, 0, addresses as u64, flags | BPF_F_PSEUDO_HDR as u64)
-        .map_err(|_| Reason::Unwritable)?;
-    if !is_v4 {
-        // For CHECKSUM_COMPLETE the helper assumes IPv4, where the header's own checksum makes up
-        // for the addresses. IPv6 has none, so the sum over the packet did not change.
-        // SAFETY: the context is valid; the helper ignores packets in any other state.
-        unsafe { bpf_csum_update(ctx.skb.skb, addresses) };
+        .map_err(|_| Reason::Unwritable)
+}
+
+/// Takes a change of IPv6's header into the sum that a device has made of the whole packet (CHECKSUM_COMPLETE): the header
+/// has no checksum of its own that would make up for it, as IPv4's has.
+#[inline(always)]
+fn header_changed(ctx: &TcContext, addresses: u32, hop: bool) {
+    let mut change = addresses;
+    if hop {
+        change = checksum::add(change, checksum::difference(1_u16.to_be() as u32, 0));
     }
-    Ok(())
+    // SAFETY: the context is valid; the helper ignores packets in any other state.
+    unsafe { bpf_csum_update(ctx.skb.skb, change) };
 }
 
 /// The header at `offset`, of which `addresses` is the change.

@@ -1,13 +1,10 @@
 //! Source ports of flows that cannot keep the client's own: which are tried, in which order. The order follows from the
-//! conversation's original tuple, so that its later packets find the flow by trying the same ports: no table of such
-//! flows, and no entry that outlives its flow.
+//! conversation's original tuple, so that nearly all of its later packets find the flow by the first port; a flow that has
+//! another is found by its alias.
 
-use forwarder_common::{limits, tuple::Tuple};
+use forwarder_common::tuple::Tuple;
 
-use crate::{
-    maps::{KEYS, TRIES},
-    setting,
-};
+use crate::{maps::KEYS, setting};
 
 /// Set by the loader: ports that the kernel gives to no socket.
 #[unsafe(no_mangle)]
@@ -15,56 +12,58 @@ static SNAT_FIRST: u16 = 0;
 #[unsafe(no_mangle)]
 static SNAT_PORTS: u32 = 0;
 
-/// The ports of one conversation: the hash of its original tuple.
+/// Of privileged ports, 512 and above were once for what asks for them by itself (rresvport(3)): a server that trusts such
+/// a port goes on to see one, as with nf_nat (net/netfilter/nf_nat_core.c).
+const PRIVILEGED: u16 = 1024;
+const RESERVED: u16 = 512;
+
+/// The ports of one conversation: the hash of its original tuple, and the client's own port.
 #[derive(Clone, Copy)]
-pub struct Ports(pub u32);
+pub struct Ports {
+    pub hash: u32,
+    /// Wire order.
+    pub client: u16,
+}
 
 impl Ports {
     /// `None` where there are none.
     #[inline(always)]
     pub fn of(original: &Tuple) -> Option<Self> {
         let keys = KEYS.get(0)?;
-        (setting(&SNAT_PORTS) != 0).then(|| Self(original.hash(|at| keys[at])))
+        let client = original.source_port;
+        let there_are = setting(&SNAT_PORTS) != 0 || u16::from_be(client) < PRIVILEGED;
+        there_are.then(|| Self {
+            hash: original.hash(|at| keys[at]),
+            client,
+        })
+    }
+
+    /// The first, and how many there are.
+    #[inline(always)]
+    fn range(self) -> (u16, u32) {
+        match u16::from_be(self.client) {
+            0..RESERVED => (1, (RESERVED - 1) as u32),
+            RESERVED..PRIVILEGED => (RESERVED, (PRIVILEGED - RESERVED) as u32),
+            PRIVILEGED.. => (setting(&SNAT_FIRST), setting(&SNAT_PORTS)),
+        }
     }
 
     /// The port to try, in wire order.
     #[inline(always)]
     pub fn nth(self, attempt: u32) -> u16 {
-        let ports = setting(&SNAT_PORTS);
-        // A division would take longer than all else here.
-        let mut offset = ((self.0 as u64 * ports as u64) >> 32) as u32;
+        let (first, ports) = self.range();
+        if attempt == 0 && u16::from_be(self.client) < PRIVILEGED {
+            return self.client;
+        }
+        // Each conversation's own row of ports, as if drawn at random: by steps of any size, those that are taken would
+        // stand in rows too. The first needs no more mixing. A division would take longer than all else here.
+        let mut drawn = self.hash;
         if attempt != 0 {
-            // Each conversation's own step: with one for all, ports that are taken would stand in rows. It is of
-            // bits that say nothing of where it begins.
-            let step = attempt.wrapping_mul(self.0 & 0xffff | 1);
-            // `of` has made sure that there are some.
-            offset = offset.wrapping_add(step) % ports.max(1);
+            drawn ^= attempt.wrapping_mul(0x9e37_79b1);
+            drawn = (drawn ^ drawn >> 16).wrapping_mul(0x85eb_ca6b);
+            drawn ^= drawn >> 13;
         }
-        setting(&SNAT_FIRST).wrapping_add(offset as u16).to_be()
-    }
-
-    /// How many ports flows of this hash may have: 0 for most conversations, which have the client's.
-    #[inline(always)]
-    pub fn tries(self) -> u32 {
-        TRIES
-            .get(self.0 % limits::TRIES)
-            .copied()
-            .unwrap_or_default()
-    }
-
-    /// Has later packets try this port too.
-    #[inline(always)]
-    pub fn remember(self, attempt: u32) {
-        let tries = attempt + 1;
-        if let Some(most) = TRIES.get_ptr_mut(self.0 % limits::TRIES) {
-            // SAFETY: an element of an array is there for as long as the map.
-            // RACE: two flows of one hash at once: the smaller number may stay. The other flow's next packet does not
-            // find it, and begins again if it may.
-            unsafe {
-                if *most < tries {
-                    *most = tries;
-                }
-            }
-        }
+        let offset = ((drawn as u64 * ports as u64) >> 32) as u32;
+        first.wrapping_add(offset as u16).to_be()
     }
 }

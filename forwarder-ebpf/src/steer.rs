@@ -11,20 +11,22 @@ use aya_ebpf::{
     },
     helpers::{
         bpf_get_netns_cookie, bpf_set_retval, bpf_sk_assign, bpf_sk_lookup_udp, bpf_sk_release,
+        bpf_skc_lookup_tcp, bpf_tcp_check_syncookie,
     },
     programs::{SkLookupContext, SockAddrContext, TcContext},
 };
 use forwarder_common::{
     publish::{flag, own_priority, socket_index},
     reason::Reason,
-    tuple::{Address, UDP},
+    tuple::{Address, TCP, Tuple, UDP},
 };
 
 use crate::{
     maps::{LOOKING, NETNS, SOCKETS},
-    parse::Packet,
+    parse::{self, Packet},
     publish::{self, Published},
     setting,
+    words::reverse,
 };
 
 /// Set by the loader: the mark of sockets while this instance binds them, which only CAP_NET_ADMIN can set.
@@ -130,18 +132,12 @@ pub fn give_way(ctx: &TcContext, packet: &Packet, published: &Published) -> Resu
 // VERIFIER: a function of its own, for its share of the stack.
 #[inline(never)]
 fn give(skb: *mut __sk_buff, packet: &Packet) -> Result<(), Reason> {
-    let Some(looking) = LOOKING.get_ptr_mut(0) else {
-        return Ok(()); // there is an element 0
-    };
-    // SAFETY: the element belongs to this CPU, and tc programs are not preempted by one another on a CPU; the
-    // program that reads it runs inside of the helper. A socket is released before it is forgotten.
+    let socket = find(skb, &packet.tuple, packet.is_v4, false);
+    if socket.is_null() {
+        return Ok(());
+    }
+    // SAFETY: a socket that was found stays until it is released.
     unsafe {
-        ptr::write_volatile(looking, 1);
-        let socket = find_udp(skb, packet);
-        ptr::write_volatile(looking, 0);
-        if socket.is_null() {
-            return Ok(());
-        }
         let others = (*socket).priority != own_priority(setting(&OWN_MARK));
         if others {
             bpf_sk_assign(skb.cast(), socket.cast(), 0);
@@ -154,28 +150,85 @@ fn give(skb: *mut __sk_buff, packet: &Packet) -> Result<(), Reason> {
     Ok(())
 }
 
-#[inline(always)]
-fn find_udp(skb: *mut __sk_buff, packet: &Packet) -> *mut bpf_sock {
-    let mut tuple = MaybeUninit::<bpf_sock_tuple>::uninit();
-    let old = &packet.tuple;
-    // SAFETY: the helper reads as many bytes of the tuple as it is told; both shapes fit into it, and all of either is
-    // written.
+/// `TCP_LISTEN` (include/net/tcp_states.h): such a socket hears no answers.
+const LISTENS: u32 = 10;
+
+/// Whether a socket of this host hears what the backend would answer to the packet with its new tuple.
+// VERIFIER: as above.
+#[inline(never)]
+pub fn has_socket(skb: *mut __sk_buff, packet: &Packet) -> bool {
+    let mut answer = Tuple::default();
+    reverse(&packet.new, &mut answer);
+    let is_tcp = packet.protocol == TCP;
+    let socket = find(skb, &answer, packet.is_v4, is_tcp);
+    if socket.is_null() {
+        return false;
+    }
+    // SAFETY: as above.
     unsafe {
-        let names = &mut (*tuple.as_mut_ptr()).__bindgen_anon_1;
-        let size = if packet.is_v4 {
-            names.ipv4.saddr = old.source.v4();
-            names.ipv4.daddr = old.destination.v4();
-            names.ipv4.sport = old.source_port;
-            names.ipv4.dport = old.destination_port;
+        let hears = !is_tcp || (*socket).state != LISTENS;
+        bpf_sk_release(socket.cast());
+        hears
+    }
+}
+
+/// Whether a socket of this host has the TCP packet's connection: it is connected, or a listening one that has answered the
+/// SYN and kept nothing of it (a SYN cookie).
+// VERIFIER: as above.
+#[inline(never)]
+pub fn is_connected(skb: *mut __sk_buff, packet: &Packet) -> bool {
+    let socket = find(skb, &packet.tuple, packet.is_v4, true);
+    if socket.is_null() {
+        return false;
+    }
+    // SAFETY: as above. The headers' bounds were checked, and their lengths are those of the structures.
+    unsafe {
+        let mut connected = (*socket).state != LISTENS;
+        if !connected && let Some((ip, length, tcp)) = parse::headers(&TcContext::new(skb), packet)
+        {
+            let tcp_length = size_of::<parse::Tcp>() as u32;
+            let cookie = bpf_tcp_check_syncookie(socket.cast(), ip, length, tcp.cast(), tcp_length);
+            connected = cookie == 0;
+        }
+        bpf_sk_release(socket.cast());
+        connected
+    }
+}
+
+/// The socket of this host that hears a packet with this tuple, as if no program steered any away from it. The caller
+/// releases it.
+#[inline(always)]
+fn find(skb: *mut __sk_buff, tuple: &Tuple, is_v4: bool, is_tcp: bool) -> *mut bpf_sock {
+    let Some(looking) = LOOKING.get_ptr_mut(0) else {
+        return ptr::null_mut(); // there is an element 0
+    };
+    let mut asked = MaybeUninit::<bpf_sock_tuple>::uninit();
+    // SAFETY: the helper reads as many bytes of the tuple as it is told; both shapes fit into it, and all of either is
+    // written. The element belongs to this CPU, and tc programs are not preempted by one another on a CPU; the program
+    // that reads it runs inside of the helper.
+    unsafe {
+        let names = &mut (*asked.as_mut_ptr()).__bindgen_anon_1;
+        let size = if is_v4 {
+            names.ipv4.saddr = tuple.source.v4();
+            names.ipv4.daddr = tuple.destination.v4();
+            names.ipv4.sport = tuple.source_port;
+            names.ipv4.dport = tuple.destination_port;
             size_of_val(&names.ipv4)
         } else {
-            names.ipv6.saddr = old.source.0;
-            names.ipv6.daddr = old.destination.0;
-            names.ipv6.sport = old.source_port;
-            names.ipv6.dport = old.destination_port;
+            names.ipv6.saddr = tuple.source.0;
+            names.ipv6.daddr = tuple.destination.0;
+            names.ipv6.sport = tuple.source_port;
+            names.ipv6.dport = tuple.destination_port;
             size_of_val(&names.ipv6)
-        };
+        } as u32;
         let netns = BPF_F_CURRENT_NETNS as i64 as u64;
-        bpf_sk_lookup_udp(skb.cast(), tuple.as_mut_ptr(), size as u32, netns, 0)
+        ptr::write_volatile(looking, 1);
+        let socket = if is_tcp {
+            bpf_skc_lookup_tcp(skb.cast(), asked.as_mut_ptr(), size, netns, 0)
+        } else {
+            bpf_sk_lookup_udp(skb.cast(), asked.as_mut_ptr(), size, netns, 0)
+        };
+        ptr::write_volatile(looking, 0);
+        socket
     }
 }

@@ -218,6 +218,13 @@ fn network(snapshot: &Snapshot, ifindex: u32) -> u32 {
     if is_reached { device } else { 0 }
 }
 
+/// Whether other machines are behind a device.
+pub fn is_uplink(snapshot: &Snapshot, ifindex: u32) -> bool {
+    let links = &snapshot.links;
+    let is_device = links.get(&ifindex).map(|link| link.kind != Kind::Loopback);
+    is_device.unwrap_or(false) && network(snapshot, ifindex) == 0
+}
+
 /// Whether a route says what is behind its device. Link-local addresses are everywhere.
 fn tells_networks(route: &Route) -> bool {
     !route.local && route.prefix > 0 && !is_link_local(route.destination)

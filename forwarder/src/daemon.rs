@@ -133,9 +133,13 @@ pub async fn run(instance: &str, options: Run) -> Result<()> {
 
 impl Daemon {
     async fn new(instance: &str, options: Run) -> Result<Self> {
+        let mut timeouts = Timeouts::default();
+        for timeout in &options.timeout {
+            timeouts.set(timeout.phase, timeout.seconds);
+        }
         let (datapath, without) = match options.datapath {
             DatapathChoice::Userland => (None, "--datapath userland".to_owned()),
-            choice => match load(instance) {
+            choice => match load(instance, &timeouts, options.respect_firewall) {
                 Ok(datapath) => (Some(datapath), String::new()),
                 Err(error) if choice == DatapathChoice::Ebpf => return Err(error),
                 Err(error) => {
@@ -144,10 +148,6 @@ impl Daemon {
                 }
             },
         };
-        let mut timeouts = Timeouts::default();
-        for timeout in &options.timeout {
-            timeouts.set(timeout.phase, timeout.seconds);
-        }
         let reader = datapath.is_some().then(Reader::open).transpose()?;
         let mut daemon = Self {
             options,
@@ -522,13 +522,15 @@ fn json(value: impl Serialize) -> Result<serde_json::Value> {
     Ok(serde_json::to_value(value)?)
 }
 
-fn load(instance: &str) -> Result<Datapath> {
+fn load(instance: &str, timeouts: &Timeouts, respects_firewall: bool) -> Result<Datapath> {
     let pins = kernel::has_bpffs().then(|| datapath::pin_directory(instance));
     let mut datapath = Datapath::load(&datapath::Options {
         instance: instance.to_owned(),
         pins,
         snat: snat_ports(),
         flows: limits::FLOWS,
+        timeouts: *timeouts,
+        respects_firewall,
     })?;
     if let Err(error) = datapath.rehearse() {
         datapath.remove();

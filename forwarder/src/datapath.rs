@@ -9,7 +9,7 @@ use std::{
     ffi::CString,
     fs,
     os::{
-        fd::{AsRawFd as _, FromRawFd as _, OwnedFd},
+        fd::{AsFd as _, AsRawFd as _, BorrowedFd, FromRawFd as _, OwnedFd},
         unix::ffi::OsStrExt as _,
     },
     path::{Path, PathBuf},
@@ -23,7 +23,7 @@ use aya::{
         Program, ProgramError, SchedClassifier, TestRun as _, TestRunOptions, xdp::XdpLinkId,
     },
 };
-use forwarder_common::handover;
+use forwarder_common::{flow::Timeouts, handover};
 use tokio::io::{Interest, unix::AsyncFd};
 
 use self::devices::{Attachment, Hook, Place};
@@ -41,7 +41,7 @@ const LAYOUT: &str = "v5";
 const QDISCS: &str = "qdiscs";
 /// The maps that a later instance takes over, so that established flows survive a restart. The kernel empties
 /// `PIPELINE` when neither a process nor a pin has it.
-const ADOPTED: [&str; 5] = ["FLOWS", "HALF_OPEN", "TRIES", "KEYS", "PIPELINE"];
+const ADOPTED: [&str; 5] = ["FLOWS", "HALF_OPEN", "CLAIMS", "KEYS", "PIPELINE"];
 
 /// What the kernel is asked at load.
 #[derive(Clone, Debug)]
@@ -54,6 +54,9 @@ pub struct Options {
     pub snat: (u16, u32),
     /// Proven flows at once.
     pub flows: u32,
+    pub timeouts: Timeouts,
+    /// Answers of flows that go through the stack are rewritten where they leave.
+    pub respects_firewall: bool,
 }
 
 /// The loaded programs and where they are attached. Dropping it detaches everything.
@@ -103,12 +106,16 @@ impl Datapath {
         let (snat_first, snat_ports) = options.snat;
         let own_mark = steering::own_mark();
         let set_retval = u8::from(kernel().bind_error);
+        let timeouts = options.timeouts.nanoseconds();
+        let respects_firewall = u8::from(options.respects_firewall);
         let mut loader = EbpfLoader::new();
         loader
             .verifier_log_level(VerifierLogLevel::DISABLE)
             .override_global("PEER_FROM_LO", &peer_from_lo, true)
             .override_global("SNAT_FIRST", &snat_first, true)
             .override_global("SNAT_PORTS", &snat_ports, true)
+            .override_global("RESPECTS_FIREWALL", &respects_firewall, true)
+            .override_global("TIMEOUTS", &timeouts[..], true)
             .override_global("OWN_MARK", &own_mark, true)
             .override_global("SET_RETVAL", &set_retval, true)
             .map_max_entries("FLOWS", options.flows);
@@ -222,14 +229,26 @@ impl Datapath {
         options.data_in = Some(frame);
         options.data_out = Some(&mut after);
         options.ctx_in = Some(&context);
-        let program = self
-            .ebpf
-            .program(Hook::Ingress.programs()[0])
-            .context("the eBPF object has no program ingress")?;
-        let program: &SchedClassifier = program.try_into()?;
-        let result = program.test_run(options).context("BPF_PROG_TEST_RUN")?;
+        let result = self
+            .ingress()?
+            .test_run(options)
+            .context("BPF_PROG_TEST_RUN")?;
         after.truncate(result.data_size_out as usize);
         Ok((result.return_value, after))
+    }
+
+    fn ingress(&self) -> Result<&SchedClassifier> {
+        let program = self.ebpf.program(Hook::Ingress.programs()[0]);
+        let program = program.context("the eBPF object has no program ingress")?;
+        Ok(program.try_into()?)
+    }
+
+    /// The program that [`Self::try_frame`] runs.
+    ///
+    /// # Errors
+    /// It is not loaded.
+    pub fn ingress_fd(&self) -> Result<BorrowedFd<'_>> {
+        Ok(self.ingress()?.fd()?.as_fd())
     }
 
     /// Detaches everything and removes the pins.

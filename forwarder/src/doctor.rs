@@ -3,7 +3,7 @@
 
 use std::path::Path;
 
-use forwarder_common::limits;
+use forwarder_common::{flow::Timeouts, limits};
 use serde::Serialize;
 
 use crate::{
@@ -46,6 +46,8 @@ pub fn examine() -> Vec<Finding> {
         pins: None,
         snat: (1024, 1),
         flows: limits::FLOWS,
+        timeouts: Timeouts::default(),
+        respects_firewall: false,
     })
     .and_then(|mut datapath| datapath.rehearse());
     add(

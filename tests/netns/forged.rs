@@ -4,7 +4,7 @@ use std::net::{IpAddr, SocketAddr, UdpSocket};
 
 use forwarder_tests::{
     daemon::{Daemon, Datapath},
-    frame::{self, Frame, Mac},
+    frame::{self, Frame},
     netns::Netns,
     topology::{Family, Topology},
     traffic::{Backend, Protocol, ask_by},
@@ -15,18 +15,8 @@ use crate::scene::{BACKEND_PORT, PORT, served_to_the_client, spec, wait_for_peer
 
 /// Sends a datagram from `forger`'s network card to the host's `device`, whatever its addresses say.
 fn forge(topology: &Topology, forger: &Netns, device: &str, source: SocketAddr, to: SocketAddr) {
-    let shown = topology
-        .host
-        .run(&format!("ip -j link show {device}"))
-        .unwrap();
-    let links: serde_json::Value = serde_json::from_str(&shown).unwrap();
-    let text = links[0]["address"].as_str().unwrap();
-    let octets: Vec<u8> = text
-        .split(':')
-        .map(|octet| u8::from_str_radix(octet, 16).unwrap())
-        .collect();
     let mut forged = Frame::first(frame::Protocol::Udp, source, to);
-    forged.destination_mac = Mac::try_from(octets).unwrap();
+    forged.destination_mac = topology.host.mac(device).unwrap();
     forged.payload = b"forged".to_vec();
     Wire::open(forger, "eth0")
         .unwrap()

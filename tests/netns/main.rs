@@ -17,6 +17,7 @@ mod flood;
 mod forged;
 mod fragment;
 mod icmp;
+mod left;
 mod lifecycle;
 mod machine;
 mod matrix;

@@ -112,6 +112,8 @@ impl Lan {
                     pins: None,
                     snat: (1024, 1),
                     flows: 1,
+                    timeouts: forwarder_common::flow::Timeouts::default(),
+                    respects_firewall: false,
                 })
                 .unwrap();
                 let ifindex = nix::net::if_::if_nametoindex(device).unwrap();

@@ -8,7 +8,7 @@ use std::{
 };
 
 use forwarder_tests::{
-    daemon::{Daemon, Datapath, WITHOUT_CAPABILITIES},
+    daemon::{Daemon, Datapath, WITHOUT_CAPABILITIES, down},
     topology::{Family, Topology},
     traffic::{Backend, Connection, Protocol, ask},
 };
@@ -46,6 +46,33 @@ fn flows_and_published_ports_outlive_a_kill_and_a_restart() {
         served_to_the_client(&topology, Protocol::Tcp, "later")
     });
     daemon.stop().unwrap();
+}
+
+#[test]
+fn connections_of_other_machines_outlive_the_loss_of_all_flows() {
+    for family in [Family::V4, Family::V6] {
+        let topology = Topology::new().unwrap();
+        let _backend =
+            Backend::start(&topology.backend.netns, Protocol::Tcp, BACKEND_PORT).unwrap();
+        let spec = spec(&topology.backend, family, Protocol::Tcp);
+        let mut daemon = Daemon::start(&topology.host, &[&spec], Datapath::Ebpf).unwrap();
+        let frontend = SocketAddr::new(topology.host_address(family), PORT);
+        let mut external = Connection::open(&topology.client, frontend).unwrap();
+        let mut container = Connection::open(&topology.peer.netns, frontend).unwrap();
+        external.ask("before").unwrap();
+        container.ask("before").unwrap();
+        daemon.kill().unwrap();
+        down(&topology.host, daemon.instance()).unwrap();
+
+        daemon.restart().unwrap();
+        on_the_fast_path(&daemon, || {
+            for payload in ["after", "and on"] {
+                external.ask(payload).unwrap();
+                container.ask(payload).unwrap();
+            }
+        });
+        daemon.stop().unwrap();
+    }
 }
 
 #[test]

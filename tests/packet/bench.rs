@@ -7,9 +7,9 @@ use std::{
     time::Duration,
 };
 
-use forwarder::datapath::{Datapath, Options, xdp::Mode};
+use forwarder::datapath::{Datapath, Options, devices::Hook, xdp::Mode};
 use forwarder_common::{
-    flow::{Flow, Hop, delivery},
+    flow::{Flow, Hop, Timeouts, delivery},
     limits,
     publish::{Interface, Location, Publish, flag},
     reason::Reason,
@@ -19,6 +19,7 @@ use forwarder_tests::{
     deadline::wait_for,
     frame::{Frame, Mac, Protocol},
     netns::Netns,
+    wire::Wire,
 };
 use ipnet::IpNet;
 use nix::net::if_::if_nametoindex;
@@ -121,6 +122,8 @@ pub(crate) fn options() -> Options {
         pins: None,
         snat: (61_000, 4_000),
         flows: limits::FLOWS,
+        timeouts: Timeouts::default(),
+        respects_firewall: false,
     }
 }
 
@@ -298,6 +301,47 @@ impl Bench {
         };
         self.publish_entry(1, None, protocol, port, &entry);
         self.datapath.try_early(&[0; 60], self.uplink).is_ok()
+    }
+
+    /// Has a container's query to 198.51.100.9:53, with that source port, leave by the uplink as this host's own, and returns
+    /// the answer that comes.
+    pub(crate) fn masqueraded_query(&mut self, port: u16) -> Frame {
+        let netns = Netns::current().unwrap();
+        netns
+            .ip(
+                "addr add 198.51.100.2/24 dev eth0\naddr add 172.31.0.1/24 dev veth0\n\
+                 link set eth0p up\nlink set veth0p up\n\
+                 neigh replace 198.51.100.9 lladdr 02:00:00:00:00:09 dev eth0",
+            )
+            .unwrap();
+        netns.forwards(true).unwrap();
+        let rules = "table ip nat { chain postrouting { type nat hook postrouting priority 100;
+            oifname eth0 masquerade
+        }
+        }\n";
+        netns.feed("nft -f -", rules).unwrap();
+        let place = (self.uplink, Hook::Egress);
+        self.datapath.attach(place, "eth0").unwrap();
+        let source = SocketAddr::from(([172, 31, 0, 3], port));
+        let mut query = Frame::first(Protocol::Udp, source, at("198.51.100.9:53"));
+        query.destination_mac = netns.mac("veth0").unwrap();
+        let outside = Wire::open(&netns, "eth0p").unwrap();
+        let inside = Wire::open(&netns, "veth0p").unwrap();
+        inside.send(&query.bytes()).unwrap();
+        let left = loop {
+            let frame = Frame::parse(&outside.receive().unwrap());
+            if let Ok(frame) = frame
+                && frame.destination == query.destination
+            {
+                break frame;
+            }
+        };
+        assert_eq!(left.source, SocketAddr::from(([198, 51, 100, 2], port)));
+        Frame {
+            source_mac: [2, 0, 0, 0, 0, 9],
+            destination_mac: HOST_MAC,
+            ..left.reply()
+        }
     }
 
     /// Has the XDP program see the frame.

@@ -11,7 +11,7 @@ use std::{collections::BTreeMap, net::SocketAddr};
 
 use forwarder::datapath::{Datapath, Options, devices::Hook};
 use forwarder_common::{
-    flow::{Hop, delivery},
+    flow::{Hop, Timeouts, delivery},
     limits,
     publish::{Interface, Location, Publish, flag},
 };
@@ -137,6 +137,8 @@ impl Arena {
                 pins: None,
                 snat: (61_000, 4_000),
                 flows: limits::FLOWS,
+                timeouts: Timeouts::default(),
+                respects_firewall: false,
             };
             let mut datapath = Datapath::load(&options).unwrap();
             let [uplink, veth] = ["eth0", "veth0"].map(|name| if_nametoindex(name).unwrap());

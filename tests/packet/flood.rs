@@ -1,17 +1,21 @@
 //! Floods from invented addresses: what they may cost, and whom. A flow is proven, and kept for good, when the client
 //! has answered the backend's answer.
 
-use std::net::{Ipv4Addr, SocketAddr};
+use std::{
+    net::{Ipv4Addr, SocketAddr},
+    time::Duration,
+};
 
+use forwarder::datapath::Options;
 use forwarder_common::{
-    flow::{Flow, state},
+    flow::{Flow, Phase, Timeouts, state},
     limits,
     publish::flag,
     tuple::Tuple,
 };
-use forwarder_tests::frame::{ACK, Frame, Protocol, RST, SYN_ACK};
+use forwarder_tests::frame::{ACK, FIN_ACK, Frame, Protocol, RST, SYN_ACK};
 
-use crate::bench::{Bench, LO, at, bench, bench_with_ports};
+use crate::bench::{Bench, LO, at, bench, bench_with, bench_with_ports, options};
 
 const PORT: u16 = 8080;
 
@@ -198,29 +202,102 @@ fn a_flood_towards_another_machine_ends_no_conversation_and_leaves_ports_for_new
 }
 
 #[test]
-fn the_port_of_a_half_open_flow_gives_way_and_that_of_a_proven_one_never() {
+fn the_port_of_an_unproven_connection_gives_way_and_that_of_a_proven_one_never() {
     bench_with_ports((61_000, 2), |bench| {
-        publish_remote(bench, Protocol::Udp);
+        publish_remote(bench, Protocol::Tcp);
         let [first, second, third, fourth] =
-            [1, 2, 3, 4].map(|port| first(Protocol::Udp, client(port)));
+            [2001, 2002, 2003, 2004].map(|port| first(Protocol::Tcp, client(port)));
         let kept = proven(bench, &first, bench.uplink).source;
         let half_open = answered(bench, &second, bench.uplink).source;
         assert_ne!(kept, half_open);
         assert_eq!(proven(bench, &third, bench.uplink).source, half_open);
-        bench.send(&fourth, bench.uplink).dropped("no_source_port");
-        bench.send(&second, bench.uplink).dropped("no_source_port");
+        for late in [&fourth, &second] {
+            bench
+                .send(late, bench.uplink)
+                .passed(&late.bytes(), "no_source_port");
+        }
+        let first = first.with_flags(ACK);
         assert_eq!(bench.send(&first, bench.uplink).forwarded().source, kept);
+    });
+}
+
+/// Nothing in a datagram would tell whose answer it is.
+#[test]
+fn no_other_client_gets_the_port_of_datagrams_before_their_time() {
+    bench_with_ports((61_000, 2), |bench| {
+        publish_remote(bench, Protocol::Udp);
+        let clients = [2001, 2002].map(client);
+        let arrived = clients.map(|client| {
+            bench
+                .send(&first(Protocol::Udp, client), bench.uplink)
+                .forwarded()
+        });
+        let third = first(Protocol::Udp, client(2003));
+        bench
+            .send(&third, bench.uplink)
+            .passed(&third.bytes(), "no_source_port");
+        for (client, arrived) in clients.into_iter().zip(arrived) {
+            let answer = bench.send(&arrived.reply(), bench.container).forwarded();
+            assert_eq!(answer.destination, client);
+        }
+    });
+}
+
+/// Far more than there are ports, one after the other, as a client does that closes each.
+#[test]
+fn the_ports_of_closed_connections_are_used_again() {
+    bench_with_ports((61_000, 100), |bench| {
+        publish_remote(bench, Protocol::Tcp);
+        for port in 2000..3000 {
+            let sent = first(Protocol::Tcp, client(port));
+            let arrived = proven(bench, &sent, bench.uplink);
+            let answer = arrived.reply().with_flags(FIN_ACK);
+            bench
+                .send(&sent.clone().with_flags(FIN_ACK), bench.uplink)
+                .forwarded();
+            let answer = bench.send(&answer, bench.container).forwarded();
+            assert_eq!(answer.destination, client(port));
+            bench.send(&sent.with_flags(ACK), bench.uplink).forwarded();
+        }
+        let flows = bench.datapath.maps.flows().count();
+        assert!(flows <= 100, "{flows}");
+    });
+}
+
+/// Nobody expires flows while the daemon is away.
+#[test]
+fn the_ports_of_silent_datagrams_are_used_again_without_the_daemon() {
+    let mut timeouts = Timeouts::default();
+    timeouts.set(Phase::Udp, 1);
+    let options = Options {
+        snat: (61_000, 11),
+        timeouts,
+        ..options()
+    };
+    bench_with(options, |bench| {
+        publish_remote(bench, Protocol::Udp);
+        for round in 0..2 {
+            for port in 2000..2011 {
+                let sent = first(Protocol::Udp, client(port + 11 * round));
+                bench.send(&sent, bench.uplink).forwarded();
+            }
+            let late = first(Protocol::Udp, client(4000));
+            bench
+                .send(&late, bench.uplink)
+                .passed(&late.bytes(), "no_source_port");
+            std::thread::sleep(Duration::from_millis(1100));
+        }
     });
 }
 
 #[test]
 fn an_answer_goes_to_the_client_that_has_the_port_now() {
     bench_with_ports((61_000, 1), |bench| {
-        publish_remote(bench, Protocol::Udp);
-        let arrived = answered(bench, &first(Protocol::Udp, client(1)), bench.uplink);
-        proven(bench, &first(Protocol::Udp, client(2)), bench.uplink);
+        publish_remote(bench, Protocol::Tcp);
+        let arrived = answered(bench, &first(Protocol::Tcp, client(2001)), bench.uplink);
+        proven(bench, &first(Protocol::Tcp, client(2002)), bench.uplink);
         let answer = bench.send(&arrived.reply(), bench.container).forwarded();
-        assert_eq!(answer.destination, client(2));
+        assert_eq!(answer.destination, client(2002));
     });
 }
 
@@ -237,7 +314,8 @@ fn a_flow_with_another_port_outlives_the_one_that_had_its_own() {
         let mut flows = bench.datapath.maps.flows().map(Result::unwrap);
         let own = flows.find(|(key, _)| key.source_port == 4000_u16.to_be());
         drop(flows);
-        bench.datapath.maps.remove_flow(&own.unwrap().0).unwrap();
+        let (key, flow) = own.unwrap();
+        bench.datapath.maps.remove_flow(&key, &flow).unwrap();
         let again = bench.send(&other.with_flags(ACK), bench.uplink).forwarded();
         assert_eq!(again.source.port(), port);
     });
@@ -253,9 +331,10 @@ fn a_client_whose_own_port_another_flow_was_given_is_not_taken_for_it() {
         proven(bench, &first(Protocol::Udp, client(4000)), bench.uplink);
         let given = proven(bench, &at_9090(4000), bench.uplink).source;
         assert_eq!(given, client(61_000));
+        let own = at_9090(61_000);
         bench
-            .send(&at_9090(61_000), bench.uplink)
-            .dropped("no_source_port");
+            .send(&own, bench.uplink)
+            .passed(&own.bytes(), "no_source_port");
     });
 }
 

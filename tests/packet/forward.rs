@@ -4,10 +4,15 @@ use forwarder_common::{
     flow::delivery,
     publish::{Interface, flag},
 };
-use forwarder_tests::frame::{Frame, Protocol};
+use forwarder_tests::{
+    fragment::cut,
+    frame::{Frame, Protocol},
+    icmp::IcmpError,
+    summed,
+};
 use proptest::prelude::*;
 
-use crate::bench::{BRIDGE_MAC, Bench, CONTAINER_MAC, UPLINK, at, bench};
+use crate::bench::{BRIDGE_MAC, Bench, CONTAINER_MAC, REDIRECT, UPLINK, at, bench};
 
 fn there_and_back(bench: &mut Bench, protocol: Protocol, client: &str, host: &str, backend: &str) {
     bench.publish(protocol, at(host).port(), backend);
@@ -316,5 +321,60 @@ fn the_verifier_accepts_the_traced_program_too() {
     bench(|bench| {
         bench.datapath.trace(true).unwrap();
         bench.datapath.trace(false).unwrap();
+    });
+}
+
+/// A device has summed up the whole packet, and whoever checks that must find it right afterwards: of a container's answer
+/// nobody else computes a sum.
+#[test]
+fn a_devices_sum_of_the_packet_stays_right() {
+    bench(|bench| {
+        let frame = Frame::first(
+            Protocol::Udp,
+            at("198.51.100.9:4000"),
+            at("198.51.100.2:53"),
+        );
+        let program = bench.datapath.ingress_fd().unwrap();
+        if summed::run(program, &frame.bytes(), bench.uplink).is_err() {
+            return; // kernels before 6.17 cannot be asked
+        }
+        for (client, frontend, backend) in [
+            ("198.51.100.9:4000", "198.51.100.2:8080", "172.31.0.2:80"),
+            (
+                "[2001:db8:100::9]:4000",
+                "[2001:db8:100::2]:8080",
+                "[fd00:31::2]:80",
+            ),
+        ] {
+            for protocol in [Protocol::Tcp, Protocol::Udp] {
+                bench.publish(protocol, 8080, backend);
+                let carried = |bytes: &[u8], ifindex| {
+                    let program = bench.datapath.ingress_fd().unwrap();
+                    let outcome = summed::run(program, bytes, ifindex);
+                    let (action, bytes) = outcome.unwrap_or_else(|error| {
+                        panic!("{protocol:?} from {client} to {backend}: {error}")
+                    });
+                    assert_eq!(action, REDIRECT);
+                    bytes
+                };
+                let mut sent = Frame::first(protocol, at(client), at(frontend));
+                let arrived = carried(&sent.bytes(), bench.uplink);
+                let arrived = Frame::parse(&arrived).unwrap();
+                let mut answer = arrived.reply();
+                carried(&answer.bytes(), bench.container);
+                let error = IcmpError::port_unreachable(&arrived);
+                carried(&error.bytes(), bench.container);
+                if protocol == Protocol::Udp {
+                    sent.payload = vec![7; 100];
+                    answer.payload = vec![7; 100];
+                    for part in cut::<3>(&sent, 7) {
+                        carried(&part, bench.uplink);
+                    }
+                    for part in cut::<3>(&answer, 8) {
+                        carried(&part, bench.container);
+                    }
+                }
+            }
+        }
     });
 }

@@ -1,16 +1,19 @@
 //! Packets of a flow that cannot go on: their time is over, or they are longer than the way's MTU. The sender is told.
 
+use std::net::SocketAddr;
+
 use forwarder_common::{
     flow::{Hop, delivery},
     publish::Interface,
 };
 use forwarder_tests::{
+    cpu::pin_this_thread,
     fragment::{cut, fix_header_checksum},
     frame::{Frame, Protocol},
     icmp::{IcmpError, quote},
 };
 
-use crate::bench::{Bench, HOST, LO, Outcome, REDIRECT, UPLINK, at, bench};
+use crate::bench::{Bench, HOST, LO, Outcome, REDIRECT, SHOT, UPLINK, at, bench};
 
 const V4: [&str; 3] = ["198.51.100.9:4000", "198.51.100.2:8080", "172.31.0.2:80"];
 const V6: [&str; 3] = [
@@ -321,5 +324,48 @@ fn a_flood_is_not_answered_by_a_flood() {
         if let Some(untold) = last {
             untold.dropped("untold");
         }
+    });
+}
+
+/// Whose path has a small MTU must learn of it, whatever others send.
+#[test]
+fn a_flood_of_packets_whose_time_has_come_hides_no_mtu() {
+    for (frame, backend) in packets() {
+        bench(|bench| {
+            pin_this_thread(&[0]).unwrap();
+            remote(bench, frame.protocol, backend);
+            let mut expired = frame.clone();
+            expired.ttl = 1;
+            let mut flooded = 0;
+            while flooded < 3 {
+                let outcome = bench.send(&expired, bench.uplink);
+                flooded += usize::from(outcome.action == SHOT);
+            }
+            let mut first = frame.clone();
+            first.source.set_port(4001);
+            let outcome = bench.send(&long(&first, MTU + 1), bench.uplink);
+            assert_eq!(outcome.reasons, ["too_big"], "{outcome:?}");
+        });
+    }
+}
+
+/// One sender may use up its own share alone, or that of few others.
+#[test]
+fn a_flood_of_long_packets_hides_no_mtu_from_others() {
+    bench(|bench| {
+        pin_this_thread(&[0]).unwrap();
+        remote(bench, Protocol::Tcp, V4[2]);
+        let from = |address: [u8; 4]| {
+            let client = SocketAddr::from((address, 4000));
+            long(&Frame::first(Protocol::Tcp, client, at(V4[1])), MTU + 1)
+        };
+        let flood = from([198, 51, 100, 9]);
+        let mut hidden = 0;
+        for last in 10..110 {
+            while bench.send(&flood, bench.uplink).action != SHOT {}
+            let outcome = bench.send(&from([198, 51, 100, last]), bench.uplink);
+            hidden += usize::from(outcome.reasons != ["too_big"]);
+        }
+        assert!(hidden < 10, "{hidden} of 100 were not told");
     });
 }

@@ -1,9 +1,15 @@
 //! Tuples that clash after DNAT get another source port, and keep their conversations apart.
 
-use std::{collections::BTreeSet, net::SocketAddr};
+use std::{
+    collections::BTreeSet,
+    net::{SocketAddr, UdpSocket},
+    sync::Barrier,
+    thread,
+};
 
 use forwarder_common::flow::{Phase, state};
-use forwarder_tests::frame::{ACK, FIN_ACK, Frame, Protocol, SYN_ACK};
+use forwarder_tests::cpu::pin_this_thread;
+use forwarder_tests::frame::{ACK, FIN_ACK, Frame, Protocol, RST, SYN, SYN_ACK};
 
 use crate::bench::{Bench, LO, REDIRECT, at, bench, bench_with_ports};
 
@@ -48,7 +54,7 @@ fn many_local_clients_never_share_a_port() {
 }
 
 #[test]
-fn when_all_ports_are_in_use_a_new_client_is_refused_and_the_others_go_on() {
+fn when_all_ports_are_in_use_a_new_client_is_the_slow_paths_and_the_others_go_on() {
     bench_with_ports((61_000, 2), |bench| {
         bench.publish(Protocol::Udp, 53, "172.31.0.2:53");
         let client = |port| {
@@ -60,10 +66,13 @@ fn when_all_ports_are_in_use_a_new_client_is_refused_and_the_others_go_on() {
             bench.send(&arrived.reply(), bench.container).forwarded();
             bench.send(&client(port), LO).forwarded();
         }
-        bench.send(&client(4002), LO).dropped("no_source_port");
+        let late = client(4002);
+        bench
+            .send(&late, LO)
+            .passed(&late.bytes(), "no_source_port");
         bench.send(&client(4000), LO).forwarded();
-        let (key, _) = bench.datapath.maps.flows().next().unwrap().unwrap();
-        bench.datapath.maps.remove_flow(&key).unwrap();
+        let (key, flow) = bench.datapath.maps.flows().next().unwrap().unwrap();
+        bench.datapath.maps.remove_flow(&key, &flow).unwrap();
         bench.send(&client(4002), LO).forwarded();
     });
 }
@@ -186,6 +195,10 @@ fn a_client_with_a_live_direct_connection_gets_another_port() {
     bench(|bench| {
         bench.publish(Protocol::Tcp, 8080, "172.31.0.2:80");
         let (syn, direct) = forwarded_and_direct();
+        let begins = direct[0].reply().with_flags(SYN);
+        bench
+            .send(&begins, bench.uplink)
+            .passed(&begins.bytes(), "");
         let arrived = bench.send(&syn, bench.uplink).forwarded();
         assert_eq!(arrived.source, syn.source);
         // The backend takes the SYN for one of the connection that it has (RFC 5961).
@@ -265,4 +278,139 @@ fn a_live_flow_is_not_disturbed_by_a_direct_connection() {
         let answer = bench.send(&answer, bench.container).forwarded();
         assert_eq!(answer.source, syn.destination);
     });
+}
+
+/// A server may trust privileged ports alone, and the lower half of them less (NFS).
+#[test]
+fn a_privileged_port_stays_one() {
+    bench(|bench| {
+        for protocol in [Protocol::Tcp, Protocol::Udp] {
+            bench.publish(protocol, 2049, "172.31.0.2:2049");
+            for (port, class) in [(700, 512..1024), (100, 1..512), (4000, 61_000..65_000)] {
+                let from = |address: &str| {
+                    let client = SocketAddr::new(address.parse().unwrap(), port);
+                    let frame = Frame::first(protocol, client, at("127.0.0.1:2049"));
+                    bench.send(&frame, LO).forwarded().source.port()
+                };
+                let (first, second) = (from("127.0.0.1"), from("127.0.0.2"));
+                assert!(class.contains(&first) && class.contains(&second));
+                assert_ne!(first, second);
+                if port < 1024 {
+                    assert_eq!(first, port, "free, so it is kept");
+                }
+            }
+        }
+    });
+}
+
+#[test]
+fn the_port_of_a_socket_of_this_host_is_not_taken() {
+    bench_with_ports((61_000, 2), |bench| {
+        bench.publish(Protocol::Udp, 53, "172.31.0.2:53");
+        let _socket = UdpSocket::bind("0.0.0.0:61000").unwrap();
+        let from = |port| {
+            let client = SocketAddr::from(([127, 0, 0, 1], port));
+            Frame::first(Protocol::Udp, client, at("127.0.0.1:53"))
+        };
+        let arrived = bench.send(&from(4000), LO).forwarded();
+        assert_eq!(arrived.source.port(), 61_001);
+        let again = bench.send(&from(4000), LO).forwarded();
+        assert_eq!(again.source.port(), 61_001);
+        let late = from(4001);
+        bench
+            .send(&late, LO)
+            .passed(&late.bytes(), "no_source_port");
+    });
+}
+
+/// As a resolver's question for A and for AAAA, by one socket.
+#[test]
+fn two_first_datagrams_at_once_are_one_conversation() {
+    bench(|bench| {
+        bench.publish(Protocol::Udp, 53, "172.31.0.2:53");
+        for address in ["198.51.100.9", "127.0.0.1"] {
+            for port in 10_000..14_000 {
+                let client = SocketAddr::new(address.parse().unwrap(), port);
+                let (frontend, ifindex) = if client.ip().is_loopback() {
+                    (at("127.0.0.1:53"), LO)
+                } else {
+                    (at("198.51.100.2:53"), bench.uplink)
+                };
+                let frame = Frame::first(Protocol::Udp, client, frontend).bytes();
+                let start = Barrier::new(2);
+                let sources = thread::scope(|scope| {
+                    let datapath = &bench.datapath;
+                    let send = |cpu: usize| {
+                        let (start, frame) = (&start, &frame);
+                        scope.spawn(move || {
+                            pin_this_thread(&[cpu]).unwrap();
+                            start.wait();
+                            let (_, bytes) = datapath.try_frame(frame, ifindex, 0).unwrap();
+                            Frame::parse(&bytes).unwrap().source
+                        })
+                    };
+                    [send(0), send(1)].map(|sender| sender.join().unwrap())
+                });
+                assert_eq!(sources[0], sources[1], "of {client}");
+            }
+        }
+    });
+}
+
+/// The forwarder has been without its flows for a while, and the client connects again from the same port: the backend
+/// answers for the connection that it still has, and learns from the client that it is over (RFC 9293 section 3.5.2).
+#[test]
+fn a_backend_that_still_has_the_old_connection_learns_that_it_is_over() {
+    bench(|bench| {
+        bench.publish(Protocol::Tcp, 8080, "172.31.0.2:80");
+        let (syn, [_, challenge]) = forwarded_and_direct();
+        for _ in 0..2 {
+            bench.send(&syn, bench.uplink).forwarded();
+            let heard = bench.send(&challenge, bench.container).forwarded();
+            assert_eq!(
+                (heard.source, heard.destination),
+                (syn.destination, syn.source)
+            );
+            let mut reset = syn.clone().with_flags(RST);
+            reset.sequence = challenge.acknowledgement;
+            let arrived = bench.send(&reset, bench.uplink).forwarded();
+            assert_eq!(arrived.destination, challenge.source);
+        }
+        // The SYN, sent again, finds nobody.
+        let arrived = bench.send(&syn, bench.uplink).forwarded();
+        assert_eq!(arrived.source, syn.source, "the port is the same");
+        let answer = bench.send(&arrived.reply(), bench.container).forwarded();
+        assert_eq!(answer.destination, syn.source);
+        bench.send(&syn.with_flags(ACK), bench.uplink).forwarded();
+        let (key, flow) = bench.flow();
+        assert_eq!(Phase::of(key.protocol, flow.state), Phase::TcpEstablished);
+    });
+}
+
+/// What the backend had under way when the client reset a connection and made another from the same port.
+#[test]
+fn a_late_segment_of_the_connection_before_does_not_end_the_next() {
+    for late in [ACK, FIN_ACK] {
+        bench(|bench| {
+            bench.publish(Protocol::Tcp, 8080, "172.31.0.2:80");
+            let (mut syn, _) = forwarded_and_direct();
+            let arrived = bench.send(&syn, bench.uplink).forwarded();
+            let answer = arrived.reply();
+            bench.send(&answer, bench.container).forwarded();
+            for flags in [ACK, RST] {
+                let segment = syn.clone().with_flags(flags);
+                bench.send(&segment, bench.uplink).forwarded();
+            }
+            let late = answer.with_flags(late);
+            syn.sequence = syn.sequence.wrapping_add(1 << 28);
+            let arrived = bench.send(&syn, bench.uplink).forwarded();
+            let heard = bench.send(&late, bench.container).forwarded();
+            assert_eq!(heard.destination, syn.source);
+            let answer = bench.send(&arrived.reply(), bench.container).forwarded();
+            assert_eq!(answer.destination, syn.source);
+            bench.send(&syn.with_flags(ACK), bench.uplink).forwarded();
+            let (key, flow) = bench.flow();
+            assert_eq!(Phase::of(key.protocol, flow.state), Phase::TcpEstablished);
+        });
+    }
 }

@@ -140,14 +140,31 @@ fn both_sides_may_open_at_once() {
 
 #[test]
 fn an_answer_that_does_not_acknowledge_the_syn_is_somebody_elses() {
-    for flags in [SYN_ACK, ACK] {
+    talk(|t| {
+        t.say(&HANDSHAKE[..1]);
+        let mut frame = t.sides[1].clone().with_flags(SYN_ACK);
+        frame.acknowledgement += 1 << 20;
+        let outcome = t.bench.send(&frame, t.bench.container);
+        outcome.passed(&frame.bytes(), "");
+        t.is(0);
+    });
+}
+
+/// A client that says it has heard what nobody has said: what the backend really does is heeded all the same.
+#[test]
+fn what_nobody_has_sent_cannot_be_acknowledged() {
+    for (liar, end, bit) in [
+        (true, FIN_ACK, state::FIN_REPLY),
+        (true, RST_ACK, state::RESET),
+        (false, FIN_ACK, state::FIN_ORIGINAL),
+        (false, RST_ACK, state::RESET),
+    ] {
         talk(|t| {
-            t.say(&HANDSHAKE[..1]);
-            let mut frame = t.sides[1].clone().with_flags(flags);
-            frame.acknowledgement += 1 << 20;
-            let outcome = t.bench.send(&frame, t.bench.container);
-            outcome.passed(&frame.bytes(), "");
-            t.is(0);
+            t.say(&HANDSHAKE);
+            let mut lie = t.sides[usize::from(!liar)].clone().with_flags(ACK);
+            lie.acknowledgement = lie.acknowledgement.wrapping_add(1 << 29);
+            t.forge(liar, &lie);
+            t.say(&[(!liar, end)]).is(ESTABLISHED | bit);
         });
     }
 }
@@ -281,7 +298,7 @@ fn a_reset_that_is_guessed_ends_nothing() {
                 t.sides[1].acknowledgement += 1 << 20;
                 t.sides[1].sequence += 1 << 20;
                 t.sides[0].acknowledgement += 1 << 20;
-                t.say(&[(true, ACK), (false, ACK)]);
+                t.say(&[(true, ACK), (false, ACK), (true, ACK)]);
             }
             for off in [1 << 24, 1 << 31, (40_u32 << 20).wrapping_neg(), u32::MAX] {
                 t.forge_at(from_client, RST, off).is(ESTABLISHED);

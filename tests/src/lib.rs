@@ -13,6 +13,7 @@ pub mod icmp;
 pub mod machine;
 pub mod netns;
 pub mod sctp;
+pub mod summed;
 pub mod table;
 pub mod topology;
 pub mod traffic;

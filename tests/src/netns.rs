@@ -105,6 +105,22 @@ impl Netns {
         result.unwrap_or_else(|panic| std::panic::resume_unwind(panic))
     }
 
+    /// The MAC of a device.
+    ///
+    /// # Errors
+    /// There is no such device, or it has none.
+    pub fn mac(&self, device: &str) -> Result<[u8; 6]> {
+        let shown = self.run(&format!("ip -j link show {device}"))?;
+        let links: serde_json::Value = serde_json::from_str(&shown)?;
+        let text = links[0]["address"].as_str().context("it has no MAC")?;
+        let octets: Vec<u8> = text
+            .split(':')
+            .map(|octet| u8::from_str_radix(octet, 16))
+            .collect::<Result<_, _>>()?;
+        let octets = octets.try_into();
+        octets.ok().with_context(|| format!("{text} is no MAC"))
+    }
+
     /// Has it route packets of others, or not.
     pub fn forwards(&self, on: bool) -> Result<()> {
         self.enter(|| {

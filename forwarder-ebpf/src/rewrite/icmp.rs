@@ -7,7 +7,7 @@
 use aya_ebpf::{bindings::__sk_buff, helpers::bpf_csum_diff, programs::TcContext};
 use forwarder_common::{checksum, reason::Reason, tuple::Tuple};
 
-use super::{ipv4, pseudo_header};
+use super::{header_changed, ipv4, pseudo_header};
 use crate::frame::header;
 use crate::parse::{ICMP_LENGTH, Ipv4, Ipv6, L3, L4_V4, L4_V6, Ports, Tcp, Udp};
 
@@ -95,7 +95,8 @@ fn v6(ctx: &TcContext, new: &Tuple, how: u32) -> Result<(), Reason> {
     }
     ctx.l4_csum_replace(L4_V6 + 2, 0, change as u64, 0)
         .map_err(|_| Reason::Unwritable)?;
-    pseudo_header(ctx, L4_V6 + 2, pseudo, 0, false)
+    header_changed(ctx, pseudo, how & HOP != 0);
+    pseudo_header(ctx, L4_V6 + 2, pseudo, 0)
 }
 
 /// The change of a sum when `length` octets of a header are replaced by those at `new`.

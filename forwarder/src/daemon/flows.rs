@@ -5,7 +5,7 @@ use std::{collections::HashSet, sync::Arc, time::Duration};
 
 use anyhow::Result;
 use forwarder_common::{
-    flow::{Flow, Phase, delivery},
+    flow::{Flow, Phase, delivery, state},
     publish::Publish as Entry,
     tuple::{Address, Tuple},
 };
@@ -29,7 +29,7 @@ impl Daemon {
     pub(super) fn remove_flows(&mut self, id: u32) -> Result<()> {
         self.change_flows(|key, flow, maps| {
             if flow.publish == id {
-                maps.remove_flow(key)?;
+                maps.remove_flow(key, flow)?;
             }
             Ok(())
         })
@@ -44,11 +44,17 @@ impl Daemon {
             .collect();
         let respects_firewall = self.options.respect_firewall;
         let adopted = self.change_flows(|key, flow, maps| {
+            let is_alias = flow.state & state::ALIAS != 0;
+            let (told, of) = if is_alias {
+                flow.counterpart(key)
+            } else {
+                (*key, *flow)
+            };
             // Nothing would rewrite the answers of one that goes through the stack.
             let lost = flow.back.delivery == delivery::STACK && !respects_firewall;
             let owner = owners
                 .iter()
-                .find(|(_, spec)| !lost && owns(spec, key, flow));
+                .find(|(_, spec)| !lost && owns(spec, &told, &of));
             match owner {
                 Some((id, _)) if flow.publish == *id => Ok(()),
                 Some((id, _)) => maps.set_flow(
@@ -58,7 +64,7 @@ impl Daemon {
                         ..*flow
                     },
                 ),
-                None => maps.remove_flow(key),
+                None => maps.remove_flow(key, flow),
             }
         });
         if let Err(error) = adopted {
@@ -106,16 +112,23 @@ impl Daemon {
                 >= self.timeouts.of(Phase::of(key.protocol, flow.state))
         };
         for (key, flow) in slice {
+            if flow.state & state::ALIAS != 0 {
+                let (of, _) = flow.counterpart(&key);
+                if datapath.maps.flow(&of)?.is_none() {
+                    datapath.maps.end_flow(&key, |there| *there == flow)?;
+                }
+                continue;
+            }
             if !expired(&key, &flow) {
                 sweep.alive.insert(flow.publish);
                 continue;
             }
             // RACE: a packet since the slice was read is heeded; one between this and the removal begins a new flow.
-            let Some(flow) = datapath.maps.flow(&key)?.filter(|flow| expired(&key, flow)) else {
+            let ended = datapath.maps.end_flow(&key, |flow| expired(&key, flow))?;
+            let Some(flow) = ended else {
                 sweep.alive.insert(flow.publish);
                 continue;
             };
-            datapath.maps.remove_flow(&key)?;
             if let Some(published) = self.publishes.get_mut(&flow.publish) {
                 published.ended.0 += flow.packets[0] + flow.packets[1];
                 published.ended.1 += flow.bytes[0] + flow.bytes[1];

@@ -109,16 +109,15 @@ impl Daemon {
         let Some(datapath) = &mut self.datapath else {
             return;
         };
-        let hooks: &[Hook] = if self.options.respect_firewall {
-            &Hook::BOTH_SIDES
-        } else {
-            &[Hook::Ingress]
-        };
+        let respects_firewall = self.options.respect_firewall;
         let wanted: BTreeMap<Place, String> = backends::attached(&self.snapshot)
             .flat_map(|(ifindex, link)| {
-                let hooks = match link.header {
+                let hooks: &[Hook] = match link.header {
                     Header::Ip => &[Hook::IngressIp],
-                    _ => hooks,
+                    _ if respects_firewall || backends::is_uplink(&self.snapshot, ifindex) => {
+                        &Hook::BOTH_SIDES
+                    }
+                    _ => &[Hook::Ingress],
                 };
                 hooks
                     .iter()

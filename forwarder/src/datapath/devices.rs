@@ -26,7 +26,7 @@ pub enum Hook {
 }
 
 impl Hook {
-    /// What other devices have that go through the stack.
+    /// What uplinks have, and others whose packets go through the stack.
     pub const BOTH_SIDES: [Self; 2] = [Self::Ingress, Self::Egress];
     pub const ALL: [Self; 3] = [Self::Ingress, Self::IngressIp, Self::Egress];
 

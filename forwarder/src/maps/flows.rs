@@ -30,7 +30,7 @@ pub struct Walk {
 }
 
 impl Maps {
-    /// The next slice of a walk, which may be empty; `None` at its end.
+    /// The next slice of a walk, which may be empty, aliases and all; `None` at its end.
     ///
     /// # Errors
     /// The kernel refuses the walk.
@@ -64,7 +64,9 @@ impl Maps {
                 Ok(entries) => (Some(entries), None),
                 Err(error) => (None, Some(Err(error))),
             };
-            entries.into_iter().flatten().map(Ok).chain(error)
+            let flows = entries.into_iter().flatten();
+            let flows = flows.filter(|(_, flow)| flow.state & state::ALIAS == 0);
+            flows.map(Ok).chain(error)
         })
     }
 
@@ -95,16 +97,49 @@ impl Maps {
         Ok(())
     }
 
-    /// Deletes a flow.
+    /// Deletes a flow, and its alias if it has one; or an alias.
     ///
     /// # Errors
     /// The kernel refuses the update.
-    pub fn remove_flow(&mut self, key: &Tuple) -> Result<()> {
+    pub fn remove_flow(&mut self, key: &Tuple, flow: &Flow) -> Result<()> {
+        let (other, _) = flow.counterpart(key);
+        let has_alias = flow.state & state::ALIAS == 0 && other.source_port != key.source_port;
+        if has_alias
+            && self
+                .flow(&other)?
+                .is_some_and(|there| there.counterpart(&other).0 == *key)
+        {
+            self.remove(&other)?;
+        }
+        self.remove(key)
+    }
+
+    fn remove(&mut self, key: &Tuple) -> Result<()> {
         // In this order: what is left of a kept flow in HALF_OPEN must not come to life again.
         for table in [&mut self.half_open, &mut self.flows] {
             ignore_missing(table.remove(key)).context("write the flows")?;
         }
         Ok(())
+    }
+
+    /// Deletes a flow of which that is still true, and returns it. The program puts no other in its place meanwhile.
+    ///
+    /// # Errors
+    /// The kernel refuses an update.
+    pub fn end_flow(&mut self, key: &Tuple, ends: impl Fn(&Flow) -> bool) -> Result<Option<Flow>> {
+        const BPF_NOEXIST: u64 = 1;
+        if self.claims.insert(key, 0, BPF_NOEXIST).is_err() {
+            return Ok(None); // the program has claimed it
+        }
+        let ended = self.flow(key).and_then(|flow| {
+            let flow = flow.filter(ends);
+            if let Some(flow) = &flow {
+                self.remove_flow(key, flow)?;
+            }
+            Ok(flow)
+        });
+        ignore_missing(self.claims.remove(key)).context("write CLAIMS")?;
+        ended
     }
 }
 

@@ -1,0 +1,106 @@
+//! What has left this host by others than the program and the proxy, from a port number that is published: queries of masqueraded
+//! containers above all. What answers it is no new client.
+
+use aya_ebpf::{bindings::BPF_ANY, programs::TcContext};
+use forwarder_common::{
+    flow::Phase,
+    reason::Reason,
+    tuple::{TCP, UDP},
+};
+
+use crate::{
+    clock, flow,
+    frame::header,
+    maps::LEFT,
+    parse::{self, ETHERTYPE_IPV4, ETHERTYPE_IPV6, Ethernet, Ipv4, Ipv6, L3, L4_V4, L4_V6, Ports},
+    publish,
+    words::reverse,
+};
+
+/// `tc_index` of packets that the program sends on.
+pub const OURS: u16 = 0x6677;
+
+/// Notes a packet that is about to leave by an uplink, behind the host's own NAT. Sockets of this host are found when an
+/// answer comes.
+#[inline(always)]
+pub fn note(ctx: &TcContext) -> Result<(), Reason> {
+    // SAFETY: `skb` is the context that the kernel gave; its fields are readable.
+    let (is_ours, socket) = unsafe {
+        let skb = ctx.skb.skb;
+        ((*skb).tc_index == OURS as u32, (*skb).__bindgen_anon_2.sk)
+    };
+    if is_ours || !socket.is_null() || !from_published_port(ctx) {
+        return Err(Reason::NotOurs);
+    }
+    let packet = parse::packet(ctx)?;
+    if packet.is_error() || !publish::may_be_local(&packet.tuple.source) {
+        return Err(Reason::NotOurs);
+    }
+    reverse(&packet.tuple, &mut packet.new);
+    let now = clock::now();
+    if let Some(seen) = LEFT.get_ptr_mut(&packet.new) {
+        // SAFETY: an element's memory stays writable until the program ends, whatever becomes of it.
+        unsafe { *seen = now };
+    } else {
+        let _ = LEFT.insert(&packet.new, &now, BPF_ANY as u64);
+    }
+    Err(Reason::NotOurs)
+}
+
+/// Whether the source port is published, told by as little as possible: it is asked of everything that leaves.
+#[inline(always)]
+fn from_published_port(ctx: &TcContext) -> bool {
+    let Some(ethernet) = header::<Ethernet>(ctx, 0) else {
+        return false;
+    };
+    // SAFETY (all): `header` checked the bounds; packed structs have no alignment.
+    let (protocol, l4) = match unsafe { (*ethernet).ethertype } {
+        ETHERTYPE_IPV4 => match header::<Ipv4>(ctx, L3) {
+            // SAFETY: as above.
+            Some(ip) if unsafe { (*ip).version_and_length } == 0x45 => {
+                // SAFETY: as above.
+                (unsafe { (*ip).protocol }, L4_V4)
+            }
+            _ => return false,
+        },
+        ETHERTYPE_IPV6 => match header::<Ipv6>(ctx, L3) {
+            // SAFETY: as above.
+            Some(ip) => (unsafe { (*ip).next_header }, L4_V6),
+            None => return false,
+        },
+        _ => return false,
+    };
+    if protocol != TCP && protocol != UDP {
+        return false;
+    }
+    let Some(ports) = header::<Ports>(ctx, l4) else {
+        return false;
+    };
+    // SAFETY: as above.
+    publish::is_published(protocol, unsafe { (*ports).source })
+}
+
+/// Whether the packet answers what has left, and is somebody else's.
+///
+/// # Errors
+/// `OthersAnswer` if so.
+#[inline(always)]
+pub fn is_no_answer(packet: &parse::Packet) -> Result<(), Reason> {
+    if packet.opens() {
+        return Ok(()); // answers nothing
+    }
+    // SAFETY: an element's memory stays readable until the program ends.
+    let Some(seen) = (unsafe { LEFT.get(&packet.tuple) }) else {
+        return Ok(());
+    };
+    let phase = if packet.protocol == TCP {
+        Phase::TcpEstablished
+    } else {
+        Phase::UdpStream
+    };
+    if clock::now().saturating_sub(*seen) < flow::timeout(phase) {
+        Err(Reason::OthersAnswer)
+    } else {
+        Ok(())
+    }
+}

@@ -1,0 +1,81 @@
+//! What answers traffic that left this host by others, from a port number that is published, is no new client.
+
+use forwarder::datapath::Options;
+use forwarder_common::{
+    flow::{Phase, Timeouts},
+    publish::flag,
+};
+use forwarder_tests::frame::{Frame, Protocol};
+
+use crate::bench::{XDP_DROP, XDP_PASS, at, bench, bench_with, options};
+
+const PORT: u16 = 50_002;
+
+#[test]
+fn the_answer_to_a_masqueraded_container_is_its_own() {
+    bench(|bench| {
+        bench.publish(Protocol::Udp, PORT, "172.31.0.2:53");
+        let answer = bench.masqueraded_query(PORT);
+        bench
+            .send(&answer, bench.uplink)
+            .passed(&answer.bytes(), "others_answer");
+        let mut client = answer.clone();
+        client.source = at("198.51.100.9:54");
+        bench.send(&client, bench.uplink).forwarded();
+    });
+}
+
+#[test]
+fn a_query_that_is_long_over_hides_no_client() {
+    let mut timeouts = Timeouts::default();
+    timeouts.set(Phase::UdpStream, 0);
+    let options = Options {
+        timeouts,
+        ..options()
+    };
+    bench_with(options, |bench| {
+        bench.publish(Protocol::Udp, PORT, "172.31.0.2:53");
+        let answer = bench.masqueraded_query(PORT);
+        bench.send(&answer, bench.uplink).forwarded();
+    });
+}
+
+#[test]
+fn xdp_refuses_beginnings_alone() {
+    bench(|bench| {
+        if !bench.publish_beside(Protocol::Tcp, 9090, "198.51.100.10:80") {
+            return;
+        }
+        for protocol in [Protocol::Tcp, Protocol::Udp] {
+            let mut entry = bench.entry(PORT, "172.31.0.2:53");
+            entry.flags |= flag::ALLOW_LIST;
+            bench.publish_entry(2, None, protocol, PORT, &entry);
+        }
+        let to = |protocol| Frame::first(protocol, at("198.51.100.9:53"), at("198.51.100.2:50002"));
+        for protocol in [Protocol::Tcp, Protocol::Udp] {
+            let refused = bench.send_early(&to(protocol).bytes());
+            assert_eq!(refused.action, XDP_DROP, "{protocol:?}");
+        }
+        // Of a connection that this host or a container has made from that port.
+        let answer = to(Protocol::Tcp)
+            .reply()
+            .reply()
+            .with_flags(forwarder_tests::frame::SYN_ACK);
+        assert_eq!(bench.send_early(&answer.bytes()).action, XDP_PASS);
+    });
+    bench(|bench| {
+        let mut entry = bench.entry(PORT, "172.31.0.2:53");
+        entry.flags |= flag::ALLOW_LIST;
+        bench.publish_entry(1, None, Protocol::Udp, PORT, &entry);
+        let answer = bench.masqueraded_query(PORT);
+        if bench
+            .datapath
+            .attach_xdp(bench.uplink, forwarder::datapath::xdp::Mode::Native)
+            .is_err()
+            || bench.datapath.try_early(&[0; 60], bench.uplink).is_err()
+        {
+            return;
+        }
+        assert_eq!(bench.send_early(&answer.bytes()).action, XDP_PASS);
+    });
+}
