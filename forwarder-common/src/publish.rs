@@ -119,7 +119,7 @@ pub struct Allowed {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Pod, Zeroable)]
 pub struct Interface {
     /// How replies get back to a client that came in by it, one of [`crate::flow::delivery`]: `PEER` and `DEVICE`
-    /// answer to the MAC that the packet came from, `NEIGHBOUR` asks the kernel.
+    /// answer to the MAC that the packet came from, `NEIGHBOUR` asks the kernel, by the layer 3 device.
     pub delivery: u32,
     /// The longest packet that it takes, without the link header.
     pub mtu: u32,
@@ -130,12 +130,15 @@ pub struct Interface {
     /// The container network behind it: the device that this host's routes to the containers lead to, which is the bridge
     /// or the device itself. 0 for an uplink. Sources are of the same network ([`Location`]), or forged.
     pub network: u32,
-    /// This host's MAC there: the device's own, or that of the bridge that it is a port of.
+    /// The device that this host's addresses there are on: itself, or the bridge that it is a port of.
+    pub layer3: u32,
+    /// That device's MAC.
     pub mac: [u8; 6],
-    pub reserved: u16,
+    /// Not 0 where packets must come by the device that the best route to their source leads to (rp_filter is 1).
+    pub strict: u16,
 }
 
-const _: () = assert!(size_of::<Interface>() == 28);
+const _: () = assert!(size_of::<Interface>() == 32);
 
 /// A value of `LOCATIONS`: what an address is behind. Zero is the rest of the world.
 #[repr(C)]

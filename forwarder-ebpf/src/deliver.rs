@@ -77,17 +77,20 @@ pub fn deliver(
                 rewrite::macs(ctx, [0; 6], [0; 6])?;
             }
             // Rules by mark: the helper that is asked does not know marks.
-            let route = packet
-                .filter(|packet| !packet.is_error() && hop.ifindex != LOOPBACK_IFINDEX && mark == 0)
-                .and_then(|packet| route::get(ctx.skb.skb.cast(), packet, hop.ifindex, 0));
+            let (ifindex, route) = match packet {
+                Some(packet) if hop.ifindex != LOOPBACK_IFINDEX && mark == 0 => {
+                    route::get(ctx.skb.skb.cast(), packet, hop.ifindex, 0)
+                }
+                _ => (hop.ifindex, None),
+            };
             if let Some(route) = route {
                 let [destination, source] = route.macs();
                 rewrite::macs(ctx, destination, source)?;
                 // SAFETY: a helper without pointers.
-                unsafe { bpf_redirect(hop.ifindex, 0) }
+                unsafe { bpf_redirect(ifindex, 0) }
             } else {
                 // SAFETY: a null pointer with length 0 asks the helper for its own route lookup.
-                unsafe { bpf_redirect_neigh(hop.ifindex, ptr::null_mut(), 0, 0) }
+                unsafe { bpf_redirect_neigh(ifindex, ptr::null_mut(), 0, 0) }
             }
         }
         delivery::STACK => return Ok(TC_ACT_UNSPEC),
@@ -134,7 +137,7 @@ pub fn fits(ctx: &TcContext, hop: &Hop) -> Result<(), Reason> {
 
 /// Where replies go to the client of this packet: out of the device that it came in by.
 #[inline(always)]
-pub fn back(ctx: &TcContext, ifindex: u32, delivery: u32, way: &mut Hop) -> Result<(), Reason> {
+pub fn back(ctx: &TcContext, (ifindex, delivery): (u32, u32), way: &mut Hop) -> Result<(), Reason> {
     let ethernet = header::<parse::Ethernet>(ctx, 0).ok_or(Reason::NotOurs)?;
     (way.ifindex, way.delivery) = (ifindex, delivery);
     // SAFETY: `header` checked the bounds; both headers and hops are aligned to two.

@@ -84,7 +84,7 @@ fn to_backend(
     let route = route(ctx, packet, hop)?;
     flow::update(ctx, flow, packet, ORIGINAL);
     flow::keep(packet, flow);
-    send(ctx, packet, hop, route)
+    send(ctx, packet, route)
 }
 
 /// Replies of other backends come by devices without this program.
@@ -98,7 +98,7 @@ fn to_client(ctx: &XdpContext, packet: &mut Packet, flow: &mut Flow) -> Result<u
     if !flow::update(ctx, flow, packet, REPLY) {
         return Err(Reason::NotOurs);
     }
-    send(ctx, packet, &flow.back, route)
+    send(ctx, packet, route)
 }
 
 /// The packet's next hop by `hop`'s device, if the kernel knows it and the device takes frames, and how its checksum is
@@ -116,7 +116,8 @@ fn route(
         return Err(Reason::NotOurs);
     }
     let length = packet.length - parse::L3 as u32;
-    let route = route::get(ctx.ctx.cast(), packet, hop.ifindex, length)
+    let (_, route) = route::get(ctx.ctx.cast(), packet, hop.ifindex, length);
+    let route = route
         .filter(|route| route.takes_frames())
         .ok_or(Reason::NotOurs)?;
     let complete = rewrite::complete(ctx, packet).ok_or(Reason::NotOurs)?;
@@ -128,17 +129,16 @@ fn route(
 fn send(
     ctx: &XdpContext,
     packet: &Packet,
-    hop: &Hop,
     (route, complete): (&Route, Complete),
 ) -> Result<u32, Reason> {
     complete.tuple(ctx, packet)?;
     let [destination, source] = route.macs();
     rewrite::macs(ctx, destination, source)?;
-    if hop.ifindex == ctx.ifindex() {
+    if route.ifindex() == ctx.ifindex() {
         return Ok(XDP_TX);
     }
     // SAFETY: a helper without pointers.
-    let action = unsafe { bpf_redirect(hop.ifindex, 0) } as u32;
+    let action = unsafe { bpf_redirect(route.ifindex(), 0) } as u32;
     if action == XDP_REDIRECT {
         Ok(action)
     } else {

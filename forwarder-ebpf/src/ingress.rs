@@ -18,7 +18,7 @@ use crate::{
     maps::{Draft, count},
     parse::{self, Packet},
     publish::{self, Published},
-    rewrite, setting, steer,
+    rewrite, route, setting, steer,
     trace::Trail,
     verdict::{Forwarded, Verdict},
     words::{copy_address, copy_tuple, zero},
@@ -107,6 +107,7 @@ fn forward(
         return Err(Reason::NotSyn);
     }
     publish::admit(packet, published.publish, published.index)?;
+    route::came_back(ctx, packet)?;
     if let Some(obstacle) = before_backend(ctx, packet, &published)? {
         return tell(ctx, packet, obstacle, 0);
     }
@@ -210,27 +211,35 @@ pub fn original(packet: &mut Packet, published: &Published) -> Option<&'static m
 #[inline(always)]
 pub fn is_from_client(packet: &Packet, flow: &Flow) -> Result<(), Reason> {
     let back = &flow.back;
-    let is = packet.ifindex == back.ifindex || packet.is_error() || publish::moved(packet, back);
+    let is = packet.ifindex == back.ifindex
+        || packet.is_error()
+        || publish::layer3(packet.ifindex) == back.ifindex
+        || publish::moved(packet, back);
     if is { Ok(()) } else { Err(Reason::Martian) }
 }
 
-/// Has answers go where the client's packets come from now: to another MAC behind its device, or by another device if its
-/// own has gone. By no other, or a container could speak for somebody else and be answered.
+/// Has answers go where the client's packets come from now: to another MAC behind its device, by another uplink, or by
+/// another device if its own has gone. By no other, or a container could speak for somebody else and be answered.
 #[inline(always)]
 fn follow_client(ctx: &TcContext, packet: &Packet, way: &mut Hop) {
     let stays = way.ifindex == packet.ifindex;
-    if packet.is_error() || is_stack(way) || stays && way.delivery == delivery::NEIGHBOUR {
+    let by_route = way.delivery == delivery::NEIGHBOUR;
+    if packet.is_error()
+        || is_stack(way)
+        || by_route && (stays || way.ifindex == publish::layer3(packet.ifindex))
+    {
         return;
     }
-    let delivery = if stays {
-        way.delivery
-    } else if publish::exists(way.ifindex) {
+    let (ifindex, delivery) = publish::way_back(packet);
+    if by_route && delivery == delivery::NEIGHBOUR {
+        way.ifindex = ifindex;
         return;
-    } else {
-        publish::way_back(packet.ifindex)
-    };
+    }
+    if !stays && publish::exists(way.ifindex) {
+        return;
+    }
     let mut new = Hop::default();
-    if deliver::back(ctx, packet.ifindex, delivery, &mut new).is_ok() && *way != new {
+    if deliver::back(ctx, (ifindex, delivery), &mut new).is_ok() && *way != new {
         // RACE: an answer on another CPU may read some of both, and is lost.
         *way = new;
     }
@@ -252,22 +261,18 @@ fn begin(
     let lacks_port = publish::translate(packet, publish);
     copy_tuple(&packet.new, &mut draft.key);
     copy_tuple(&packet.tuple, &mut draft.original);
-    let way_back = if packet.is_from_this_host() {
-        delivery::NEIGHBOUR
-    } else {
-        publish::way_back(packet.ifindex)
-    };
+    let back = publish::way_back(packet);
     let flow = &mut draft.flow;
     let through_stack = is_stack(way(packet, &Published { publish, index }));
-    if through_stack && way_back != delivery::NEIGHBOUR {
+    if through_stack && back.1 != delivery::NEIGHBOUR {
         return Err(Reason::ContainerClient);
     }
-    let (ifindex, delivery) = if through_stack {
+    let back = if through_stack {
         (0, delivery::STACK)
     } else {
-        (packet.ifindex, way_back)
+        back
     };
-    deliver::back(&TcContext::new(skb), ifindex, delivery, &mut flow.back)?;
+    deliver::back(&TcContext::new(skb), back, &mut flow.back)?;
     copy_address(&packet.tuple.source, &mut flow.client);
     copy_address(&packet.tuple.destination, &mut flow.frontend);
     flow.client_port = packet.tuple.source_port;
@@ -359,8 +364,15 @@ fn send_back(skb: *mut __sk_buff) -> i32 {
     let ctx = &TcContext::new(skb);
     // SAFETY: `skb` is the context that the kernel gave; its fields are readable.
     let ifindex = unsafe { (*skb).ifindex };
+    let delivery = publish::interface(ifindex).map_or(delivery::NEIGHBOUR, |it| it.delivery);
+    let by_route = delivery == delivery::NEIGHBOUR;
+    let device = if by_route {
+        publish::layer3(ifindex)
+    } else {
+        ifindex
+    };
     let mut back = Hop::default();
-    deliver::back(ctx, ifindex, publish::way_back(ifindex), &mut back)
+    deliver::back(ctx, (device, delivery), &mut back)
         .and_then(|()| deliver::deliver(ctx, &back, setting(&PEER_FROM_LO) != 0, None))
         .unwrap_or(-1)
 }

@@ -43,6 +43,10 @@ pub static BACKENDS: HashMap<Address, u32> =
 pub static INTERFACES: HashMap<u32, Interface> =
     HashMap::with_max_entries(limits::INTERFACES, BPF_F_NO_PREALLOC);
 
+/// Not 0 while this host has more than one uplink: then routes tell by which of them an answer leaves.
+#[map]
+pub static SEVERAL_UPLINKS: Array<u32> = Array::with_max_entries(1, 0);
+
 /// What addresses are behind: this host's own but for loopback ones, and those that its routes to containers lead to. No
 /// entry is the rest of the world.
 #[map]

@@ -3,7 +3,7 @@
 use aya_ebpf::maps::lpm_trie::Key;
 use forwarder_common::{
     flow::{Hop, delivery},
-    publish::{Allowed, Frontend, Location, Publish, filter_bit, flag, port_index},
+    publish::{Allowed, Frontend, Interface, Location, Publish, filter_bit, flag, port_index},
     reason::Reason,
     tuple::Address,
 };
@@ -60,9 +60,7 @@ fn reaches(frame: &impl Frame, packet: &Packet) -> bool {
 /// Whether the frame's destination is this host's MAC on the packet's device.
 #[inline(always)]
 pub fn is_to_device(frame: &impl Frame, packet: &Packet) -> bool {
-    // SAFETY: values of this map are replaced as a whole.
-    let interface = unsafe { INTERFACES.get(packet.ifindex) };
-    interface.is_some_and(|interface| parse::is_to(frame, &interface.mac))
+    interface(packet.ifindex).is_some_and(|interface| parse::is_to(frame, &interface.mac))
 }
 
 /// The publish of an address and port (wire order): that on this very address, or that on all of its family.
@@ -230,18 +228,40 @@ fn allowed(publish: u32, source: Address) -> bool {
         .is_some()
 }
 
-/// How replies leave by a device.
+/// By which device replies leave to the client of this packet, and how. Straight to a container whose address is known to be
+/// behind that device; to all others by the routing table and the neighbours that the kernel has, as on a bridge anybody
+/// may send from any MAC.
 #[inline(always)]
-pub fn way_back(ifindex: u32) -> u32 {
-    // SAFETY: values of this map are one word, replaced as a whole.
-    unsafe { INTERFACES.get(ifindex) }.map_or(delivery::NEIGHBOUR, |interface| interface.delivery)
+pub fn way_back(packet: &Packet) -> (u32, u32) {
+    let ifindex = packet.ifindex;
+    let Some(interface) = interface(ifindex) else {
+        return (ifindex, delivery::NEIGHBOUR);
+    };
+    let is_straight = interface.delivery != delivery::NEIGHBOUR
+        && (interface.layer3 == ifindex || location(packet.tuple.source).device == ifindex);
+    if is_straight {
+        (ifindex, interface.delivery)
+    } else {
+        (interface.layer3, delivery::NEIGHBOUR)
+    }
 }
 
-/// The container network behind a device; 0 for an uplink and for lo.
+/// The device that this host's addresses are on where packets come in by this one.
+#[inline(always)]
+pub fn layer3(ifindex: u32) -> u32 {
+    interface(ifindex).map_or(ifindex, |interface| interface.layer3)
+}
+
+/// The container network behind a device; 0 for an uplink.
 #[inline(always)]
 fn network(ifindex: u32) -> u32 {
-    // SAFETY: values of this map are replaced as a whole.
-    unsafe { INTERFACES.get(ifindex) }.map_or(0, |interface| interface.network)
+    interface(ifindex).map_or(0, |interface| interface.network)
+}
+
+#[inline(always)]
+pub fn interface(ifindex: u32) -> Option<&'static Interface> {
+    // SAFETY: values of this map are words, each replaced as a whole.
+    unsafe { INTERFACES.get(ifindex) }
 }
 
 /// Whether there is such a device.

@@ -7,19 +7,24 @@
 use core::ffi::c_void;
 
 use aya_ebpf::{
-    bindings::{BPF_FIB_LKUP_RET_SUCCESS, BPF_FIB_LOOKUP_OUTPUT, bpf_fib_lookup},
+    bindings::{
+        BPF_FIB_LKUP_RET_NO_NEIGH, BPF_FIB_LKUP_RET_SUCCESS, BPF_FIB_LOOKUP_OUTPUT, bpf_fib_lookup,
+    },
     helpers::bpf_fib_lookup as lookup,
+    programs::TcContext,
 };
 use forwarder_common::{
     limits,
+    reason::Reason,
     tuple::{Address, Tuple},
 };
 
 use crate::{
     clock,
-    maps::{INTERFACES, ROUTES},
+    maps::{INTERFACES, ROUTES, SEVERAL_UPLINKS},
     parse::{LOOPBACK_IFINDEX, Packet},
-    words::copy_address,
+    publish,
+    words::{copy_address, reverse},
 };
 
 const AF_INET: u8 = 2;
@@ -52,7 +57,8 @@ const _: () = assert!(size_of::<Lookup>() == size_of::<bpf_fib_lookup>());
 pub struct Route {
     source: Address,
     destination: Address,
-    /// The device that the packet leaves by.
+    /// The device that the packet is to leave by, and the one that it does.
+    wanted: u32,
     ifindex: u32,
     /// Protocol and type of service, by which rules may choose.
     class: u32,
@@ -67,10 +73,13 @@ pub struct Route {
     /// XDP has left a packet to tc, for the stack's output.
     is_passed: bool,
     reserved: u8,
+    /// What the kernel answered, one of BPF_FIB_LKUP_RET_*.
+    answer: u32,
     lookup: Lookup,
+    unused: u32,
 }
 
-const _: () = assert!(size_of::<Route>() == 128 && limits::ROUTES.is_power_of_two());
+const _: () = assert!(size_of::<Route>() == 144 && limits::ROUTES.is_power_of_two());
 
 impl Route {
     /// The next hop's MAC and the device's own.
@@ -80,6 +89,12 @@ impl Route {
         [destination, source]
     }
 
+    /// The device that the packet leaves by.
+    #[inline(always)]
+    pub fn ifindex(&self) -> u32 {
+        self.ifindex
+    }
+
     /// Whether the device takes frames from XDP.
     #[inline(always)]
     pub fn takes_frames(&self) -> bool {
@@ -87,18 +102,34 @@ impl Route {
     }
 
     #[inline(always)]
-    fn is_of(&self, new: &Tuple, ifindex: u32, class: u32) -> bool {
+    fn is_v4(&self) -> bool {
+        self.class.to_ne_bytes()[0] != 0
+    }
+
+    /// The destination as a look-up has it before it is asked; after it, the next hop is there.
+    #[inline(always)]
+    fn question(&self) -> [u32; 4] {
+        if self.is_v4() {
+            let [_, a, b, c] = self.lookup.destination;
+            [self.destination.v4(), a, b, c]
+        } else {
+            self.destination.0
+        }
+    }
+
+    #[inline(always)]
+    fn is_of(&self, new: &Tuple, wanted: u32, class: u32) -> bool {
         self.destination == new.destination
             && self.source == new.source
-            && self.ifindex == ifindex
+            && self.wanted == wanted
             && self.class == class
     }
 
     #[inline(always)]
-    fn begin(&mut self, new: &Tuple, ifindex: u32, class: u32, now: u64) {
+    fn begin(&mut self, new: &Tuple, wanted: u32, class: u32, now: u64) {
         copy_address(&new.source, &mut self.source);
         copy_address(&new.destination, &mut self.destination);
-        (self.ifindex, self.class) = (ifindex, class);
+        (self.wanted, self.ifindex, self.class) = (wanted, wanted, class);
         (self.tended, self.asked) = (now, now);
         (self.length, self.is_known, self.is_passed) = (u32::MAX, false, false);
     }
@@ -120,72 +151,169 @@ fn index(new: &Tuple) -> u32 {
     number.wrapping_mul(0x9e37_79b1) >> (u32::BITS - limits::ROUTES.ilog2())
 }
 
-/// How a packet with its new tuple leaves by a device. `context` is the program's. XDP gives the packet's `length` without
-/// its link header; to tc, which knows that it fits, it is 0.
+/// By which device a packet with its new tuple leaves, and how: by the one that is wanted, unless routes lead by another. An
+/// answer is about the packet's conversation, not the packet, where it is an ICMP error. `context` is the program's. XDP
+/// gives the packet's `length` without its link header; to tc, which knows that it fits, it is 0.
 #[inline(always)]
 pub fn get(
     context: *mut c_void,
     packet: &Packet,
-    ifindex: u32,
+    wanted: u32,
     length: u32,
-) -> Option<&'static Route> {
+) -> (u32, Option<&'static Route>) {
     let is_early = length != 0;
     let new = &packet.new;
     let class = u32::from_ne_bytes([packet.is_v4 as u8, packet.protocol, packet.tos & DSCP, 0]);
     let now = clock::now();
-    let mut route = element(index(new))?;
-    if !route.is_of(new, ifindex, class) {
-        if route.asked != now {
-            route.begin(new, ifindex, class, now);
-            return None;
+    let Some(mut route) = element(index(new)) else {
+        return (wanted, None); // there are all elements
+    };
+    if !route.is_of(new, wanted, class) {
+        let is_taken = route.asked == now;
+        if is_taken {
+            let Some(last) = element(limits::ROUTES) else {
+                return (wanted, None);
+            };
+            route = last;
         }
-        if !is_early {
-            return None; // the stack's output takes no longer than the question
+        route.begin(new, wanted, class, now);
+        choose(context, route);
+        if !is_taken || !is_early {
+            return (route.ifindex, None); // the stack's output takes no longer than the question
         }
-        route = element(limits::ROUTES)?;
-        route.begin(new, ifindex, class, now);
         ask(context, route, length);
     } else if now.wrapping_sub(route.tended) >= SECOND {
         route.tended = now;
         route.is_passed = is_early;
-        return None;
+        return (route.ifindex, None);
     } else if route.is_passed && !is_early {
         route.is_passed = false;
-        return None;
+        return (route.ifindex, None);
     } else if route.asked != now || length > route.length {
         route.asked = now;
+        choose(context, route);
         ask(context, route, length);
     }
-    route.is_known.then_some(route)
+    let is_known = route.is_known && !packet.is_error();
+    (route.ifindex, is_known.then_some(&*route))
+}
+
+/// Whether this host has several uplinks.
+#[inline(always)]
+fn several() -> bool {
+    SEVERAL_UPLINKS.get(0).is_some_and(|several| *several != 0)
+}
+
+/// Decides by which device the packet leaves: by the one that is wanted, because the client's packets come by it, if it has a
+/// route to the client; but not round by a gateway where the client is a neighbour of this host. Without such a route, by
+/// the best one.
+#[inline(always)]
+fn choose(context: *mut c_void, route: &mut Route) {
+    route.ifindex = route.wanted;
+    if several() {
+        choose_uplink(context, route);
+    }
+}
+
+// VERIFIER: as below.
+#[inline(never)]
+fn choose_uplink(context: *mut c_void, route: &mut Route) {
+    let wanted = look_up(context, route, route.wanted, BPF_FIB_LOOKUP_OUTPUT, 0)
+        && route.lookup.ifindex == route.wanted;
+    let by_gateway = route.lookup.destination != route.question();
+    if wanted && !by_gateway {
+        return;
+    }
+    // As a packet of this host's own.
+    if look_up(context, route, LOOPBACK_IFINDEX, 0, 0)
+        && (!wanted || route.lookup.destination == route.question())
+    {
+        route.ifindex = route.lookup.ifindex;
+    }
+}
+
+/// Whether a packet that begins a flow came by the device that this host's best route to its source leads to, where that is
+/// asked for (rp_filter is 1). A host that does not forward cannot be asked, and then answers by routes all the same.
+///
+/// # Errors
+/// `Martian` if not.
+#[inline(always)]
+pub fn came_back(ctx: &TcContext, packet: &mut Packet) -> Result<(), Reason> {
+    // IPv6 has no such setting.
+    if !several() || packet.is_from_this_host() || !packet.is_v4 {
+        return Ok(());
+    }
+    match publish::interface(packet.ifindex) {
+        Some(interface) if interface.strict != 0 && interface.network == 0 => {
+            let route = element(limits::ROUTES).ok_or(Reason::NotOurs)?;
+            is_reverse_path(ctx.skb.skb.cast(), packet, route, interface.layer3)
+        }
+        _ => Ok(()),
+    }
+}
+
+// VERIFIER: as below.
+#[inline(never)]
+fn is_reverse_path(
+    context: *mut c_void,
+    packet: &mut Packet,
+    route: &mut Route,
+    device: u32,
+) -> Result<(), Reason> {
+    let class = u32::from_ne_bytes([packet.is_v4 as u8, packet.protocol, packet.tos & DSCP, 0]);
+    reverse(&packet.tuple, &mut packet.new);
+    route.begin(&packet.new, device, class, 0);
+    // Of several legs of one route the kernel names one; that this device has a route as well is what it would find.
+    let best = look_up(context, route, LOOPBACK_IFINDEX, 0, 0);
+    if !best || route.lookup.ifindex == device {
+        return Ok(());
+    }
+    Err(Reason::Martian)
 }
 
 /// Asks the kernel as its own output would: for a route by that device.
 // VERIFIER: a function of its own, which is walked in one state.
 #[inline(never)]
 fn ask(context: *mut c_void, route: &mut Route, length: u32) {
+    // IPv6 as a packet of this host's own: with the flag, rules by source address are passed over (`strict` in
+    // bpf_ipv6_fib_lookup, net/core/filter.c). The device is compared below.
+    let (from, flags) = if route.is_v4() {
+        (route.ifindex, BPF_FIB_LOOKUP_OUTPUT)
+    } else {
+        (LOOPBACK_IFINDEX, 0)
+    };
+    look_up(context, route, from, flags, length);
+    let found = route.answer == BPF_FIB_LKUP_RET_SUCCESS && route.lookup.ifindex == route.ifindex;
+    // SAFETY: values of this map are words, each replaced as a whole.
+    let interface = unsafe { INTERFACES.get(route.ifindex) };
+    // Without an Ethernet header there is nothing to write: kernels before 6.6 would send it over PPP.
+    route.is_known = found && interface.is_some_and(|interface| interface.ethernet != 0);
+    route.length = if route.is_known { length } else { u32::MAX };
+    route.takes_frames = interface.is_some_and(|interface| interface.xdp != 0);
+}
+
+/// Asks the kernel for a route of a packet that comes from a device, or with the flag leaves by it; whether there is one. A
+/// neighbour that is not resolved is one, too: device and next hop are known.
+#[inline(always)]
+fn look_up(context: *mut c_void, route: &mut Route, from: u32, flags: u32, length: u32) -> bool {
     let [is_v4, protocol, tos, _] = route.class.to_ne_bytes();
     let [low, high] = (length as u16).to_ne_bytes();
     let (source, destination) = (&route.source, &route.destination);
     let question = &mut route.lookup;
     question.length = u32::from_ne_bytes([0, 0, low, high]);
     question.vlan = 0;
-    let flags = if is_v4 != 0 {
+    question.ifindex = from;
+    if is_v4 != 0 {
         question.family_and_protocol = u32::from_ne_bytes([AF_INET, protocol, 0, 0]);
-        question.ifindex = route.ifindex;
         question.flow = u32::from_ne_bytes([tos, 0, 0, 0]);
         question.source[0] = source.v4();
         question.destination[0] = destination.v4();
-        BPF_FIB_LOOKUP_OUTPUT
     } else {
-        // As a packet of this host's own: with the flag, rules by source address are passed over (`strict` in
-        // bpf_ipv6_fib_lookup, net/core/filter.c). The device is compared below.
         question.family_and_protocol = u32::from_ne_bytes([AF_INET6, protocol, 0, 0]);
-        question.ifindex = LOOPBACK_IFINDEX;
         question.flow = ((tos as u32) << 20).to_be();
         question.source = source.0;
         question.destination = destination.0;
-        0
-    };
+    }
     // SAFETY: the caller's context is the program's, and the length is that of the structure.
     let answer = unsafe {
         lookup(
@@ -195,11 +323,9 @@ fn ask(context: *mut c_void, route: &mut Route, length: u32) {
             flags,
         )
     };
-    let found = answer == BPF_FIB_LKUP_RET_SUCCESS as i64 && question.ifindex == route.ifindex;
-    // SAFETY: values of this map are words, each replaced as a whole.
-    let interface = unsafe { INTERFACES.get(route.ifindex) };
-    // Without an Ethernet header there is nothing to write: kernels before 6.6 would send it over PPP.
-    route.is_known = found && interface.is_some_and(|interface| interface.ethernet != 0);
-    route.length = if route.is_known { length } else { u32::MAX };
-    route.takes_frames = interface.is_some_and(|interface| interface.xdp != 0);
+    route.answer = answer as u32;
+    matches!(
+        route.answer,
+        BPF_FIB_LKUP_RET_SUCCESS | BPF_FIB_LKUP_RET_NO_NEIGH
+    )
 }

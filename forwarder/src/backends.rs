@@ -202,10 +202,7 @@ fn network(snapshot: &Snapshot, ifindex: u32) -> u32 {
     };
     let bridge = match link.kind {
         Kind::Bridge => Some(ifindex),
-        _ => link.controller.filter(|controller| {
-            let controller = snapshot.links.get(controller);
-            controller.is_some_and(|link| link.kind == Kind::Bridge)
-        }),
+        _ => bridge(snapshot, link),
     };
     let device = match bridge {
         Some(bridge) if is_local_bridge(snapshot, bridge) => bridge,
@@ -274,43 +271,46 @@ pub fn networks(snapshot: &Snapshot) -> BTreeMap<IpNet, u32> {
 }
 
 /// How packets leave by each device. Replies to a client that came in by it go back to the MAC where a container or
-/// a virtual machine is behind it, and by a bridge's ports; the others are uplinks.
+/// a virtual machine is behind it; the others are uplinks.
 pub fn interfaces(snapshot: &Snapshot) -> impl Iterator<Item = (u32, Interface)> {
     snapshot.links.iter().map(|(&index, link)| {
-        let bridged = link.controller.is_some_and(|bridge| {
-            snapshot
-                .links
-                .get(&bridge)
-                .is_some_and(|b| b.kind == Kind::Bridge)
-        });
-        let routed = is_routed(snapshot, index);
-        // The kernel has no neighbours behind a bridge's port.
+        let bridge = bridge(snapshot, link);
         let delivery = match way_to(link) {
-            Some(delivery) if bridged || routed => delivery,
-            None if bridged => delivery::DEVICE,
+            Some(delivery) if bridge.is_some() || is_routed(snapshot, index) => delivery,
             _ => delivery::NEIGHBOUR,
         };
-        let mtu = link.mtu;
-        let mac = match link
-            .controller
-            .and_then(|bridge| snapshot.links.get(&bridge))
-        {
-            Some(bridge) if bridged => bridge.mac,
-            _ => link.mac,
+        let layer3 = bridge.unwrap_or(index);
+        let mac = snapshot.links.get(&layer3).and_then(|link| link.mac);
+        let interface = Interface {
+            delivery,
+            mtu: link.mtu,
+            ethernet: u32::from(link.header == Header::Ethernet),
+            xdp: 0,
+            network: network(snapshot, index),
+            layer3,
+            mac: mac.unwrap_or_default(),
+            strict: u16::from(snapshot.strict.contains(&layer3)),
         };
-        (
-            index,
-            Interface {
-                delivery,
-                mtu,
-                ethernet: u32::from(link.header == Header::Ethernet),
-                xdp: 0,
-                network: network(snapshot, index),
-                mac: mac.unwrap_or_default(),
-                reserved: 0,
-            },
-        )
+        (index, interface)
     })
+}
+
+/// The bridge that a device is a port of.
+fn bridge(snapshot: &Snapshot, link: &Link) -> Option<u32> {
+    link.controller.filter(|controller| {
+        let controller = snapshot.links.get(controller);
+        controller.is_some_and(|link| link.kind == Kind::Bridge)
+    })
+}
+
+/// Whether routes to other machines lead by more than one device.
+pub fn has_several_uplinks(snapshot: &Snapshot) -> bool {
+    let devices = snapshot.routes.iter().filter(|route| !route.local);
+    let devices = devices.filter(|route| !is_link_local(route.destination));
+    let uplinks = devices
+        .map(|route| route.ifindex)
+        .filter(|ifindex| is_uplink(snapshot, *ifindex));
+    uplinks.collect::<BTreeSet<_>>().len() > 1
 }
 
 fn contains(network: IpAddr, prefix: u8, address: IpAddr) -> bool {

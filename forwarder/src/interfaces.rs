@@ -3,7 +3,7 @@
 //! What follows from a snapshot is decided in `backends.rs`.
 
 use std::{
-    collections::{BTreeMap, HashMap},
+    collections::{BTreeMap, BTreeSet, HashMap},
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
 };
 
@@ -103,6 +103,8 @@ pub struct Snapshot {
     pub forwarding: HashMap<(u32, Mac), u32>,
     /// Whether this host routes IPv4, and IPv6.
     pub forwards: (bool, bool),
+    /// Devices whose packets must come the way that answers go (rp_filter is 1), of those that networks are behind.
+    pub strict: BTreeSet<u32>,
 }
 
 /// A netlink connection that reads snapshots.
@@ -161,6 +163,7 @@ impl Reader {
             .set_address_family(AddressFamily::Bridge);
         let entries: Vec<_> = collect(bridges.execute(), "bridge forwarding tables").await?;
         snapshot.forwards = (is_on("ipv4/ip_forward"), is_on("ipv6/conf/all/forwarding"));
+        snapshot.strict = strict(&snapshot);
         let links = &snapshot.links;
         snapshot.forwarding = entries
             .iter()
@@ -208,6 +211,27 @@ impl Reader {
             tracing::debug!("forget neighbour {address}: {error}");
         }
     }
+}
+
+/// The devices with routes to networks that have rp_filter 1: the greater of the device's own value and that of all counts
+/// (Documentation/networking/ip-sysctl.rst).
+fn strict(snapshot: &Snapshot) -> BTreeSet<u32> {
+    let value = |name: &str| {
+        let path = format!("/proc/sys/net/ipv4/conf/{name}/rp_filter");
+        let text = std::fs::read_to_string(path).unwrap_or_default();
+        text.trim().parse::<u32>().unwrap_or(0)
+    };
+    let all = value("all");
+    let networks = snapshot
+        .routes
+        .iter()
+        .filter(|route| !route.local && route.destination.is_ipv4() && route.prefix < 32);
+    let devices: BTreeSet<u32> = networks.map(|route| route.ifindex).collect();
+    let is_strict = |ifindex: &u32| {
+        let link = snapshot.links.get(ifindex);
+        link.is_some_and(|link| value(&link.name).max(all) == 1)
+    };
+    devices.into_iter().filter(is_strict).collect()
 }
 
 /// Whether a sysctl of the own network namespace is set.

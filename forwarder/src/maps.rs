@@ -33,6 +33,7 @@ pub struct Maps {
     publishes: Array<MapData, Publish>,
     backends: HashMap<MapData, Address, u32>,
     interfaces: HashMap<MapData, u32, Interface>,
+    several_uplinks: Array<MapData, u32>,
     locations: Trie<MapData, Address, Location>,
     local_filter: Array<MapData, u64>,
     allow: Trie<MapData, Allowed, u32>,
@@ -67,6 +68,7 @@ impl Maps {
             publishes: Array::try_from(map("PUBLISHES")?)?,
             backends: HashMap::try_from(map("BACKENDS")?)?,
             interfaces: HashMap::try_from(map("INTERFACES")?)?,
+            several_uplinks: Array::try_from(map("SEVERAL_UPLINKS")?)?,
             locations: LpmTrie::try_from(map("LOCATIONS")?)?,
             local_filter: Array::try_from(map("LOCAL_FILTER")?)?,
             allow: LpmTrie::try_from(map("ALLOW")?)?,
@@ -215,6 +217,15 @@ impl Maps {
             None => ignore_missing(self.interfaces.remove(&ifindex)),
         }
         .context("write INTERFACES")
+    }
+
+    /// Says whether this host has several uplinks.
+    ///
+    /// # Errors
+    /// The kernel refuses the update.
+    pub fn set_several_uplinks(&mut self, several: bool) -> Result<()> {
+        let set = self.several_uplinks.set(0, u32::from(several), 0);
+        set.context("write SEVERAL_UPLINKS")
     }
 
     /// Says what addresses are behind: changes only what differs from `old`, which was said before.

@@ -52,9 +52,18 @@ pub(crate) const UPLINK: Interface = Interface {
     ethernet: 1,
     xdp: 0,
     network: 0,
+    layer3: 0,
     mac: HOST_MAC,
-    reserved: 0,
+    strict: 0,
 };
+
+/// The same of a device that is no bridge's port.
+pub(crate) fn behind(ifindex: u32, interface: Interface) -> Interface {
+    Interface {
+        layer3: ifindex,
+        ..interface
+    }
+}
 
 /// The longest that there is (CONFIG_HZ=100), and a little more.
 pub(crate) const TICK: Duration = Duration::from_millis(20);
@@ -165,12 +174,13 @@ impl Bench {
             mtu: u32::MAX,
             ..UPLINK
         };
-        maps.set_interface(bench.uplink, Some(uplink)).unwrap();
+        maps.set_interface(bench.uplink, Some(behind(bench.uplink, uplink)))
+            .unwrap();
         let container = Interface {
             delivery: delivery::PEER,
             ..UPLINK
         };
-        maps.set_interface(bench.container, Some(container))
+        maps.set_interface(bench.container, Some(behind(bench.container, container)))
             .unwrap();
         for address in HOST {
             bench.locate(address, Location::HERE);
@@ -289,7 +299,8 @@ impl Bench {
         self.datapath.attach_xdp(self.uplink, Mode::Native).unwrap();
         let uplink = Interface { xdp: 1, ..UPLINK };
         let maps = &mut self.datapath.maps;
-        maps.set_interface(self.uplink, Some(uplink)).unwrap();
+        maps.set_interface(self.uplink, Some(behind(self.uplink, uplink)))
+            .unwrap();
         let mut entry = self.entry(port, &backend.to_string());
         let source = if backend.is_ipv4() { HOST[0] } else { HOST[2] };
         entry.source = source.parse::<std::net::IpAddr>().unwrap().into();

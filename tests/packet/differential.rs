@@ -29,7 +29,7 @@ use proptest::{
     test_runner::{Config, RngAlgorithm, TestRng, TestRunner},
 };
 
-use crate::bench::{UPLINK, at};
+use crate::bench::{UPLINK, at, behind};
 
 const CLIENT_MAC: Mac = [2, 0, 0, 0, 0, 1];
 const UPLINK_MAC: Mac = [2, 0, 0, 0, 0, 2];
@@ -191,7 +191,10 @@ impl Arena {
                     mtu,
                     ..UPLINK
                 };
-                datapath.maps.set_interface(index, Some(interface)).unwrap();
+                datapath
+                    .maps
+                    .set_interface(index, Some(behind(index, interface)))
+                    .unwrap();
                 datapath.attach((index, Hook::Ingress), name).unwrap();
             }
             datapath

@@ -12,7 +12,7 @@ use forwarder_tests::{
 };
 use proptest::prelude::*;
 
-use crate::bench::{BRIDGE_MAC, Bench, CONTAINER_MAC, REDIRECT, UPLINK, at, bench};
+use crate::bench::{BRIDGE_MAC, Bench, CONTAINER_MAC, REDIRECT, UPLINK, at, behind, bench};
 
 fn there_and_back(bench: &mut Bench, protocol: Protocol, client: &str, host: &str, backend: &str) {
     bench.publish(protocol, at(host).port(), backend);
@@ -285,7 +285,8 @@ fn a_client_is_answered_where_it_is_now() {
             ..UPLINK
         };
         let maps = &mut bench.datapath.maps;
-        maps.set_interface(bench.uplink, Some(uplink)).unwrap();
+        maps.set_interface(bench.uplink, Some(behind(bench.uplink, uplink)))
+            .unwrap();
         let mut sent = Frame::first(
             Protocol::Tcp,
             at("198.51.100.9:4000"),

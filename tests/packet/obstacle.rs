@@ -13,7 +13,7 @@ use forwarder_tests::{
     icmp::{IcmpError, quote},
 };
 
-use crate::bench::{Bench, HOST, LO, Outcome, REDIRECT, SHOT, UPLINK, at, bench};
+use crate::bench::{Bench, HOST, LO, Outcome, REDIRECT, SHOT, UPLINK, at, behind, bench};
 
 const V4: [&str; 3] = ["198.51.100.9:4000", "198.51.100.2:8080", "172.31.0.2:80"];
 const V6: [&str; 3] = [
@@ -103,7 +103,8 @@ fn narrow_uplink(bench: &mut Bench) {
         ..UPLINK
     };
     let maps = &mut bench.datapath.maps;
-    maps.set_interface(bench.uplink, Some(uplink)).unwrap();
+    maps.set_interface(bench.uplink, Some(behind(bench.uplink, uplink)))
+        .unwrap();
 }
 
 #[test]
@@ -208,7 +209,7 @@ fn a_container_takes_packets_of_any_length() {
                 ..UPLINK
             };
             let maps = &mut bench.datapath.maps;
-            maps.set_interface(bench.container, Some(interface))
+            maps.set_interface(bench.container, Some(behind(bench.container, interface)))
                 .unwrap();
             bench
                 .send(&long(&frame, MTU + 100), bench.uplink)

@@ -14,7 +14,7 @@ use forwarder_tests::{
     icmp::IcmpError,
 };
 
-use crate::bench::{Bench, LO, Outcome, UPLINK, at, bench_with, options};
+use crate::bench::{Bench, LO, Outcome, UPLINK, at, behind, bench_with, options};
 
 const PORT: u16 = 8080;
 const BACKEND: &str = "172.31.0.2:80";
@@ -57,7 +57,8 @@ fn too_long(bench: &mut Bench) -> Frame {
         ..UPLINK
     };
     let maps = &mut bench.datapath.maps;
-    maps.set_interface(bench.uplink, Some(narrow)).unwrap();
+    maps.set_interface(bench.uplink, Some(behind(bench.uplink, narrow)))
+        .unwrap();
     let mut frame = first(Protocol::Udp);
     frame.payload = vec![0; 1000 - 27];
     frame
@@ -225,7 +226,8 @@ fn scenario(reason: Reason, bench: &mut Bench) -> Option<Outcome> {
                 ..UPLINK
             };
             let maps = &mut bench.datapath.maps;
-            maps.set_interface(uplink, Some(nowhere)).unwrap();
+            maps.set_interface(uplink, Some(behind(uplink, nowhere)))
+                .unwrap();
             let answer = bench.send(&tcp, uplink).forwarded().reply();
             bench.send(&answer, bench.container)
         }

@@ -10,7 +10,7 @@ use forwarder_tests::{
 };
 use nix::net::if_::if_nametoindex;
 
-use crate::bench::{Bench, LO, UPLINK, at, bench};
+use crate::bench::{Bench, LO, UPLINK, at, behind, bench};
 
 #[test]
 fn a_martian_source_is_dropped() {
@@ -121,9 +121,11 @@ fn containers(bench: &mut Bench) -> u32 {
             network: bridge,
             ..UPLINK
         };
-        maps.set_interface(device, Some(interface)).unwrap();
+        maps.set_interface(device, Some(behind(device, interface)))
+            .unwrap();
     }
-    maps.set_interface(bench.uplink, Some(UPLINK)).unwrap();
+    maps.set_interface(bench.uplink, Some(behind(bench.uplink, UPLINK)))
+        .unwrap();
     for prefix in ["172.31.0.0/24", "fd00:31::/64"] {
         bench.locate(
             prefix,

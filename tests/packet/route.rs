@@ -13,7 +13,7 @@ use forwarder_tests::{
     netns::Netns,
 };
 
-use crate::bench::{Bench, REDIRECT, TICK, UPLINK, XDP_TX, at, bench};
+use crate::bench::{Bench, REDIRECT, TICK, UPLINK, XDP_TX, at, behind, bench};
 
 const PORT: u16 = 8080;
 const BACKENDS: [&str; 2] = ["198.51.100.10:80", "[2001:db8:100::10]:80"];
@@ -220,7 +220,8 @@ fn what_has_no_ethernet_header_is_left_to_the_kernel() {
             ..UPLINK
         };
         let maps = &mut bench.datapath.maps;
-        maps.set_interface(bench.uplink, Some(uplink)).unwrap();
+        maps.set_interface(bench.uplink, Some(behind(bench.uplink, uplink)))
+            .unwrap();
         for _ in 0..20 {
             assert_eq!(next_hop(bench, &answers[0]), None);
             thread::sleep(TICK);

@@ -93,6 +93,8 @@ impl Daemon {
         let Some(datapath) = &mut self.datapath else {
             return Ok(());
         };
+        let several = backends::has_several_uplinks(&self.snapshot);
+        datapath.maps.set_several_uplinks(several)?;
         datapath.maps.set_locations(
             &backends::locations(before),
             &backends::locations(&self.snapshot),
