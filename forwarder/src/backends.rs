@@ -8,6 +8,7 @@ use std::{
 
 use forwarder_common::{
     flow::{Hop, delivery},
+    limits,
     publish::{Interface, Location},
     tuple::Address,
 };
@@ -16,7 +17,7 @@ use ipnet::IpNet;
 use crate::{
     cli::XdpChoice,
     datapath::xdp::Mode,
-    interfaces::{Header, Kind, Link, Route, Snapshot},
+    interfaces::{Header, Kind, Link, Mac, Peer, Route, Snapshot},
 };
 
 /// How the fast path reaches a backend.
@@ -70,30 +71,44 @@ pub fn resolve(snapshot: &Snapshot, backend: IpAddr) -> Result<Resolved, String>
             remote,
         });
     }
+    let place = by_its_owner(snapshot, backend)
+        .or_else(|| by_its_neighbour(snapshot, route.ifindex, device.kind, backend));
+    let hop = place.and_then(|(port, mac)| {
+        let delivery = way_to(snapshot.links.get(&port)?)?;
+        Some(Hop {
+            ifindex: port,
+            mac,
+            source_mac: device_mac,
+            delivery,
+        })
+    });
     // Until the kernel has resolved the neighbour, it does so itself by `bpf_redirect_neigh`.
-    let hop = snapshot
-        .neighbours
-        .get(&(route.ifindex, backend))
-        .and_then(|neighbour| {
-            let mac = neighbour.mac;
-            let port = if device.kind == Kind::Bridge {
-                *snapshot.forwarding.get(&(route.ifindex, mac))?
-            } else {
-                route.ifindex
-            };
-            let delivery = way_to(snapshot.links.get(&port)?)?;
-            Some(Hop {
-                ifindex: port,
-                mac,
-                source_mac: device_mac,
-                delivery,
-            })
-        });
     Ok(Resolved {
         hop: hop.unwrap_or(neighbour),
         source,
         remote,
     })
+}
+
+/// The device and the MAC of the container that has an address by its own word. Nobody else's frames change them.
+fn by_its_owner(snapshot: &Snapshot, address: IpAddr) -> Option<(u32, Mac)> {
+    let veth = *snapshot.owners.get(&address)?;
+    Some((veth, snapshot.far_ends.get(&veth)?.mac))
+}
+
+/// The same as the kernel has learnt it: a virtual machine's, and a container's that cannot be asked.
+fn by_its_neighbour(
+    snapshot: &Snapshot,
+    ifindex: u32,
+    kind: Kind,
+    address: IpAddr,
+) -> Option<(u32, Mac)> {
+    let mac = snapshot.neighbours.get(&(ifindex, address))?.mac;
+    let port = match kind {
+        Kind::Bridge => *snapshot.forwarding.get(&(ifindex, mac))?,
+        _ => ifindex,
+    };
+    Some((port, mac))
 }
 
 /// Whether the stack can carry packets of other machines to the backend, and its answers back.
@@ -124,13 +139,8 @@ pub fn through_the_stack(
 /// How frames get to what is behind a container's or a virtual machine's device.
 fn way_to(port: &Link) -> Option<u32> {
     match port.kind {
-        Kind::Veth {
-            peer_elsewhere: true,
-        } => Some(delivery::PEER),
-        Kind::Veth {
-            peer_elsewhere: false,
-        }
-        | Kind::Tap => Some(delivery::DEVICE),
+        Kind::Veth { peer: Some(_) } => Some(delivery::PEER),
+        Kind::Veth { peer: None } | Kind::Tap => Some(delivery::DEVICE),
         Kind::Other | Kind::Loopback | Kind::Bridge | Kind::Bond => None,
     }
 }
@@ -138,7 +148,7 @@ fn way_to(port: &Link) -> Option<u32> {
 /// Whether the route ends on this machine: at a bridge all of whose ports do and that leads to no gateway, or at a
 /// veth that has a route of its own for one address, as CNI's ptp and Calico lay them.
 fn leads_to_local(snapshot: &Snapshot, route: &Route, device: &Link) -> bool {
-    if route.gateway {
+    if route.gateway.is_some() {
         return false;
     }
     match device.kind {
@@ -156,7 +166,7 @@ fn is_local_bridge(snapshot: &Snapshot, bridge: u32) -> bool {
     let mut routes = snapshot.routes.iter();
     // Where this host is a container itself, its uplink is a veth too. A container may be the gateway of some network.
     let is_uplink =
-        routes.any(|route| route.ifindex == bridge && route.gateway && route.prefix == 0);
+        routes.any(|route| route.ifindex == bridge && route.gateway.is_some() && route.prefix == 0);
     let mut ports = snapshot
         .links
         .values()
@@ -194,28 +204,30 @@ pub fn with_xdp(snapshot: &Snapshot, choice: XdpChoice) -> impl Iterator<Item = 
     })
 }
 
-/// The container network that a device leads to, as [`Interface::network`] has it. LAN machines are behind other ports of a
-/// bridge that an uplink is a port of, so its ports have none.
-fn network(snapshot: &Snapshot, ifindex: u32) -> u32 {
-    let Some(link) = snapshot.links.get(&ifindex) else {
-        return 0;
+/// The container network that each device leads to, as [`Interface::network`] has it; those of uplinks are missing. LAN
+/// machines are behind other ports of a bridge that an uplink is a port of, so its ports have none.
+fn container_networks(snapshot: &Snapshot) -> BTreeMap<u32, u32> {
+    let is_bridge = |link: &Link| link.kind == Kind::Bridge;
+    let bridges = snapshot.links.iter().filter(|(_, link)| is_bridge(link));
+    let bridges: BTreeMap<u32, bool> = bridges
+        .map(|(&bridge, _)| (bridge, is_local_bridge(snapshot, bridge)))
+        .collect();
+    // Of a device whose routes are in another table, a VRF's, nothing can be said.
+    let routes = snapshot.routes.iter();
+    let reached = routes.filter(|route| tells_networks(route));
+    let reached: BTreeSet<u32> = reached.map(|route| route.ifindex).collect();
+    let routed = routed(snapshot);
+    let network = |(&ifindex, link): (&u32, &Link)| {
+        let bridge = [Some(ifindex), link.controller].into_iter().flatten();
+        let bridge = bridge.into_iter().find(|it| bridges.contains_key(it));
+        let device = match bridge {
+            Some(bridge) if bridges[&bridge] => bridge,
+            None if way_to(link).is_some() && routed.contains(&ifindex) => ifindex,
+            _ => return None,
+        };
+        reached.contains(&device).then_some((ifindex, device))
     };
-    let bridge = match link.kind {
-        Kind::Bridge => Some(ifindex),
-        _ => link.controller.filter(|controller| {
-            let controller = snapshot.links.get(controller);
-            controller.is_some_and(|link| link.kind == Kind::Bridge)
-        }),
-    };
-    let device = match bridge {
-        Some(bridge) if is_local_bridge(snapshot, bridge) => bridge,
-        None if way_to(link).is_some() && is_routed(snapshot, ifindex) => ifindex,
-        _ => return 0,
-    };
-    // Of one whose routes are in another table, a VRF's, nothing can be said.
-    let mut routes = snapshot.routes.iter();
-    let is_reached = routes.any(|route| route.ifindex == device && tells_networks(route));
-    if is_reached { device } else { 0 }
+    snapshot.links.iter().filter_map(network).collect()
 }
 
 /// Whether a route says what is behind its device. Link-local addresses are everywhere.
@@ -223,60 +235,127 @@ fn tells_networks(route: &Route) -> bool {
     !route.local && route.prefix > 0 && !is_link_local(route.destination)
 }
 
-/// Whether a device has a route of its own for one address, as a container without a bridge has.
-fn is_routed(snapshot: &Snapshot, ifindex: u32) -> bool {
-    let mut routes = snapshot.routes.iter();
-    routes.any(|route| route.ifindex == ifindex && is_host_route(route) && !route.gateway)
+/// The devices that have a route of their own for one address, as that of a container without a bridge has.
+fn routed(snapshot: &Snapshot) -> BTreeSet<u32> {
+    let routes = snapshot.routes.iter();
+    routes
+        .filter(|route| is_host_route(route) && route.gateway.is_none())
+        .map(|route| route.ifindex)
+        .collect()
 }
 
 /// What is behind each container network: the destinations of this host's routes there, also by way of a container. Routes
 /// that lead elsewhere from within are exceptions, with 0.
-pub fn networks(snapshot: &Snapshot) -> BTreeMap<IpNet, u32> {
-    // Once for each device and not for each route, of which there may be many more.
-    let devices = snapshot.links.keys();
-    let devices: BTreeMap<u32, u32> = devices
-        .map(|&ifindex| (ifindex, network(snapshot, ifindex)))
-        .collect();
-    let mut routes: Vec<(IpNet, u32, u32)> = snapshot
+pub fn networks(snapshot: &Snapshot) -> BTreeMap<IpNet, Behind> {
+    let devices = container_networks(snapshot);
+    let mut routes: Vec<(IpNet, u32, Behind)> = snapshot
         .routes
         .iter()
         .filter(|route| tells_networks(route))
         .filter_map(|route| {
             let prefix = IpNet::new(route.destination, route.prefix).ok()?;
-            Some((
-                prefix.trunc(),
-                route.priority,
-                devices.get(&route.ifindex).copied().unwrap_or(0),
-            ))
+            let behind = Behind {
+                network: devices.get(&route.ifindex).copied().unwrap_or(0),
+                gateway: route.gateway,
+            };
+            Some((prefix.trunc(), route.priority, behind))
         })
         .collect();
     // Of equal prefixes the one that counts comes last.
     routes.sort_by_key(|(prefix, priority, _)| (*prefix, std::cmp::Reverse(*priority)));
-    let mut networks: BTreeMap<IpNet, u32> = routes
+    let mut networks: BTreeMap<IpNet, Behind> = routes
         .iter()
-        .map(|(prefix, _, device)| (*prefix, *device))
+        .map(|(prefix, _, behind)| (*prefix, *behind))
         .collect();
     let inside: Vec<IpNet> = networks
         .iter()
-        .filter(|(_, device)| **device != 0)
+        .filter(|(_, behind)| behind.network != 0)
         .map(|(prefix, _)| *prefix)
         .collect();
+    networks.retain(|prefix, behind| {
+        behind.network != 0 || inside.iter().any(|outer| outer.contains(prefix))
+    });
     networks
-        .retain(|prefix, device| *device != 0 || inside.iter().any(|outer| outer.contains(prefix)));
-    networks
+}
+
+/// Where this host's route to a prefix leads.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Behind {
+    /// The container network, as in [`Location::network`].
+    pub network: u32,
+    /// As in [`Route::gateway`].
+    pub gateway: Option<IpAddr>,
+}
+
+/// The containers that are asked what they have: those of container networks. By the host's end of their veth.
+pub fn asked(snapshot: &Snapshot) -> BTreeMap<u32, Peer> {
+    let devices = container_networks(snapshot).into_keys();
+    let peers = devices.filter_map(|veth| match snapshot.links[&veth].kind {
+        Kind::Veth { peer } => Some((veth, peer?)),
+        _ => None,
+    });
+    peers.collect()
+}
+
+/// Decides which container has each address. A container can give itself any, so its word counts only where this host's route to
+/// the address leads to its network without a gateway. Of two that say so, the one that said it first has the address.
+pub fn settle(snapshot: &mut Snapshot) {
+    let devices = container_networks(snapshot);
+    let networks = networks(snapshot);
+    let lengths: BTreeSet<u8> = networks.keys().map(IpNet::prefix_len).collect();
+    let behind = |address: IpAddr| {
+        let prefixes = lengths
+            .iter()
+            .rev()
+            .map(|length| IpNet::new(address, *length));
+        prefixes
+            .flatten()
+            .find_map(|prefix| networks.get(&prefix.trunc()))
+    };
+    let is_possible = |veth: u32, address: IpAddr| {
+        let network = devices.get(&veth).copied().unwrap_or(0);
+        let route = behind(address).filter(|_| !address.is_loopback() && !is_link_local(address));
+        route.is_some_and(|it| it.network == network && network != 0 && it.gateway.is_none())
+    };
+    let mut claims: Vec<(u64, u32, IpAddr)> = Vec::new();
+    for (&veth, end) in &snapshot.far_ends {
+        let possible = end.addresses.iter();
+        let possible = possible.filter(|claim| is_possible(veth, claim.address));
+        claims.extend(possible.map(|claim| (claim.since, veth, claim.address)));
+    }
+    claims.sort_unstable();
+    claims.truncate(limits::LOCATIONS as usize / 2); // what else is in the map must find its place there
+    (snapshot.owners, snapshot.disputed) = Default::default();
+    for (_, veth, address) in claims {
+        let owner = *snapshot.owners.entry(address).or_insert(veth);
+        if owner != veth {
+            snapshot.disputed.entry(veth).or_insert(address);
+        }
+    }
+}
+
+/// What is said of a container that says it has an address of another.
+pub fn dispute(snapshot: &Snapshot, veth: u32, address: IpAddr) -> String {
+    let name = |index: Option<&u32>| {
+        let link = index.and_then(|index| snapshot.links.get(index));
+        link.map_or("?", |link| &link.name)
+    };
+    let (other, owner) = (name(Some(&veth)), name(snapshot.owners.get(&address)));
+    format!("{address} is taken to be behind {owner}: {other} claims it too, and did so later")
 }
 
 /// How packets leave by each device. Replies to a client that came in by it go back to the MAC where a container or
 /// a virtual machine is behind it, and by a bridge's ports; the others are uplinks.
 pub fn interfaces(snapshot: &Snapshot) -> impl Iterator<Item = (u32, Interface)> {
-    snapshot.links.iter().map(|(&index, link)| {
+    let (networks, routed) = (container_networks(snapshot), routed(snapshot));
+    snapshot.links.iter().map(move |(&index, link)| {
         let bridged = link.controller.is_some_and(|bridge| {
             snapshot
                 .links
                 .get(&bridge)
                 .is_some_and(|b| b.kind == Kind::Bridge)
         });
-        let routed = is_routed(snapshot, index);
+        let routed = routed.contains(&index);
         // The kernel has no neighbours behind a bridge's port.
         let delivery = match way_to(link) {
             Some(delivery) if bridged || routed => delivery,
@@ -298,7 +377,7 @@ pub fn interfaces(snapshot: &Snapshot) -> impl Iterator<Item = (u32, Interface)>
                 mtu,
                 ethernet: u32::from(link.header == Header::Ethernet),
                 xdp: 0,
-                network: network(snapshot, index),
+                network: networks.get(&index).copied().unwrap_or(0),
                 mac: mac.unwrap_or_default(),
                 reserved: 0,
             },
@@ -346,14 +425,27 @@ fn is_link_local(address: IpAddr) -> bool {
     }
 }
 
-/// What addresses are behind, as `LOCATIONS` has it: [`networks`], and this host's own addresses and local prefixes but for
-/// loopback ones, which only `lo` serves. Prefixes that are local in another table than *local* (a transparent proxy's) are
-/// not this host's.
+/// What addresses are behind, as `LOCATIONS` has it: [`networks`], containers' own addresses, and this host's own addresses
+/// and local prefixes but for loopback ones, which only `lo` serves. Prefixes that are local in another table than *local* (a
+/// transparent proxy's) are not this host's.
 pub fn locations(snapshot: &Snapshot) -> BTreeMap<IpNet, Location> {
-    let networks = networks(snapshot).into_iter().map(|(prefix, network)| {
-        let location = Location { network, device: 0 };
-        (prefix, location)
+    let devices = container_networks(snapshot);
+    let of = |veth: u32| Location {
+        network: devices.get(&veth).copied().unwrap_or(0),
+        device: veth,
+    };
+    let networks = networks(snapshot).into_iter().map(|(prefix, behind)| {
+        let gateway = behind.gateway.and_then(|it| snapshot.owners.get(&it));
+        let gateway = gateway.map(|veth| of(*veth));
+        let unknown = Location {
+            network: behind.network,
+            device: 0,
+        };
+        let there = gateway.filter(|there| there.network == behind.network);
+        (prefix, there.unwrap_or(unknown))
     });
+    let containers = snapshot.owners.iter();
+    let containers = containers.map(|(address, veth)| (IpNet::from(*address), of(*veth)));
     let addresses = snapshot.addresses.iter();
     let addresses = addresses.map(|local| IpNet::from(local.address));
     let prefixes = snapshot.routes.iter().filter(|route| route.local);
@@ -362,7 +454,7 @@ pub fn locations(snapshot: &Snapshot) -> BTreeMap<IpNet, Location> {
         .chain(prefixes)
         .filter(|prefix| !prefix.addr().is_loopback())
         .map(|prefix| (prefix.trunc(), Location::HERE));
-    networks.chain(local).collect()
+    networks.chain(containers).chain(local).collect()
 }
 
 #[cfg(test)]
@@ -394,7 +486,7 @@ mod tests {
             destination: destination.parse().expect("a literal"),
             prefix,
             ifindex,
-            gateway,
+            gateway: gateway.then(|| ip("172.31.0.3")),
             preferred_source: None,
             priority: 0,
             local: false,
@@ -408,14 +500,17 @@ mod tests {
     /// lo, an uplink, a bridge with a container, a routed container.
     fn host() -> Snapshot {
         let mut snapshot = Snapshot::default();
-        let veth = Kind::Veth {
-            peer_elsewhere: true,
+        let veth = |namespace| Kind::Veth {
+            peer: Some(Peer {
+                namespace,
+                ifindex: 2,
+            }),
         };
         snapshot.links.insert(1, link("lo", Kind::Loopback, None));
         snapshot.links.insert(2, link("eth0", Kind::Other, None));
         snapshot.links.insert(3, link("br0", Kind::Bridge, None));
-        snapshot.links.insert(4, link("veth0", veth, Some(3)));
-        snapshot.links.insert(5, link("ptp0", veth, None));
+        snapshot.links.insert(4, link("veth0", veth(0), Some(3)));
+        snapshot.links.insert(5, link("ptp0", veth(1), None));
         for (ifindex, address, prefix) in [
             (2, "198.51.100.2", 24),
             (3, "172.31.0.1", 24),
@@ -600,7 +695,7 @@ mod tests {
         }
         let shown: Vec<_> = networks(&snapshot)
             .iter()
-            .map(|(prefix, device)| format!("{prefix} {device}"))
+            .map(|(prefix, behind)| format!("{prefix} {}", behind.network))
             .collect();
         assert_eq!(
             shown,
@@ -652,14 +747,15 @@ mod tests {
         }
         assert!(networks(&snapshot).is_empty());
         snapshot.routes[1].priority = 200;
-        assert_eq!(networks(&snapshot).into_values().collect::<Vec<_>>(), [3]);
+        let networks = networks(&snapshot).into_values();
+        assert_eq!(networks.map(|it| it.network).collect::<Vec<_>>(), [3]);
     }
 
     #[test]
     fn a_bridge_that_is_an_uplink_is_no_container_network() {
         let mut snapshot = host();
         snapshot.links.insert(6, link("eth1", Kind::Other, Some(3)));
-        assert!(!networks(&snapshot).values().any(|device| *device == 3));
+        assert!(!networks(&snapshot).values().any(|it| it.network == 3));
         let behind: Vec<u32> = interfaces(&snapshot)
             .map(|(_, device)| device.network)
             .collect();

@@ -31,7 +31,7 @@ impl Daemon {
             return Ok(());
         };
         let before = std::mem::take(&mut self.snapshot);
-        let after = reader.snapshot(&before).await;
+        let after = self.watch.snapshot(reader, &before).await;
         self.snapshot = match after {
             Ok(after) => after,
             Err(error) => {
@@ -46,7 +46,19 @@ impl Daemon {
         }
         self.follow_xdp()?;
         self.ask_for_neighbours().await;
+        self.warn_of_disputes();
         Ok(())
+    }
+
+    /// Warns of each container once, however often it changes its addresses.
+    pub(super) fn warn_of_disputes(&mut self) {
+        let snapshot = &self.snapshot;
+        self.warned.retain(|veth| snapshot.links.contains_key(veth));
+        for (&veth, &address) in &snapshot.disputed {
+            if self.warned.insert(veth) {
+                warn!("{}", backends::dispute(snapshot, veth, address));
+            }
+        }
     }
 
     /// Backends on this machine whose MAC, or the bridge port behind it, isn't known are asked for by the
