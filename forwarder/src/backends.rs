@@ -460,13 +460,14 @@ pub fn locations(snapshot: &Snapshot) -> BTreeMap<IpNet, Location> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::interfaces::{Local, Mac, Neighbour};
+    use crate::interfaces::{Claim, FarEnd, Local, Neighbour};
 
     const MAC_A: Mac = [2, 0, 0, 0, 0, 0xa];
     const NEIGHBOUR: Neighbour = Neighbour {
         mac: MAC_A,
         permanent: false,
     };
+    const MAC_B: Mac = [2, 0, 0, 0, 0, 0xc];
     const MAC_BR: Mac = [2, 0, 0, 0, 0, 0xb];
 
     fn link(name: &str, kind: Kind, controller: Option<u32>) -> Link {
@@ -710,6 +711,121 @@ mod tests {
             .map(|(_, device)| device.network)
             .collect();
         assert_eq!(behind, [0, 0, 3, 3, 5], "lo, eth0, br0, veth0, ptp0");
+    }
+
+    /// [`host`] with another container on the bridge, at device 6. The two say that they have had these addresses since then.
+    fn asked_host(first: &[(&str, u64)], second: &[(&str, u64)]) -> Snapshot {
+        let mut snapshot = host();
+        let peer = |namespace| Peer {
+            namespace,
+            ifindex: 2,
+        };
+        let kind = Kind::Veth {
+            peer: Some(peer(2)),
+        };
+        snapshot.links.insert(6, link("veth1", kind, Some(3)));
+        let ends = [(4, peer(0), MAC_A, first), (6, peer(2), MAC_B, second)];
+        for (veth, peer, mac, addresses) in ends {
+            let claims = addresses.iter().map(|&(address, since)| Claim {
+                address: ip(address),
+                since,
+            });
+            let addresses = claims.collect();
+            let end = FarEnd {
+                peer,
+                mac,
+                addresses,
+            };
+            snapshot.far_ends.insert(veth, end);
+        }
+        settle(&mut snapshot);
+        snapshot
+    }
+
+    #[test]
+    fn containers_of_container_networks_are_asked() {
+        let mut snapshot = host();
+        let veths = |snapshot: &Snapshot| asked(snapshot).into_keys().collect::<Vec<_>>();
+        assert_eq!(veths(&snapshot), [4, 5]);
+        // The bridge is an uplink now.
+        snapshot.links.insert(6, link("eth1", Kind::Other, Some(3)));
+        assert_eq!(veths(&snapshot), [5]);
+    }
+
+    #[test]
+    fn an_address_is_behind_the_veth_of_the_container_that_has_it() {
+        let snapshot = asked_host(&[("172.31.0.2", 1)], &[("172.31.0.3", 1)]);
+        let locations = locations(&snapshot);
+        let location = |prefix: &str| locations[&prefix.parse::<IpNet>().expect("a literal")];
+        let container = |device| Location { network: 3, device };
+        assert_eq!(location("172.31.0.2/32"), container(4));
+        assert_eq!(location("172.31.0.3/32"), container(6));
+        assert_eq!(location("172.31.0.0/24"), container(0));
+        assert_eq!(location("172.31.0.1/32"), Location::HERE);
+    }
+
+    #[test]
+    fn a_containers_word_counts_where_this_host_routes_to_its_network() {
+        let foreign = [
+            "198.51.100.9",
+            "203.0.113.7",
+            "10.44.0.2",
+            "127.0.0.1",
+            "fe80::1",
+        ];
+        let snapshot = asked_host(&[], &foreign.map(|address| (address, 1)));
+        assert!(snapshot.owners.is_empty(), "{:?}", snapshot.owners);
+    }
+
+    #[test]
+    fn of_two_containers_with_one_address_the_first_keeps_it() {
+        for (first, owner, other) in [(5, 4, 6), (7, 6, 4)] {
+            let snapshot = asked_host(&[("172.31.0.2", first)], &[("172.31.0.2", 6)]);
+            assert_eq!(snapshot.owners, [(ip("172.31.0.2"), owner)].into());
+            assert_eq!(snapshot.disputed, [(other, ip("172.31.0.2"))].into());
+            let hop = resolve(&snapshot, ip("172.31.0.2")).expect("a route").hop;
+            assert_eq!(hop.ifindex, owner);
+        }
+    }
+
+    #[test]
+    fn the_containers_word_comes_before_what_the_bridge_has_learnt() {
+        let mut snapshot = asked_host(&[("172.31.0.2", 1)], &[("172.31.0.3", 1)]);
+        let mac = MAC_B;
+        let neighbour = Neighbour { mac, ..NEIGHBOUR };
+        snapshot.neighbours.insert((3, ip("172.31.0.2")), neighbour);
+        snapshot.forwarding = [((3, MAC_A), 6), ((3, MAC_B), 6)].into();
+        let hop = resolve(&snapshot, ip("172.31.0.2")).expect("a route").hop;
+        assert_eq!(
+            hop,
+            Hop {
+                ifindex: 4,
+                mac: MAC_A,
+                source_mac: MAC_BR,
+                delivery: delivery::PEER
+            }
+        );
+    }
+
+    #[test]
+    fn what_is_routed_by_way_of_a_container_is_behind_its_veth_alone() {
+        // The other one says that it has such an address itself.
+        let mut snapshot = asked_host(&[("10.8.0.7", 1)], &[("172.31.0.3", 1)]);
+        snapshot.routes.push(route("10.8.0.0", 24, 3, true));
+        settle(&mut snapshot);
+        let locations = locations(&snapshot);
+        let location = |prefix: &str| locations.get(&prefix.parse::<IpNet>().expect("a literal"));
+        let container = Location {
+            network: 3,
+            device: 6,
+        };
+        assert_eq!(location("10.8.0.0/24"), Some(&container));
+        assert_eq!(location("10.8.0.7/32"), None);
+        // By several ways, the device is not known.
+        let last = snapshot.routes.len() - 1;
+        snapshot.routes[last].gateway = Some(ip("0.0.0.0"));
+        let location = super::locations(&snapshot)[&"10.8.0.0/24".parse().expect("a literal")];
+        assert_eq!((location.network, location.device), (3, 0));
     }
 
     #[test]

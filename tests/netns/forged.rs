@@ -90,15 +90,17 @@ struct Scene {
 impl Scene {
     /// A published UDP port, served by the fast path. `flags` are the daemon's.
     fn new(family: Family, flags: &[&str]) -> Self {
-        Self::of(family, Protocol::Udp, flags)
+        Self::of(family, Protocol::Udp, &[], flags)
     }
 
-    fn of(family: Family, protocol: Protocol, flags: &[&str]) -> Self {
+    /// The daemon is started by `wrapper`, which takes something from it.
+    fn of(family: Family, protocol: Protocol, wrapper: &[&str], flags: &[&str]) -> Self {
         let topology = Topology::new().unwrap();
         let third = Third::join(&topology);
         let backend = Backend::start(&topology.backend.netns, protocol, BACKEND_PORT).unwrap();
         let spec = spec(&topology.backend, family, protocol);
-        let daemon = Daemon::start_with(&topology.host, &[&spec], Datapath::Ebpf, flags).unwrap();
+        let (host, specs) = (&topology.host, [spec.as_str()]);
+        let daemon = Daemon::start_wrapped(host, wrapper, &specs, Datapath::Ebpf, flags).unwrap();
         wait_for_peer(&daemon);
         Self {
             topology,
@@ -262,7 +264,7 @@ fn a_container_does_not_begin_as_a_neighbour(family: Family, protocol: Protocol)
         Third::address,
     ];
     for neighbour in neighbours {
-        let scene = Scene::of(family, protocol, &[]);
+        let scene = Scene::of(family, protocol, &[], &[]);
         let forger = scene.topology.peer.netns.clone();
         let source = neighbour(&scene.topology, family);
         scene.never_begins(&forger, "br0", source);
@@ -386,9 +388,9 @@ fn a_container_that_gives_itself_the_backends_address_gets_none_of_its_packets()
     scene.goes_on_serving();
 }
 
-#[test]
-fn an_address_is_the_containers_that_has_added_it_until_another_has_it() {
-    let scene = Scene::new(Family::V4, &[]);
+/// An address that the peer adds is its own, until it gives it to another container.
+fn an_address_moves(wrapper: &[&str]) {
+    let scene = Scene::of(Family::V4, Protocol::Udp, wrapper, &[]);
     let (peer, third) = (&scene.topology.peer.netns, &scene.third.0);
     let moving = SocketAddr::from(([172, 31, 0, 77], 4000));
     let add = format!("addr add {}/32 dev eth0", moving.ip());
@@ -418,6 +420,22 @@ fn an_address_is_the_containers_that_has_added_it_until_another_has_it() {
     let answer = ask_by(&socket, scene.frontend(), "hello").unwrap();
     assert_eq!(answer.seen, moving);
     scene.daemon.stop().unwrap();
+}
+
+#[test]
+fn an_address_is_the_containers_that_has_added_it_until_another_has_it() {
+    an_address_moves(&[]);
+}
+
+/// The daemon does not hear of the change, and asks from time to time.
+#[test]
+fn without_the_right_to_listen_it_is_noticed_whose_an_address_is() {
+    an_address_moves(&[
+        "setpriv",
+        "--bounding-set=-net_broadcast",
+        "--inh-caps=-net_broadcast",
+        "--",
+    ]);
 }
 
 #[test]
