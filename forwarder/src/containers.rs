@@ -130,14 +130,13 @@ impl Watch {
             self.asked = Instant::now();
             return Stale::Everyone;
         };
-        let mut namespaces = BTreeSet::new();
+        let (mut namespaces, mut lost) = (BTreeSet::new(), false);
         for _ in 0..EVENTS {
             match events.try_io(Interest::READABLE, namespace) {
                 Ok(namespace) => namespaces.extend(namespace),
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                    return Stale::Namespaces(namespaces);
-                }
-                Err(_) => break, // ENOBUFS: some were lost
+                Err(error) if error.kind() != io::ErrorKind::WouldBlock => lost = true, // ENOBUFS
+                Err(_) if lost => break,
+                Err(_) => return Stale::Namespaces(namespaces),
             }
         }
         Stale::Everyone
