@@ -1,5 +1,5 @@
 //! What containers say of themselves: the MAC and the addresses of the far end of each veth, asked in its own network
-//! namespace, and a watch that tells when to ask again. Whether a container's word counts is decided in `backends.rs`.
+//! namespace, and a watch that tells when to ask again. Whether a container's word counts is decided in `locations.rs`.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -29,8 +29,8 @@ use tokio::{
 use tracing::debug;
 
 use crate::{
-    backends,
     interfaces::{Claim, FarEnd, Mac, Peer, Reader, Snapshot, address},
+    locations,
     netlink::Socket,
 };
 
@@ -88,8 +88,8 @@ impl Watch {
     /// As [`Reader::snapshot`].
     pub async fn snapshot(&mut self, reader: &Reader, before: &Snapshot) -> Result<Snapshot> {
         let mut snapshot = reader.snapshot(before).await?;
-        snapshot.far_ends = self.far_ends(&backends::asked(&snapshot), before);
-        backends::settle(&mut snapshot);
+        snapshot.far_ends = self.far_ends(&locations::asked(&snapshot), before);
+        locations::settle(&mut snapshot);
         Ok(snapshot)
     }
 

@@ -7,11 +7,11 @@ use forwarder_common::limits;
 use serde::Serialize;
 
 use crate::{
-    backends::dispute,
     containers::Watch,
     datapath::{self, Datapath, devices::has_others_at_egress},
     interfaces::{Kind, Reader, Snapshot},
     kernel::{Attach, Kernel, Memory, has_bpffs, kernel},
+    locations::dispute,
 };
 
 /// One finding.

@@ -1,6 +1,6 @@
 //! What the kernel says about this host's network: links, addresses, routes, neighbours and bridges'
 //! forwarding tables, read by netlink as one [`Snapshot`], and a watch that tells when to read again.
-//! What follows from a snapshot is decided in `backends.rs`.
+//! What follows from a snapshot is decided in `locations.rs` and `backends.rs`.
 
 use std::{
     collections::{BTreeMap, HashMap},
@@ -109,7 +109,7 @@ pub struct FarEnd {
     pub addresses: Vec<Claim>,
 }
 
-/// An address that a container has given to its end of a veth. Whether its word counts is decided in `backends.rs`.
+/// An address that a container has given to its end of a veth. Whether its word counts is decided in `locations.rs`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Claim {
     pub address: IpAddr,

@@ -11,6 +11,7 @@ pub mod datapath;
 pub mod doctor;
 pub mod interfaces;
 pub mod kernel;
+pub mod locations;
 pub mod maps;
 mod memory;
 pub mod netlink;

@@ -21,6 +21,7 @@ use crate::{
     cli::XdpChoice,
     datapath::devices::{Hook, Place},
     interfaces::{Header, Snapshot},
+    locations,
     spec::Protocol,
 };
 
@@ -56,7 +57,7 @@ impl Daemon {
         self.warned.retain(|veth| snapshot.links.contains_key(veth));
         for (&veth, &address) in &snapshot.disputed {
             if self.warned.insert(veth) {
-                warn!("{}", backends::dispute(snapshot, veth, address));
+                warn!("{}", locations::dispute(snapshot, veth, address));
             }
         }
     }
@@ -106,8 +107,8 @@ impl Daemon {
             return Ok(());
         };
         datapath.maps.set_locations(
-            &backends::locations(before),
-            &backends::locations(&self.snapshot),
+            &locations::locations(before),
+            &locations::locations(&self.snapshot),
         )?;
         self.forget_xdp();
         self.attach_xdp();
