@@ -53,8 +53,9 @@ fn from_published_port(ctx: &TcContext) -> bool {
     let Some(ethernet) = header::<Ethernet>(ctx, 0) else {
         return false;
     };
-    // SAFETY (all): `header` checked the bounds; packed structs have no alignment.
-    let (protocol, l4) = match unsafe { (*ethernet).ethertype } {
+    // SAFETY: `header` checked the bounds; packed structs have no alignment.
+    let ethertype = unsafe { (*ethernet).ethertype };
+    let (protocol, l4) = match ethertype {
         ETHERTYPE_IPV4 => match header::<Ipv4>(ctx, L3) {
             // SAFETY: as above.
             Some(ip) if unsafe { (*ip).version_and_length } == 0x45 => {

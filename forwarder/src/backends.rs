@@ -1,14 +1,11 @@
 //! Decides, from a snapshot and without IO: how packets get to a backend, which devices the program is
 //! attached to, and how replies leave by each.
 
-use std::{
-    collections::{BTreeMap, BTreeSet},
-    net::IpAddr,
-};
+use std::{collections::BTreeSet, net::IpAddr};
 
 use forwarder_common::{
     flow::{Hop, delivery},
-    publish::{Interface, Location},
+    publish::Interface,
     tuple::Address,
 };
 use ipnet::IpNet;
@@ -16,7 +13,10 @@ use ipnet::IpNet;
 use crate::{
     cli::XdpChoice,
     datapath::xdp::Mode,
-    interfaces::{Header, Kind, Link, Route, Snapshot},
+    interfaces::{Header, Kind, Link, Mac, Route, Snapshot},
+    locations::{
+        container_networks, is_host_route, is_link_local, is_local_bridge, routed, way_to,
+    },
 };
 
 /// How the fast path reaches a backend.
@@ -70,30 +70,44 @@ pub fn resolve(snapshot: &Snapshot, backend: IpAddr) -> Result<Resolved, String>
             remote,
         });
     }
+    let place = by_its_owner(snapshot, backend)
+        .or_else(|| by_its_neighbour(snapshot, route.ifindex, device.kind, backend));
+    let hop = place.and_then(|(port, mac)| {
+        let delivery = way_to(snapshot.links.get(&port)?)?;
+        Some(Hop {
+            ifindex: port,
+            mac,
+            source_mac: device_mac,
+            delivery,
+        })
+    });
     // Until the kernel has resolved the neighbour, it does so itself by `bpf_redirect_neigh`.
-    let hop = snapshot
-        .neighbours
-        .get(&(route.ifindex, backend))
-        .and_then(|neighbour| {
-            let mac = neighbour.mac;
-            let port = if device.kind == Kind::Bridge {
-                *snapshot.forwarding.get(&(route.ifindex, mac))?
-            } else {
-                route.ifindex
-            };
-            let delivery = way_to(snapshot.links.get(&port)?)?;
-            Some(Hop {
-                ifindex: port,
-                mac,
-                source_mac: device_mac,
-                delivery,
-            })
-        });
     Ok(Resolved {
         hop: hop.unwrap_or(neighbour),
         source,
         remote,
     })
+}
+
+/// The device and the MAC of the container that has an address by its own word. Nobody else's frames change them.
+fn by_its_owner(snapshot: &Snapshot, address: IpAddr) -> Option<(u32, Mac)> {
+    let veth = *snapshot.owners.get(&address)?;
+    Some((veth, snapshot.far_ends.get(&veth)?.mac))
+}
+
+/// The same as the kernel has learnt it: a virtual machine's, and a container's that cannot be asked.
+fn by_its_neighbour(
+    snapshot: &Snapshot,
+    ifindex: u32,
+    kind: Kind,
+    address: IpAddr,
+) -> Option<(u32, Mac)> {
+    let mac = snapshot.neighbours.get(&(ifindex, address))?.mac;
+    let port = match kind {
+        Kind::Bridge => *snapshot.forwarding.get(&(ifindex, mac))?,
+        _ => ifindex,
+    };
+    Some((port, mac))
 }
 
 /// Whether the stack can carry packets of other machines to the backend, and its answers back.
@@ -121,24 +135,10 @@ pub fn through_the_stack(
     }
 }
 
-/// How frames get to what is behind a container's or a virtual machine's device.
-fn way_to(port: &Link) -> Option<u32> {
-    match port.kind {
-        Kind::Veth {
-            peer_elsewhere: true,
-        } => Some(delivery::PEER),
-        Kind::Veth {
-            peer_elsewhere: false,
-        }
-        | Kind::Tap => Some(delivery::DEVICE),
-        Kind::Other | Kind::Loopback | Kind::Bridge | Kind::Bond => None,
-    }
-}
-
 /// Whether the route ends on this machine: at a bridge all of whose ports do and that leads to no gateway, or at a
 /// veth that has a route of its own for one address, as CNI's ptp and Calico lay them.
 fn leads_to_local(snapshot: &Snapshot, route: &Route, device: &Link) -> bool {
-    if route.gateway {
+    if route.gateway.is_some() {
         return false;
     }
     match device.kind {
@@ -146,22 +146,6 @@ fn leads_to_local(snapshot: &Snapshot, route: &Route, device: &Link) -> bool {
         Kind::Veth { .. } | Kind::Tap => is_host_route(route),
         Kind::Loopback | Kind::Bond | Kind::Other => false,
     }
-}
-
-fn is_host_route(route: &Route) -> bool {
-    !route.local && route.prefix == if route.destination.is_ipv4() { 32 } else { 128 }
-}
-
-fn is_local_bridge(snapshot: &Snapshot, bridge: u32) -> bool {
-    let mut routes = snapshot.routes.iter();
-    // Where this host is a container itself, its uplink is a veth too. A container may be the gateway of some network.
-    let is_uplink =
-        routes.any(|route| route.ifindex == bridge && route.gateway && route.prefix == 0);
-    let mut ports = snapshot
-        .links
-        .values()
-        .filter(|link| link.controller == Some(bridge));
-    !is_uplink && ports.all(|port| way_to(port).is_some())
 }
 
 /// The devices that get the program: every one where packets enter, once.
@@ -194,89 +178,23 @@ pub fn with_xdp(snapshot: &Snapshot, choice: XdpChoice) -> impl Iterator<Item = 
     })
 }
 
-/// The container network that a device leads to, as [`Interface::network`] has it. LAN machines are behind other ports of a
-/// bridge that an uplink is a port of, so its ports have none.
-fn network(snapshot: &Snapshot, ifindex: u32) -> u32 {
-    let Some(link) = snapshot.links.get(&ifindex) else {
-        return 0;
-    };
-    let bridge = match link.kind {
-        Kind::Bridge => Some(ifindex),
-        _ => bridge(snapshot, link),
-    };
-    let device = match bridge {
-        Some(bridge) if is_local_bridge(snapshot, bridge) => bridge,
-        None if way_to(link).is_some() && is_routed(snapshot, ifindex) => ifindex,
-        _ => return 0,
-    };
-    // Of one whose routes are in another table, a VRF's, nothing can be said.
-    let mut routes = snapshot.routes.iter();
-    let is_reached = routes.any(|route| route.ifindex == device && tells_networks(route));
-    if is_reached { device } else { 0 }
-}
-
-/// Whether other machines are behind a device.
-pub fn is_uplink(snapshot: &Snapshot, ifindex: u32) -> bool {
-    let links = &snapshot.links;
-    let is_device = links.get(&ifindex).map(|link| link.kind != Kind::Loopback);
-    is_device.unwrap_or(false) && network(snapshot, ifindex) == 0
-}
-
-/// Whether a route says what is behind its device. Link-local addresses are everywhere.
-fn tells_networks(route: &Route) -> bool {
-    !route.local && route.prefix > 0 && !is_link_local(route.destination)
-}
-
-/// Whether a device has a route of its own for one address, as a container without a bridge has.
-fn is_routed(snapshot: &Snapshot, ifindex: u32) -> bool {
-    let mut routes = snapshot.routes.iter();
-    routes.any(|route| route.ifindex == ifindex && is_host_route(route) && !route.gateway)
-}
-
-/// What is behind each container network: the destinations of this host's routes there, also by way of a container. Routes
-/// that lead elsewhere from within are exceptions, with 0.
-pub fn networks(snapshot: &Snapshot) -> BTreeMap<IpNet, u32> {
-    // Once for each device and not for each route, of which there may be many more.
-    let devices = snapshot.links.keys();
-    let devices: BTreeMap<u32, u32> = devices
-        .map(|&ifindex| (ifindex, network(snapshot, ifindex)))
-        .collect();
-    let mut routes: Vec<(IpNet, u32, u32)> = snapshot
-        .routes
-        .iter()
-        .filter(|route| tells_networks(route))
-        .filter_map(|route| {
-            let prefix = IpNet::new(route.destination, route.prefix).ok()?;
-            Some((
-                prefix.trunc(),
-                route.priority,
-                devices.get(&route.ifindex).copied().unwrap_or(0),
-            ))
-        })
-        .collect();
-    // Of equal prefixes the one that counts comes last.
-    routes.sort_by_key(|(prefix, priority, _)| (*prefix, std::cmp::Reverse(*priority)));
-    let mut networks: BTreeMap<IpNet, u32> = routes
-        .iter()
-        .map(|(prefix, _, device)| (*prefix, *device))
-        .collect();
-    let inside: Vec<IpNet> = networks
-        .iter()
-        .filter(|(_, device)| **device != 0)
-        .map(|(prefix, _)| *prefix)
-        .collect();
-    networks
-        .retain(|prefix, device| *device != 0 || inside.iter().any(|outer| outer.contains(prefix)));
-    networks
+/// The devices that other machines are behind.
+pub fn uplinks(snapshot: &Snapshot) -> BTreeSet<u32> {
+    let networks = container_networks(snapshot);
+    let links = snapshot.links.iter();
+    let others = links
+        .filter(|(ifindex, link)| link.kind != Kind::Loopback && !networks.contains_key(ifindex));
+    others.map(|(ifindex, _)| *ifindex).collect()
 }
 
 /// How packets leave by each device. Replies to a client that came in by it go back to the MAC where a container or
 /// a virtual machine is behind it; the others are uplinks.
 pub fn interfaces(snapshot: &Snapshot) -> impl Iterator<Item = (u32, Interface)> {
-    snapshot.links.iter().map(|(&index, link)| {
+    let (networks, routed) = (container_networks(snapshot), routed(snapshot));
+    snapshot.links.iter().map(move |(&index, link)| {
         let bridge = bridge(snapshot, link);
         let delivery = match way_to(link) {
-            Some(delivery) if bridge.is_some() || is_routed(snapshot, index) => delivery,
+            Some(delivery) if bridge.is_some() || routed.contains(&index) => delivery,
             _ => delivery::NEIGHBOUR,
         };
         let layer3 = bridge.unwrap_or(index);
@@ -286,7 +204,7 @@ pub fn interfaces(snapshot: &Snapshot) -> impl Iterator<Item = (u32, Interface)>
             mtu: link.mtu,
             ethernet: u32::from(link.header == Header::Ethernet),
             xdp: 0,
-            network: network(snapshot, index),
+            network: networks.get(&index).copied().unwrap_or(0),
             layer3,
             mac: mac.unwrap_or_default(),
             strict: u16::from(snapshot.strict.contains(&layer3)),
@@ -305,12 +223,12 @@ fn bridge(snapshot: &Snapshot, link: &Link) -> Option<u32> {
 
 /// Whether routes to other machines lead by more than one device.
 pub fn has_several_uplinks(snapshot: &Snapshot) -> bool {
-    let devices = snapshot.routes.iter().filter(|route| !route.local);
-    let devices = devices.filter(|route| !is_link_local(route.destination));
-    let uplinks = devices
-        .map(|route| route.ifindex)
-        .filter(|ifindex| is_uplink(snapshot, *ifindex));
-    uplinks.collect::<BTreeSet<_>>().len() > 1
+    let uplinks = uplinks(snapshot);
+    let routes = snapshot.routes.iter().filter(|route| !route.local);
+    let routes = routes.filter(|route| !is_link_local(route.destination));
+    let devices = routes.map(|route| route.ifindex);
+    let devices: BTreeSet<u32> = devices.filter(|it| uplinks.contains(it)).collect();
+    devices.len() > 1
 }
 
 fn contains(network: IpAddr, prefix: u8, address: IpAddr) -> bool {
@@ -346,102 +264,13 @@ fn source(snapshot: &Snapshot, route: &Route, backend: IpAddr) -> Option<IpAddr>
     })
 }
 
-fn is_link_local(address: IpAddr) -> bool {
-    match address {
-        IpAddr::V4(v4) => v4.is_link_local(),
-        IpAddr::V6(v6) => v6.is_unicast_link_local(),
-    }
-}
-
-/// What addresses are behind, as `LOCATIONS` has it: [`networks`], and this host's own addresses and local prefixes but for
-/// loopback ones, which only `lo` serves. Prefixes that are local in another table than *local* (a transparent proxy's) are
-/// not this host's.
-pub fn locations(snapshot: &Snapshot) -> BTreeMap<IpNet, Location> {
-    let networks = networks(snapshot).into_iter().map(|(prefix, network)| {
-        let location = Location { network, device: 0 };
-        (prefix, location)
-    });
-    let addresses = snapshot.addresses.iter();
-    let addresses = addresses.map(|local| IpNet::from(local.address));
-    let prefixes = snapshot.routes.iter().filter(|route| route.local);
-    let prefixes = prefixes.filter_map(|route| IpNet::new(route.destination, route.prefix).ok());
-    let local = addresses
-        .chain(prefixes)
-        .filter(|prefix| !prefix.addr().is_loopback())
-        .map(|prefix| (prefix.trunc(), Location::HERE));
-    networks.chain(local).collect()
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::interfaces::{Local, Mac, Neighbour};
-
-    const MAC_A: Mac = [2, 0, 0, 0, 0, 0xa];
-    const NEIGHBOUR: Neighbour = Neighbour {
-        mac: MAC_A,
-        permanent: false,
+    use crate::{
+        interfaces::{Local, Neighbour},
+        locations::tests::{MAC_A, MAC_B, MAC_BR, NEIGHBOUR, asked_host, host, ip, link, route},
     };
-    const MAC_BR: Mac = [2, 0, 0, 0, 0, 0xb];
-
-    fn link(name: &str, kind: Kind, controller: Option<u32>) -> Link {
-        Link {
-            name: name.into(),
-            kind,
-            header: Header::Ethernet,
-            mac: Some(MAC_BR),
-            controller,
-            up: true,
-            mtu: 1500,
-        }
-    }
-
-    fn route(destination: &str, prefix: u8, ifindex: u32, gateway: bool) -> Route {
-        Route {
-            destination: destination.parse().expect("a literal"),
-            prefix,
-            ifindex,
-            gateway,
-            preferred_source: None,
-            priority: 0,
-            local: false,
-        }
-    }
-
-    fn ip(text: &str) -> IpAddr {
-        text.parse().expect("a literal")
-    }
-
-    /// lo, an uplink, a bridge with a container, a routed container.
-    fn host() -> Snapshot {
-        let mut snapshot = Snapshot::default();
-        let veth = Kind::Veth {
-            peer_elsewhere: true,
-        };
-        snapshot.links.insert(1, link("lo", Kind::Loopback, None));
-        snapshot.links.insert(2, link("eth0", Kind::Other, None));
-        snapshot.links.insert(3, link("br0", Kind::Bridge, None));
-        snapshot.links.insert(4, link("veth0", veth, Some(3)));
-        snapshot.links.insert(5, link("ptp0", veth, None));
-        for (ifindex, address, prefix) in [
-            (2, "198.51.100.2", 24),
-            (3, "172.31.0.1", 24),
-            (5, "10.44.0.1", 32),
-        ] {
-            snapshot.addresses.push(Local {
-                ifindex,
-                address: ip(address),
-                prefix,
-            });
-        }
-        snapshot.routes = vec![
-            route("0.0.0.0", 0, 2, true),
-            route("198.51.100.0", 24, 2, false),
-            route("172.31.0.0", 24, 3, false),
-            route("10.44.0.2", 32, 5, false),
-        ];
-        snapshot
-    }
 
     #[test]
     fn an_unresolved_container_is_left_to_the_kernels_neighbour_resolution() {
@@ -589,97 +418,21 @@ mod tests {
     }
 
     #[test]
-    fn what_is_behind_a_container_network_follows_from_the_routes() {
-        let mut snapshot = host();
-        snapshot.routes.clear();
-        for (destination, prefix, ifindex, gateway) in [
-            ("0.0.0.0", 0, 2, true),
-            ("198.51.100.0", 24, 2, false),
-            ("172.31.0.0", 24, 3, false),
-            ("10.8.0.0", 24, 3, true),     // by way of a container
-            ("172.31.0.128", 25, 2, true), // an exception from the bridge's network
-            ("10.44.0.2", 32, 5, false),
-            ("fe80::", 64, 3, false),
-        ] {
-            snapshot
-                .routes
-                .push(route(destination, prefix, ifindex, gateway));
-        }
-        let shown: Vec<_> = networks(&snapshot)
-            .iter()
-            .map(|(prefix, device)| format!("{prefix} {device}"))
-            .collect();
+    fn the_containers_word_comes_before_what_the_bridge_has_learnt() {
+        let mut snapshot = asked_host(&[("172.31.0.2", 1)], &[("172.31.0.3", 1)]);
+        let mac = MAC_B;
+        let neighbour = Neighbour { mac, ..NEIGHBOUR };
+        snapshot.neighbours.insert((3, ip("172.31.0.2")), neighbour);
+        snapshot.forwarding = [((3, MAC_A), 6), ((3, MAC_B), 6)].into();
+        let hop = resolve(&snapshot, ip("172.31.0.2")).expect("a route").hop;
         assert_eq!(
-            shown,
-            [
-                "10.8.0.0/24 3",
-                "10.44.0.2/32 5",
-                "172.31.0.0/24 3",
-                "172.31.0.128/25 0"
-            ]
+            hop,
+            Hop {
+                ifindex: 4,
+                mac: MAC_A,
+                source_mac: MAC_BR,
+                delivery: delivery::PEER
+            }
         );
-        let behind: Vec<u32> = interfaces(&snapshot)
-            .map(|(_, device)| device.network)
-            .collect();
-        assert_eq!(behind, [0, 0, 3, 3, 5], "lo, eth0, br0, veth0, ptp0");
-    }
-
-    #[test]
-    fn addresses_and_local_prefixes_are_this_hosts_own() {
-        let mut snapshot = host();
-        let local = |destination, prefix| Route {
-            local: true,
-            ..route(destination, prefix, 1, false)
-        };
-        let routes = [local("203.0.113.0", 28), local("127.0.0.0", 8)];
-        snapshot.routes.extend(routes);
-        let container = |network| Location { network, device: 0 };
-        let expected = [
-            ("10.44.0.1/32", Location::HERE),
-            ("10.44.0.2/32", container(5)),
-            ("172.31.0.0/24", container(3)),
-            ("172.31.0.1/32", Location::HERE),
-            ("198.51.100.2/32", Location::HERE),
-            ("203.0.113.0/28", Location::HERE),
-        ];
-        let shown: Vec<_> = locations(&snapshot).into_iter().collect();
-        assert_eq!(
-            shown,
-            expected.map(|(prefix, there)| (prefix.parse().expect("a literal"), there))
-        );
-    }
-
-    #[test]
-    fn of_two_routes_to_a_prefix_the_better_one_counts() {
-        let mut snapshot = host();
-        snapshot.routes.clear();
-        for (ifindex, priority) in [(3, 100), (2, 50)] {
-            let route = route("172.31.0.0", 24, ifindex, false);
-            snapshot.routes.push(Route { priority, ..route });
-        }
-        assert!(networks(&snapshot).is_empty());
-        snapshot.routes[1].priority = 200;
-        assert_eq!(networks(&snapshot).into_values().collect::<Vec<_>>(), [3]);
-    }
-
-    #[test]
-    fn a_bridge_that_is_an_uplink_is_no_container_network() {
-        let mut snapshot = host();
-        snapshot.links.insert(6, link("eth1", Kind::Other, Some(3)));
-        assert!(!networks(&snapshot).values().any(|device| *device == 3));
-        let behind: Vec<u32> = interfaces(&snapshot)
-            .map(|(_, device)| device.network)
-            .collect();
-        assert!(!behind.contains(&3), "{behind:?}");
-    }
-
-    #[test]
-    fn a_bridge_whose_routes_are_in_another_table_is_not_judged() {
-        let mut snapshot = host();
-        snapshot.routes = vec![route("fe80::", 64, 3, false)];
-        let behind: Vec<u32> = interfaces(&snapshot)
-            .map(|(_, device)| device.network)
-            .collect();
-        assert_eq!(behind, [0; 5]);
     }
 }

@@ -5,18 +5,15 @@
 //! it is found again. Netlink is spoken without waiting for a runtime: `down` has none, and the last thing that
 //! `run` does is to take its filters away.
 
-use std::io;
+use std::{io, ops::ControlFlow};
 
-use netlink_packet_core::{NLM_F_ACK, NLM_F_DUMP, NLM_F_REQUEST, NetlinkMessage, NetlinkPayload};
+use netlink_packet_core::{NLM_F_ACK, NLM_F_DUMP};
 use netlink_packet_route::{
     RouteNetlinkMessage,
     tc::{TcAttribute, TcFilterBpf, TcFilterBpfOption, TcHandle, TcHeader, TcMessage, TcOption},
 };
-use netlink_sys::{Socket, SocketAddr, protocols::NETLINK_ROUTE};
-use nix::sys::{
-    socket::{setsockopt, sockopt},
-    time::{TimeVal, TimeValLike as _},
-};
+
+use crate::netlink::Socket;
 
 /// ETH_P_ALL as `tcm_info` has it (include/uapi/linux/if_ether.h).
 const EVERY_PROTOCOL: u32 = 0x0003_u16.to_be() as u32;
@@ -191,42 +188,16 @@ fn name(message: &TcMessage) -> Option<&str> {
 
 /// One request and its answers; those that cannot be read are `None`.
 fn ask(request: RouteNetlinkMessage, flags: u16) -> io::Result<Vec<Option<TcMessage>>> {
-    let mut socket = Socket::new(NETLINK_ROUTE)?;
-    socket.bind_auto()?;
-    // An answer that does not come is an error, and nothing to wait for.
-    setsockopt(&socket, sockopt::ReceiveTimeout, &TimeVal::seconds(10))?;
-    let mut message = NetlinkMessage::from(request);
-    message.header.flags = NLM_F_REQUEST | flags;
-    message.finalize();
-    let mut bytes = vec![0; message.buffer_len()];
-    message.serialize(&mut bytes);
-    socket.send_to(&bytes, &SocketAddr::new(0, 0), 0)?;
-
     let mut answers = Vec::new();
-    loop {
-        let (datagram, _) = socket.recv_from_full()?;
-        let mut rest = datagram.as_slice();
-        while let Some(length) = length(rest) {
-            let answer = NetlinkMessage::<RouteNetlinkMessage>::deserialize(&rest[..length]);
-            match answer.map(|answer| answer.payload) {
-                Ok(NetlinkPayload::Done(_)) => return Ok(answers),
-                Ok(NetlinkPayload::Error(error)) if error.code.is_none() => return Ok(answers),
-                Ok(NetlinkPayload::Error(error)) => return Err(error.to_io()),
-                Ok(NetlinkPayload::InnerMessage(RouteNetlinkMessage::NewTrafficFilter(filter))) => {
-                    answers.push(Some(filter));
-                }
-                Ok(_) => {}
-                Err(_) => answers.push(None),
-            }
-            rest = &rest[length.next_multiple_of(4).min(rest.len())..];
+    Socket::open()?.ask(request, flags, |answer| {
+        match answer {
+            Some(RouteNetlinkMessage::NewTrafficFilter(filter)) => answers.push(Some(filter)),
+            Some(_) => {}
+            None => answers.push(None),
         }
-    }
-}
-
-/// Bytes of the message that `bytes` begins with (`nlmsg_len`, include/uapi/linux/netlink.h).
-fn length(bytes: &[u8]) -> Option<usize> {
-    let length = u32::from_ne_bytes(*bytes.first_chunk()?) as usize;
-    (16..=bytes.len()).contains(&length).then_some(length)
+        ControlFlow::Continue(())
+    })?;
+    Ok(answers)
 }
 
 #[cfg(test)]

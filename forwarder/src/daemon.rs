@@ -34,6 +34,7 @@ use self::fragments::Fragments;
 pub use self::report::{Counter, Endpoint, Listed, ListedFlow, delivery_name};
 use crate::{
     cli::{DatapathChoice, Named, Run},
+    containers::Watch,
     control::{self, Call, Ending, Request, Response, Socket},
     datapath::{self, Datapath},
     interfaces::{self, Reader, Snapshot},
@@ -44,6 +45,10 @@ use crate::{
 
 /// Network changes come in bursts; one reading serves all that come within this time.
 const SETTLE: Duration = Duration::from_millis(10);
+/// The network is read for changes inside of containers at most this often.
+const CONTAINERS: Duration = Duration::from_millis(100);
+/// For these, of each second at most a twentieth is spent, however many containers there are.
+const SHARE: u32 = 20;
 /// A backend that does not answer is asked for again after this time.
 const ASK_AGAIN: Duration = Duration::from_secs(5);
 const SWEEP: Duration = Duration::from_secs(2);
@@ -79,6 +84,7 @@ pub struct Daemon {
     /// Why there is no datapath.
     without: String,
     reader: Option<Reader>,
+    watch: Watch,
     snapshot: Snapshot,
     publishes: BTreeMap<u32, Published>,
     last_id: u32,
@@ -88,6 +94,8 @@ pub struct Daemon {
     interfaces: BTreeMap<u32, Interface>,
     /// Devices that XDP cannot be had on.
     without_xdp: BTreeSet<u32>,
+    /// Devices whose containers were warned of: they say that they have addresses of others.
+    warned: BTreeSet<u32>,
     /// The traced program's lines are being read.
     logging: bool,
     /// When the kernel was last asked for a backend's MAC, by device and address.
@@ -154,6 +162,11 @@ impl Daemon {
             idle: Idle::start().context("watch held ports")?,
             datapath,
             without,
+            watch: if reader.is_some() {
+                Watch::open()
+            } else {
+                Watch::deaf()
+            },
             reader,
             snapshot: Snapshot::default(),
             publishes: BTreeMap::new(),
@@ -162,11 +175,14 @@ impl Daemon {
             tracing: broadcast::channel(1024).0,
             interfaces: BTreeMap::new(),
             without_xdp: BTreeSet::new(),
+            warned: BTreeSet::new(),
             logging: false,
             asked: HashMap::new(),
         };
         if let Some(reader) = &daemon.reader {
-            daemon.snapshot = reader.snapshot(&Snapshot::default()).await?;
+            let nothing = Snapshot::default();
+            daemon.snapshot = daemon.watch.snapshot(reader, &nothing).await?;
+            daemon.warn_of_disputes();
         }
         Ok(daemon)
     }
@@ -183,6 +199,11 @@ impl Daemon {
         };
         // What has changed since the first reading was not told.
         let mut settled = self.reader.is_some().then(Instant::now);
+        let sooner = |settled: &mut Option<Instant>, at: Instant| {
+            *settled = Some(settled.map_or(at, |settled| settled.min(at)));
+        };
+        // Until then nothing is heard of containers, whatever they do.
+        let mut deaf_until = Instant::now();
         let mut sweep = tokio::time::interval(SWEEP);
         let mut sweeping: Option<flows::Sweep> = None;
         let (untrace, mut traces_ended) = mpsc::channel(1);
@@ -209,13 +230,18 @@ impl Daemon {
                     None => break,
                 },
                 Some(()) = changes.next() => {
-                    settled.get_or_insert_with(|| Instant::now() + SETTLE);
+                    sooner(&mut settled, Instant::now() + SETTLE);
+                }
+                () = self.watch.changed(), if settled.is_none() && self.reader.is_some() => {
+                    settled = Some(deaf_until.max(Instant::now() + SETTLE));
                 }
                 () = sleep_until(settled.unwrap_or_else(Instant::now)), if settled.is_some() => {
                     settled = None;
+                    let begun = Instant::now();
                     if let Err(error) = self.refresh().await {
                         warn!("{error:#}");
                     }
+                    deaf_until = Instant::now() + CONTAINERS.max(begun.elapsed() * SHARE);
                 }
                 _ = sweep.tick() => {
                     sweeping.get_or_insert_default();

@@ -7,9 +7,11 @@ use forwarder_common::{flow::Timeouts, limits};
 use serde::Serialize;
 
 use crate::{
+    containers::Watch,
     datapath::{self, Datapath, devices::has_others_at_egress},
     interfaces::{Kind, Reader, Snapshot},
     kernel::{Attach, Kernel, Memory, has_bpffs, kernel},
+    locations::dispute,
 };
 
 /// One finding.
@@ -81,7 +83,8 @@ pub fn examine() -> Vec<Finding> {
     if let Some(lockdown) = &kernel.lockdown {
         add("lockdown", true, lockdown, "");
     }
-    if let Ok(bypassed) = bypassed() {
+    if let Ok(snapshot) = snapshot() {
+        let bypassed = bypassed(&snapshot);
         add(
             "containers' links",
             bypassed.is_empty(),
@@ -91,6 +94,21 @@ pub fn examine() -> Vec<Finding> {
                 format!("tc egress of {} has others' programs", bypassed.join(", "))
             },
             "what is forwarded into a container goes past them; with --respect-firewall they see it",
+        );
+        let disputed = &snapshot.disputed;
+        let disputed = disputed
+            .iter()
+            .map(|(&veth, &it)| dispute(&snapshot, veth, it));
+        let disputed: Vec<String> = disputed.collect();
+        add(
+            "containers' addresses",
+            disputed.is_empty(),
+            &if disputed.is_empty() {
+                "each has one container".into()
+            } else {
+                disputed.join("; ")
+            },
+            "take the address from the container that should not have it",
         );
     }
     let ipv6 = Path::new("/proc/net/if_inet6").exists();
@@ -103,20 +121,23 @@ pub fn examine() -> Vec<Finding> {
     findings
 }
 
-/// The links of containers that others have programs on, which forwarded packets do not meet.
-fn bypassed() -> anyhow::Result<Vec<String>> {
+fn snapshot() -> anyhow::Result<Snapshot> {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()?;
-    let snapshot =
-        runtime.block_on(async { Reader::open()?.snapshot(&Snapshot::default()).await })?;
-    let links = snapshot.links.into_iter().filter(|(ifindex, link)| {
-        let of_container = Kind::Veth {
-            peer_elsewhere: true,
-        };
-        link.kind == of_container && has_others_at_egress(*ifindex, &link.name)
+    runtime.block_on(async {
+        let reader = Reader::open()?;
+        Watch::deaf().snapshot(&reader, &Snapshot::default()).await
+    })
+}
+
+/// The links of containers that others have programs on, which forwarded packets do not meet.
+fn bypassed(snapshot: &Snapshot) -> Vec<&str> {
+    let links = snapshot.links.iter().filter(|(ifindex, link)| {
+        matches!(link.kind, Kind::Veth { peer: Some(_) })
+            && has_others_at_egress(**ifindex, &link.name)
     });
-    Ok(links.map(|(_, link)| link.name).collect())
+    links.map(|(_, link)| link.name.as_str()).collect()
 }
 
 /// What only a privileged process can ask for.

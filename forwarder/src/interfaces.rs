@@ -1,6 +1,6 @@
 //! What the kernel says about this host's network: links, addresses, routes, neighbours and bridges'
 //! forwarding tables, read by netlink as one [`Snapshot`], and a watch that tells when to read again.
-//! What follows from a snapshot is decided in `backends.rs`.
+//! What follows from a snapshot is decided in `locations.rs` and `backends.rs`.
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
@@ -16,7 +16,7 @@ use netlink_packet_route::{
     neighbour::{
         NeighbourAddress, NeighbourAttribute, NeighbourFlags, NeighbourMessage, NeighbourState,
     },
-    route::{RouteAddress, RouteAttribute, RouteHeader, RouteMessage, RouteType},
+    route::{RouteAddress, RouteAttribute, RouteHeader, RouteMessage, RouteType, RouteVia},
 };
 use rtnetlink::{Handle, MulticastGroup, RouteMessageBuilder};
 
@@ -30,9 +30,9 @@ const RT_TABLE_LOCAL: u32 = 255;
 pub enum Kind {
     Loopback,
     Bridge,
-    /// One end of a pair; whether the other end is in another network namespace.
+    /// One end of a pair, and the other end where that is in another network namespace.
     Veth {
-        peer_elsewhere: bool,
+        peer: Option<Peer>,
     },
     /// A virtual machine's end.
     Tap,
@@ -40,6 +40,15 @@ pub enum Kind {
     Bond,
     /// Everything else that leads off this machine.
     Other,
+}
+
+/// A veth's other end, as this host's network namespace names it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Peer {
+    /// The id that this network namespace has for the other one; negative where it has none.
+    pub namespace: i32,
+    /// The index in that namespace.
+    pub ifindex: u32,
 }
 
 /// What packets begin with at a device's tc ingress.
@@ -77,7 +86,8 @@ pub struct Route {
     pub destination: IpAddr,
     pub prefix: u8,
     pub ifindex: u32,
-    pub gateway: bool,
+    /// The next hop; the unspecified address where there are several.
+    pub gateway: Option<IpAddr>,
     pub preferred_source: Option<IpAddr>,
     pub priority: u32,
     /// A `local` route: the destination is this host.
@@ -91,6 +101,22 @@ pub struct Neighbour {
     pub permanent: bool,
 }
 
+/// What a container's namespace says of the end that it has of a veth.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct FarEnd {
+    pub peer: Peer,
+    pub mac: Mac,
+    pub addresses: Vec<Claim>,
+}
+
+/// An address that a container has given to its end of a veth. Whether its word counts is decided in `locations.rs`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Claim {
+    pub address: IpAddr,
+    /// When the kernel took it, in hundredths of a second from one moment in the past.
+    pub since: u64,
+}
+
 /// One reading. Indices are the kernel's.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Snapshot {
@@ -101,6 +127,12 @@ pub struct Snapshot {
     pub neighbours: HashMap<(u32, IpAddr), Neighbour>,
     /// Bridge and MAC to port.
     pub forwarding: HashMap<(u32, Mac), u32>,
+    /// By the host's end, of containers whose namespace answers.
+    pub far_ends: BTreeMap<u32, FarEnd>,
+    /// The containers' addresses, and the host's end of the veth of each one's container.
+    pub owners: BTreeMap<IpAddr, u32>,
+    /// The host's ends of veths whose containers say that they have addresses of others too, with one such address each.
+    pub disputed: BTreeMap<u32, IpAddr>,
     /// Whether this host routes IPv4, and IPv6.
     pub forwards: (bool, bool),
     /// Devices whose packets must come the way that answers go (rp_filter is 1), of those that networks are behind.
@@ -134,7 +166,7 @@ impl Reader {
         })
     }
 
-    /// Reads everything. What `previous` knew of a bridge's ports is kept while the port is
+    /// Reads everything but what containers say. What `previous` knew of a bridge's ports is kept while the port is
     /// there and the MAC is not known elsewhere: the fast path goes round the bridge, which
     /// therefore forgets.
     ///
@@ -279,7 +311,8 @@ async fn collect<T>(
 
 fn link(message: &LinkMessage) -> Option<(u32, Link)> {
     let mut name = None;
-    let (mut info_kind, mut mac, mut controller, mut elsewhere) = (None, None, None, false);
+    let (mut info_kind, mut mac, mut controller, mut namespace) = (None, None, None, None);
+    let mut other_end = message.header.index; // as older kernels have it, where the number is the same
     let mut mtu = u32::MAX;
     for attribute in &message.attributes {
         match attribute {
@@ -287,7 +320,8 @@ fn link(message: &LinkMessage) -> Option<(u32, Link)> {
             LinkAttribute::Address(value) => mac = Mac::try_from(value.as_slice()).ok(),
             LinkAttribute::Mtu(value) => mtu = *value,
             LinkAttribute::Controller(value) => controller = Some(*value),
-            LinkAttribute::LinkNetNsId(_) => elsewhere = true,
+            LinkAttribute::LinkNetNsId(id) => namespace = Some(*id),
+            LinkAttribute::Link(index) => other_end = *index,
             LinkAttribute::LinkInfo(infos) => {
                 info_kind = infos.iter().find_map(|info| match info {
                     LinkInfo::Kind(kind) => Some(kind.clone()),
@@ -306,7 +340,10 @@ fn link(message: &LinkMessage) -> Option<(u32, Link)> {
         _ if message.header.link_layer_type == LinkLayerType::Loopback => Kind::Loopback,
         Some(InfoKind::Bridge) => Kind::Bridge,
         Some(InfoKind::Veth) => Kind::Veth {
-            peer_elsewhere: elsewhere,
+            peer: namespace.map(|namespace| Peer {
+                namespace,
+                ifindex: other_end,
+            }),
         },
         Some(InfoKind::Tun) if header == Header::Ethernet => Kind::Tap,
         Some(InfoKind::Bond | InfoKind::Team) => Kind::Bond,
@@ -328,7 +365,8 @@ fn link(message: &LinkMessage) -> Option<(u32, Link)> {
     ))
 }
 
-fn address(message: &AddressMessage) -> Option<Local> {
+/// An address of a device, wherever that is.
+pub(crate) fn address(message: &AddressMessage) -> Option<Local> {
     // For IPv4 on a point-to-point link, Address is the far end and Local this one.
     let find =
         |pick: fn(&AddressAttribute) -> Option<IpAddr>| message.attributes.iter().find_map(pick);
@@ -369,7 +407,7 @@ fn route(message: &RouteMessage) -> Option<Route> {
         destination: unspecified,
         prefix: header.destination_prefix_length,
         ifindex: 0,
-        gateway: false,
+        gateway: None,
         preferred_source: None,
         priority: 0,
         local: header.kind == RouteType::Local,
@@ -378,13 +416,20 @@ fn route(message: &RouteMessage) -> Option<Route> {
         match attribute {
             RouteAttribute::Destination(address) => route.destination = ip(address)?,
             RouteAttribute::Oif(index) => route.ifindex = *index,
-            RouteAttribute::Gateway(_) | RouteAttribute::Via(_) => route.gateway = true,
+            RouteAttribute::Gateway(address) => route.gateway = ip(address).or(Some(unspecified)),
+            RouteAttribute::Via(via) => {
+                route.gateway = Some(match via {
+                    RouteVia::Inet(v4) => IpAddr::V4(*v4),
+                    RouteVia::Inet6(v6) => IpAddr::V6(*v6),
+                    _ => unspecified,
+                });
+            }
             RouteAttribute::PrefSource(address) => route.preferred_source = ip(address),
             RouteAttribute::Priority(priority) => route.priority = *priority,
             RouteAttribute::Table(number) => table = *number,
             RouteAttribute::MultiPath(hops) => {
                 route.ifindex = hops.first()?.interface_index;
-                route.gateway = true;
+                route.gateway = Some(unspecified);
             }
             _ => {}
         }

@@ -1,58 +1,114 @@
 //! Frames that say they come from somebody else: of a container, and of another machine.
 
-use std::net::{IpAddr, SocketAddr, UdpSocket};
+use std::{
+    net::{IpAddr, SocketAddr, UdpSocket},
+    time::Instant,
+};
 
 use forwarder_tests::{
-    daemon::{Daemon, Datapath},
-    frame::{self, Frame},
+    daemon::{Daemon, Datapath, doctor},
+    deadline::{slack, wait_for},
+    frame::{Frame, Mac},
     netns::Netns,
     topology::{Family, Topology},
-    traffic::{Backend, Protocol, ask_by},
+    traffic::{Backend, Protocol, ask, ask_by},
     wire::Wire,
 };
 
-use crate::scene::{BACKEND_PORT, PORT, served_to_the_client, spec, wait_for_peer};
+use crate::scene::{BACKEND_PORT, PORT, packets, served_to_the_client, spec, wait_for_peer};
 
-/// Sends a datagram from `forger`'s network card to the host's `device`, whatever its addresses say.
-fn forge(topology: &Topology, forger: &Netns, device: &str, source: SocketAddr, to: SocketAddr) {
-    let mut forged = Frame::first(frame::Protocol::Udp, source, to);
+fn shown(mac: Mac) -> String {
+    mac.map(|octet| format!("{octet:02x}")).join(":")
+}
+
+/// Sends a SYN or a datagram from `forger`'s network card to the host's `device`, whatever its addresses say.
+fn forge(
+    topology: &Topology,
+    forger: &Netns,
+    device: &str,
+    (protocol, source, to): (Protocol, SocketAddr, SocketAddr),
+) {
+    let mut forged = Frame::first(protocol, source, to);
     forged.destination_mac = topology.host.mac(device).unwrap();
-    forged.payload = b"forged".to_vec();
-    Wire::open(forger, "eth0")
-        .unwrap()
-        .send(&forged.bytes())
-        .unwrap();
+    if protocol == Protocol::Udp {
+        forged.payload = b"forged".to_vec();
+    }
+    let wire = Wire::open(forger, "eth0").unwrap();
+    wire.send(&forged.bytes()).unwrap();
+}
+
+/// One more container on the backend's bridge, at number 4 of its network.
+struct Third(Netns);
+
+impl Third {
+    fn join(topology: &Topology) -> Self {
+        let third = Netns::new("third").unwrap();
+        let path = third.path();
+        let host = format!(
+            "link add veththird type veth peer name eth0 netns {path}\nlink set veththird master br0 up"
+        );
+        topology.host.ip(&host).unwrap();
+        let gateway = topology.backend.gateway(Family::V4);
+        let inside = format!(
+            "link set lo up\naddr add {}/24 dev eth0\naddr add {}/64 dev eth0 nodad\n\
+             link set eth0 up\nroute add default via {gateway}",
+            Self::address(topology, Family::V4),
+            Self::address(topology, Family::V6),
+        );
+        third.ip(&inside).unwrap();
+        Self(third)
+    }
+
+    fn address(topology: &Topology, family: Family) -> IpAddr {
+        match topology.backend.address(family) {
+            IpAddr::V4(v4) => IpAddr::from((u32::from(v4) + 2).to_be_bytes()),
+            IpAddr::V6(v6) => IpAddr::from((u128::from(v6) + 2).to_be_bytes()),
+        }
+    }
 }
 
 struct Scene {
     topology: Topology,
     backend: Backend,
     daemon: Daemon,
+    family: Family,
+    protocol: Protocol,
+    third: Third,
 }
 
 impl Scene {
     /// A published UDP port, served by the fast path. `flags` are the daemon's.
     fn new(family: Family, flags: &[&str]) -> Self {
+        Self::of(family, Protocol::Udp, &[], flags)
+    }
+
+    /// The daemon is started by `wrapper`, which takes something from it.
+    fn of(family: Family, protocol: Protocol, wrapper: &[&str], flags: &[&str]) -> Self {
         let topology = Topology::new().unwrap();
-        let backend = Backend::start(&topology.backend.netns, Protocol::Udp, BACKEND_PORT).unwrap();
-        let spec = spec(&topology.backend, family, Protocol::Udp);
-        let daemon = Daemon::start_with(&topology.host, &[&spec], Datapath::Ebpf, flags).unwrap();
+        let third = Third::join(&topology);
+        let backend = Backend::start(&topology.backend.netns, protocol, BACKEND_PORT).unwrap();
+        let spec = spec(&topology.backend, family, protocol);
+        let (host, specs) = (&topology.host, [spec.as_str()]);
+        let daemon = Daemon::start_wrapped(host, wrapper, &specs, Datapath::Ebpf, flags).unwrap();
         wait_for_peer(&daemon);
         Self {
             topology,
             backend,
             daemon,
+            family,
+            protocol,
+            third,
         }
     }
 
-    fn frontend(&self, family: Family) -> SocketAddr {
-        SocketAddr::new(self.topology.host_address(family), PORT)
+    fn frontend(&self) -> SocketAddr {
+        SocketAddr::new(self.topology.host_address(self.family), PORT)
     }
 
     /// What `client` hears first after `forger` has answered in the backend's name is the backend's own answer.
-    fn hears_the_backend_alone(self, family: Family, client: &Netns, forger: &Netns, device: &str) {
-        let frontend = self.frontend(family);
-        let any: IpAddr = if family == Family::V4 {
+    fn hears_the_backend_alone(self, client: &Netns, forger: &Netns, device: &str) {
+        let frontend = self.frontend();
+        let any: IpAddr = if self.family == Family::V4 {
             [0, 0, 0, 0].into()
         } else {
             [0_u16; 8].into()
@@ -60,8 +116,13 @@ impl Scene {
         let socket = client.enter(|| UdpSocket::bind((any, 0))).unwrap();
         let seen = ask_by(&socket, frontend, "before").unwrap().seen;
 
-        let backend = SocketAddr::new(self.topology.backend.address(family), BACKEND_PORT);
-        forge(&self.topology, forger, device, backend, seen);
+        let backend = SocketAddr::new(self.topology.backend.address(self.family), BACKEND_PORT);
+        forge(
+            &self.topology,
+            forger,
+            device,
+            (self.protocol, backend, seen),
+        );
         socket.send_to(b"after", frontend).unwrap();
         let mut buffer = [0; 100];
         let (length, from) = socket.recv_from(&mut buffer).unwrap();
@@ -71,18 +132,37 @@ impl Scene {
         self.daemon.stop().unwrap();
     }
 
-    /// A datagram with that source does not reach the backend; an honest one, sent after it, does.
-    fn never_begins(self, forger: &Netns, device: &str, source: SocketAddr) {
-        forge(
-            &self.topology,
-            forger,
-            device,
-            source,
-            self.frontend(Family::V4),
-        );
-        served_to_the_client(&self.topology, Protocol::Udp, "honest");
-        assert_eq!(self.backend.requests(), 1, "{source} reached the backend");
+    /// What has that source does not reach the backend; an honest request, sent after it, does.
+    fn never_begins(self, forger: &Netns, device: &str, source: IpAddr) {
+        let from = SocketAddr::new(source, 4000);
+        let words = (self.protocol, from, self.frontend());
+        let (forwarded, _) = packets(&self.daemon);
+        forge(&self.topology, forger, device, words);
         assert_eq!(self.daemon.counted("martian_source").unwrap(), 1);
+        assert_eq!(packets(&self.daemon).0, forwarded, "{source} was forwarded");
+        self.serves_the_client("honest");
+        assert_eq!(self.backend.requests(), 1, "{source} reached the backend");
+        self.daemon.stop().unwrap();
+    }
+
+    #[track_caller]
+    fn serves_the_client(&self, payload: &str) {
+        let client = &self.topology.client;
+        let answer = ask(client, self.protocol, self.frontend(), payload).unwrap();
+        assert_eq!(answer.payload, payload);
+    }
+
+    /// The client is served for as long as a change would take to be noticed, and longer, by the fast path alone.
+    fn goes_on_serving(self) {
+        let (forwarded, _) = packets(&self.daemon);
+        let end = Instant::now() + slack() / 2;
+        let mut requests = 0;
+        while Instant::now() < end {
+            self.serves_the_client("as before");
+            requests += 1;
+        }
+        let sent = packets(&self.daemon).0 - forwarded;
+        assert_eq!(sent, requests, "some were sent again, or by the proxy");
         self.daemon.stop().unwrap();
     }
 }
@@ -94,7 +174,7 @@ fn a_container_answers_for_no_other_over_ipv4() {
         scene.topology.client.clone(),
         scene.topology.peer.netns.clone(),
     );
-    scene.hears_the_backend_alone(Family::V4, &client, &forger, "br0");
+    scene.hears_the_backend_alone(&client, &forger, "br0");
 }
 
 #[test]
@@ -104,7 +184,7 @@ fn a_container_answers_for_no_other_over_ipv6() {
         scene.topology.client.clone(),
         scene.topology.peer.netns.clone(),
     );
-    scene.hears_the_backend_alone(Family::V6, &client, &forger, "br0");
+    scene.hears_the_backend_alone(&client, &forger, "br0");
 }
 
 #[test]
@@ -114,7 +194,7 @@ fn another_machine_answers_for_no_container() {
         scene.topology.other.netns.clone(),
         scene.topology.client.clone(),
     );
-    scene.hears_the_backend_alone(Family::V4, &client, &forger, "eth0");
+    scene.hears_the_backend_alone(&client, &forger, "eth0");
 }
 
 #[test]
@@ -124,14 +204,14 @@ fn a_container_does_not_get_past_an_allow_list_with_anothers_address() {
         &["--allow", "203.0.113.0/24", "--allow", "198.51.100.0/24"],
     );
     let forger = scene.topology.peer.netns.clone();
-    scene.never_begins(&forger, "br0", "203.0.113.7:4000".parse().unwrap());
+    scene.never_begins(&forger, "br0", "203.0.113.7".parse().unwrap());
 }
 
 #[test]
 fn another_machine_does_not_begin_as_a_container() {
     let scene = Scene::new(Family::V4, &[]);
     let forger = scene.topology.client.clone();
-    let source = SocketAddr::new(scene.topology.peer.address(Family::V4), 4000);
+    let source = scene.topology.peer.address(Family::V4);
     scene.never_begins(&forger, "eth0", source);
 }
 
@@ -150,18 +230,224 @@ fn a_container_speaks_for_what_is_routed_to_it() {
         .netns
         .ip("addr add 10.8.0.7/32 dev lo")
         .unwrap();
-    let frontend = scene.frontend(Family::V4);
+    let frontend = scene.frontend();
     let socket = topology
         .peer
         .netns
         .enter(|| UdpSocket::bind("10.8.0.7:4000"))
         .unwrap();
-    let seen = forwarder_tests::deadline::wait_for("the route is known", || {
+    let seen = wait_for("the route is known", || {
         let seen = ask_by(&socket, frontend, "hello").ok()?.seen;
         (seen == socket.local_addr().unwrap()).then_some(seen)
     });
     assert_eq!(seen.unwrap().ip(), IpAddr::from([10, 8, 0, 7]));
     // The bridge stays what it was for everybody else.
     served_to_the_client(topology, Protocol::Udp, "as before");
+    scene.daemon.stop().unwrap();
+}
+
+/// The peer says that it is its neighbours on the bridge: the backend, and another container.
+fn a_container_does_not_begin_as_a_neighbour(family: Family, protocol: Protocol) {
+    let neighbours = [
+        |topology: &Topology, family| topology.backend.address(family),
+        Third::address,
+    ];
+    for neighbour in neighbours {
+        let scene = Scene::of(family, protocol, &[], &[]);
+        let forger = scene.topology.peer.netns.clone();
+        let source = neighbour(&scene.topology, family);
+        scene.never_begins(&forger, "br0", source);
+    }
+}
+
+#[test]
+fn a_container_does_not_begin_as_a_neighbour_by_udp_over_ipv4() {
+    a_container_does_not_begin_as_a_neighbour(Family::V4, Protocol::Udp);
+}
+
+#[test]
+fn a_container_does_not_begin_as_a_neighbour_by_udp_over_ipv6() {
+    a_container_does_not_begin_as_a_neighbour(Family::V6, Protocol::Udp);
+}
+
+#[test]
+fn a_container_does_not_begin_as_a_neighbour_by_tcp_over_ipv4() {
+    a_container_does_not_begin_as_a_neighbour(Family::V4, Protocol::Tcp);
+}
+
+#[test]
+fn a_container_does_not_begin_as_a_neighbour_by_tcp_over_ipv6() {
+    a_container_does_not_begin_as_a_neighbour(Family::V6, Protocol::Tcp);
+}
+
+#[test]
+fn a_container_does_not_get_past_an_allow_list_with_a_neighbours_address() {
+    // 172.31.0.4 is the third container.
+    let flags = ["--allow", "172.31.0.4/32", "--allow", "198.51.100.0/24"];
+    let scene = Scene::new(Family::V4, &flags);
+    let forger = scene.topology.peer.netns.clone();
+    let source = Third::address(&scene.topology, Family::V4);
+    scene.never_begins(&forger, "br0", source);
+}
+
+/// The bridge takes the backend to be behind the peer's port.
+#[test]
+fn a_container_with_the_backends_mac_gets_none_of_its_packets() {
+    let scene = Scene::new(Family::V4, &[]);
+    let Topology {
+        host,
+        backend,
+        peer,
+        ..
+    } = &scene.topology;
+    scene.serves_the_client("before");
+    let (to, from) = ("172.31.0.1:9", "172.31.0.3:9");
+    let mut frame = Frame::first(Protocol::Udp, from.parse().unwrap(), to.parse().unwrap());
+    frame.source_mac = backend.netns.mac("eth0").unwrap();
+    frame.destination_mac = host.mac("br0").unwrap();
+    let wire = Wire::open(&peer.netns, "eth0").unwrap();
+    wire.send(&frame.bytes()).unwrap();
+    let learnt = format!("{} master br0", shown(frame.source_mac));
+    wait_for("the bridge takes it", || {
+        let table = host
+            .run(&format!("bridge fdb show dev {}", peer.veth))
+            .ok()?;
+        table.contains(&learnt).then_some(())
+    })
+    .unwrap();
+    scene.goes_on_serving();
+}
+
+/// The host takes the backend to have the peer's MAC (a gratuitous ARP, RFC 5227).
+#[test]
+fn a_container_that_answers_arp_for_the_backend_gets_none_of_its_packets() {
+    let scene = Scene::new(Family::V4, &[]);
+    let Topology {
+        host,
+        backend,
+        peer,
+        ..
+    } = &scene.topology;
+    let address = backend.address(Family::V4);
+    let frontend = SocketAddr::new(address, BACKEND_PORT);
+    ask(host, Protocol::Udp, frontend, "the host knows the backend").unwrap();
+    let own = peer.netns.mac("eth0").unwrap();
+    let IpAddr::V4(v4) = address else {
+        unreachable!("asked for above")
+    };
+    let (ethernet, reply) = ([[0xff; 6], own].concat(), [0, 1, 8, 0, 6, 4, 0, 2]);
+    let sides = [&own[..], &v4.octets(), &own, &v4.octets()].concat();
+    let arp = [&ethernet[..], &[8, 6], &reply, &sides].concat();
+    let wire = Wire::open(&peer.netns, "eth0").unwrap();
+    wire.send(&arp).unwrap();
+    wait_for("the host takes it", || {
+        let neighbour = host.run(&format!("ip neigh show {address} dev br0")).ok()?;
+        neighbour.contains(&shown(own)).then_some(())
+    })
+    .unwrap();
+    scene.goes_on_serving();
+}
+
+/// Whoever has an address first keeps it. A container may give itself any.
+#[test]
+fn a_container_that_gives_itself_the_backends_address_gets_none_of_its_packets() {
+    let scene = Scene::new(Family::V4, &[]);
+    let Topology {
+        host,
+        backend,
+        peer,
+        ..
+    } = &scene.topology;
+    let address = backend.address(Family::V4);
+    let check = "containers' addresses";
+    assert_eq!(doctor(host, &[]).unwrap()[check]["ok"], true);
+    let taken = format!("addr add {address}/32 dev eth0");
+    peer.netns.ip(&taken).unwrap();
+    let dispute = format!(
+        "{address} is taken to be behind {}: {} claims it too, and did so later",
+        backend.veth, peer.veth
+    );
+    wait_for("the daemon warns", || {
+        scene.daemon.said().contains(&dispute).then_some(())
+    })
+    .unwrap();
+    let found = doctor(host, &[]).unwrap()[check].clone();
+    assert_eq!(found["ok"], false);
+    assert_eq!(found["found"], dispute);
+    scene.goes_on_serving();
+}
+
+/// An address that the peer adds is its own, until it gives it to another container.
+fn an_address_moves(wrapper: &[&str]) {
+    let scene = Scene::of(Family::V4, Protocol::Udp, wrapper, &[]);
+    let (peer, third) = (&scene.topology.peer.netns, &scene.third.0);
+    let moving = SocketAddr::from(([172, 31, 0, 77], 4000));
+    let add = format!("addr add {}/32 dev eth0", moving.ip());
+    let served = |netns: &Netns| {
+        let socket = netns.enter(|| UdpSocket::bind(moving)).unwrap();
+        let answer = ask_by(&socket, scene.frontend(), "hello").unwrap();
+        assert_eq!(answer.seen, moving);
+    };
+    peer.ip(&add).unwrap();
+    served(peer);
+    let mut ports = 4001..;
+    wait_for("it is known whose address it is", || {
+        // A port that a flow was let begin at is of no use any more.
+        let from = SocketAddr::new(moving.ip(), ports.next()?);
+        let forged = (Protocol::Udp, from, scene.frontend());
+        forge(&scene.topology, third, "br0", forged);
+        (scene.daemon.counted("martian_source").ok()? > 0).then_some(())
+    })
+    .unwrap();
+    served(peer);
+    peer.ip(&format!("addr del {}/32 dev eth0", moving.ip()))
+        .unwrap();
+    third.ip(&add).unwrap();
+    // A flow that the other container began from its port stays that one's.
+    let moving = SocketAddr::new(moving.ip(), 3999);
+    let socket = third.enter(|| UdpSocket::bind(moving)).unwrap();
+    let answer = ask_by(&socket, scene.frontend(), "hello").unwrap();
+    assert_eq!(answer.seen, moving);
+    scene.daemon.stop().unwrap();
+}
+
+#[test]
+fn an_address_is_the_containers_that_has_added_it_until_another_has_it() {
+    an_address_moves(&[]);
+}
+
+/// The daemon does not hear of the change, and asks from time to time.
+#[test]
+fn without_the_right_to_listen_it_is_noticed_whose_an_address_is() {
+    an_address_moves(&[
+        "setpriv",
+        "--bounding-set=-net_broadcast",
+        "--inh-caps=-net_broadcast",
+        "--",
+    ]);
+}
+
+#[test]
+fn a_container_does_not_speak_for_what_is_routed_to_a_neighbour() {
+    let scene = Scene::new(Family::V4, &[]);
+    let Topology { host, peer, .. } = &scene.topology;
+    let route = format!("route add 10.8.0.0/24 via {}", peer.address(Family::V4));
+    host.ip(&route).unwrap();
+    // It may say that it has the address itself.
+    scene.third.0.ip("addr add 10.8.0.7/32 dev eth0").unwrap();
+    let source = SocketAddr::from(([10, 8, 0, 7], 4000));
+    let forged = (Protocol::Udp, source, scene.frontend());
+    // Until the route is known, the source is another machine's, and as bad: an honest one tells when it is.
+    peer.netns.ip("addr add 10.8.0.8/32 dev lo").unwrap();
+    let honest = peer.netns.enter(|| UdpSocket::bind("10.8.0.8:4000"));
+    let honest = honest.unwrap();
+    wait_for("the route is known", || {
+        let seen = ask_by(&honest, scene.frontend(), "hello").ok()?.seen;
+        (seen == honest.local_addr().unwrap()).then_some(())
+    })
+    .unwrap();
+    let before = scene.daemon.counted("martian_source").unwrap();
+    forge(&scene.topology, &scene.third.0, "br0", forged);
+    assert_eq!(scene.daemon.counted("martian_source").unwrap(), before + 1);
     scene.daemon.stop().unwrap();
 }

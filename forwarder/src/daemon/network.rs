@@ -21,6 +21,7 @@ use crate::{
     cli::XdpChoice,
     datapath::devices::{Hook, Place},
     interfaces::{Header, Snapshot},
+    locations,
     spec::Protocol,
 };
 
@@ -31,7 +32,7 @@ impl Daemon {
             return Ok(());
         };
         let before = std::mem::take(&mut self.snapshot);
-        let after = reader.snapshot(&before).await;
+        let after = self.watch.snapshot(reader, &before).await;
         self.snapshot = match after {
             Ok(after) => after,
             Err(error) => {
@@ -46,7 +47,19 @@ impl Daemon {
         }
         self.follow_xdp()?;
         self.ask_for_neighbours().await;
+        self.warn_of_disputes();
         Ok(())
+    }
+
+    /// Warns of each container once, however often it changes its addresses.
+    pub(super) fn warn_of_disputes(&mut self) {
+        let snapshot = &self.snapshot;
+        self.warned.retain(|veth| snapshot.links.contains_key(veth));
+        for (&veth, &address) in &snapshot.disputed {
+            if self.warned.insert(veth) {
+                warn!("{}", locations::dispute(snapshot, veth, address));
+            }
+        }
     }
 
     /// Backends on this machine whose MAC, or the bridge port behind it, isn't known are asked for by the
@@ -96,8 +109,8 @@ impl Daemon {
         let several = backends::has_several_uplinks(&self.snapshot);
         datapath.maps.set_several_uplinks(several)?;
         datapath.maps.set_locations(
-            &backends::locations(before),
-            &backends::locations(&self.snapshot),
+            &locations::locations(before),
+            &locations::locations(&self.snapshot),
         )?;
         self.forget_xdp();
         self.attach_xdp();
@@ -112,13 +125,12 @@ impl Daemon {
             return;
         };
         let respects_firewall = self.options.respect_firewall;
+        let uplinks = backends::uplinks(&self.snapshot);
         let wanted: BTreeMap<Place, String> = backends::attached(&self.snapshot)
             .flat_map(|(ifindex, link)| {
                 let hooks: &[Hook] = match link.header {
                     Header::Ip => &[Hook::IngressIp],
-                    _ if respects_firewall || backends::is_uplink(&self.snapshot, ifindex) => {
-                        &Hook::BOTH_SIDES
-                    }
+                    _ if respects_firewall || uplinks.contains(&ifindex) => &Hook::BOTH_SIDES,
                     _ => &[Hook::Ingress],
                 };
                 hooks
