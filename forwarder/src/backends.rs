@@ -42,7 +42,10 @@ pub fn resolve(snapshot: &Snapshot, backend: IpAddr) -> Result<Resolved, String>
     {
         return Err("the backend is this host".into());
     }
-    let route = best_route(snapshot, backend).ok_or_else(|| format!("no route to {backend}"))?;
+    let route = route_to(snapshot, backend).ok_or_else(|| format!("no route to {backend}"))?;
+    if route.local {
+        return Err("the backend is this host".into());
+    }
     let device = snapshot
         .links
         .get(&route.ifindex)
@@ -310,6 +313,22 @@ fn contains(network: IpAddr, prefix: u8, address: IpAddr) -> bool {
     IpNet::new(network, prefix).is_ok_and(|net| net.contains(&address))
 }
 
+/// Whether only the kernel knows the way to a backend ([`Snapshot::answers`]): rules choose the table, by more than the
+/// destination.
+pub fn takes_an_answer(snapshot: &Snapshot, backend: IpAddr) -> bool {
+    match backend {
+        IpAddr::V4(_) => snapshot.rules.0,
+        IpAddr::V6(_) => snapshot.rules.1,
+    }
+}
+
+fn route_to(snapshot: &Snapshot, backend: IpAddr) -> Option<Route> {
+    match snapshot.answers.get(&backend) {
+        Some(answer) => *answer,
+        None => best_route(snapshot, backend),
+    }
+}
+
 fn best_route(snapshot: &Snapshot, address: IpAddr) -> Option<Route> {
     snapshot
         .routes
@@ -498,6 +517,25 @@ mod tests {
             );
             assert_eq!(IpAddr::from(resolved.source), ip("198.51.100.2"));
         }
+    }
+
+    #[test]
+    fn the_kernels_answer_comes_before_table_main() {
+        let (mut host, backend) = (host(), ip("172.31.0.2"));
+        assert!(!takes_an_answer(&host, backend));
+        host.rules.0 = true;
+        assert!(takes_an_answer(&host, backend));
+        let answer = Route {
+            preferred_source: Some(ip("198.51.100.2")),
+            ..route("172.31.0.0", 16, 2, true)
+        };
+        host.answers.insert(backend, Some(answer));
+        let resolved = resolve(&host, backend).expect("a route");
+        assert_eq!((resolved.hop.ifindex, resolved.remote), (2, true));
+        assert_eq!(IpAddr::from(resolved.source), ip("198.51.100.2"));
+        host.answers.insert(backend, None);
+        let reason = resolve(&host, backend).expect_err("no fast path");
+        assert_eq!(reason, "no route to 172.31.0.2");
     }
 
     #[test]

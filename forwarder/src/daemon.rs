@@ -36,7 +36,7 @@ use crate::{
     cli::{DatapathChoice, Named, Run},
     control::{self, Call, Ending, Request, Response, Socket},
     datapath::{self, Datapath},
-    interfaces::{self, Reader, Snapshot},
+    interfaces::{self, Change, Reader, Snapshot},
     kernel, memory, output,
     proxy::{Held, Idle, Options as ProxyOptions, Proxy, Stop, is_wide, raise_descriptor_limit},
     spec::Spec,
@@ -80,6 +80,8 @@ pub struct Daemon {
     without: String,
     reader: Option<Reader>,
     snapshot: Snapshot,
+    /// Whether the kernel's answers in the snapshot may be out of date.
+    routing_changed: bool,
     publishes: BTreeMap<u32, Published>,
     last_id: u32,
     timeouts: Arc<Timeouts>,
@@ -156,6 +158,7 @@ impl Daemon {
             without,
             reader,
             snapshot: Snapshot::default(),
+            routing_changed: true, // since the first reading, for all that is known
             publishes: BTreeMap::new(),
             last_id: 0,
             timeouts: Arc::new(timeouts),
@@ -208,7 +211,8 @@ impl Daemon {
                     Some(call) => self.answer(call, &untrace).await,
                     None => break,
                 },
-                Some(()) = changes.next() => {
+                Some(change) = changes.next() => {
+                    self.routing_changed |= change == Change::Routing;
                     settled.get_or_insert_with(|| Instant::now() + SETTLE);
                 }
                 () = sleep_until(settled.unwrap_or_else(Instant::now)), if settled.is_some() => {
@@ -268,6 +272,8 @@ impl Daemon {
         for id in drained {
             self.unpublish(id, Ending::Cut).await?;
         }
+        self.ask_for_routes(specs.iter().map(|spec| spec.backend))
+            .await;
         let mut ids = Vec::new();
         for spec in specs {
             match self.publish_one(spec, allow).await {

@@ -2,6 +2,8 @@
 //! forwarding tables, read by netlink as one [`Snapshot`], and a watch that tells when to read again.
 //! What follows from a snapshot is decided in `backends.rs`.
 
+mod rules;
+
 use std::{
     collections::{BTreeMap, HashMap},
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
@@ -9,8 +11,9 @@ use std::{
 
 use anyhow::{Context as _, Result};
 use futures_util::{Stream, StreamExt as _};
+use netlink_packet_core::NetlinkPayload;
 use netlink_packet_route::{
-    AddressFamily,
+    AddressFamily, RouteNetlinkMessage,
     address::{AddressAttribute, AddressMessage},
     link::{InfoKind, LinkAttribute, LinkFlags, LinkInfo, LinkLayerType, LinkMessage},
     neighbour::{
@@ -103,6 +106,10 @@ pub struct Snapshot {
     pub forwarding: HashMap<(u32, Mac), u32>,
     /// Whether this host routes IPv4, and IPv6.
     pub forwards: (bool, bool),
+    /// Whether other rules than the kernel's own choose routes, for IPv4 and IPv6: then `routes` do not tell the way.
+    pub rules: (bool, bool),
+    /// The kernel's answers for single addresses; `None` where it has no route.
+    pub answers: HashMap<IpAddr, Option<Route>>,
 }
 
 /// A netlink connection that reads snapshots.
@@ -134,7 +141,7 @@ impl Reader {
 
     /// Reads everything. What `previous` knew of a bridge's ports is kept while the port is
     /// there and the MAC is not known elsewhere: the fast path goes round the bridge, which
-    /// therefore forgets.
+    /// therefore forgets. Its answers are kept too: who asks knows when they are out of date.
     ///
     /// # Errors
     /// The kernel refuses a dump.
@@ -160,6 +167,8 @@ impl Reader {
             .get()
             .set_address_family(AddressFamily::Bridge);
         let entries: Vec<_> = collect(bridges.execute(), "bridge forwarding tables").await?;
+        snapshot.rules = self.has_rules().await?;
+        snapshot.answers = previous.answers.clone();
         snapshot.forwards = (is_on("ipv4/ip_forward"), is_on("ipv6/conf/all/forwarding"));
         let links = &snapshot.links;
         snapshot.forwarding = entries
@@ -215,11 +224,19 @@ fn is_on(setting: &str) -> bool {
     std::fs::read_to_string(format!("/proc/sys/net/{setting}")).is_ok_and(|text| text.trim() != "0")
 }
 
+/// What an event is about.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Change {
+    /// Something that decides by which route an address is reached, and from which source.
+    Routing,
+    Other,
+}
+
 /// A stream that yields when something that a snapshot holds has changed.
 ///
 /// # Errors
 /// The kernel refuses the socket.
-pub fn changes() -> Result<impl Stream<Item = ()> + Unpin> {
+pub fn changes() -> Result<impl Stream<Item = Change> + Unpin> {
     let (connection, _, messages) = rtnetlink::new_multicast_connection(&[
         MulticastGroup::Link,
         MulticastGroup::Neigh,
@@ -227,12 +244,28 @@ pub fn changes() -> Result<impl Stream<Item = ()> + Unpin> {
         MulticastGroup::Ipv6Ifaddr,
         MulticastGroup::Ipv4Route,
         MulticastGroup::Ipv6Route,
+        MulticastGroup::Ipv4Rule,
+        MulticastGroup::Ipv6Rule,
         MulticastGroup::Ipv4Netconf,
         MulticastGroup::Ipv6Netconf,
     ])
     .context("open a netlink socket for events")?;
     tokio::spawn(connection);
-    Ok(messages.map(|_| ()))
+    Ok(messages.map(|(message, _)| change(&message.payload)))
+}
+
+fn change(event: &NetlinkPayload<RouteNetlinkMessage>) -> Change {
+    use RouteNetlinkMessage as Message;
+    match event {
+        NetlinkPayload::InnerMessage(
+            Message::NewNeighbour(_)
+            | Message::DelNeighbour(_)
+            | Message::NewQueueDiscipline(_)
+            | Message::DelQueueDiscipline(_),
+        ) => Change::Other,
+        // Where events were lost, any may have been.
+        _ => Change::Routing,
+    }
 }
 
 async fn collect<T>(
@@ -333,7 +366,19 @@ fn ip(address: &RouteAddress) -> Option<IpAddr> {
     }
 }
 
+/// A route that every packet may take: of table main, or of this host's own addresses.
 fn route(message: &RouteMessage) -> Option<Route> {
+    let (route, table) = route_and_table(message)?;
+    let wanted = if route.local {
+        RT_TABLE_LOCAL
+    } else {
+        u32::from(RouteHeader::RT_TABLE_MAIN)
+    };
+    (table == wanted).then_some(route)
+}
+
+/// A route that leads somewhere, and the table that it is in.
+fn route_and_table(message: &RouteMessage) -> Option<(Route, u32)> {
     let header = &message.header;
     let unspecified = match header.address_family {
         AddressFamily::Inet => IpAddr::V4(Ipv4Addr::UNSPECIFIED),
@@ -365,10 +410,8 @@ fn route(message: &RouteMessage) -> Option<Route> {
             _ => {}
         }
     }
-    let main = u32::from(RouteHeader::RT_TABLE_MAIN);
-    let usable = header.kind == RouteType::Unicast && table == main
-        || header.kind == RouteType::Local && table == RT_TABLE_LOCAL;
-    (usable && route.ifindex != 0).then_some(route)
+    let leads = matches!(header.kind, RouteType::Unicast | RouteType::Local);
+    (leads && route.ifindex != 0).then_some((route, table))
 }
 
 fn mac(message: &NeighbourMessage) -> Option<Mac> {

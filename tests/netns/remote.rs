@@ -385,3 +385,22 @@ fn a_silent_backend_by_tc_is_found_again() {
 fn a_silent_backend_by_xdp_is_found_again() {
     a_silent_backend_is_found_again("native");
 }
+
+/// Table main would lead to the machine beside the client.
+#[test]
+fn a_machine_whose_route_is_in_another_table_is_reached_by_that_route() {
+    let lan = Lan::new();
+    let _backends = lan.backends();
+    let near = LAN.address(V4, OTHER);
+    lan.host
+        .ip(&format!(
+            "route add default via {near}\nroute del 203.0.113.0/24 dev eth1\n\
+             route add 203.0.113.0/24 dev eth1 table 52\nrule add to 203.0.113.0/24 lookup 52"
+        ))
+        .unwrap();
+    for protocol in [Tcp, Udp] {
+        let daemon = lan.publish(Where::Far, V4, protocol, "off");
+        on_the_fast_path(&daemon, || lan.served(Where::Far, V4, protocol));
+        daemon.stop().unwrap();
+    }
+}

@@ -1,7 +1,10 @@
 //! The part of the daemon that follows the network: one reading after another, and the kernel's maps,
 //! attachments and neighbours made to match it.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    net::IpAddr,
+};
 
 use anyhow::Result;
 use forwarder_common::{
@@ -39,6 +42,12 @@ impl Daemon {
                 return Err(error);
             }
         };
+        if std::mem::take(&mut self.routing_changed) {
+            self.snapshot.answers.clear();
+        }
+        let backends = self.publishes.values();
+        let backends: Vec<IpAddr> = backends.map(|published| published.spec.backend).collect();
+        self.ask_for_routes(backends).await;
         self.reconcile_devices(&before)?;
         let ids: Vec<u32> = self.publishes.keys().copied().collect();
         for id in ids {
@@ -47,6 +56,23 @@ impl Daemon {
         self.follow_xdp()?;
         self.ask_for_neighbours().await;
         Ok(())
+    }
+
+    /// Asks the kernel for the way to backends that only it knows: once for each, until routing changes.
+    pub(super) async fn ask_for_routes(&mut self, backends: impl IntoIterator<Item = IpAddr>) {
+        let Some(reader) = &self.reader else {
+            return;
+        };
+        for backend in backends {
+            let is_known = self.snapshot.answers.contains_key(&backend);
+            if is_known || !backends::takes_an_answer(&self.snapshot, backend) {
+                continue;
+            }
+            match reader.route_to(backend).await {
+                Ok(answer) => drop(self.snapshot.answers.insert(backend, answer)),
+                Err(error) => warn!("the route to {backend}: {error:#}"),
+            }
+        }
     }
 
     /// Backends on this machine whose MAC, or the bridge port behind it, isn't known are asked for by the
