@@ -17,6 +17,8 @@ use crate::{
     cli::XdpChoice,
     datapath::xdp::Mode,
     interfaces::{Header, Kind, Link, Route, Snapshot},
+    spec::Spec,
+    xfrm::{self, Policy},
 };
 
 /// How the fast path reaches a backend.
@@ -122,6 +124,16 @@ pub fn through_the_stack(
             "--respect-firewall: the host does not forward; `sysctl {setting}=1` would change that"
         ))
     }
+}
+
+/// The IPsec policy that keeps a publish from the fast path, if there is one: one that can match packets of some client and
+/// a frontend address or the backend.
+pub fn covering_policy<'a>(snapshot: &'a Snapshot, spec: &Spec) -> Option<&'a Policy> {
+    let one = spec.address.filter(|address| !address.is_unspecified());
+    let local = snapshot.addresses.iter().map(|local| local.address);
+    let frontends = local.filter(move |_| one.is_none()).chain(one);
+    let ours = frontends.chain([spec.backend]);
+    xfrm::covering(&snapshot.policies, spec.protocol, ours)
 }
 
 /// How frames get to what is behind a container's or a virtual machine's device.
@@ -387,7 +399,10 @@ pub fn locations(snapshot: &Snapshot) -> BTreeMap<IpNet, Location> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::interfaces::{Local, Mac, Neighbour};
+    use crate::{
+        interfaces::{Local, Mac, Neighbour},
+        xfrm::{Direction, Selector},
+    };
 
     const MAC_A: Mac = [2, 0, 0, 0, 0, 0xa];
     const NEIGHBOUR: Neighbour = Neighbour {
@@ -536,6 +551,29 @@ mod tests {
         host.answers.insert(backend, None);
         let reason = resolve(&host, backend).expect_err("no fast path");
         assert_eq!(reason, "no route to 172.31.0.2");
+    }
+
+    #[test]
+    fn a_publish_on_one_address_is_not_covered_by_policies_of_the_others() {
+        let mut host = host();
+        host.policies.push(Policy {
+            direction: Direction::Out,
+            selector: Some(Selector {
+                source: "198.51.100.2/32".parse().expect("a literal"),
+                destination: "203.0.113.0/24".parse().expect("a literal"),
+                protocol: 0,
+            }),
+            blocks: false,
+        });
+        let covered = |spec: &str| {
+            let spec = spec.parse().expect("a literal");
+            covering_policy(&host, &spec).is_some()
+        };
+        assert!(covered("8080:172.31.0.2:80"));
+        assert!(covered("0.0.0.0:8080:172.31.0.2:80"));
+        assert!(covered("198.51.100.2:8080:172.31.0.2:80/udp"));
+        assert!(!covered("172.31.0.1:8080:172.31.0.2:80"));
+        assert!(covered("172.31.0.1:8080:203.0.113.7:80"), "the backend's");
     }
 
     #[test]

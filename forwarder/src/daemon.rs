@@ -57,6 +57,8 @@ struct Published {
     entry: Option<Entry>,
     /// Why the fast path doesn't serve it.
     reason: Option<String>,
+    /// An IPsec policy keeps it from the fast path.
+    covered: bool,
     /// One socket in each family holds all of its ports.
     steered: bool,
     /// Whether its ports are in `PORTS` and `FRONTENDS`.
@@ -306,6 +308,7 @@ impl Daemon {
             proxy: Some(Proxy::start(held, spec.clone(), options, &self.idle)?),
             entry: None,
             reason: self.datapath.is_none().then(|| self.without.clone()),
+            covered: false,
             steered,
             in_front: false,
             ended: (0, 0),
@@ -390,7 +393,7 @@ impl Daemon {
             self.resolve(id)?;
         } else {
             self.set_frontends(id, false)?;
-            self.remove_flows(id)?;
+            self.remove_flows(&BTreeSet::from([id]))?;
             if let Some(datapath) = &mut self.datapath {
                 datapath.maps.set_publish(id, &Entry::default())?;
             }

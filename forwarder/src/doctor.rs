@@ -10,6 +10,7 @@ use crate::{
     datapath::{self, Datapath, devices::has_others_at_egress},
     interfaces::{Kind, Reader, Snapshot},
     kernel::{Attach, Kernel, Memory, has_bpffs, kernel},
+    xfrm::Policy,
 };
 
 /// One finding.
@@ -79,17 +80,8 @@ pub fn examine() -> Vec<Finding> {
     if let Some(lockdown) = &kernel.lockdown {
         add("lockdown", true, lockdown, "");
     }
-    if let Ok(bypassed) = bypassed() {
-        add(
-            "containers' links",
-            bypassed.is_empty(),
-            &if bypassed.is_empty() {
-                "nobody else's tc programs on the way in".into()
-            } else {
-                format!("tc egress of {} has others' programs", bypassed.join(", "))
-            },
-            "what is forwarded into a container goes past them; with --respect-firewall they see it",
-        );
+    if let Ok(snapshot) = snapshot() {
+        add_network(&snapshot, &mut add);
     }
     let ipv6 = Path::new("/proc/net/if_inet6").exists();
     add(
@@ -101,20 +93,47 @@ pub fn examine() -> Vec<Finding> {
     findings
 }
 
-/// The links of containers that others have programs on, which forwarded packets do not meet.
-fn bypassed() -> anyhow::Result<Vec<String>> {
+fn snapshot() -> anyhow::Result<Snapshot> {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()?;
-    let snapshot =
-        runtime.block_on(async { Reader::open()?.snapshot(&Snapshot::default()).await })?;
-    let links = snapshot.links.into_iter().filter(|(ifindex, link)| {
+    runtime.block_on(async { Reader::open()?.snapshot(&Snapshot::default()).await })
+}
+
+/// What others have set up in the network that forwarded packets would not meet.
+fn add_network(snapshot: &Snapshot, add: &mut impl FnMut(&'static str, bool, &str, &str)) {
+    let mut named = |check, none: &str, found: &[String], remedy| {
+        let text = found.join(", ");
+        let found = if found.is_empty() { none } else { &text };
+        add(check, text.is_empty(), found, remedy);
+    };
+    let links: Vec<String> = bypassed(snapshot)
+        .map(|name| format!("tc egress of {name} has others' programs"))
+        .collect();
+    named(
+        "containers' links",
+        "nobody else's tc programs on the way in",
+        &links,
+        "what is forwarded into a container goes past them; with --respect-firewall they see it",
+    );
+    let policies: Vec<String> = snapshot.policies.iter().map(Policy::to_string).collect();
+    named(
+        "IPsec",
+        "no policies",
+        &policies,
+        "nothing is forwarded past a policy: publishes that one of them can match are served in user space",
+    );
+}
+
+/// The links of containers that others have programs on, which forwarded packets do not meet.
+fn bypassed(snapshot: &Snapshot) -> impl Iterator<Item = &str> {
+    let links = snapshot.links.iter().filter(|(ifindex, link)| {
         let of_container = Kind::Veth {
             peer_elsewhere: true,
         };
-        link.kind == of_container && has_others_at_egress(*ifindex, &link.name)
+        link.kind == of_container && has_others_at_egress(**ifindex, &link.name)
     });
-    Ok(links.map(|(_, link)| link.name).collect())
+    links.map(|(_, link)| link.name.as_str())
 }
 
 /// What only a privileged process can ask for.

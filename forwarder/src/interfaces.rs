@@ -23,6 +23,8 @@ use netlink_packet_route::{
 };
 use rtnetlink::{Handle, MulticastGroup, RouteMessageBuilder};
 
+use crate::xfrm::{self, Policy};
+
 pub type Mac = [u8; 6];
 
 /// include/uapi/linux/rtnetlink.h
@@ -110,6 +112,8 @@ pub struct Snapshot {
     pub rules: (bool, bool),
     /// The kernel's answers for single addresses; `None` where it has no route.
     pub answers: HashMap<IpAddr, Option<Route>>,
+    /// IPsec policies that forbid packets or transform them.
+    pub policies: Vec<Policy>,
 }
 
 /// A netlink connection that reads snapshots.
@@ -169,6 +173,7 @@ impl Reader {
         let entries: Vec<_> = collect(bridges.execute(), "bridge forwarding tables").await?;
         snapshot.rules = self.has_rules().await?;
         snapshot.answers = previous.answers.clone();
+        snapshot.policies = xfrm::policies().await?;
         snapshot.forwards = (is_on("ipv4/ip_forward"), is_on("ipv6/conf/all/forwarding"));
         let links = &snapshot.links;
         snapshot.forwarding = entries
@@ -251,7 +256,9 @@ pub fn changes() -> Result<impl Stream<Item = Change> + Unpin> {
     ])
     .context("open a netlink socket for events")?;
     tokio::spawn(connection);
-    Ok(messages.map(|(message, _)| change(&message.payload)))
+    let network = messages.map(|(message, _)| change(&message.payload));
+    let policies = xfrm::changes().map(|()| Change::Other);
+    Ok(futures_util::stream::select(network, policies))
 }
 
 fn change(event: &NetlinkPayload<RouteNetlinkMessage>) -> Change {

@@ -15,3 +15,4 @@ mod memory;
 pub mod output;
 pub mod proxy;
 pub mod spec;
+pub mod xfrm;

@@ -50,12 +50,23 @@ impl Daemon {
         self.ask_for_routes(backends).await;
         self.reconcile_devices(&before)?;
         let ids: Vec<u32> = self.publishes.keys().copied().collect();
+        let before = self.covered();
         for id in ids {
             self.resolve(id)?;
+        }
+        let newly: BTreeSet<u32> = &self.covered() - &before;
+        if !newly.is_empty() {
+            self.remove_flows(&newly)?;
         }
         self.follow_xdp()?;
         self.ask_for_neighbours().await;
         Ok(())
+    }
+
+    /// Publishes that an IPsec policy covers: flows that were begun before would go round it.
+    fn covered(&self) -> BTreeSet<u32> {
+        let covered = self.publishes.iter().filter(|(_, p)| p.covered);
+        covered.map(|(id, _)| *id).collect()
     }
 
     /// Asks the kernel for the way to backends that only it knows: once for each, until routing changes.
@@ -251,8 +262,13 @@ impl Daemon {
             Protocol::Sctp => Err("SCTP is served in user space".to_owned()),
             Protocol::Tcp | Protocol::Udp => backends::resolve(&self.snapshot, spec.backend),
         };
+        let policy = backends::covering_policy(&self.snapshot, spec);
+        published.covered = policy.is_some();
         let stack = self.options.respect_firewall;
         let resolved = resolved.and_then(|resolved| {
+            if let Some(policy) = policy {
+                return Err(format!("an IPsec policy covers it: {policy}"));
+            }
             if stack {
                 backends::through_the_stack(&self.snapshot, spec.backend, &resolved)?;
             }
