@@ -136,16 +136,14 @@ pub fn covering_policy<'a>(snapshot: &'a Snapshot, spec: &Spec) -> Option<&'a Po
     xfrm::covering(&snapshot.policies, spec.protocol, ours)
 }
 
-/// How frames get to what is behind a container's or a virtual machine's device.
+/// How frames get to what is behind a container's or a virtual machine's device. Straight to a veth's other end nothing waits in
+/// the veth's own queue, so a limit there would not be met.
 fn way_to(port: &Link) -> Option<u32> {
     match port.kind {
         Kind::Veth {
             peer_elsewhere: true,
-        } => Some(delivery::PEER),
-        Kind::Veth {
-            peer_elsewhere: false,
-        }
-        | Kind::Tap => Some(delivery::DEVICE),
+        } if port.queueing.shaper.is_none() => Some(delivery::PEER),
+        Kind::Veth { .. } | Kind::Tap => Some(delivery::DEVICE),
         Kind::Other | Kind::Loopback | Kind::Bridge | Kind::Bond => None,
     }
 }
@@ -192,6 +190,11 @@ pub fn attached(snapshot: &Snapshot) -> impl Iterator<Item = (u32, &Link)> {
     })
 }
 
+/// Whether XDP may send and take packets of a device: they meet no queue.
+pub fn allows_xdp(link: &Link) -> bool {
+    link.queueing.shaper.is_none()
+}
+
 /// The devices that get the XDP program, and how: uplinks. Not veths by default: with native XDP the other end loses
 /// TSO; and not generically by default, which comes after GRO and copies.
 pub fn with_xdp(snapshot: &Snapshot, choice: XdpChoice) -> impl Iterator<Item = (u32, Mode)> {
@@ -200,7 +203,7 @@ pub fn with_xdp(snapshot: &Snapshot, choice: XdpChoice) -> impl Iterator<Item = 
     attached(snapshot).filter_map(move |(index, link)| {
         let mode = match (choice, link.kind) {
             (XdpChoice::Off, _) | (_, Kind::Loopback | Kind::Tap) => return None,
-            _ if link.header != Header::Ethernet => return None,
+            _ if link.header != Header::Ethernet || !allows_xdp(link) => return None,
             (XdpChoice::Auto, Kind::Veth { .. }) => return None,
             (XdpChoice::Auto | XdpChoice::Native, _) => Mode::Native,
             (XdpChoice::Generic, _) => Mode::Generic,
@@ -400,7 +403,7 @@ pub fn locations(snapshot: &Snapshot) -> BTreeMap<IpNet, Location> {
 mod tests {
     use super::*;
     use crate::{
-        interfaces::{Local, Mac, Neighbour},
+        interfaces::{Local, Mac, Neighbour, Queueing},
         xfrm::{Direction, Selector},
     };
 
@@ -420,6 +423,7 @@ mod tests {
             controller,
             up: true,
             mtu: 1500,
+            queueing: Queueing::default(),
         }
     }
 
@@ -496,6 +500,22 @@ mod tests {
                 delivery: delivery::PEER
             }
         );
+    }
+
+    #[test]
+    fn where_a_limit_is_packets_pass_the_queue() {
+        let mut host = host();
+        host.neighbours.insert((3, ip("172.31.0.2")), NEIGHBOUR);
+        host.forwarding.insert((3, MAC_A), 4);
+        let xdp = |host: &Snapshot| with_xdp(host, XdpChoice::Native).count();
+        assert_eq!(xdp(&host), 1, "the uplink");
+        for ifindex in [2, 4] {
+            let link = host.links.get_mut(&ifindex).expect("there");
+            link.queueing.shaper = Some("tbf".into());
+        }
+        let hop = resolve(&host, ip("172.31.0.2")).expect("a route").hop;
+        assert_eq!((hop.delivery, hop.ifindex), (delivery::DEVICE, 4));
+        assert_eq!(xdp(&host), 0);
     }
 
     #[test]

@@ -1,14 +1,16 @@
 //! What this machine can do for the fast path, and what would change it. What is loaded, and on kernels
 //! without TCX attached to `lo` for a moment, goes again; nothing is changed.
 
-use std::path::Path;
+use std::{collections::BTreeSet, path::Path};
 
-use forwarder_common::limits;
+use forwarder_common::{flow::delivery, limits, publish::Interface};
 use serde::Serialize;
 
 use crate::{
-    datapath::{self, Datapath, devices::has_others_at_egress},
-    interfaces::{Kind, Reader, Snapshot},
+    backends,
+    clsact::Side,
+    datapath::{self, Datapath, devices::has_others},
+    interfaces::{Link, Reader, Snapshot},
     kernel::{Attach, Kernel, Memory, has_bpffs, kernel},
     xfrm::Policy,
 };
@@ -107,15 +109,29 @@ fn add_network(snapshot: &Snapshot, add: &mut impl FnMut(&'static str, bool, &st
         let found = if found.is_empty() { none } else { &text };
         add(check, text.is_empty(), found, remedy);
     };
-    let links: Vec<String> = bypassed(snapshot)
-        .map(|name| format!("tc egress of {name} has others' programs"))
-        .collect();
+    let by_neighbour = |(_, device): &(u32, Interface)| device.delivery == delivery::NEIGHBOUR;
+    let uplinks = backends::interfaces(snapshot).filter(by_neighbour);
+    let uplinks: BTreeSet<u32> = uplinks.map(|(ifindex, _)| ifindex).collect();
+    let (uplinks, containers): (Vec<_>, Vec<_>) =
+        backends::attached(snapshot).partition(|(ifindex, _)| uplinks.contains(ifindex));
+    let sides = [Side::Egress, Side::Ingress];
     named(
         "containers' links",
-        "nobody else's tc programs on the way in",
-        &links,
-        "what is forwarded into a container goes past them; with --respect-firewall they see it",
+        "nobody else's tc programs",
+        &bypassed(&containers, &sides),
+        "what is forwarded into a container, and its answers, go past them; with --respect-firewall those at egress see it",
     );
+    named(
+        "uplinks",
+        "nobody else's tc programs on the way in",
+        &bypassed(&uplinks, &[Side::Ingress]),
+        "packets of published ports go past them",
+    );
+    let shaped = snapshot.links.values().filter_map(|link| {
+        let shaper = link.queueing.shaper.as_ref()?;
+        Some(format!("{} ({shaper})", link.name))
+    });
+    let shaped: Vec<String> = shaped.collect();
     let policies: Vec<String> = snapshot.policies.iter().map(Policy::to_string).collect();
     named(
         "IPsec",
@@ -123,17 +139,28 @@ fn add_network(snapshot: &Snapshot, add: &mut impl FnMut(&'static str, bool, &st
         &policies,
         "nothing is forwarded past a policy: publishes that one of them can match are served in user space",
     );
+    // Packets pass these queues, so there is nothing to change.
+    let shaped = if shaped.is_empty() {
+        "no limits by qdiscs".into()
+    } else {
+        format!("limits are met on {}", shaped.join(", "))
+    };
+    add("shaping", true, &shaped, "");
 }
 
-/// The links of containers that others have programs on, which forwarded packets do not meet.
-fn bypassed(snapshot: &Snapshot) -> impl Iterator<Item = &str> {
-    let links = snapshot.links.iter().filter(|(ifindex, link)| {
-        let of_container = Kind::Veth {
-            peer_elsewhere: true,
-        };
-        link.kind == of_container && has_others_at_egress(**ifindex, &link.name)
-    });
-    links.map(|(_, link)| link.name.as_str())
+/// Sides of links that others have programs on, which forwarded packets do not meet.
+fn bypassed(links: &[(u32, &Link)], sides: &[Side]) -> Vec<String> {
+    let mut found = Vec::new();
+    for (ifindex, link) in links {
+        for &side in sides {
+            let has_filters = side == Side::Ingress || !link.queueing.ingress_only;
+            if has_others(side, *ifindex, &link.name, has_filters) {
+                let side = side.name();
+                found.push(format!("tc {side} of {} has others' programs", link.name));
+            }
+        }
+    }
+    found
 }
 
 /// What only a privileged process can ask for.

@@ -20,6 +20,7 @@ use netlink_packet_route::{
         NeighbourAddress, NeighbourAttribute, NeighbourFlags, NeighbourMessage, NeighbourState,
     },
     route::{RouteAddress, RouteAttribute, RouteHeader, RouteMessage, RouteType},
+    tc::{TcAttribute, TcHandle, TcMessage},
 };
 use rtnetlink::{Handle, MulticastGroup, RouteMessageBuilder};
 
@@ -68,6 +69,16 @@ pub struct Link {
     pub controller: Option<u32>,
     pub up: bool,
     pub mtu: u32,
+    pub queueing: Queueing,
+}
+
+/// The queueing disciplines of a device, as far as the fast path has to do with them.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Queueing {
+    /// The kind of the root qdisc, where that may hold packets back to meet a limit.
+    pub shaper: Option<String>,
+    /// The qdisc `ingress`, which has no egress side as `clsact` has.
+    pub ingress_only: bool,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -153,6 +164,11 @@ impl Reader {
         let mut snapshot = Snapshot::default();
         let links: Vec<_> = collect(self.handle.link().get().execute(), "links").await?;
         snapshot.links = links.iter().filter_map(link).collect();
+        let qdiscs: Vec<_> = collect(self.handle.qdisc().get().execute(), "qdiscs").await?;
+        for qdisc in &qdiscs {
+            let link = snapshot.links.get_mut(&qdisc.header.index.cast_unsigned());
+            link.map(|link| link.queueing.note(qdisc));
+        }
         let addresses: Vec<_> = collect(self.handle.address().get().execute(), "addresses").await?;
         snapshot.addresses = addresses.iter().filter_map(address).collect();
         let v4 = RouteMessageBuilder::<Ipv4Addr>::new().build();
@@ -245,6 +261,7 @@ pub fn changes() -> Result<impl Stream<Item = Change> + Unpin> {
     let (connection, _, messages) = rtnetlink::new_multicast_connection(&[
         MulticastGroup::Link,
         MulticastGroup::Neigh,
+        MulticastGroup::Tc,
         MulticastGroup::Ipv4Ifaddr,
         MulticastGroup::Ipv6Ifaddr,
         MulticastGroup::Ipv4Route,
@@ -268,7 +285,9 @@ fn change(event: &NetlinkPayload<RouteNetlinkMessage>) -> Change {
             Message::NewNeighbour(_)
             | Message::DelNeighbour(_)
             | Message::NewQueueDiscipline(_)
-            | Message::DelQueueDiscipline(_),
+            | Message::DelQueueDiscipline(_)
+            | Message::NewTrafficFilter(_)
+            | Message::DelTrafficFilter(_),
         ) => Change::Other,
         // Where events were lost, any may have been.
         _ => Change::Routing,
@@ -340,8 +359,45 @@ fn link(message: &LinkMessage) -> Option<(u32, Link)> {
             controller,
             up,
             mtu,
+            queueing: Queueing::default(),
         },
     ))
+}
+
+/// Root qdiscs that hold no packet back: queues, and those that share the link among flows or devices' queues.
+const NOT_SHAPING: [&str; 16] = [
+    "noqueue",
+    "noop",
+    "pfifo",
+    "bfifo",
+    "pfifo_fast",
+    "pfifo_head_drop",
+    "fq",
+    "fq_codel",
+    "fq_pie",
+    "codel",
+    "pie",
+    "sfq",
+    "red",
+    "hhf",
+    "mq",
+    "mqprio",
+];
+
+impl Queueing {
+    fn note(&mut self, qdisc: &TcMessage) {
+        let kind = qdisc.attributes.iter().find_map(|a| match a {
+            TcAttribute::Kind(kind) => Some(kind.as_str()),
+            _ => None,
+        });
+        match kind {
+            Some("ingress") => self.ingress_only = true,
+            Some(kind) if qdisc.header.parent == TcHandle::ROOT && !NOT_SHAPING.contains(&kind) => {
+                self.shaper = Some(kind.to_owned());
+            }
+            _ => {}
+        }
+    }
 }
 
 fn address(message: &AddressMessage) -> Option<Local> {

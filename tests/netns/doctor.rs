@@ -110,6 +110,22 @@ fn doctor_names_containers_links_whose_filters_are_gone_past() {
     daemon.stop().unwrap();
 }
 
+#[test]
+fn doctor_tells_the_two_sides_of_a_link_apart() {
+    let topology = Topology::new().unwrap();
+    let Topology { host, backend, .. } = &topology;
+    for device in ["eth0", backend.veth.as_str()] {
+        host.run(&format!("tc qdisc add dev {device} ingress"))
+            .unwrap();
+        somebodys_filter(host, device, "ingress");
+    }
+    let findings = doctor(host, &[]).unwrap();
+    let found = |device| format!("tc ingress of {device} has others' programs");
+    let veth = &findings["containers' links"]["found"];
+    assert_eq!(*veth, found(backend.veth.as_str()));
+    assert_eq!(findings["uplinks"]["found"], found("eth0"));
+}
+
 /// The fast path does without something that `doctor` misses.
 fn served_without(wrapper: &[&str], check: &str) {
     let found = &findings(wrapper)[check];

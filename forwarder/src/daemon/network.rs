@@ -219,7 +219,7 @@ impl Daemon {
         more
     }
 
-    /// The XDP programs of devices that have gone.
+    /// The XDP programs of devices that have gone, or allow none any more.
     fn forget_xdp(&mut self) {
         let links = &self.snapshot.links;
         self.without_xdp.retain(|i| links.contains_key(i));
@@ -227,7 +227,8 @@ impl Daemon {
             return;
         };
         let gone = datapath.xdp().map(|(ifindex, _)| ifindex);
-        let gone: Vec<u32> = gone.filter(|i| !links.contains_key(i)).collect();
+        let allows = |i: &u32| links.get(i).is_some_and(backends::allows_xdp);
+        let gone: Vec<u32> = gone.filter(|i| !allows(i)).collect();
         gone.into_iter().for_each(|i| datapath.detach_xdp(i));
     }
 
