@@ -14,7 +14,7 @@ use futures_util::{Stream, StreamExt as _};
 use netlink_packet_core::NetlinkPayload;
 use netlink_packet_route::{
     AddressFamily, RouteNetlinkMessage,
-    address::{AddressAttribute, AddressMessage},
+    address::{AddressAttribute, AddressFlags, AddressMessage},
     link::{InfoKind, LinkAttribute, LinkFlags, LinkInfo, LinkLayerType, LinkMessage},
     neighbour::{
         NeighbourAddress, NeighbourAttribute, NeighbourFlags, NeighbourMessage, NeighbourState,
@@ -86,6 +86,25 @@ pub struct Local {
     pub ifindex: u32,
     pub address: IpAddr,
     pub prefix: u8,
+    pub standing: Standing,
+}
+
+/// Whether this host sends from an address of its own (RFC 4862).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Standing {
+    /// Another machine may have it: it is being looked for (tentative), or was found.
+    Unusable,
+    /// Not for what begins now.
+    Deprecated,
+    Preferred,
+}
+
+/// The kernel's answer to how it reaches one address.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Answer {
+    pub route: Route,
+    /// The address that it sends from (RFC 6724), where the route names none.
+    pub source: Option<IpAddr>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -122,7 +141,7 @@ pub struct Snapshot {
     /// Whether other rules than the kernel's own choose routes, for IPv4 and IPv6: then `routes` do not tell the way.
     pub rules: (bool, bool),
     /// The kernel's answers for single addresses; `None` where it has no route.
-    pub answers: HashMap<IpAddr, Option<Route>>,
+    pub answers: HashMap<IpAddr, Option<Answer>>,
     /// IPsec policies that forbid packets or transform them.
     pub policies: Vec<Policy>,
 }
@@ -418,7 +437,27 @@ fn address(message: &AddressMessage) -> Option<Local> {
         ifindex: message.header.index,
         address,
         prefix: message.header.prefix_len,
+        standing: standing(message),
     })
+}
+
+/// IPv4 knows none of this: its addresses are used whatever their lifetime.
+fn standing(message: &AddressMessage) -> Standing {
+    let flags = message.attributes.iter().find_map(|a| match a {
+        AddressAttribute::Flags(flags) => Some(*flags),
+        _ => None,
+    });
+    let flags = flags.unwrap_or(AddressFlags::empty());
+    let has = |flag| flags.contains(flag);
+    if message.header.family != AddressFamily::Inet6 {
+        Standing::Preferred
+    } else if has(AddressFlags::Dadfailed) || has(AddressFlags::Tentative) {
+        Standing::Unusable
+    } else if has(AddressFlags::Deprecated) {
+        Standing::Deprecated
+    } else {
+        Standing::Preferred
+    }
 }
 
 fn ip(address: &RouteAddress) -> Option<IpAddr> {

@@ -273,7 +273,11 @@ impl Daemon {
             if stack {
                 backends::through_the_stack(&self.snapshot, spec.backend, &resolved)?;
             }
-            Ok(resolved)
+            let present = published.entry.map(|entry| entry.source);
+            let keeps =
+                |source: &Address| backends::keeps_source(&self.snapshot, spec.backend, *source);
+            let source = present.filter(keeps).unwrap_or(resolved.source);
+            Ok(Resolved { source, ..resolved })
         });
         let (resolved, reason) = match resolved {
             Ok(resolved) => (resolved, None),

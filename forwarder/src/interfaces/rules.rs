@@ -14,7 +14,7 @@ use netlink_packet_route::{
 };
 use rtnetlink::{IpVersion, RouteMessageBuilder};
 
-use super::{RT_TABLE_LOCAL, Reader, Route, collect, ip, route_and_table};
+use super::{Answer, RT_TABLE_LOCAL, Reader, collect, ip, route_and_table};
 
 /// The priorities and tables of the rules that a network namespace begins with: local, main and, for IPv4, default
 /// (`fib_default_rules_init` in net/ipv4/fib_rules.c).
@@ -33,12 +33,11 @@ impl Reader {
         Ok((has[0], has[1]))
     }
 
-    /// The route that the kernel takes to an address, with the source address that it chooses (RFC 6724). `None`: it has
-    /// none, or a rule or a route forbids it.
+    /// How the kernel reaches an address. `None`: it has no route, or a rule or a route forbids it.
     ///
     /// # Errors
     /// The kernel does not answer.
-    pub async fn route_to(&self, destination: IpAddr) -> Result<Option<Route>> {
+    pub async fn route_to(&self, destination: IpAddr) -> Result<Option<Answer>> {
         // As `connect` does it: the source follows from the route, and then a rule may choose another route by the source.
         let Some(chosen) = self.ask_route(question(destination, None)).await? else {
             return Ok(None);
@@ -51,15 +50,11 @@ impl Reader {
                 _ => None,
             });
         let mut question = question(destination, source);
-        // With the length of its prefix, and what it shares with other destinations.
+        // With the length of its prefix, as the tables have it.
         question.header.flags = RouteFlags::FibMatch;
-        let answer = self.ask_route(question).await?;
-        Ok(answer
-            .and_then(|answer| Some(route_and_table(&answer)?.0))
-            .map(|route| Route {
-                preferred_source: route.preferred_source.or(source),
-                ..route
-            }))
+        let route = self.ask_route(question).await?;
+        let route = route.as_ref().and_then(route_and_table);
+        Ok(route.map(|(route, _)| Answer { route, source }))
     }
 
     async fn ask_route(&self, question: RouteMessage) -> Result<Option<RouteMessage>> {
