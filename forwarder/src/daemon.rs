@@ -533,10 +533,18 @@ fn json(value: impl Serialize) -> Result<serde_json::Value> {
 
 fn load(instance: &str) -> Result<Datapath> {
     let pins = kernel::has_bpffs().then(|| datapath::pin_directory(instance));
+    let snat = kernel::snat_ports();
+    if snat.1 == 0 {
+        warn!(
+            "no source ports are left: clients on this host, and all clients of a backend on another machine, are \
+             dropped; {} would change that",
+            kernel::SNAT_REMEDY
+        );
+    }
     let mut datapath = Datapath::load(&datapath::Options {
         instance: instance.to_owned(),
         pins,
-        snat: snat_ports(),
+        snat,
         flows: limits::FLOWS,
     })?;
     if let Err(error) = datapath.rehearse() {
@@ -544,24 +552,6 @@ fn load(instance: &str) -> Result<Datapath> {
         return Err(error);
     }
     Ok(datapath)
-}
-
-/// The larger part of the unprivileged ports that the kernel gives to no socket by itself.
-fn snat_ports() -> (u16, u32) {
-    let text =
-        std::fs::read_to_string("/proc/sys/net/ipv4/ip_local_port_range").unwrap_or_default();
-    let mut bounds = text
-        .split_whitespace()
-        .filter_map(|word| word.parse::<u16>().ok());
-    let low = bounds.next().unwrap_or(32_768);
-    let high = bounds.next().unwrap_or(60_999);
-    let below = u32::from(low.saturating_sub(1024));
-    let above = u32::from(u16::MAX - high);
-    if below >= above {
-        (1024, below)
-    } else {
-        (high + 1, above)
-    }
 }
 
 /// Tells systemd, where it asked for that (sd_notify(3)).

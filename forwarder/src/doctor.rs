@@ -11,7 +11,7 @@ use crate::{
     clsact::Side,
     datapath::{self, Datapath, devices::has_others},
     interfaces::{Link, Reader, Snapshot},
-    kernel::{Attach, Kernel, Memory, has_bpffs, kernel},
+    kernel::{Attach, Kernel, Memory, SNAT_REMEDY, has_bpffs, kernel, snat_ports},
     xfrm::Policy,
 };
 
@@ -78,6 +78,13 @@ pub fn examine() -> Vec<Finding> {
         kernel.btf,
         if kernel.btf { "present" } else { "absent" },
         "a kernel with CONFIG_DEBUG_INFO_BTF; not needed by the fast path, helps bpftool",
+    );
+    let (_, ports) = snat_ports();
+    add(
+        "source ports",
+        ports > 0,
+        &format!("{ports} beside ip_local_port_range"),
+        &format!("{SNAT_REMEDY}: clients on this host, and backends on other machines, need SNAT"),
     );
     if let Some(lockdown) = &kernel.lockdown {
         add("lockdown", true, lockdown, "");

@@ -126,6 +126,23 @@ fn doctor_tells_the_two_sides_of_a_link_apart() {
     assert_eq!(findings["uplinks"]["found"], found("eth0"));
 }
 
+#[test]
+fn doctor_says_whether_source_ports_are_left() {
+    let netns = Netns::new("host").unwrap();
+    netns.ip("link set lo up").unwrap();
+    let ports = || doctor(&netns, &[]).unwrap()["source ports"].clone();
+    assert_eq!(ports()["found"], "31744 beside ip_local_port_range");
+    netns
+        .enter(|| std::fs::write("/proc/sys/net/ipv4/ip_local_port_range", "1024 65535"))
+        .unwrap();
+    let found = ports();
+    assert_eq!(found["ok"], false, "{found}");
+    let daemon = Daemon::start(&netns, &["8080:10.0.0.2:80"], Datapath::Auto).unwrap();
+    let warned = daemon.said().contains("ip_local_port_range");
+    assert!(warned, "{}", daemon.said());
+    daemon.stop().unwrap();
+}
+
 /// The fast path does without something that `doctor` misses.
 fn served_without(wrapper: &[&str], check: &str) {
     let found = &findings(wrapper)[check];
