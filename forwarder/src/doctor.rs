@@ -134,6 +134,12 @@ fn add_network(snapshot: &Snapshot, add: &mut impl FnMut(&'static str, bool, &st
         &bypassed(&uplinks, &[Side::Ingress]),
         "packets of published ports go past them",
     );
+    named(
+        "bridges",
+        "nothing that is gone past",
+        &backends::bypassed_bridging(snapshot),
+        "what is forwarded into a container and out of it goes past the bridge",
+    );
     let shaped = snapshot.links.values().filter_map(|link| {
         let shaper = link.queueing.shaper.as_ref()?;
         Some(format!("{} ({shaper})", link.name))

@@ -2,10 +2,11 @@
 //! forwarding tables, read by netlink as one [`Snapshot`], and a watch that tells when to read again.
 //! What follows from a snapshot is decided in `backends.rs`.
 
+mod offload;
 mod rules;
 
 use std::{
-    collections::{BTreeMap, HashMap},
+    collections::{BTreeMap, BTreeSet, HashMap},
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
 };
 
@@ -15,7 +16,10 @@ use netlink_packet_core::NetlinkPayload;
 use netlink_packet_route::{
     AddressFamily, RouteNetlinkMessage,
     address::{AddressAttribute, AddressFlags, AddressMessage},
-    link::{InfoKind, LinkAttribute, LinkFlags, LinkInfo, LinkLayerType, LinkMessage},
+    link::{
+        BridgeStpState, InfoBridge, InfoBridgePort, InfoData, InfoKind, InfoPortData,
+        LinkAttribute, LinkFlags, LinkInfo, LinkLayerType, LinkMessage,
+    },
     neighbour::{
         NeighbourAddress, NeighbourAttribute, NeighbourFlags, NeighbourMessage, NeighbourState,
     },
@@ -70,6 +74,22 @@ pub struct Link {
     pub up: bool,
     pub mtu: u32,
     pub queueing: Queueing,
+    pub bridging: Bridging,
+    /// The device that it is a VLAN of.
+    pub vlan_of: Option<u32>,
+    /// It carries VLANs and takes their tags off, so that XDP sees tagged frames as untagged (rx-vlan-offload).
+    pub hides_tags: bool,
+}
+
+/// What a bridge, or a port of one, forbids or chooses, which the fast path goes round.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Bridging {
+    /// Of a bridge: ports have VLANs.
+    pub vlan_filtering: bool,
+    /// Of a bridge: the spanning tree protocol may block ports.
+    pub stp: bool,
+    /// Of a port: it may not speak with other isolated ones.
+    pub isolated: bool,
 }
 
 /// The queueing disciplines of a device, as far as the fast path has to do with them.
@@ -146,6 +166,20 @@ pub struct Snapshot {
     pub policies: Vec<Policy>,
 }
 
+impl Snapshot {
+    /// Devices that tagged frames come in by for others here: for a VLAN's device, or a bridge that tells VLANs apart.
+    pub fn carrying_vlans(&self) -> BTreeSet<u32> {
+        let filters = |bridge: &u32| {
+            let bridge = self.links.get(bridge);
+            bridge.is_some_and(|bridge| bridge.bridging.vlan_filtering)
+        };
+        let vlans = self.links.values().filter_map(|link| link.vlan_of);
+        let ports = self.links.iter();
+        let ports = ports.filter(|(_, link)| link.controller.as_ref().is_some_and(filters));
+        vlans.chain(ports.map(|(index, _)| *index)).collect()
+    }
+}
+
 /// A netlink connection that reads snapshots.
 #[derive(Debug)]
 pub struct Reader {
@@ -187,6 +221,10 @@ impl Reader {
         for qdisc in &qdiscs {
             let link = snapshot.links.get_mut(&qdisc.header.index.cast_unsigned());
             link.map(|link| link.queueing.note(qdisc));
+        }
+        for ifindex in snapshot.carrying_vlans() {
+            let link = snapshot.links.get_mut(&ifindex);
+            link.map(|link| link.hides_tags = offload::takes_tags_off(&link.name));
         }
         let addresses: Vec<_> = collect(self.handle.address().get().execute(), "addresses").await?;
         snapshot.addresses = addresses.iter().filter_map(address).collect();
@@ -334,9 +372,11 @@ async fn collect<T>(
 fn link(message: &LinkMessage) -> Option<(u32, Link)> {
     let mut name = None;
     let (mut info_kind, mut mac, mut controller, mut elsewhere) = (None, None, None, false);
+    let (mut bridging, mut parent) = (Bridging::default(), None);
     let mut mtu = u32::MAX;
     for attribute in &message.attributes {
         match attribute {
+            LinkAttribute::Link(index) => parent = Some(*index),
             LinkAttribute::IfName(value) => name = Some(value.clone()),
             LinkAttribute::Address(value) => mac = Mac::try_from(value.as_slice()).ok(),
             LinkAttribute::Mtu(value) => mtu = *value,
@@ -347,6 +387,7 @@ fn link(message: &LinkMessage) -> Option<(u32, Link)> {
                     LinkInfo::Kind(kind) => Some(kind.clone()),
                     _ => None,
                 });
+                infos.iter().for_each(|info| bridging.note(info));
             }
             _ => {}
         }
@@ -356,6 +397,7 @@ fn link(message: &LinkMessage) -> Option<(u32, Link)> {
         LinkLayerType::None | LinkLayerType::Rawip | LinkLayerType::Ppp => Header::Ip,
         _ => Header::Other,
     };
+    let is_vlan = info_kind == Some(InfoKind::Vlan);
     let kind = match info_kind {
         _ if message.header.link_layer_type == LinkLayerType::Loopback => Kind::Loopback,
         Some(InfoKind::Bridge) => Kind::Bridge,
@@ -379,8 +421,33 @@ fn link(message: &LinkMessage) -> Option<(u32, Link)> {
             up,
             mtu,
             queueing: Queueing::default(),
+            bridging,
+            vlan_of: parent.filter(|_| is_vlan && !elsewhere),
+            hides_tags: false,
         },
     ))
+}
+
+impl Bridging {
+    fn note(&mut self, info: &LinkInfo) {
+        match info {
+            LinkInfo::Data(InfoData::Bridge(settings)) => {
+                for setting in settings {
+                    match setting {
+                        InfoBridge::VlanFiltering(on) => self.vlan_filtering = *on,
+                        InfoBridge::StpState(state) => {
+                            self.stp = *state != BridgeStpState::Disabled
+                        }
+                        _ => {}
+                    }
+                }
+            }
+            LinkInfo::PortData(InfoPortData::BridgePort(settings)) => {
+                self.isolated = settings.contains(&InfoBridgePort::Isolated(true));
+            }
+            _ => {}
+        }
+    }
 }
 
 /// Root qdiscs that hold no packet back: queues, and those that share the link among flows or devices' queues.

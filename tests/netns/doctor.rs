@@ -143,6 +143,31 @@ fn doctor_says_whether_source_ports_are_left() {
     daemon.stop().unwrap();
 }
 
+#[test]
+fn doctor_names_what_a_bridge_would_forbid() {
+    let topology = Topology::new().unwrap();
+    let Topology { host, backend, .. } = &topology;
+    let bridges = || doctor(host, &[]).unwrap()["bridges"].clone();
+    assert_eq!(bridges()["ok"], true);
+    host.run(&format!(
+        "ip link set {} type bridge_slave isolated on",
+        backend.veth
+    ))
+    .unwrap();
+    host.run("ip link set br0 type bridge stp_state 1").unwrap();
+    let mut expected = format!("br0 has STP, {} is isolated", backend.veth);
+    // Not every kernel has it.
+    if host
+        .run("ip link set br1 type bridge vlan_filtering 1")
+        .is_ok()
+    {
+        expected += ", br1 has VLAN filtering";
+    }
+    let found = bridges();
+    assert_eq!(found["found"], expected);
+    assert_eq!(found["ok"], false);
+}
+
 /// The fast path does without something that `doctor` misses.
 fn served_without(wrapper: &[&str], check: &str) {
     let found = &findings(wrapper)[check];
