@@ -46,6 +46,8 @@ use crate::{
 const SETTLE: Duration = Duration::from_millis(10);
 /// A backend that does not answer is asked for again after this time.
 const ASK_AGAIN: Duration = Duration::from_secs(5);
+/// Answers about routes are asked for again after so many times what asking took.
+const ASK_ROUTES_PAUSE: u32 = 10;
 const SWEEP: Duration = Duration::from_secs(2);
 
 struct Published {
@@ -84,6 +86,8 @@ pub struct Daemon {
     snapshot: Snapshot,
     /// Whether the kernel's answers in the snapshot may be out of date.
     routing_changed: bool,
+    /// When the kernel may be asked for all of them again.
+    ask_routes_after: Instant,
     publishes: BTreeMap<u32, Published>,
     last_id: u32,
     timeouts: Arc<Timeouts>,
@@ -161,6 +165,7 @@ impl Daemon {
             reader,
             snapshot: Snapshot::default(),
             routing_changed: true, // since the first reading, for all that is known
+            ask_routes_after: Instant::now(),
             publishes: BTreeMap::new(),
             last_id: 0,
             timeouts: Arc::new(timeouts),
@@ -215,13 +220,17 @@ impl Daemon {
                 },
                 Some(change) = changes.next() => {
                     self.routing_changed |= change == Change::Routing;
-                    settled.get_or_insert_with(|| Instant::now() + SETTLE);
+                    let soon = Instant::now() + SETTLE;
+                    settled = Some(settled.map_or(soon, |settled| settled.min(soon)));
                 }
                 () = sleep_until(settled.unwrap_or_else(Instant::now)), if settled.is_some() => {
-                    settled = None;
-                    if let Err(error) = self.refresh().await {
-                        warn!("{error:#}");
-                    }
+                    settled = match self.refresh().await {
+                        Ok(()) => self.routing_changed.then_some(self.ask_routes_after),
+                        Err(error) => {
+                            warn!("{error:#}");
+                            None
+                        }
+                    };
                 }
                 _ = sweep.tick() => {
                     sweeping.get_or_insert_default();

@@ -219,12 +219,15 @@ impl Reader {
         snapshot.links = links.iter().filter_map(link).collect();
         let qdiscs: Vec<_> = collect(self.handle.qdisc().get().execute(), "qdiscs").await?;
         for qdisc in &qdiscs {
-            let link = snapshot.links.get_mut(&qdisc.header.index.cast_unsigned());
-            link.map(|link| link.queueing.note(qdisc));
+            let index = qdisc.header.index.cast_unsigned();
+            if let Some(link) = snapshot.links.get_mut(&index) {
+                link.queueing.note(qdisc);
+            }
         }
         for ifindex in snapshot.carrying_vlans() {
-            let link = snapshot.links.get_mut(&ifindex);
-            link.map(|link| link.hides_tags = offload::takes_tags_off(&link.name));
+            if let Some(link) = snapshot.links.get_mut(&ifindex) {
+                link.hides_tags = offload::takes_tags_off(&link.name);
+            }
         }
         let addresses: Vec<_> = collect(self.handle.address().get().execute(), "addresses").await?;
         snapshot.addresses = addresses.iter().filter_map(address).collect();

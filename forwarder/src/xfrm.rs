@@ -85,11 +85,11 @@ impl fmt::Display for Policy {
 
 /// The first policy that can match a publish's traffic. Its clients may have any address, so one of the two addresses of a
 /// packet is always unknown; the other is one of `ours`: a frontend address, or the backend.
-pub fn covering<'a>(
-    policies: &'a [Policy],
+pub fn covering(
+    policies: &[Policy],
     protocol: Protocol,
     ours: impl Iterator<Item = IpAddr> + Clone,
-) -> Option<&'a Policy> {
+) -> Option<&Policy> {
     policies.iter().find(|policy| {
         policy.selector.is_none_or(|selector| {
             let mut ours = ours.clone();

@@ -16,7 +16,7 @@ use tokio::time::Instant;
 use tracing::{debug, info, warn};
 
 use super::{
-    ASK_AGAIN, Daemon,
+    ASK_AGAIN, ASK_ROUTES_PAUSE, Daemon,
     report::{delivery_name, delivery_of},
 };
 use crate::{
@@ -42,7 +42,8 @@ impl Daemon {
                 return Err(error);
             }
         };
-        if std::mem::take(&mut self.routing_changed) {
+        if self.routing_changed && Instant::now() >= self.ask_routes_after {
+            self.routing_changed = false;
             self.snapshot.answers.clear();
         }
         let backends = self.publishes.values();
@@ -74,6 +75,7 @@ impl Daemon {
         let Some(reader) = &self.reader else {
             return;
         };
+        let begun = Instant::now();
         for backend in backends {
             let is_known = self.snapshot.answers.contains_key(&backend);
             if is_known || !backends::takes_an_answer(&self.snapshot, backend) {
@@ -84,6 +86,9 @@ impl Daemon {
                 Err(error) => warn!("the route to {backend}: {error:#}"),
             }
         }
+        // Thousands of backends must not keep the daemon busy when routes change all the time.
+        let pause = begun.elapsed() * ASK_ROUTES_PAUSE;
+        self.ask_routes_after = self.ask_routes_after.max(Instant::now() + pause);
     }
 
     /// Backends on this machine whose MAC, or the bridge port behind it, isn't known are asked for by the
