@@ -1,6 +1,9 @@
 //! Decides, from a snapshot and without IO: how packets get to a backend, which devices the program is
 //! attached to, and how replies leave by each.
 
+mod bypassed;
+mod routes;
+
 use std::{
     collections::{BTreeMap, BTreeSet},
     net::IpAddr,
@@ -13,12 +16,15 @@ use forwarder_common::{
 };
 use ipnet::IpNet;
 
+use self::routes::{route_to, source};
+pub use self::{
+    bypassed::{allows_xdp, bypassed_bridging},
+    routes::{keeps_source, takes_an_answer},
+};
 use crate::{
     cli::XdpChoice,
     datapath::xdp::Mode,
-    interfaces::{Answer, Header, Kind, Link, Local, Route, Snapshot, Standing},
-    spec::Spec,
-    xfrm::{self, Policy},
+    interfaces::{Header, Kind, Link, Route, Snapshot},
 };
 
 /// How the fast path reaches a backend.
@@ -127,16 +133,6 @@ pub fn through_the_stack(
     }
 }
 
-/// The IPsec policy that keeps a publish from the fast path, if there is one: one that can match packets of some client and
-/// a frontend address or the backend.
-pub fn covering_policy<'a>(snapshot: &'a Snapshot, spec: &Spec) -> Option<&'a Policy> {
-    let one = spec.address.filter(|address| !address.is_unspecified());
-    let local = snapshot.addresses.iter().map(|local| local.address);
-    let frontends = local.filter(move |_| one.is_none()).chain(one);
-    let ours = frontends.chain([spec.backend]);
-    xfrm::covering(&snapshot.policies, spec.protocol, ours)
-}
-
 /// How frames get to what is behind a container's or a virtual machine's device. Straight to a veth's other end nothing waits in
 /// the veth's own queue, so a limit there would not be met.
 fn way_to(port: &Link) -> Option<u32> {
@@ -189,32 +185,6 @@ pub fn attached(snapshot: &Snapshot) -> impl Iterator<Item = (u32, &Link)> {
         let enters = link.kind != Kind::Bridge && !behind_bond && link.header != Header::Other;
         (enters && link.up).then_some((index, link))
     })
-}
-
-/// Whether XDP may send and take packets of a device: what it sends meets no queue, and what it takes may be of a VLAN.
-pub fn allows_xdp(link: &Link) -> bool {
-    link.queueing.shaper.is_none() && !link.hides_tags
-}
-
-/// What is set up on the bridges of container networks, and on their ports, that the fast path goes round; in words.
-pub fn bypassed_bridging(snapshot: &Snapshot) -> Vec<String> {
-    let mut found = Vec::new();
-    for (&index, bridge) in &snapshot.links {
-        if bridge.kind != Kind::Bridge || network(snapshot, index) == 0 {
-            continue;
-        }
-        let name = &bridge.name;
-        if bridge.bridging.vlan_filtering {
-            found.push(format!("{name} has VLAN filtering"));
-        }
-        if bridge.bridging.stp {
-            found.push(format!("{name} has STP"));
-        }
-        let ports = snapshot.links.values();
-        let ports = ports.filter(|port| port.controller == Some(index) && port.bridging.isolated);
-        found.extend(ports.map(|port| format!("{} is isolated", port.name)));
-    }
-    found
 }
 
 /// The devices that get the XDP program, and how: uplinks. Not veths by default: with native XDP the other end loses
@@ -350,77 +320,6 @@ fn contains(network: IpAddr, prefix: u8, address: IpAddr) -> bool {
     IpNet::new(network, prefix).is_ok_and(|net| net.contains(&address))
 }
 
-/// Whether only the kernel knows the way to a backend ([`Snapshot::answers`]): rules choose the table, by more than the
-/// destination; or which of its IPv6 addresses it sends from to another machine.
-pub fn takes_an_answer(snapshot: &Snapshot, backend: IpAddr) -> bool {
-    match backend {
-        IpAddr::V4(_) => snapshot.rules.0,
-        IpAddr::V6(_) => {
-            snapshot.rules.1 || resolve(snapshot, backend).is_ok_and(|resolved| resolved.remote)
-        }
-    }
-}
-
-fn route_to(snapshot: &Snapshot, backend: IpAddr) -> Option<Answer> {
-    match snapshot.answers.get(&backend) {
-        Some(answer) => *answer,
-        None => best_route(snapshot, backend).map(|route| Answer {
-            route,
-            source: None,
-        }),
-    }
-}
-
-/// Whether a publish goes on with the source address that it has, so that live connections go on: an IPv6 address of the
-/// way's device that is still preferred, whichever the kernel would choose now. With privacy addresses that changes every
-/// day. What a route names counts at once.
-pub fn keeps_source(snapshot: &Snapshot, backend: IpAddr, present: Address) -> bool {
-    route_to(snapshot, backend).is_some_and(|Answer { route, .. }| {
-        let mut addresses = snapshot.addresses.iter();
-        let stays = addresses.any(|local| {
-            Address::from(local.address) == present
-                && local.ifindex == route.ifindex
-                && local.standing == Standing::Preferred
-        });
-        stays && backend.is_ipv6() && route.preferred_source.is_none()
-    })
-}
-
-fn best_route(snapshot: &Snapshot, address: IpAddr) -> Option<Route> {
-    snapshot
-        .routes
-        .iter()
-        .filter(|route| !route.local && contains(route.destination, route.prefix, address))
-        .max_by_key(|route| (route.prefix, std::cmp::Reverse(route.priority)))
-        .copied()
-}
-
-/// The source address that this host would use: the route's own, else the kernel's choice. Where that is not asked for, one
-/// on the device, in the backend's subnet if there is one, else any other of the family.
-fn source(snapshot: &Snapshot, answer: &Answer, backend: IpAddr) -> Option<IpAddr> {
-    let route = &answer.route;
-    let usable = |local: &&Local| {
-        let address = local.address;
-        address.is_ipv4() == backend.is_ipv4()
-            && !address.is_loopback()
-            && !is_link_local(address)
-            && local.standing != Standing::Unusable
-    };
-    route.preferred_source.or(answer.source).or_else(|| {
-        let best = snapshot
-            .addresses
-            .iter()
-            .filter(usable)
-            .rev() // of equals the first, which is the primary address
-            .max_by_key(|local| {
-                let here = local.ifindex == route.ifindex;
-                let near = here && contains(local.address, local.prefix, backend);
-                (local.standing, near, here)
-            })?;
-        Some(best.address)
-    })
-}
-
 fn is_link_local(address: IpAddr) -> bool {
     match address {
         IpAddr::V4(v4) => v4.is_link_local(),
@@ -448,21 +347,18 @@ pub fn locations(snapshot: &Snapshot) -> BTreeMap<IpNet, Location> {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
-    use crate::{
-        interfaces::{Bridging, Mac, Neighbour, Queueing},
-        xfrm::{Direction, Selector},
-    };
+    use crate::interfaces::{Bridging, Local, Mac, Neighbour, Queueing, Standing};
 
-    const MAC_A: Mac = [2, 0, 0, 0, 0, 0xa];
-    const NEIGHBOUR: Neighbour = Neighbour {
+    pub(super) const MAC_A: Mac = [2, 0, 0, 0, 0, 0xa];
+    pub(super) const NEIGHBOUR: Neighbour = Neighbour {
         mac: MAC_A,
         permanent: false,
     };
     const MAC_BR: Mac = [2, 0, 0, 0, 0, 0xb];
 
-    fn link(name: &str, kind: Kind, controller: Option<u32>) -> Link {
+    pub(super) fn link(name: &str, kind: Kind, controller: Option<u32>) -> Link {
         Link {
             name: name.into(),
             kind,
@@ -478,7 +374,7 @@ mod tests {
         }
     }
 
-    fn route(destination: &str, prefix: u8, ifindex: u32, gateway: bool) -> Route {
+    pub(super) fn route(destination: &str, prefix: u8, ifindex: u32, gateway: bool) -> Route {
         Route {
             destination: destination.parse().expect("a literal"),
             prefix,
@@ -490,12 +386,12 @@ mod tests {
         }
     }
 
-    fn ip(text: &str) -> IpAddr {
+    pub(super) fn ip(text: &str) -> IpAddr {
         text.parse().expect("a literal")
     }
 
     /// lo, an uplink, a bridge with a container, a routed container.
-    fn host() -> Snapshot {
+    pub(crate) fn host() -> Snapshot {
         let mut snapshot = Snapshot::default();
         let veth = Kind::Veth {
             peer_elsewhere: true,
@@ -555,64 +451,6 @@ mod tests {
     }
 
     #[test]
-    fn where_a_limit_is_packets_pass_the_queue() {
-        let mut host = host();
-        host.neighbours.insert((3, ip("172.31.0.2")), NEIGHBOUR);
-        host.forwarding.insert((3, MAC_A), 4);
-        let xdp = |host: &Snapshot| with_xdp(host, XdpChoice::Native).count();
-        assert_eq!(xdp(&host), 1, "the uplink");
-        for ifindex in [2, 4] {
-            let link = host.links.get_mut(&ifindex).expect("there");
-            link.queueing.shaper = Some("tbf".into());
-        }
-        let hop = resolve(&host, ip("172.31.0.2")).expect("a route").hop;
-        assert_eq!((hop.delivery, hop.ifindex), (delivery::DEVICE, 4));
-        assert_eq!(xdp(&host), 0);
-    }
-
-    #[test]
-    fn an_uplink_that_hides_vlans_has_no_xdp() {
-        let mut host = host();
-        let mut vlan = link("eth0.5", Kind::Other, None);
-        vlan.vlan_of = Some(2);
-        host.links.insert(6, vlan);
-        assert_eq!(host.carrying_vlans(), BTreeSet::from([2]));
-        let xdp = |host: &Snapshot| -> Vec<u32> {
-            let devices = with_xdp(host, XdpChoice::Native);
-            devices.map(|(index, _)| index).collect()
-        };
-        assert_eq!(xdp(&host), [2, 6], "where tags are seen");
-        host.links
-            .entry(2)
-            .and_modify(|link| link.hides_tags = true);
-        assert_eq!(xdp(&host), [6]);
-        let filters = |link: &mut Link| link.bridging.vlan_filtering = true;
-        host.links.entry(3).and_modify(filters);
-        assert_eq!(host.carrying_vlans(), BTreeSet::from([2, 4]));
-    }
-
-    #[test]
-    fn what_bridges_of_containers_forbid_is_named() {
-        let mut host = host();
-        assert!(bypassed_bridging(&host).is_empty());
-        let all = Bridging {
-            vlan_filtering: true,
-            stp: true,
-            isolated: true,
-        };
-        for link in host.links.values_mut() {
-            link.bridging = all;
-        }
-        let found = bypassed_bridging(&host).join(", ");
-        assert_eq!(
-            found,
-            "br0 has VLAN filtering, br0 has STP, veth0 is isolated"
-        );
-        host.links.insert(6, link("eth1", Kind::Other, Some(3)));
-        assert!(bypassed_bridging(&host).is_empty(), "an uplink's bridge");
-    }
-
-    #[test]
     fn a_virtual_machine_on_the_bridge_is_reached_through_its_tap() {
         let mut host = host();
         host.links.insert(6, link("tap0", Kind::Tap, Some(3)));
@@ -646,107 +484,6 @@ mod tests {
             );
             assert_eq!(IpAddr::from(resolved.source), ip("198.51.100.2"));
         }
-    }
-
-    #[test]
-    fn the_kernels_answer_comes_before_table_main() {
-        let (mut host, backend) = (host(), ip("172.31.0.2"));
-        assert!(!takes_an_answer(&host, backend));
-        host.rules.0 = true;
-        assert!(takes_an_answer(&host, backend));
-        let answer = Answer {
-            route: route("172.31.0.0", 16, 2, true),
-            source: Some(ip("198.51.100.2")),
-        };
-        host.answers.insert(backend, Some(answer));
-        let resolved = resolve(&host, backend).expect("a route");
-        assert_eq!((resolved.hop.ifindex, resolved.remote), (2, true));
-        assert_eq!(IpAddr::from(resolved.source), ip("198.51.100.2"));
-        host.answers.insert(backend, None);
-        let reason = resolve(&host, backend).expect_err("no fast path");
-        assert_eq!(reason, "no route to 172.31.0.2");
-    }
-
-    #[test]
-    fn a_publish_on_one_address_is_not_covered_by_policies_of_the_others() {
-        let mut host = host();
-        host.policies.push(Policy {
-            direction: Direction::Out,
-            selector: Some(Selector {
-                source: "198.51.100.2/32".parse().expect("a literal"),
-                destination: "203.0.113.0/24".parse().expect("a literal"),
-                protocol: 0,
-            }),
-            blocks: false,
-        });
-        let covered = |spec: &str| {
-            let spec = spec.parse().expect("a literal");
-            covering_policy(&host, &spec).is_some()
-        };
-        assert!(covered("8080:172.31.0.2:80"));
-        assert!(covered("0.0.0.0:8080:172.31.0.2:80"));
-        assert!(covered("198.51.100.2:8080:172.31.0.2:80/udp"));
-        assert!(!covered("172.31.0.1:8080:172.31.0.2:80"));
-        assert!(covered("172.31.0.1:8080:203.0.113.7:80"), "the backend's");
-    }
-
-    const FAR: &str = "2001:db8:200::a";
-
-    /// A host with IPv6 addresses on the way to a machine, the newest first.
-    fn with_addresses(addresses: &[(&str, Standing)]) -> Snapshot {
-        let mut host = host();
-        host.routes.push(route("2001:db8:200::", 64, 2, false));
-        host.addresses
-            .extend(addresses.iter().map(|&(address, standing)| Local {
-                ifindex: 2,
-                address: ip(address),
-                prefix: 64,
-                standing,
-            }));
-        host
-    }
-
-    #[test]
-    fn this_host_sends_from_no_address_that_may_be_anothers() {
-        let mut host = with_addresses(&[
-            ("2001:db8:200::4", Standing::Unusable),
-            ("2001:db8:200::3", Standing::Deprecated),
-            ("2001:db8:200::2", Standing::Preferred),
-        ]);
-        let source = |host: &Snapshot| {
-            let resolved = resolve(host, ip(FAR)).ok()?;
-            Some(IpAddr::from(resolved.source))
-        };
-        assert_eq!(source(&host), Some(ip("2001:db8:200::2")));
-        host.addresses.pop();
-        assert_eq!(source(&host), Some(ip("2001:db8:200::3")), "if no other");
-        host.addresses.pop();
-        assert_eq!(source(&host), None);
-    }
-
-    #[test]
-    fn to_another_machine_the_source_is_the_kernels_choice_until_that_goes() {
-        let [new, old] = ["2001:db8:200::3", "2001:db8:200::2"];
-        let mut host = with_addresses(&[(new, Standing::Preferred), (old, Standing::Preferred)]);
-        assert!(takes_an_answer(&host, ip(FAR)));
-        assert!(!takes_an_answer(&host, ip("198.51.100.77")), "IPv4");
-        let answer = Answer {
-            route: route("2001:db8:200::", 64, 2, false),
-            source: Some(ip(old)),
-        };
-        host.answers.insert(ip(FAR), Some(answer));
-        let resolved = resolve(&host, ip(FAR)).expect("a route");
-        assert_eq!(IpAddr::from(resolved.source), ip(old));
-
-        let keeps = |host: &Snapshot, present| keeps_source(host, ip(FAR), ip(present).into());
-        assert!(keeps(&host, new) && keeps(&host, old));
-        assert!(!keeps(&host, "2001:db8:200::9"), "gone");
-        host.routes[4].preferred_source = Some(ip(old));
-        host.answers.clear();
-        assert!(!keeps(&host, new), "the route names another");
-        host.routes[4].preferred_source = None;
-        host.addresses[3].standing = Standing::Deprecated;
-        assert!(!keeps(&host, new));
     }
 
     #[test]

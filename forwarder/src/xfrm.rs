@@ -13,7 +13,10 @@ use netlink_sys::{
     AsyncSocket as _, AsyncSocketExt as _, SocketAddr, TokioSocket, protocols::NETLINK_XFRM,
 };
 
-use crate::spec::Protocol;
+use crate::{
+    interfaces::Snapshot,
+    spec::{Protocol, Spec},
+};
 
 // include/uapi/linux/xfrm.h
 const XFRM_MSG_NEWPOLICY: u16 = 0x13;
@@ -83,9 +86,19 @@ impl fmt::Display for Policy {
     }
 }
 
+/// The IPsec policy that keeps a publish from the fast path, if there is one: one that can match packets of some client and
+/// a frontend address or the backend.
+pub fn covering_policy<'a>(snapshot: &'a Snapshot, spec: &Spec) -> Option<&'a Policy> {
+    let one = spec.address.filter(|address| !address.is_unspecified());
+    let local = snapshot.addresses.iter().map(|local| local.address);
+    let frontends = local.filter(move |_| one.is_none()).chain(one);
+    let ours = frontends.chain([spec.backend]);
+    covering(&snapshot.policies, spec.protocol, ours)
+}
+
 /// The first policy that can match a publish's traffic. Its clients may have any address, so one of the two addresses of a
 /// packet is always unknown; the other is one of `ours`: a frontend address, or the backend.
-pub fn covering(
+fn covering(
     policies: &[Policy],
     protocol: Protocol,
     ours: impl Iterator<Item = IpAddr> + Clone,
@@ -281,6 +294,7 @@ fn default_policies(payload: &[u8]) -> impl Iterator<Item = Policy> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::backends::tests::host;
 
     /// As the kernel writes one.
     fn info(source: &str, destination: &str, direction: u8, action: u8) -> Vec<u8> {
@@ -383,5 +397,28 @@ mod tests {
         }
         assert!(!covers("10.1.0.0/16", "10.2.0.0/16", 0), "other networks");
         assert!(!covers("::/0", "::/0", 0), "the other family");
+    }
+
+    #[test]
+    fn a_publish_on_one_address_is_not_covered_by_policies_of_the_others() {
+        let mut host = host();
+        host.policies.push(Policy {
+            direction: Direction::Out,
+            selector: Some(Selector {
+                source: "198.51.100.2/32".parse().expect("a literal"),
+                destination: "203.0.113.0/24".parse().expect("a literal"),
+                protocol: 0,
+            }),
+            blocks: false,
+        });
+        let covered = |spec: &str| {
+            let spec = spec.parse().expect("a literal");
+            covering_policy(&host, &spec).is_some()
+        };
+        assert!(covered("8080:172.31.0.2:80"));
+        assert!(covered("0.0.0.0:8080:172.31.0.2:80"));
+        assert!(covered("198.51.100.2:8080:172.31.0.2:80/udp"));
+        assert!(!covered("172.31.0.1:8080:172.31.0.2:80"));
+        assert!(covered("172.31.0.1:8080:203.0.113.7:80"), "the backend's");
     }
 }

@@ -25,6 +25,7 @@ use crate::{
     datapath::devices::{Hook, Place},
     interfaces::{Header, Snapshot},
     spec::Protocol,
+    xfrm,
 };
 
 impl Daemon {
@@ -268,7 +269,7 @@ impl Daemon {
             Protocol::Sctp => Err("SCTP is served in user space".to_owned()),
             Protocol::Tcp | Protocol::Udp => backends::resolve(&self.snapshot, spec.backend),
         };
-        let policy = backends::covering_policy(&self.snapshot, spec);
+        let policy = xfrm::covering_policy(&self.snapshot, spec);
         published.covered = policy.is_some();
         let stack = self.options.respect_firewall;
         let resolved = resolved.and_then(|resolved| {
