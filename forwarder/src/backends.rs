@@ -1,6 +1,9 @@
 //! Decides, from a snapshot and without IO: how packets get to a backend, which devices the program is
 //! attached to, and how replies leave by each.
 
+mod bypassed;
+mod routes;
+
 use std::{collections::BTreeSet, net::IpAddr};
 
 use forwarder_common::{
@@ -10,6 +13,11 @@ use forwarder_common::{
 };
 use ipnet::IpNet;
 
+use self::routes::{route_to, source};
+pub use self::{
+    bypassed::{allows_xdp, bypassed_bridging},
+    routes::{keeps_source, takes_an_answer},
+};
 use crate::{
     cli::XdpChoice,
     datapath::xdp::Mode,
@@ -42,12 +50,16 @@ pub fn resolve(snapshot: &Snapshot, backend: IpAddr) -> Result<Resolved, String>
     {
         return Err("the backend is this host".into());
     }
-    let route = best_route(snapshot, backend).ok_or_else(|| format!("no route to {backend}"))?;
+    let answer = route_to(snapshot, backend).ok_or_else(|| format!("no route to {backend}"))?;
+    let route = answer.route;
+    if route.local {
+        return Err("the backend is this host".into());
+    }
     let device = snapshot
         .links
         .get(&route.ifindex)
         .ok_or_else(|| format!("no device for the route to {backend}"))?;
-    let source = source(snapshot, &route, backend)
+    let source = source(snapshot, &answer, backend)
         .ok_or_else(|| format!("no address of this host to reach {backend} from"))?
         .into();
     let neighbour = Hop {
@@ -169,7 +181,7 @@ pub fn with_xdp(snapshot: &Snapshot, choice: XdpChoice) -> impl Iterator<Item = 
     attached(snapshot).filter_map(move |(index, link)| {
         let mode = match (choice, link.kind) {
             (XdpChoice::Off, _) | (_, Kind::Loopback | Kind::Tap) => return None,
-            _ if link.header != Header::Ethernet => return None,
+            _ if link.header != Header::Ethernet || !allows_xdp(link) => return None,
             (XdpChoice::Auto, Kind::Veth { .. }) => return None,
             (XdpChoice::Auto | XdpChoice::Native, _) => Mode::Native,
             (XdpChoice::Generic, _) => Mode::Generic,
@@ -235,40 +247,11 @@ fn contains(network: IpAddr, prefix: u8, address: IpAddr) -> bool {
     IpNet::new(network, prefix).is_ok_and(|net| net.contains(&address))
 }
 
-fn best_route(snapshot: &Snapshot, address: IpAddr) -> Option<Route> {
-    snapshot
-        .routes
-        .iter()
-        .filter(|route| !route.local && contains(route.destination, route.prefix, address))
-        .max_by_key(|route| (route.prefix, std::cmp::Reverse(route.priority)))
-        .copied()
-}
-
-/// The source address that this host would use, as the kernel chooses it: the route's own, else one
-/// on the device, in the backend's subnet if there is one, else any other of the family.
-fn source(snapshot: &Snapshot, route: &Route, backend: IpAddr) -> Option<IpAddr> {
-    let usable = |address: &IpAddr| {
-        address.is_ipv4() == backend.is_ipv4() && !address.is_loopback() && !is_link_local(*address)
-    };
-    route.preferred_source.or_else(|| {
-        let best = snapshot
-            .addresses
-            .iter()
-            .filter(|local| usable(&local.address))
-            .rev() // of equals the first, which is the primary address
-            .max_by_key(|local| {
-                let here = local.ifindex == route.ifindex;
-                (here && contains(local.address, local.prefix, backend), here)
-            })?;
-        Some(best.address)
-    })
-}
-
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
     use crate::{
-        interfaces::{Local, Neighbour},
+        interfaces::{Local, Neighbour, Standing},
         locations::tests::{MAC_A, MAC_B, MAC_BR, NEIGHBOUR, asked_host, host, ip, link, route},
     };
 
@@ -344,6 +327,7 @@ mod tests {
                 ifindex: 2,
                 address: ip(address),
                 prefix: 24,
+                standing: Standing::Preferred,
             });
         }
         let resolved = resolve(&host, ip("203.0.113.5")).expect("a route");

@@ -26,6 +26,14 @@ pub enum Side {
 }
 
 impl Side {
+    /// As `tc` calls it.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Ingress => "ingress",
+            Self::Egress => "egress",
+        }
+    }
+
     const fn handle(self) -> TcHandle {
         TcHandle {
             major: TcHandle::CLSACT.major,

@@ -37,7 +37,7 @@ use crate::{
     containers::Watch,
     control::{self, Call, Ending, Request, Response, Socket},
     datapath::{self, Datapath},
-    interfaces::{self, Reader, Snapshot},
+    interfaces::{self, Change, Reader, Snapshot},
     kernel, memory, output,
     proxy::{Held, Idle, Options as ProxyOptions, Proxy, Stop, is_wide, raise_descriptor_limit},
     spec::Spec,
@@ -51,6 +51,8 @@ const CONTAINERS: Duration = Duration::from_millis(100);
 const SHARE: u32 = 20;
 /// A backend that does not answer is asked for again after this time.
 const ASK_AGAIN: Duration = Duration::from_secs(5);
+/// Answers about routes are asked for again after so many times what asking took.
+const ASK_ROUTES_PAUSE: u32 = 10;
 const SWEEP: Duration = Duration::from_secs(2);
 
 struct Published {
@@ -62,6 +64,8 @@ struct Published {
     entry: Option<Entry>,
     /// Why the fast path doesn't serve it.
     reason: Option<String>,
+    /// An IPsec policy keeps it from the fast path.
+    covered: bool,
     /// One socket in each family holds all of its ports.
     steered: bool,
     /// Whether its ports are in `PORTS` and `FRONTENDS`.
@@ -86,6 +90,10 @@ pub struct Daemon {
     reader: Option<Reader>,
     watch: Watch,
     snapshot: Snapshot,
+    /// Whether the kernel's answers in the snapshot may be out of date.
+    routing_changed: bool,
+    /// When the kernel may be asked for all of them again.
+    ask_routes_after: Instant,
     publishes: BTreeMap<u32, Published>,
     last_id: u32,
     timeouts: Arc<Timeouts>,
@@ -169,6 +177,8 @@ impl Daemon {
             },
             reader,
             snapshot: Snapshot::default(),
+            routing_changed: true, // since the first reading, for all that is known
+            ask_routes_after: Instant::now(),
             publishes: BTreeMap::new(),
             last_id: 0,
             timeouts: Arc::new(timeouts),
@@ -229,18 +239,22 @@ impl Daemon {
                     Some(call) => self.answer(call, &untrace).await,
                     None => break,
                 },
-                Some(()) = changes.next() => {
+                Some(change) = changes.next() => {
+                    self.routing_changed |= change == Change::Routing;
                     sooner(&mut settled, Instant::now() + SETTLE);
                 }
                 () = self.watch.changed(), if settled.is_none() && self.reader.is_some() => {
                     settled = Some(deaf_until.max(Instant::now() + SETTLE));
                 }
                 () = sleep_until(settled.unwrap_or_else(Instant::now)), if settled.is_some() => {
-                    settled = None;
                     let begun = Instant::now();
-                    if let Err(error) = self.refresh().await {
-                        warn!("{error:#}");
-                    }
+                    settled = match self.refresh().await {
+                        Ok(()) => self.routing_changed.then_some(self.ask_routes_after),
+                        Err(error) => {
+                            warn!("{error:#}");
+                            None
+                        }
+                    };
                     deaf_until = Instant::now() + CONTAINERS.max(begun.elapsed() * SHARE);
                 }
                 _ = sweep.tick() => {
@@ -294,6 +308,8 @@ impl Daemon {
         for id in drained {
             self.unpublish(id, Ending::Cut).await?;
         }
+        self.ask_for_routes(specs.iter().map(|spec| spec.backend))
+            .await;
         let mut ids = Vec::new();
         for spec in specs {
             match self.publish_one(spec, allow).await {
@@ -326,6 +342,7 @@ impl Daemon {
             proxy: Some(Proxy::start(held, spec.clone(), options, &self.idle)?),
             entry: None,
             reason: self.datapath.is_none().then(|| self.without.clone()),
+            covered: false,
             steered,
             in_front: false,
             ended: (0, 0),
@@ -410,7 +427,7 @@ impl Daemon {
             self.resolve(id)?;
         } else {
             self.set_frontends(id, false)?;
-            self.remove_flows(id)?;
+            self.remove_flows(&BTreeSet::from([id]))?;
             if let Some(datapath) = &mut self.datapath {
                 datapath.maps.set_publish(id, &Entry::default())?;
             }
@@ -550,10 +567,18 @@ fn json(value: impl Serialize) -> Result<serde_json::Value> {
 
 fn load(instance: &str, timeouts: &Timeouts, respects_firewall: bool) -> Result<Datapath> {
     let pins = kernel::has_bpffs().then(|| datapath::pin_directory(instance));
+    let snat = kernel::snat_ports();
+    if snat.1 == 0 {
+        warn!(
+            "no source ports are left: clients on this host, and all clients of a backend on another machine, are \
+             dropped; {} would change that",
+            kernel::SNAT_REMEDY
+        );
+    }
     let mut datapath = Datapath::load(&datapath::Options {
         instance: instance.to_owned(),
         pins,
-        snat: snat_ports(),
+        snat,
         flows: limits::FLOWS,
         timeouts: *timeouts,
         respects_firewall,
@@ -563,24 +588,6 @@ fn load(instance: &str, timeouts: &Timeouts, respects_firewall: bool) -> Result<
         return Err(error);
     }
     Ok(datapath)
-}
-
-/// The larger part of the unprivileged ports that the kernel gives to no socket by itself.
-fn snat_ports() -> (u16, u32) {
-    let text =
-        std::fs::read_to_string("/proc/sys/net/ipv4/ip_local_port_range").unwrap_or_default();
-    let mut bounds = text
-        .split_whitespace()
-        .filter_map(|word| word.parse::<u16>().ok());
-    let low = bounds.next().unwrap_or(32_768);
-    let high = bounds.next().unwrap_or(60_999);
-    let below = u32::from(low.saturating_sub(1024));
-    let above = u32::from(u16::MAX - high);
-    if below >= above {
-        (1024, below)
-    } else {
-        (high + 1, above)
-    }
 }
 
 /// Tells systemd, where it asked for that (sd_notify(3)).

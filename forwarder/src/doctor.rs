@@ -1,17 +1,24 @@
 //! What this machine can do for the fast path, and what would change it. What is loaded, and on kernels
 //! without TCX attached to `lo` for a moment, goes again; nothing is changed.
 
-use std::path::Path;
+use std::{collections::BTreeSet, path::Path};
 
-use forwarder_common::{flow::Timeouts, limits};
+use forwarder_common::{
+    flow::{Timeouts, delivery},
+    limits,
+    publish::Interface,
+};
 use serde::Serialize;
 
 use crate::{
+    backends,
+    clsact::Side,
     containers::Watch,
-    datapath::{self, Datapath, devices::has_others_at_egress},
-    interfaces::{Kind, Reader, Snapshot},
-    kernel::{Attach, Kernel, Memory, has_bpffs, kernel},
+    datapath::{self, Datapath, devices::has_others},
+    interfaces::{Link, Reader, Snapshot},
+    kernel::{Attach, Kernel, Memory, SNAT_REMEDY, has_bpffs, kernel, snat_ports},
     locations::dispute,
+    xfrm::Policy,
 };
 
 /// One finding.
@@ -80,21 +87,18 @@ pub fn examine() -> Vec<Finding> {
         if kernel.btf { "present" } else { "absent" },
         "a kernel with CONFIG_DEBUG_INFO_BTF; not needed by the fast path, helps bpftool",
     );
+    let (_, ports) = snat_ports();
+    add(
+        "source ports",
+        ports > 0,
+        &format!("{ports} beside ip_local_port_range"),
+        &format!("{SNAT_REMEDY}: clients on this host, and backends on other machines, need SNAT"),
+    );
     if let Some(lockdown) = &kernel.lockdown {
         add("lockdown", true, lockdown, "");
     }
     if let Ok(snapshot) = snapshot() {
-        let bypassed = bypassed(&snapshot);
-        add(
-            "containers' links",
-            bypassed.is_empty(),
-            &if bypassed.is_empty() {
-                "nobody else's tc programs on the way in".into()
-            } else {
-                format!("tc egress of {} has others' programs", bypassed.join(", "))
-            },
-            "what is forwarded into a container goes past them; with --respect-firewall they see it",
-        );
+        add_network(&snapshot, &mut add);
         let disputed = &snapshot.disputed;
         let disputed = disputed
             .iter()
@@ -131,13 +135,71 @@ fn snapshot() -> anyhow::Result<Snapshot> {
     })
 }
 
-/// The links of containers that others have programs on, which forwarded packets do not meet.
-fn bypassed(snapshot: &Snapshot) -> Vec<&str> {
-    let links = snapshot.links.iter().filter(|(ifindex, link)| {
-        matches!(link.kind, Kind::Veth { peer: Some(_) })
-            && has_others_at_egress(**ifindex, &link.name)
+/// What others have set up in the network that forwarded packets would not meet.
+fn add_network(snapshot: &Snapshot, add: &mut impl FnMut(&'static str, bool, &str, &str)) {
+    let mut named = |check, none: &str, found: &[String], remedy| {
+        let text = found.join(", ");
+        let found = if found.is_empty() { none } else { &text };
+        add(check, text.is_empty(), found, remedy);
+    };
+    let by_neighbour = |(_, device): &(u32, Interface)| device.delivery == delivery::NEIGHBOUR;
+    let uplinks = backends::interfaces(snapshot).filter(by_neighbour);
+    let uplinks: BTreeSet<u32> = uplinks.map(|(ifindex, _)| ifindex).collect();
+    let (uplinks, containers): (Vec<_>, Vec<_>) =
+        backends::attached(snapshot).partition(|(ifindex, _)| uplinks.contains(ifindex));
+    let sides = [Side::Egress, Side::Ingress];
+    named(
+        "containers' links",
+        "nobody else's tc programs",
+        &bypassed(&containers, &sides),
+        "what is forwarded into a container, and its answers, go past them; with --respect-firewall those at egress see it",
+    );
+    named(
+        "uplinks",
+        "nobody else's tc programs on the way in",
+        &bypassed(&uplinks, &[Side::Ingress]),
+        "packets of published ports go past them",
+    );
+    named(
+        "bridges",
+        "nothing that is gone past",
+        &backends::bypassed_bridging(snapshot),
+        "what is forwarded into a container and out of it goes past the bridge",
+    );
+    let shaped = snapshot.links.values().filter_map(|link| {
+        let shaper = link.queueing.shaper.as_ref()?;
+        Some(format!("{} ({shaper})", link.name))
     });
-    links.map(|(_, link)| link.name.as_str()).collect()
+    let shaped: Vec<String> = shaped.collect();
+    let policies: Vec<String> = snapshot.policies.iter().map(Policy::to_string).collect();
+    named(
+        "IPsec",
+        "no policies",
+        &policies,
+        "nothing is forwarded past a policy: publishes that one of them can match are served in user space",
+    );
+    // Packets pass these queues, so there is nothing to change.
+    let shaped = if shaped.is_empty() {
+        "no limits by qdiscs".into()
+    } else {
+        format!("limits are met on {}", shaped.join(", "))
+    };
+    add("shaping", true, &shaped, "");
+}
+
+/// Sides of links that others have programs on, which forwarded packets do not meet.
+fn bypassed(links: &[(u32, &Link)], sides: &[Side]) -> Vec<String> {
+    let mut found = Vec::new();
+    for (ifindex, link) in links {
+        for &side in sides {
+            let has_filters = side == Side::Ingress || !link.queueing.ingress_only;
+            if has_others(side, *ifindex, &link.name, has_filters) {
+                let side = side.name();
+                found.push(format!("tc {side} of {} has others' programs", link.name));
+            }
+        }
+    }
+    found
 }
 
 /// What only a privileged process can ask for.

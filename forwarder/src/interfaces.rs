@@ -2,6 +2,9 @@
 //! forwarding tables, read by netlink as one [`Snapshot`], and a watch that tells when to read again.
 //! What follows from a snapshot is decided in `locations.rs` and `backends.rs`.
 
+mod offload;
+mod rules;
+
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
@@ -9,16 +12,23 @@ use std::{
 
 use anyhow::{Context as _, Result};
 use futures_util::{Stream, StreamExt as _};
+use netlink_packet_core::NetlinkPayload;
 use netlink_packet_route::{
-    AddressFamily,
-    address::{AddressAttribute, AddressMessage},
-    link::{InfoKind, LinkAttribute, LinkFlags, LinkInfo, LinkLayerType, LinkMessage},
+    AddressFamily, RouteNetlinkMessage,
+    address::{AddressAttribute, AddressFlags, AddressMessage},
+    link::{
+        BridgeStpState, InfoBridge, InfoBridgePort, InfoData, InfoKind, InfoPortData,
+        LinkAttribute, LinkFlags, LinkInfo, LinkLayerType, LinkMessage,
+    },
     neighbour::{
         NeighbourAddress, NeighbourAttribute, NeighbourFlags, NeighbourMessage, NeighbourState,
     },
     route::{RouteAddress, RouteAttribute, RouteHeader, RouteMessage, RouteType, RouteVia},
+    tc::{TcAttribute, TcHandle, TcMessage},
 };
 use rtnetlink::{Handle, MulticastGroup, RouteMessageBuilder};
+
+use crate::xfrm::{self, Policy};
 
 pub type Mac = [u8; 6];
 
@@ -72,6 +82,32 @@ pub struct Link {
     pub controller: Option<u32>,
     pub up: bool,
     pub mtu: u32,
+    pub queueing: Queueing,
+    pub bridging: Bridging,
+    /// The device that it is a VLAN of.
+    pub vlan_of: Option<u32>,
+    /// It carries VLANs and takes their tags off, so that XDP sees tagged frames as untagged (rx-vlan-offload).
+    pub hides_tags: bool,
+}
+
+/// What a bridge, or a port of one, forbids or chooses, which the fast path goes round.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Bridging {
+    /// Of a bridge: ports have VLANs.
+    pub vlan_filtering: bool,
+    /// Of a bridge: the spanning tree protocol may block ports.
+    pub stp: bool,
+    /// Of a port: it may not speak with other isolated ones.
+    pub isolated: bool,
+}
+
+/// The queueing disciplines of a device, as far as the fast path has to do with them.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Queueing {
+    /// The kind of the root qdisc, where that may hold packets back to meet a limit.
+    pub shaper: Option<String>,
+    /// The qdisc `ingress`, which has no egress side as `clsact` has.
+    pub ingress_only: bool,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -79,6 +115,25 @@ pub struct Local {
     pub ifindex: u32,
     pub address: IpAddr,
     pub prefix: u8,
+    pub standing: Standing,
+}
+
+/// Whether this host sends from an address of its own (RFC 4862).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Standing {
+    /// Another machine may have it: it is being looked for (tentative), or was found.
+    Unusable,
+    /// Not for what begins now.
+    Deprecated,
+    Preferred,
+}
+
+/// The kernel's answer to how it reaches one address.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Answer {
+    pub route: Route,
+    /// The address that it sends from (RFC 6724), where the route names none.
+    pub source: Option<IpAddr>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -137,6 +192,26 @@ pub struct Snapshot {
     pub forwards: (bool, bool),
     /// Devices whose packets must come the way that answers go (rp_filter is 1), of those that networks are behind.
     pub strict: BTreeSet<u32>,
+    /// Whether other rules than the kernel's own choose routes, for IPv4 and IPv6: then `routes` do not tell the way.
+    pub rules: (bool, bool),
+    /// The kernel's answers for single addresses; `None` where it has no route.
+    pub answers: HashMap<IpAddr, Option<Answer>>,
+    /// IPsec policies that forbid packets or transform them.
+    pub policies: Vec<Policy>,
+}
+
+impl Snapshot {
+    /// Devices that tagged frames come in by for others here: for a VLAN's device, or a bridge that tells VLANs apart.
+    pub fn carrying_vlans(&self) -> BTreeSet<u32> {
+        let filters = |bridge: &u32| {
+            let bridge = self.links.get(bridge);
+            bridge.is_some_and(|bridge| bridge.bridging.vlan_filtering)
+        };
+        let vlans = self.links.values().filter_map(|link| link.vlan_of);
+        let ports = self.links.iter();
+        let ports = ports.filter(|(_, link)| link.controller.as_ref().is_some_and(filters));
+        vlans.chain(ports.map(|(index, _)| *index)).collect()
+    }
 }
 
 /// A netlink connection that reads snapshots.
@@ -168,7 +243,7 @@ impl Reader {
 
     /// Reads everything but what containers say. What `previous` knew of a bridge's ports is kept while the port is
     /// there and the MAC is not known elsewhere: the fast path goes round the bridge, which
-    /// therefore forgets.
+    /// therefore forgets. Its answers are kept too: who asks knows when they are out of date.
     ///
     /// # Errors
     /// The kernel refuses a dump.
@@ -176,6 +251,18 @@ impl Reader {
         let mut snapshot = Snapshot::default();
         let links: Vec<_> = collect(self.handle.link().get().execute(), "links").await?;
         snapshot.links = links.iter().filter_map(link).collect();
+        let qdiscs: Vec<_> = collect(self.handle.qdisc().get().execute(), "qdiscs").await?;
+        for qdisc in &qdiscs {
+            let index = qdisc.header.index.cast_unsigned();
+            if let Some(link) = snapshot.links.get_mut(&index) {
+                link.queueing.note(qdisc);
+            }
+        }
+        for ifindex in snapshot.carrying_vlans() {
+            if let Some(link) = snapshot.links.get_mut(&ifindex) {
+                link.hides_tags = offload::takes_tags_off(&link.name);
+            }
+        }
         let addresses: Vec<_> = collect(self.handle.address().get().execute(), "addresses").await?;
         snapshot.addresses = addresses.iter().filter_map(address).collect();
         let v4 = RouteMessageBuilder::<Ipv4Addr>::new().build();
@@ -194,6 +281,9 @@ impl Reader {
             .get()
             .set_address_family(AddressFamily::Bridge);
         let entries: Vec<_> = collect(bridges.execute(), "bridge forwarding tables").await?;
+        snapshot.rules = self.has_rules().await?;
+        snapshot.answers = previous.answers.clone();
+        snapshot.policies = xfrm::policies().await?;
         snapshot.forwards = (is_on("ipv4/ip_forward"), is_on("ipv6/conf/all/forwarding"));
         snapshot.strict = strict(&snapshot);
         let links = &snapshot.links;
@@ -271,24 +361,53 @@ fn is_on(setting: &str) -> bool {
     std::fs::read_to_string(format!("/proc/sys/net/{setting}")).is_ok_and(|text| text.trim() != "0")
 }
 
+/// What an event is about.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Change {
+    /// Something that decides by which route an address is reached, and from which source.
+    Routing,
+    Other,
+}
+
 /// A stream that yields when something that a snapshot holds has changed.
 ///
 /// # Errors
 /// The kernel refuses the socket.
-pub fn changes() -> Result<impl Stream<Item = ()> + Unpin> {
+pub fn changes() -> Result<impl Stream<Item = Change> + Unpin> {
     let (connection, _, messages) = rtnetlink::new_multicast_connection(&[
         MulticastGroup::Link,
         MulticastGroup::Neigh,
+        MulticastGroup::Tc,
         MulticastGroup::Ipv4Ifaddr,
         MulticastGroup::Ipv6Ifaddr,
         MulticastGroup::Ipv4Route,
         MulticastGroup::Ipv6Route,
+        MulticastGroup::Ipv4Rule,
+        MulticastGroup::Ipv6Rule,
         MulticastGroup::Ipv4Netconf,
         MulticastGroup::Ipv6Netconf,
     ])
     .context("open a netlink socket for events")?;
     tokio::spawn(connection);
-    Ok(messages.map(|_| ()))
+    let network = messages.map(|(message, _)| change(&message.payload));
+    let policies = xfrm::changes().map(|()| Change::Other);
+    Ok(futures_util::stream::select(network, policies))
+}
+
+fn change(event: &NetlinkPayload<RouteNetlinkMessage>) -> Change {
+    use RouteNetlinkMessage as Message;
+    match event {
+        NetlinkPayload::InnerMessage(
+            Message::NewNeighbour(_)
+            | Message::DelNeighbour(_)
+            | Message::NewQueueDiscipline(_)
+            | Message::DelQueueDiscipline(_)
+            | Message::NewTrafficFilter(_)
+            | Message::DelTrafficFilter(_),
+        ) => Change::Other,
+        // Where events were lost, any may have been.
+        _ => Change::Routing,
+    }
 }
 
 async fn collect<T>(
@@ -312,7 +431,7 @@ async fn collect<T>(
 fn link(message: &LinkMessage) -> Option<(u32, Link)> {
     let mut name = None;
     let (mut info_kind, mut mac, mut controller, mut namespace) = (None, None, None, None);
-    let mut other_end = message.header.index; // as older kernels have it, where the number is the same
+    let (mut bridging, mut parent) = (Bridging::default(), None);
     let mut mtu = u32::MAX;
     for attribute in &message.attributes {
         match attribute {
@@ -321,12 +440,13 @@ fn link(message: &LinkMessage) -> Option<(u32, Link)> {
             LinkAttribute::Mtu(value) => mtu = *value,
             LinkAttribute::Controller(value) => controller = Some(*value),
             LinkAttribute::LinkNetNsId(id) => namespace = Some(*id),
-            LinkAttribute::Link(index) => other_end = *index,
+            LinkAttribute::Link(index) => parent = Some(*index),
             LinkAttribute::LinkInfo(infos) => {
                 info_kind = infos.iter().find_map(|info| match info {
                     LinkInfo::Kind(kind) => Some(kind.clone()),
                     _ => None,
                 });
+                infos.iter().for_each(|info| bridging.note(info));
             }
             _ => {}
         }
@@ -336,13 +456,15 @@ fn link(message: &LinkMessage) -> Option<(u32, Link)> {
         LinkLayerType::None | LinkLayerType::Rawip | LinkLayerType::Ppp => Header::Ip,
         _ => Header::Other,
     };
+    let is_vlan = info_kind == Some(InfoKind::Vlan);
     let kind = match info_kind {
         _ if message.header.link_layer_type == LinkLayerType::Loopback => Kind::Loopback,
         Some(InfoKind::Bridge) => Kind::Bridge,
         Some(InfoKind::Veth) => Kind::Veth {
             peer: namespace.map(|namespace| Peer {
                 namespace,
-                ifindex: other_end,
+                // Older kernels leave it out where the number is the same.
+                ifindex: parent.unwrap_or(message.header.index),
             }),
         },
         Some(InfoKind::Tun) if header == Header::Ethernet => Kind::Tap,
@@ -361,8 +483,70 @@ fn link(message: &LinkMessage) -> Option<(u32, Link)> {
             controller,
             up,
             mtu,
+            queueing: Queueing::default(),
+            bridging,
+            vlan_of: parent.filter(|_| is_vlan && namespace.is_none()),
+            hides_tags: false,
         },
     ))
+}
+
+impl Bridging {
+    fn note(&mut self, info: &LinkInfo) {
+        match info {
+            LinkInfo::Data(InfoData::Bridge(settings)) => {
+                for setting in settings {
+                    match setting {
+                        InfoBridge::VlanFiltering(on) => self.vlan_filtering = *on,
+                        InfoBridge::StpState(state) => {
+                            self.stp = *state != BridgeStpState::Disabled
+                        }
+                        _ => {}
+                    }
+                }
+            }
+            LinkInfo::PortData(InfoPortData::BridgePort(settings)) => {
+                self.isolated = settings.contains(&InfoBridgePort::Isolated(true));
+            }
+            _ => {}
+        }
+    }
+}
+
+/// Root qdiscs that hold no packet back: queues, and those that share the link among flows or devices' queues.
+const NOT_SHAPING: [&str; 16] = [
+    "noqueue",
+    "noop",
+    "pfifo",
+    "bfifo",
+    "pfifo_fast",
+    "pfifo_head_drop",
+    "fq",
+    "fq_codel",
+    "fq_pie",
+    "codel",
+    "pie",
+    "sfq",
+    "red",
+    "hhf",
+    "mq",
+    "mqprio",
+];
+
+impl Queueing {
+    fn note(&mut self, qdisc: &TcMessage) {
+        let kind = qdisc.attributes.iter().find_map(|a| match a {
+            TcAttribute::Kind(kind) => Some(kind.as_str()),
+            _ => None,
+        });
+        match kind {
+            Some("ingress") => self.ingress_only = true,
+            Some(kind) if qdisc.header.parent == TcHandle::ROOT && !NOT_SHAPING.contains(&kind) => {
+                self.shaper = Some(kind.to_owned());
+            }
+            _ => {}
+        }
+    }
 }
 
 /// An address of a device, wherever that is.
@@ -384,7 +568,27 @@ pub(crate) fn address(message: &AddressMessage) -> Option<Local> {
         ifindex: message.header.index,
         address,
         prefix: message.header.prefix_len,
+        standing: standing(message),
     })
+}
+
+/// IPv4 knows none of this: its addresses are used whatever their lifetime.
+fn standing(message: &AddressMessage) -> Standing {
+    let flags = message.attributes.iter().find_map(|a| match a {
+        AddressAttribute::Flags(flags) => Some(*flags),
+        _ => None,
+    });
+    let flags = flags.unwrap_or(AddressFlags::empty());
+    let has = |flag| flags.contains(flag);
+    if message.header.family != AddressFamily::Inet6 {
+        Standing::Preferred
+    } else if has(AddressFlags::Dadfailed) || has(AddressFlags::Tentative) {
+        Standing::Unusable
+    } else if has(AddressFlags::Deprecated) {
+        Standing::Deprecated
+    } else {
+        Standing::Preferred
+    }
 }
 
 fn ip(address: &RouteAddress) -> Option<IpAddr> {
@@ -395,7 +599,19 @@ fn ip(address: &RouteAddress) -> Option<IpAddr> {
     }
 }
 
+/// A route that every packet may take: of table main, or of this host's own addresses.
 fn route(message: &RouteMessage) -> Option<Route> {
+    let (route, table) = route_and_table(message)?;
+    let wanted = if route.local {
+        RT_TABLE_LOCAL
+    } else {
+        u32::from(RouteHeader::RT_TABLE_MAIN)
+    };
+    (table == wanted).then_some(route)
+}
+
+/// A route that leads somewhere, and the table that it is in.
+fn route_and_table(message: &RouteMessage) -> Option<(Route, u32)> {
     let header = &message.header;
     let unspecified = match header.address_family {
         AddressFamily::Inet => IpAddr::V4(Ipv4Addr::UNSPECIFIED),
@@ -434,10 +650,8 @@ fn route(message: &RouteMessage) -> Option<Route> {
             _ => {}
         }
     }
-    let main = u32::from(RouteHeader::RT_TABLE_MAIN);
-    let usable = header.kind == RouteType::Unicast && table == main
-        || header.kind == RouteType::Local && table == RT_TABLE_LOCAL;
-    (usable && route.ifindex != 0).then_some(route)
+    let leads = matches!(header.kind, RouteType::Unicast | RouteType::Local);
+    (leads && route.ifindex != 0).then_some((route, table))
 }
 
 fn mac(message: &NeighbourMessage) -> Option<Mac> {

@@ -61,6 +61,31 @@ pub fn has_bpffs() -> bool {
         .is_ok_and(|status| status.filesystem_type() == nix::sys::statfs::BPF_FS_MAGIC)
 }
 
+/// The larger part of the unprivileged ports that the kernel gives to no socket by itself, for SNAT: the first, and how many.
+/// It may be changed at any time, in each network namespace.
+pub fn snat_ports() -> (u16, u32) {
+    let range = fs::read_to_string("/proc/sys/net/ipv4/ip_local_port_range").unwrap_or_default();
+    beside(&range)
+}
+
+/// What leaves source ports to SNAT: the kernel's own default.
+pub const SNAT_REMEDY: &str = "`sysctl net.ipv4.ip_local_port_range=\"32768 60999\"` and a restart";
+
+fn beside(range: &str) -> (u16, u32) {
+    let mut bounds = range
+        .split_whitespace()
+        .filter_map(|word| word.parse::<u16>().ok());
+    let low = bounds.next().unwrap_or(32_768);
+    let high = bounds.next().unwrap_or(60_999);
+    let below = u32::from(low.saturating_sub(1024));
+    let above = u32::from(u16::MAX - high);
+    if below >= above {
+        (1024, below)
+    } else {
+        (high + 1, above)
+    }
+}
+
 impl Kernel {
     /// Lets this process's maps be as large as they are, where a limit counts.
     ///
@@ -178,6 +203,14 @@ fn missing_capabilities() -> Vec<&'static str> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn source_ports_are_the_larger_part_beside_the_kernels_own() {
+        assert_eq!(beside("32768\t60999\n"), (1024, 31_744));
+        assert_eq!(beside("1024\t60999\n"), (61_000, 4536));
+        assert_eq!(beside("1024\t65535\n").1, 0);
+        assert_eq!(beside(""), (1024, 31_744), "an unreadable setting");
+    }
 
     #[test]
     fn lockdowns_choice_is_the_word_in_brackets() {

@@ -18,3 +18,4 @@ pub mod netlink;
 pub mod output;
 pub mod proxy;
 pub mod spec;
+pub mod xfrm;

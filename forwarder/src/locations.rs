@@ -183,11 +183,12 @@ pub fn locations(snapshot: &Snapshot) -> BTreeMap<IpNet, Location> {
     networks.chain(containers).chain(local).collect()
 }
 
-/// How frames get to what is behind a container's or a virtual machine's device.
+/// How frames get to what is behind a container's or a virtual machine's device. Straight to a veth's other end nothing waits
+/// in the veth's own queue, so a limit there would not be met.
 pub(crate) fn way_to(port: &Link) -> Option<u32> {
     match port.kind {
-        Kind::Veth { peer: Some(_) } => Some(delivery::PEER),
-        Kind::Veth { peer: None } | Kind::Tap => Some(delivery::DEVICE),
+        Kind::Veth { peer: Some(_) } if port.queueing.shaper.is_none() => Some(delivery::PEER),
+        Kind::Veth { .. } | Kind::Tap => Some(delivery::DEVICE),
         Kind::Other | Kind::Loopback | Kind::Bridge | Kind::Bond => None,
     }
 }
@@ -220,7 +221,7 @@ pub(crate) mod tests {
     use super::*;
     use crate::{
         backends::{interfaces, resolve},
-        interfaces::{Claim, FarEnd, Header, Local, Mac, Neighbour},
+        interfaces::{Bridging, Claim, FarEnd, Header, Local, Mac, Neighbour, Queueing, Standing},
     };
 
     pub(crate) const MAC_A: Mac = [2, 0, 0, 0, 0, 0xa];
@@ -240,6 +241,10 @@ pub(crate) mod tests {
             controller,
             up: true,
             mtu: 1500,
+            queueing: Queueing::default(),
+            bridging: Bridging::default(),
+            vlan_of: None,
+            hides_tags: false,
         }
     }
 
@@ -282,6 +287,7 @@ pub(crate) mod tests {
                 ifindex,
                 address: ip(address),
                 prefix,
+                standing: Standing::Preferred,
             });
         }
         snapshot.routes = vec![

@@ -110,6 +110,64 @@ fn doctor_names_containers_links_whose_filters_are_gone_past() {
     daemon.stop().unwrap();
 }
 
+#[test]
+fn doctor_tells_the_two_sides_of_a_link_apart() {
+    let topology = Topology::new().unwrap();
+    let Topology { host, backend, .. } = &topology;
+    for device in ["eth0", backend.veth.as_str()] {
+        host.run(&format!("tc qdisc add dev {device} ingress"))
+            .unwrap();
+        somebodys_filter(host, device, "ingress");
+    }
+    let findings = doctor(host, &[]).unwrap();
+    let found = |device| format!("tc ingress of {device} has others' programs");
+    let veth = &findings["containers' links"]["found"];
+    assert_eq!(*veth, found(backend.veth.as_str()));
+    assert_eq!(findings["uplinks"]["found"], found("eth0"));
+}
+
+#[test]
+fn doctor_says_whether_source_ports_are_left() {
+    let netns = Netns::new("host").unwrap();
+    netns.ip("link set lo up").unwrap();
+    let ports = || doctor(&netns, &[]).unwrap()["source ports"].clone();
+    assert_eq!(ports()["found"], "31744 beside ip_local_port_range");
+    netns
+        .enter(|| std::fs::write("/proc/sys/net/ipv4/ip_local_port_range", "1024 65535"))
+        .unwrap();
+    let found = ports();
+    assert_eq!(found["ok"], false, "{found}");
+    let daemon = Daemon::start(&netns, &["8080:10.0.0.2:80"], Datapath::Auto).unwrap();
+    let warned = daemon.said().contains("ip_local_port_range");
+    assert!(warned, "{}", daemon.said());
+    daemon.stop().unwrap();
+}
+
+#[test]
+fn doctor_names_what_a_bridge_would_forbid() {
+    let topology = Topology::new().unwrap();
+    let Topology { host, backend, .. } = &topology;
+    let bridges = || doctor(host, &[]).unwrap()["bridges"].clone();
+    assert_eq!(bridges()["ok"], true);
+    host.run(&format!(
+        "ip link set {} type bridge_slave isolated on",
+        backend.veth
+    ))
+    .unwrap();
+    host.run("ip link set br0 type bridge stp_state 1").unwrap();
+    let mut expected = format!("br0 has STP, {} is isolated", backend.veth);
+    // Not every kernel has it.
+    if host
+        .run("ip link set br1 type bridge vlan_filtering 1")
+        .is_ok()
+    {
+        expected += ", br1 has VLAN filtering";
+    }
+    let found = bridges();
+    assert_eq!(found["found"], expected);
+    assert_eq!(found["ok"], false);
+}
+
 /// The fast path does without something that `doctor` misses.
 fn served_without(wrapper: &[&str], check: &str) {
     let found = &findings(wrapper)[check];

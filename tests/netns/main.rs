@@ -1,7 +1,7 @@
 //! Tier 2: real sockets in network namespaces, through the daemon as a user starts it.
 //!
 //! `matrix` has every kind of client, `firewall` what a firewall does meanwhile, `flood` what a flood does, `forged` what says it comes from somebody else, `lifecycle` what
-//! comes and goes, `moved` clients that get another MAC or link, `filters` other people's tc filters, `promises` what must
+//! comes and goes, `moved` clients that get another MAC or link, `filters` other people's tc filters, `shaping` their limits, `ipsec` their policies, `rules` their routes, `promises` what must
 //! not be reachable, `timeout` when a flow ends, `fragment` datagrams in parts, `direct` connections past the published port,
 //! `scale` as many flows as there may be, `crowd` as many connections of this host as there are source ports, `selftests`
 //! the scenarios of the kernel's own tests, and `usage` what a mistake is answered with. Every test makes its own machine,
@@ -17,6 +17,7 @@ mod flood;
 mod forged;
 mod fragment;
 mod icmp;
+mod ipsec;
 mod left;
 mod lifecycle;
 mod machine;
@@ -28,10 +29,12 @@ mod remote;
 mod respect;
 mod restart;
 mod restricted;
+mod rules;
 mod scale;
 mod scene;
 mod sctp;
 mod selftests;
+mod shaping;
 mod timeout;
 mod topology;
 mod trace;

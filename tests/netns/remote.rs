@@ -14,7 +14,7 @@ use forwarder_tests::{
         Network,
     },
     traffic::{
-        Backend,
+        Backend, Connection,
         Protocol::{self, Tcp, Udp},
         ask,
     },
@@ -22,7 +22,7 @@ use forwarder_tests::{
 
 use crate::{
     bulk::there_and_back,
-    scene::{BACKEND_PORT, PORT, on_the_fast_path, suffix},
+    scene::{BACKEND_PORT, PORT, on_the_fast_path, packets, suffix},
 };
 
 /// ```text
@@ -386,4 +386,64 @@ fn a_silent_backend_by_tc_is_found_again() {
 #[test]
 fn a_silent_backend_by_xdp_is_found_again() {
     a_silent_backend_is_found_again("native");
+}
+
+/// Table main would lead to the machine beside the client.
+#[test]
+fn a_machine_whose_route_is_in_another_table_is_reached_by_that_route() {
+    let lan = Lan::new();
+    let _backends = lan.backends();
+    let near = LAN.address(V4, OTHER);
+    lan.host
+        .ip(&format!(
+            "route add default via {near}\nroute del 203.0.113.0/24 dev eth1\n\
+             route add 203.0.113.0/24 dev eth1 table 52\nrule add to 203.0.113.0/24 lookup 52"
+        ))
+        .unwrap();
+    for protocol in [Tcp, Udp] {
+        let daemon = lan.publish(Where::Far, V4, protocol, "off");
+        on_the_fast_path(&daemon, || lan.served(Where::Far, V4, protocol));
+        daemon.stop().unwrap();
+    }
+}
+
+/// One more IPv6 address of the host on the way to the far machine. The kernel lists the newest first.
+fn with_another_address(lan: &Lan, flags: &str) {
+    let address = FAR.address(V6, 77);
+    lan.host
+        .ip(&format!("addr add {address}/64 dev eth1 {flags}"))
+        .unwrap();
+}
+
+#[test]
+fn the_source_is_the_kernels_choice_and_never_a_deprecated_address() {
+    let lan = Lan::new();
+    let _backends = lan.backends();
+    with_another_address(&lan, "nodad preferred_lft 0 valid_lft 600");
+    let daemon = lan.publish(Where::Far, V6, Tcp, "off");
+    lan.served(Where::Far, V6, Tcp);
+    daemon.stop().unwrap();
+}
+
+#[test]
+fn a_new_address_of_the_host_cuts_no_conversation() {
+    let lan = Lan::new();
+    let _backends = lan.backends();
+    let daemon = lan.publish(Where::Far, V6, Tcp, "off");
+    let frontend = SocketAddr::new(LAN.address(V6, HOST), PORT);
+    let mut conversation = Connection::open(&lan.client, frontend).unwrap();
+    conversation.ask("before").unwrap();
+    with_another_address(&lan, "nodad");
+    let entry = || daemon.entry().unwrap();
+    assert_eq!(entry()["datapath"], "ebpf");
+    // One that the daemon serves only after it has read the network again.
+    let known = SocketAddr::new(FAR.address(V6, 77), PORT);
+    wait_for("the new address is served", || {
+        let before = packets(&daemon);
+        ask(&lan.far, Tcp, known, "hello").ok()?;
+        (packets(&daemon) > before).then_some(())
+    })
+    .unwrap();
+    conversation.ask("after").unwrap();
+    daemon.stop().unwrap();
 }

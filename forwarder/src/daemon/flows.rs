@@ -1,7 +1,11 @@
 //! The part of the daemon that looks after flows: those that an earlier instance left, those that have been
 //! silent for too long, those of a publish that ends.
 
-use std::{collections::HashSet, sync::Arc, time::Duration};
+use std::{
+    collections::{BTreeSet, HashSet},
+    sync::Arc,
+    time::Duration,
+};
 
 use anyhow::Result;
 use forwarder_common::{
@@ -26,20 +30,22 @@ pub(super) struct Sweep {
 }
 
 impl Daemon {
-    pub(super) fn remove_flows(&mut self, id: u32) -> Result<()> {
+    pub(super) fn remove_flows(&mut self, of: &BTreeSet<u32>) -> Result<()> {
         self.change_flows(|key, flow, maps| {
-            if flow.publish == id {
+            if of.contains(&flow.publish) {
                 maps.remove_flow(key, flow)?;
             }
             Ok(())
         })
     }
 
-    /// Flows of an earlier instance go on if they are of a publish that is there again, under its number.
+    /// Flows of an earlier instance go on if they are of a publish that is there again, under its number. Not if an IPsec
+    /// policy covers that one.
     pub(super) fn adopt(&mut self) {
         let owners: Vec<(u32, Arc<Spec>)> = self
             .publishes
             .iter()
+            .filter(|(_, published)| !published.covered)
             .map(|(id, published)| (*id, published.spec.clone()))
             .collect();
         let respects_firewall = self.options.respect_firewall;

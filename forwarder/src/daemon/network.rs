@@ -1,7 +1,10 @@
 //! The part of the daemon that follows the network: one reading after another, and the kernel's maps,
 //! attachments and neighbours made to match it.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    net::IpAddr,
+};
 
 use anyhow::Result;
 use forwarder_common::{
@@ -13,7 +16,7 @@ use tokio::time::Instant;
 use tracing::{debug, info, warn};
 
 use super::{
-    ASK_AGAIN, Daemon,
+    ASK_AGAIN, ASK_ROUTES_PAUSE, Daemon,
     report::{delivery_name, delivery_of},
 };
 use crate::{
@@ -23,6 +26,7 @@ use crate::{
     interfaces::{Header, Snapshot},
     locations,
     spec::Protocol,
+    xfrm,
 };
 
 impl Daemon {
@@ -40,10 +44,22 @@ impl Daemon {
                 return Err(error);
             }
         };
+        if self.routing_changed && Instant::now() >= self.ask_routes_after {
+            self.routing_changed = false;
+            self.snapshot.answers.clear();
+        }
+        let backends = self.publishes.values();
+        let backends: Vec<IpAddr> = backends.map(|published| published.spec.backend).collect();
+        self.ask_for_routes(backends).await;
         self.reconcile_devices(&before)?;
         let ids: Vec<u32> = self.publishes.keys().copied().collect();
+        let before = self.covered();
         for id in ids {
             self.resolve(id)?;
+        }
+        let newly: BTreeSet<u32> = &self.covered() - &before;
+        if !newly.is_empty() {
+            self.remove_flows(&newly)?;
         }
         self.follow_xdp()?;
         self.ask_for_neighbours().await;
@@ -60,6 +76,33 @@ impl Daemon {
                 warn!("{}", locations::dispute(snapshot, veth, address));
             }
         }
+    }
+
+    /// Publishes that an IPsec policy covers: flows that were begun before would go round it.
+    fn covered(&self) -> BTreeSet<u32> {
+        let covered = self.publishes.iter().filter(|(_, p)| p.covered);
+        covered.map(|(id, _)| *id).collect()
+    }
+
+    /// Asks the kernel for the way to backends that only it knows: once for each, until routing changes.
+    pub(super) async fn ask_for_routes(&mut self, backends: impl IntoIterator<Item = IpAddr>) {
+        let Some(reader) = &self.reader else {
+            return;
+        };
+        let begun = Instant::now();
+        for backend in backends {
+            let is_known = self.snapshot.answers.contains_key(&backend);
+            if is_known || !backends::takes_an_answer(&self.snapshot, backend) {
+                continue;
+            }
+            match reader.route_to(backend).await {
+                Ok(answer) => drop(self.snapshot.answers.insert(backend, answer)),
+                Err(error) => warn!("the route to {backend}: {error:#}"),
+            }
+        }
+        // Thousands of backends must not keep the daemon busy when routes change all the time.
+        let pause = begun.elapsed() * ASK_ROUTES_PAUSE;
+        self.ask_routes_after = self.ask_routes_after.max(Instant::now() + pause);
     }
 
     /// Backends on this machine whose MAC, or the bridge port behind it, isn't known are asked for by the
@@ -195,7 +238,7 @@ impl Daemon {
         more
     }
 
-    /// The XDP programs of devices that have gone.
+    /// The XDP programs of devices that have gone, or allow none any more.
     fn forget_xdp(&mut self) {
         let links = &self.snapshot.links;
         self.without_xdp.retain(|i| links.contains_key(i));
@@ -203,7 +246,8 @@ impl Daemon {
             return;
         };
         let gone = datapath.xdp().map(|(ifindex, _)| ifindex);
-        let gone: Vec<u32> = gone.filter(|i| !links.contains_key(i)).collect();
+        let allows = |i: &u32| links.get(i).is_some_and(backends::allows_xdp);
+        let gone: Vec<u32> = gone.filter(|i| !allows(i)).collect();
         gone.into_iter().for_each(|i| datapath.detach_xdp(i));
     }
 
@@ -238,12 +282,21 @@ impl Daemon {
             Protocol::Sctp => Err("SCTP is served in user space".to_owned()),
             Protocol::Tcp | Protocol::Udp => backends::resolve(&self.snapshot, spec.backend),
         };
+        let policy = xfrm::covering_policy(&self.snapshot, spec);
+        published.covered = policy.is_some();
         let stack = self.options.respect_firewall;
         let resolved = resolved.and_then(|resolved| {
+            if let Some(policy) = policy {
+                return Err(format!("an IPsec policy covers it: {policy}"));
+            }
             if stack {
                 backends::through_the_stack(&self.snapshot, spec.backend, &resolved)?;
             }
-            Ok(resolved)
+            let present = published.entry.map(|entry| entry.source);
+            let keeps =
+                |source: &Address| backends::keeps_source(&self.snapshot, spec.backend, *source);
+            let source = present.filter(keeps).unwrap_or(resolved.source);
+            Ok(Resolved { source, ..resolved })
         });
         let (resolved, reason) = match resolved {
             Ok(resolved) => (resolved, None),

@@ -62,12 +62,18 @@ impl Hook {
     }
 }
 
-/// Whether filters or programs of others see what leaves by a device. What goes straight to its other end
-/// (`bpf_redirect_peer`) they do not see.
-pub fn has_others_at_egress(ifindex: u32, name: &str) -> bool {
-    let ours = Hook::Egress.programs();
-    let links = SchedClassifier::query_tcx(name, TcAttachType::Egress);
-    clsact::has_others(ifindex, Side::Egress, &ours).unwrap_or(false)
+/// Whether filters or programs of others see what passes one side of a device. What goes straight to its other end
+/// (`bpf_redirect_peer`) meets none at egress, and what our program takes none at ingress. The qdisc `ingress`
+/// shows the filters of its one side on both: `has_filters` is whether this one has any.
+pub fn has_others(side: Side, ifindex: u32, name: &str, has_filters: bool) -> bool {
+    let hooks = Hook::ALL.into_iter().filter(|hook| hook.side() == side);
+    let ours: Vec<&str> = hooks.flat_map(Hook::programs).collect();
+    let attach_type = match side {
+        Side::Ingress => TcAttachType::Ingress,
+        Side::Egress => TcAttachType::Egress,
+    };
+    let links = SchedClassifier::query_tcx(name, attach_type);
+    has_filters && clsact::has_others(ifindex, side, &ours).unwrap_or(false)
         || links.is_ok_and(|(_, programs)| {
             let name = |program: &ProgramInfo| program.name_as_str().map(str::to_owned);
             let mut names = programs.iter().map(name);

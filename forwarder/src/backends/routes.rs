@@ -1,0 +1,163 @@
+//! By which route a backend is reached, and from which address of this host: what table main says, or the kernel's answer.
+
+use std::net::IpAddr;
+
+use forwarder_common::tuple::Address;
+
+use super::{contains, is_link_local, resolve};
+use crate::interfaces::{Answer, Local, Route, Snapshot, Standing};
+
+/// Whether only the kernel knows the way to a backend ([`Snapshot::answers`]): rules choose the table, by more than the
+/// destination; or which of its IPv6 addresses it sends from to another machine.
+pub fn takes_an_answer(snapshot: &Snapshot, backend: IpAddr) -> bool {
+    match backend {
+        IpAddr::V4(_) => snapshot.rules.0,
+        IpAddr::V6(_) => {
+            snapshot.rules.1 || resolve(snapshot, backend).is_ok_and(|resolved| resolved.remote)
+        }
+    }
+}
+
+pub(super) fn route_to(snapshot: &Snapshot, backend: IpAddr) -> Option<Answer> {
+    match snapshot.answers.get(&backend) {
+        Some(answer) => *answer,
+        None => best_route(snapshot, backend).map(|route| Answer {
+            route,
+            source: None,
+        }),
+    }
+}
+
+/// Whether a publish goes on with the source address that it has, so that live connections go on: an IPv6 address of the
+/// way's device that is still preferred, whichever the kernel would choose now. With privacy addresses that changes every
+/// day. What a route names counts at once.
+pub fn keeps_source(snapshot: &Snapshot, backend: IpAddr, present: Address) -> bool {
+    route_to(snapshot, backend).is_some_and(|Answer { route, .. }| {
+        let mut addresses = snapshot.addresses.iter();
+        let stays = addresses.any(|local| {
+            Address::from(local.address) == present
+                && local.ifindex == route.ifindex
+                && local.standing == Standing::Preferred
+        });
+        stays && backend.is_ipv6() && route.preferred_source.is_none()
+    })
+}
+
+fn best_route(snapshot: &Snapshot, address: IpAddr) -> Option<Route> {
+    snapshot
+        .routes
+        .iter()
+        .filter(|route| !route.local && contains(route.destination, route.prefix, address))
+        .max_by_key(|route| (route.prefix, std::cmp::Reverse(route.priority)))
+        .copied()
+}
+
+/// The source address that this host would use: the route's own, else the kernel's choice. Where that is not asked for, one
+/// on the device, in the backend's subnet if there is one, else any other of the family.
+pub(super) fn source(snapshot: &Snapshot, answer: &Answer, backend: IpAddr) -> Option<IpAddr> {
+    let route = &answer.route;
+    let usable = |local: &&Local| {
+        let address = local.address;
+        address.is_ipv4() == backend.is_ipv4()
+            && !address.is_loopback()
+            && !is_link_local(address)
+            && local.standing != Standing::Unusable
+    };
+    route.preferred_source.or(answer.source).or_else(|| {
+        let best = snapshot
+            .addresses
+            .iter()
+            .filter(usable)
+            .rev() // of equals the first, which is the primary address
+            .max_by_key(|local| {
+                let here = local.ifindex == route.ifindex;
+                let near = here && contains(local.address, local.prefix, backend);
+                (local.standing, near, here)
+            })?;
+        Some(best.address)
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::locations::tests::{host, ip, route};
+
+    #[test]
+    fn the_kernels_answer_comes_before_table_main() {
+        let (mut host, backend) = (host(), ip("172.31.0.2"));
+        assert!(!takes_an_answer(&host, backend));
+        host.rules.0 = true;
+        assert!(takes_an_answer(&host, backend));
+        let answer = Answer {
+            route: route("172.31.0.0", 16, 2, true),
+            source: Some(ip("198.51.100.2")),
+        };
+        host.answers.insert(backend, Some(answer));
+        let resolved = resolve(&host, backend).expect("a route");
+        assert_eq!((resolved.hop.ifindex, resolved.remote), (2, true));
+        assert_eq!(IpAddr::from(resolved.source), ip("198.51.100.2"));
+        host.answers.insert(backend, None);
+        let reason = resolve(&host, backend).expect_err("no fast path");
+        assert_eq!(reason, "no route to 172.31.0.2");
+    }
+
+    const FAR: &str = "2001:db8:200::a";
+
+    /// A host with IPv6 addresses on the way to a machine, the newest first.
+    fn with_addresses(addresses: &[(&str, Standing)]) -> Snapshot {
+        let mut host = host();
+        host.routes.push(route("2001:db8:200::", 64, 2, false));
+        host.addresses
+            .extend(addresses.iter().map(|&(address, standing)| Local {
+                ifindex: 2,
+                address: ip(address),
+                prefix: 64,
+                standing,
+            }));
+        host
+    }
+
+    #[test]
+    fn this_host_sends_from_no_address_that_may_be_anothers() {
+        let mut host = with_addresses(&[
+            ("2001:db8:200::4", Standing::Unusable),
+            ("2001:db8:200::3", Standing::Deprecated),
+            ("2001:db8:200::2", Standing::Preferred),
+        ]);
+        let source = |host: &Snapshot| {
+            let resolved = resolve(host, ip(FAR)).ok()?;
+            Some(IpAddr::from(resolved.source))
+        };
+        assert_eq!(source(&host), Some(ip("2001:db8:200::2")));
+        host.addresses.pop();
+        assert_eq!(source(&host), Some(ip("2001:db8:200::3")), "if no other");
+        host.addresses.pop();
+        assert_eq!(source(&host), None);
+    }
+
+    #[test]
+    fn to_another_machine_the_source_is_the_kernels_choice_until_that_goes() {
+        let [new, old] = ["2001:db8:200::3", "2001:db8:200::2"];
+        let mut host = with_addresses(&[(new, Standing::Preferred), (old, Standing::Preferred)]);
+        assert!(takes_an_answer(&host, ip(FAR)));
+        assert!(!takes_an_answer(&host, ip("198.51.100.77")), "IPv4");
+        let answer = Answer {
+            route: route("2001:db8:200::", 64, 2, false),
+            source: Some(ip(old)),
+        };
+        host.answers.insert(ip(FAR), Some(answer));
+        let resolved = resolve(&host, ip(FAR)).expect("a route");
+        assert_eq!(IpAddr::from(resolved.source), ip(old));
+
+        let keeps = |host: &Snapshot, present| keeps_source(host, ip(FAR), ip(present).into());
+        assert!(keeps(&host, new) && keeps(&host, old));
+        assert!(!keeps(&host, "2001:db8:200::9"), "gone");
+        host.routes[4].preferred_source = Some(ip(old));
+        host.answers.clear();
+        assert!(!keeps(&host, new), "the route names another");
+        host.routes[4].preferred_source = None;
+        host.addresses[3].standing = Standing::Deprecated;
+        assert!(!keeps(&host, new));
+    }
+}

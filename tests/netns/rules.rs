@@ -1,0 +1,109 @@
+//! Policy routing: the way to a backend is in another table than main, where a rule leads to it, as Tailscale and
+//! other VPNs have it. The kernel's answer counts, at the start and when rules and routes change.
+
+use std::net::SocketAddr;
+
+use forwarder_tests::{
+    daemon::{Daemon, Datapath},
+    deadline::wait_for,
+    topology::{
+        Family::{self, V4, V6},
+        Topology,
+    },
+    traffic::{Backend, Protocol::Tcp, ask},
+};
+
+use crate::scene::{BACKEND_PORT, PORT, on_the_fast_path, spec, wait_for_peer};
+
+/// Table main leads to the client for every address that it has no route to, as an uplink's default route does.
+fn with_a_default_route() -> Topology {
+    let topology = Topology::new().unwrap();
+    let [v4, v6] = [V4, V6].map(|family| topology.client_address(family));
+    topology
+        .host
+        .ip(&format!(
+            "route add default via {v4}\nroute add default via {v6}"
+        ))
+        .unwrap();
+    topology
+}
+
+fn network(family: Family) -> &'static str {
+    match family {
+        V4 => "172.31.0.0/24",
+        V6 => "fd00:31::/64",
+    }
+}
+
+/// `add` or `del`, and a rule for the backend's network.
+fn rule(topology: &Topology, family: Family, what: &str, table: u32) {
+    let (number, network) = (if family == V4 { 4 } else { 6 }, network(family));
+    let rule = format!("ip -{number} rule {what} to {network} lookup {table} priority 5270");
+    topology.host.run(&rule).unwrap();
+}
+
+/// Table main knows nothing of the backend's network any more, and a rule leads to a table that does.
+fn move_to_another_table(topology: &Topology, family: Family) {
+    let network = network(family);
+    topology
+        .host
+        .ip(&format!(
+            "route del {network} dev br0\nroute add {network} dev br0 table 52"
+        ))
+        .unwrap();
+    rule(topology, family, "add", 52);
+}
+
+#[track_caller]
+fn served(topology: &Topology, daemon: &Daemon, family: Family) {
+    wait_for_peer(daemon);
+    on_the_fast_path(daemon, || {
+        let frontend = SocketAddr::new(topology.host_address(family), PORT);
+        let answer = ask(&topology.client, Tcp, frontend, "hello").unwrap();
+        assert_eq!(answer.seen.ip(), topology.client_address(family));
+    });
+}
+
+fn start(topology: &Topology, family: Family) -> (Backend, Daemon) {
+    let backend = Backend::start(&topology.backend.netns, Tcp, BACKEND_PORT).unwrap();
+    let spec = spec(&topology.backend, family, Tcp);
+    let daemon = Daemon::start(&topology.host, &[&spec], Datapath::Auto).unwrap();
+    (backend, daemon)
+}
+
+#[test]
+fn a_container_whose_route_is_in_another_table_is_served() {
+    for family in [V4, V6] {
+        let topology = with_a_default_route();
+        move_to_another_table(&topology, family);
+        let (_backend, daemon) = start(&topology, family);
+        served(&topology, &daemon, family);
+        daemon.stop().unwrap();
+    }
+}
+
+#[test]
+fn a_rule_that_comes_and_goes_is_followed() {
+    for family in [V4, V6] {
+        let topology = with_a_default_route();
+        let network = network(family);
+        topology
+            .host
+            .ip(&format!("route add unreachable {network} table 53"))
+            .unwrap();
+        let (_backend, daemon) = start(&topology, family);
+        served(&topology, &daemon, family);
+        rule(&topology, family, "add", 53);
+        let reason = wait_for("the reason", || {
+            daemon.entry().ok()?["reason"].as_str().map(str::to_owned)
+        })
+        .unwrap();
+        let no_route = format!("no route to {}", topology.backend.address(family));
+        assert_eq!(reason, no_route);
+        rule(&topology, family, "del", 53);
+        served(&topology, &daemon, family);
+        move_to_another_table(&topology, family);
+        served(&topology, &daemon, family);
+        daemon.stop().unwrap();
+    }
+}
