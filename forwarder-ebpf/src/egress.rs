@@ -15,7 +15,7 @@ use crate::{
 
 /// Set by the loader: the firewall is respected.
 #[unsafe(no_mangle)]
-static RESPECTS_FIREWALL: u8 = 0;
+static RESPECTS_FIREWALL: u8 = 1;
 
 #[inline(always)]
 pub fn egress(ctx: &TcContext, trail: &mut Trail) -> Verdict {

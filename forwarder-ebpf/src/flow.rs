@@ -216,8 +216,10 @@ pub enum Begun {
 ///
 /// # Errors
 /// `NoEntry`.
-#[inline(always)]
-pub fn insert(packet: &Packet, draft: &Draft) -> Result<Begun, Reason> {
+// VERIFIER: a function of its own, for its share of the stack.
+#[inline(never)]
+pub fn insert(packet: &Packet) -> Result<Begun, Reason> {
+    let draft = draft().ok_or(Reason::NoEntry)?;
     let there = || match get_original(packet) {
         Some(_) => Begun::Already,
         None => Begun::Taken,
@@ -237,103 +239,102 @@ pub fn insert(packet: &Packet, draft: &Draft) -> Result<Begun, Reason> {
 ///
 /// # Errors
 /// `NoSourcePort` or `NoEntry`.
-#[inline(always)]
+// VERIFIER: a function of its own, for its share of the stack.
+#[inline(never)]
 pub fn insert_by_ports(
     skb: *mut __sk_buff,
     packet: &mut Packet,
     is_snat: bool,
 ) -> Result<bool, Reason> {
     const OF_THIS_HOST: u32 = state::KEPT | state::LOCAL_CLIENT;
-    let ports = Ports::of(&packet.tuple).ok_or(Reason::NoSourcePort)?;
-    let mut from = 0;
+    let draft = draft().ok_or(Reason::NoSourcePort)?;
+    draft.hash = Ports::of(&draft.original).ok_or(Reason::NoSourcePort)?.hash;
+    draft.attempt = 0;
     for _ in 0..limits::SNAT_SOCKETS {
-        let taken = take_port(ports.hash, from);
-        if taken == NO_ROOM {
-            return Err(Reason::NoEntry);
+        match take_port() {
+            TAKEN => break,
+            FULL => return Err(Reason::NoEntry),
+            OWN => {
+                packet.new.source_port = draft.key.source_port;
+                return Ok(false);
+            }
+            _ => {}
         }
-        if taken == NO_PORT {
-            break;
+        packet.new.source_port = draft.key.source_port;
+        if draft.flow.state & OF_THIS_HOST == 0 || !steer::has_socket(skb, packet) {
+            if draft.attempt != 0 || !is_snat {
+                make_alias()?;
+            }
+            return Ok(true);
         }
-        let attempt = taken & ATTEMPT;
-        packet.new.source_port = ports.nth(attempt);
-        if taken & ALREADY != 0 {
-            return Ok(false);
-        }
-        let is_ours = draft().is_some_and(|draft| draft.flow.state & OF_THIS_HOST != 0);
-        if is_ours && steer::has_socket(skb, packet) {
-            give_back();
-            from = attempt + 1;
-            continue;
-        }
-        if attempt != 0 || !is_snat {
-            make_alias()?;
-        }
-        return Ok(true);
+        give_back();
+        draft.attempt += 1;
     }
     Err(Reason::NoSourcePort)
 }
 
-/// What [`take_port`] returns if no port was found. Else it is the attempt, and whether another CPU was first.
-const NO_PORT: u32 = u32::MAX;
-/// The same if there is no room for a flow.
-const NO_ROOM: u32 = u32::MAX - 1;
-const ALREADY: u32 = 1 << 31;
-const ATTEMPT: u32 = 0xffff;
+/// What became of a source port, or of the search for one: another conversation has it,
+const TAKEN: u32 = 0;
+/// nobody has, or needs it: the flow has begun,
+const FREE: u32 = 1;
+/// the conversation itself has it, by another packet of this moment;
+const OWN: u32 = 2;
+/// or there is no room for a flow.
+const FULL: u32 = 3;
 
-/// Begins the flow that is drafted with the first port from that attempt on that no flow has; else with that of a flow that
-/// is over, or the oldest that is not proven. Not of datagrams, whose late answers nothing tells apart. In a bounded
-/// number of steps, however many are taken.
+/// Begins the flow that is drafted with the first port, from the draft's attempt on, that no flow has; else with that of a
+/// flow that is over, or the oldest that is not proven. Not of datagrams, whose late answers nothing tells apart. In a
+/// bounded number of steps, however many are taken.
 // VERIFIER (and below): a function that others may call is walked once, and not in every state that a packet may come in.
+// What it keeps is in the draft, for its share of the stack.
 #[unsafe(no_mangle)]
 #[inline(never)]
-pub extern "C" fn take_port(hash: u32, from: u32) -> u32 {
+pub extern "C" fn take_port() -> u32 {
     let Some(draft) = draft() else {
-        return NO_PORT;
+        return FULL;
     };
-    (draft.over, draft.unproven, draft.oldest) = (NO_PORT, NO_PORT, u64::MAX);
+    (draft.over, draft.unproven, draft.oldest) = (NONE, NONE, u64::MAX);
     for step in 0..limits::SNAT_TRIES {
-        let attempt = from.wrapping_add(step) & ATTEMPT;
-        match try_port(hash, attempt) {
-            TAKEN => {}
-            FREE => return attempt,
-            OWN => return attempt | ALREADY,
-            _ => return NO_ROOM,
+        let became = try_port();
+        if became != TAKEN {
+            return became;
         }
-        if draft.over != NO_PORT && step >= limits::SNAT_FREE_TRIES {
+        if draft.over != NONE && step >= limits::SNAT_FREE_TRIES {
             break;
         }
+        draft.attempt += 1;
     }
-    let attempt = if draft.over == NO_PORT {
+    draft.attempt = if draft.over == NONE {
         draft.unproven
     } else {
         draft.over
     };
-    if attempt == NO_PORT {
-        return NO_PORT;
+    if draft.attempt == NONE {
+        return TAKEN;
     }
-    let client = draft.original.source_port;
-    draft.key.source_port = Ports { hash, client }.nth(attempt);
-    if take_over(draft) { attempt } else { NO_PORT }
+    draft.key.source_port = ports(draft).nth(draft.attempt);
+    if take_over(draft) { FREE } else { TAKEN }
 }
 
-/// What [`try_port`] returns.
-const TAKEN: u32 = 0;
-/// It was: the flow has begun.
-const FREE: u32 = 1;
-/// The conversation itself has it.
-const OWN: u32 = 2;
-/// There is no room for a flow.
-const FULL: u32 = 3;
+/// No attempt.
+const NONE: u32 = u32::MAX;
 
-/// Begins the flow that is drafted with this port if no flow has it, and notes in the draft what else could be done.
+#[inline(always)]
+fn ports(draft: &Draft) -> Ports {
+    Ports {
+        hash: draft.hash,
+        client: draft.original.source_port,
+    }
+}
+
+/// Begins the flow that is drafted with the attempt's port if no flow has it, and notes in the draft what else could be done.
 #[unsafe(no_mangle)]
 #[inline(never)]
-pub extern "C" fn try_port(hash: u32, attempt: u32) -> u32 {
+pub extern "C" fn try_port() -> u32 {
     let Some(draft) = draft() else {
         return FULL;
     };
-    let client = draft.original.source_port;
-    draft.key.source_port = Ports { hash, client }.nth(attempt);
+    draft.key.source_port = ports(draft).nth(draft.attempt);
     let mut there = get(&draft.key);
     if there.is_none() {
         match table(&draft.flow, &draft.key) {
@@ -353,9 +354,9 @@ pub extern "C" fn try_port(hash: u32, attempt: u32) -> u32 {
         return OWN;
     }
     match remains(flow, draft.key.protocol) {
-        Remains::Nothing if draft.over == NO_PORT => draft.over = attempt,
+        Remains::Nothing if draft.over == NONE => draft.over = draft.attempt,
         Remains::Hope if flow.last_seen < draft.oldest => {
-            (draft.unproven, draft.oldest) = (attempt, flow.last_seen);
+            (draft.unproven, draft.oldest) = (draft.attempt, flow.last_seen);
         }
         _ => {}
     }

@@ -126,7 +126,7 @@ pub fn leave(skb: *mut __sk_buff, packet: &mut Packet) -> Result<(), Reason> {
     if packet.protocol != UDP {
         return Err(Reason::Fragment);
     }
-    let of_backend = publish::is_backend(packet.tuple.source) && publish::belongs(packet);
+    let of_backend = publish::is_backend(&packet.tuple.source) && publish::belongs(packet);
     if !of_backend && publish::arrived(packet).is_err() {
         return Err(Reason::Fragment);
     }

@@ -15,7 +15,7 @@ use crate::{
     fragment, icmp,
     icmp::Obstacle,
     left,
-    maps::{Draft, count},
+    maps::count,
     parse::{self, Packet},
     publish::{self, Published},
     rewrite, route, setting, steer,
@@ -92,7 +92,7 @@ fn forward(
         }
         return to_client(ctx, packet, flow, trail);
     }
-    if packet.opens() && publish::is_backend(packet.tuple.destination) {
+    if packet.opens() && publish::is_backend(&packet.tuple.destination) {
         flow::note_direct(packet);
     }
     // An ICMP error is carried in both directions like a packet of its flow, but begins none.
@@ -100,43 +100,54 @@ fn forward(
         .filter(|_| !packet.is_error())
         .ok_or(Reason::NotOurs)?;
     publish::arrived(packet)?;
-    steer::give_way(ctx, packet, &published)?;
-    left::is_no_answer(packet)?;
-    let is_begun = packet.protocol == TCP && !packet.opens();
-    if is_begun && !may_go_on(ctx, packet, &published) {
-        return Err(Reason::NotSyn);
-    }
-    publish::admit(packet, published.publish, published.index)?;
-    route::came_back(ctx, packet)?;
+    may_begin(ctx.skb.skb, packet, published.publish, published.index)?;
     if let Some(obstacle) = before_backend(ctx, packet, &published)? {
         return tell(ctx, packet, obstacle, 0);
     }
+    let is_snat = begin(ctx.skb.skb, packet, published.publish, published.index)?;
     let draft = flow::draft().ok_or(Reason::NoEntry)?;
-    let lacks_port = begin(
-        ctx.skb.skb,
-        packet,
-        published.publish,
-        published.index,
-        draft,
-    )?;
-    if is_begun && let Some(segment) = parse::segment(ctx, packet) {
-        tcp::pick_up(&mut draft.flow, segment);
-    }
     flow::update(ctx, &mut draft.flow, packet, ORIGINAL);
-    let begun = if lacks_port {
+    let begun = if is_snat {
         Begun::Taken
     } else {
-        flow::insert(packet, draft)?
+        flow::insert(packet)?
     };
     let is_new = match begun {
         Begun::New => true,
         Begun::Already => false,
-        Begun::Taken => flow::insert_by_ports(ctx.skb.skb, packet, lacks_port)?,
+        Begun::Taken => flow::insert_by_ports(ctx.skb.skb, packet, is_snat)?,
     };
     if is_new {
         count(Reason::NewFlow);
     }
     to_backend(ctx, packet, &published, trail)
+}
+
+/// Whether a TCP packet is of a connection that is begun already.
+#[inline(always)]
+fn goes_on(packet: &Packet) -> bool {
+    packet.protocol == TCP && !packet.opens()
+}
+
+/// Whether a flow may begin with this packet, which has arrived.
+///
+/// # Errors
+/// The reason against it.
+#[inline(always)]
+fn may_begin(
+    skb: *mut __sk_buff,
+    packet: &mut Packet,
+    publish: &'static Publish,
+    index: u32,
+) -> Result<(), Reason> {
+    let (ctx, published) = (&TcContext::new(skb), &Published { publish, index });
+    steer::give_way(ctx, packet, published)?;
+    left::is_no_answer(packet)?;
+    if goes_on(packet) && !may_go_on(ctx, packet, published) {
+        return Err(Reason::NotSyn);
+    }
+    publish::admit(packet, publish, index)?;
+    route::came_back(ctx, packet)
 }
 
 /// Whether a connection whose flow is not known, any more or yet, goes on by this packet: as nf_conntrack_tcp_loose has it
@@ -245,7 +256,8 @@ fn follow_client(ctx: &TcContext, packet: &Packet, way: &mut Hop) {
     }
 }
 
-/// Drafts the flow that this packet begins, and gives the packet its new tuple; returns whether that lacks a source port.
+/// Drafts the flow that this packet begins, or that its connection goes on with, and gives the packet its new tuple; returns
+/// whether that lacks a source port.
 ///
 /// # Errors
 /// `ContainerClient` where answers would not pass the stack.
@@ -256,35 +268,41 @@ fn begin(
     packet: &mut Packet,
     publish: &'static Publish,
     index: u32,
-    draft: &mut Draft,
 ) -> Result<bool, Reason> {
-    let lacks_port = publish::translate(packet, publish);
+    let ctx = &TcContext::new(skb);
+    let draft = flow::draft().ok_or(Reason::NoEntry)?;
+    let is_snat = publish::translate(packet, publish);
     copy_tuple(&packet.new, &mut draft.key);
     copy_tuple(&packet.tuple, &mut draft.original);
-    let back = publish::way_back(packet);
     let flow = &mut draft.flow;
+    let (ifindex, delivery) = publish::way_back(packet);
     let through_stack = is_stack(way(packet, &Published { publish, index }));
-    if through_stack && back.1 != delivery::NEIGHBOUR {
+    if through_stack && delivery != delivery::NEIGHBOUR {
         return Err(Reason::ContainerClient);
     }
-    let back = if through_stack {
+    let (ifindex, delivery) = if through_stack {
         (0, delivery::STACK)
     } else {
-        back
+        (ifindex, delivery)
     };
-    deliver::back(&TcContext::new(skb), back, &mut flow.back)?;
+    deliver::back(ctx, (ifindex, delivery), &mut flow.back)?;
     copy_address(&packet.tuple.source, &mut flow.client);
     copy_address(&packet.tuple.destination, &mut flow.frontend);
     flow.client_port = packet.tuple.source_port;
     flow.frontend_port = packet.tuple.destination_port;
     flow.publish = index;
-    flow.state = flow::local_client(packet) | if lacks_port { state::KEPT } else { 0 };
+    flow.state = flow::local_client(packet) | if is_snat { state::KEPT } else { 0 };
     let none = zero();
     flow.acknowledged = [none as u32; 2];
     flow.sent = [none as u32; 2];
     flow.packets = [none; 2];
     flow.bytes = [none; 2];
-    Ok(lacks_port)
+    if goes_on(packet)
+        && let Some(segment) = parse::segment(ctx, packet)
+    {
+        tcp::pick_up(flow, segment);
+    }
+    Ok(is_snat)
 }
 
 /// DNAT, and SNAT where the packet's new tuple says so; an ICMP error is told whether it does.

@@ -106,6 +106,9 @@ pub struct Draft {
     pub flow: Flow,
     /// The original tuple of the flow whose place this one takes.
     pub other: Tuple,
+    /// What its source ports follow from, and which of them is tried.
+    pub hash: u32,
+    pub attempt: u32,
     /// Which attempt at a source port found a flow that is over, and the oldest that is not proven.
     pub over: u32,
     pub unproven: u32,
@@ -133,6 +136,11 @@ pub static NETNS: Array<u64> = Array::with_max_entries(1, 0);
 /// Not 0 while this CPU asks for a socket and means the ones that nothing is steered to.
 #[map]
 pub static LOOKING: PerCpuArray<u32> = PerCpuArray::with_max_entries(1, 0);
+
+/// What a socket is looked for by: `struct bpf_sock_tuple` (include/uapi/linux/bpf.h).
+// VERIFIER: as above.
+#[map]
+pub static ASKED: PerCpuArray<[u32; 9]> = PerCpuArray::with_max_entries(1, 0);
 
 /// The program that `ingress_l3` hands packets to.
 #[map]

@@ -109,7 +109,7 @@ fn exact(address: &Address, port: u16, protocol: u16) -> Option<u32> {
 /// `NotLocal`.
 #[inline(always)]
 pub fn arrived(packet: &Packet) -> Result<(), Reason> {
-    let destination = packet.tuple.destination;
+    let destination = &packet.tuple.destination;
     let is_here = packet.is_from_this_host() && destination.is_loopback()
         || location(destination).network == Location::HERE.network;
     if is_here {
@@ -164,7 +164,7 @@ pub fn permitted(packet: &Packet, published: &Published) -> Result<(), Reason> {
 /// container, and nobody outside for this host.
 #[inline(never)]
 pub fn belongs(packet: &Packet) -> bool {
-    let there = location(packet.tuple.source);
+    let there = location_here(&packet.tuple.source);
     if packet.tuple.source.is_link_local() {
         return there.network != Location::HERE.network; // the others are everywhere
     }
@@ -172,9 +172,15 @@ pub fn belongs(packet: &Packet) -> bool {
         && (there.device == 0 || there.device == packet.ifindex)
 }
 
+// VERIFIER: as above.
+#[inline(never)]
+fn location(address: &Address) -> Location {
+    location_here(address)
+}
+
 #[inline(always)]
-fn location(address: Address) -> Location {
-    let key = Key::new(128, address);
+fn location_here(address: &Address) -> Location {
+    let key = Key::new(128, *address);
     LOCATIONS.get(key).copied().unwrap_or_default()
 }
 
@@ -211,8 +217,8 @@ pub fn is_from_backend(packet: &Packet, publish: u32) -> Result<(), Reason> {
 
 /// Whether some publish leads to this address.
 #[inline(always)]
-pub fn is_backend(address: Address) -> bool {
-    BACKENDS.get_ptr(&address).is_some()
+pub fn is_backend(address: &Address) -> bool {
+    BACKENDS.get_ptr(address).is_some()
 }
 
 #[inline(always)]
@@ -238,7 +244,7 @@ pub fn way_back(packet: &Packet) -> (u32, u32) {
         return (ifindex, delivery::NEIGHBOUR);
     };
     let is_straight = interface.delivery != delivery::NEIGHBOUR
-        && (interface.layer3 == ifindex || location(packet.tuple.source).device == ifindex);
+        && (interface.layer3 == ifindex || location(&packet.tuple.source).device == ifindex);
     if is_straight {
         (ifindex, interface.delivery)
     } else {

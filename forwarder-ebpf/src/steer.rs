@@ -3,7 +3,7 @@
 //!
 //! The kernel still chooses source ports out of a range for the host's own UDP clients, whose answers are theirs.
 
-use core::{mem::MaybeUninit, ptr};
+use core::ptr;
 
 use aya_ebpf::{
     bindings::{
@@ -18,15 +18,14 @@ use aya_ebpf::{
 use forwarder_common::{
     publish::{flag, own_priority, socket_index},
     reason::Reason,
-    tuple::{Address, TCP, Tuple, UDP},
+    tuple::{Address, TCP, UDP},
 };
 
 use crate::{
-    maps::{LOOKING, NETNS, SOCKETS},
+    maps::{ASKED, LOOKING, NETNS, SOCKETS},
     parse::{self, Packet},
     publish::{self, Published},
     setting,
-    words::reverse,
 };
 
 /// Set by the loader: the mark of sockets while this instance binds them, which only CAP_NET_ADMIN can set.
@@ -132,7 +131,7 @@ pub fn give_way(ctx: &TcContext, packet: &Packet, published: &Published) -> Resu
 // VERIFIER: a function of its own, for its share of the stack.
 #[inline(never)]
 fn give(skb: *mut __sk_buff, packet: &Packet) -> Result<(), Reason> {
-    let socket = find(skb, &packet.tuple, packet.is_v4, false);
+    let socket = find_by_tuple(skb, packet, false);
     if socket.is_null() {
         return Ok(());
     }
@@ -157,10 +156,10 @@ const LISTENS: u32 = 10;
 // VERIFIER: as above.
 #[inline(never)]
 pub fn has_socket(skb: *mut __sk_buff, packet: &Packet) -> bool {
-    let mut answer = Tuple::default();
-    reverse(&packet.new, &mut answer);
-    let is_tcp = packet.protocol == TCP;
-    let socket = find(skb, &answer, packet.is_v4, is_tcp);
+    let (new, is_tcp) = (&packet.new, packet.protocol == TCP);
+    let (from, to) = (&new.destination, &new.source);
+    let ports = (new.destination_port, new.source_port);
+    let socket = find(skb, [from, to], ports, packet.is_v4, is_tcp);
     if socket.is_null() {
         return false;
     }
@@ -177,7 +176,7 @@ pub fn has_socket(skb: *mut __sk_buff, packet: &Packet) -> bool {
 // VERIFIER: as above.
 #[inline(never)]
 pub fn is_connected(skb: *mut __sk_buff, packet: &Packet) -> bool {
-    let socket = find(skb, &packet.tuple, packet.is_v4, true);
+    let socket = find_by_tuple(skb, packet, true);
     if socket.is_null() {
         return false;
     }
@@ -195,38 +194,55 @@ pub fn is_connected(skb: *mut __sk_buff, packet: &Packet) -> bool {
     }
 }
 
-/// The socket of this host that hears a packet with this tuple, as if no program steered any away from it. The caller
-/// releases it.
 #[inline(always)]
-fn find(skb: *mut __sk_buff, tuple: &Tuple, is_v4: bool, is_tcp: bool) -> *mut bpf_sock {
+fn find_by_tuple(skb: *mut __sk_buff, packet: &Packet, is_tcp: bool) -> *mut bpf_sock {
+    let tuple = &packet.tuple;
+    let ports = (tuple.source_port, tuple.destination_port);
+    let addresses = [&tuple.source, &tuple.destination];
+    find(skb, addresses, ports, packet.is_v4, is_tcp)
+}
+
+/// The socket of this host that hears what comes from one address and port to another, as if no program steered any away
+/// from it. The caller releases it.
+#[inline(always)]
+fn find(
+    skb: *mut __sk_buff,
+    [from, to]: [&Address; 2],
+    ports: (u16, u16),
+    is_v4: bool,
+    is_tcp: bool,
+) -> *mut bpf_sock {
     let Some(looking) = LOOKING.get_ptr_mut(0) else {
         return ptr::null_mut(); // there is an element 0
     };
-    let mut asked = MaybeUninit::<bpf_sock_tuple>::uninit();
+    let Some(asked) = ASKED.get_ptr_mut(0) else {
+        return ptr::null_mut();
+    };
+    let asked: *mut bpf_sock_tuple = asked.cast();
     // SAFETY: the helper reads as many bytes of the tuple as it is told; both shapes fit into it, and all of either is
-    // written. The element belongs to this CPU, and tc programs are not preempted by one another on a CPU; the program
-    // that reads it runs inside of the helper.
+    // written. The elements belong to this CPU, and tc programs are not preempted by one another on a CPU; the program
+    // that reads the first runs inside of the helper.
     unsafe {
-        let names = &mut (*asked.as_mut_ptr()).__bindgen_anon_1;
+        let names = &mut (*asked).__bindgen_anon_1;
         let size = if is_v4 {
-            names.ipv4.saddr = tuple.source.v4();
-            names.ipv4.daddr = tuple.destination.v4();
-            names.ipv4.sport = tuple.source_port;
-            names.ipv4.dport = tuple.destination_port;
+            names.ipv4.saddr = from.v4();
+            names.ipv4.daddr = to.v4();
+            names.ipv4.sport = ports.0;
+            names.ipv4.dport = ports.1;
             size_of_val(&names.ipv4)
         } else {
-            names.ipv6.saddr = tuple.source.0;
-            names.ipv6.daddr = tuple.destination.0;
-            names.ipv6.sport = tuple.source_port;
-            names.ipv6.dport = tuple.destination_port;
+            names.ipv6.saddr = from.0;
+            names.ipv6.daddr = to.0;
+            names.ipv6.sport = ports.0;
+            names.ipv6.dport = ports.1;
             size_of_val(&names.ipv6)
         } as u32;
         let netns = BPF_F_CURRENT_NETNS as i64 as u64;
         ptr::write_volatile(looking, 1);
         let socket = if is_tcp {
-            bpf_skc_lookup_tcp(skb.cast(), asked.as_mut_ptr(), size, netns, 0)
+            bpf_skc_lookup_tcp(skb.cast(), asked, size, netns, 0)
         } else {
-            bpf_sk_lookup_udp(skb.cast(), asked.as_mut_ptr(), size, netns, 0)
+            bpf_sk_lookup_udp(skb.cast(), asked, size, netns, 0)
         };
         ptr::write_volatile(looking, 0);
         socket
