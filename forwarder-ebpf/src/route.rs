@@ -218,7 +218,9 @@ fn choose(context: *mut c_void, route: &mut Route) {
 // VERIFIER: as below.
 #[inline(never)]
 fn choose_uplink(context: *mut c_void, route: &mut Route) {
-    let wanted = look_up(context, route, route.wanted, BPF_FIB_LOOKUP_OUTPUT, 0)
+    // IPv6 chooses among all routes to a prefix by their metric before it looks at the device.
+    let wanted = route.is_v4()
+        && look_up(context, route, route.wanted, BPF_FIB_LOOKUP_OUTPUT, 0)
         && route.lookup.ifindex == route.wanted;
     let by_gateway = route.lookup.destination != route.question();
     if wanted && !by_gateway {

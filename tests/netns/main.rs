@@ -39,4 +39,5 @@ mod timeout;
 mod topology;
 mod trace;
 mod usage;
+mod ways;
 mod worlds;

@@ -135,6 +135,15 @@ impl Netns {
         })
     }
 
+    /// Sets one of its sysctls, by its path below `/proc/sys/net`.
+    ///
+    /// # Errors
+    /// There is no such setting.
+    pub fn set(&self, setting: &str, value: &str) -> Result<()> {
+        let path = format!("/proc/sys/net/{setting}");
+        self.enter(|| fs::write(&path, value).with_context(|| path.clone()))
+    }
+
     /// Starts a thread in the namespace.
     pub fn spawn<R: Send + 'static>(
         &self,

@@ -1,0 +1,253 @@
+//! A host with two uplinks: by which of them clients are answered, and who may come by which.
+
+use std::net::{IpAddr, SocketAddr, UdpSocket};
+
+use forwarder_tests::{
+    daemon::{Daemon, Datapath},
+    deadline::wait_for,
+    topology::{Family, Topology},
+    traffic::{Backend, Connection, Protocol, ask},
+};
+
+use crate::scene::{BACKEND_PORT, PORT, on_the_fast_path, spec};
+
+const FAMILIES: [Family; 2] = [Family::V4, Family::V6];
+
+/// A client behind a router that both uplinks, eth0 and eth1, lead to.
+struct Scene {
+    topology: Topology,
+    backend: Backend,
+}
+
+impl Scene {
+    fn new(protocol: Protocol) -> Self {
+        let topology = Topology::new().unwrap();
+        let Topology { host, client, .. } = &topology;
+        let second = format!(
+            "link add eth1 type veth peer name eth1 netns {}\n\
+             addr add 192.0.2.2/24 dev eth1\naddr add 2001:db8:2::2/64 dev eth1 nodad\n\
+             link set eth1 up",
+            client.path()
+        );
+        host.ip(&second).unwrap();
+        // Neither end is particular about where packets come from, until a test says so.
+        for netns in [host, client] {
+            for device in ["all", "eth0", "eth1"] {
+                let setting = format!("ipv4/conf/{device}/rp_filter");
+                netns.set(&setting, "0").unwrap();
+            }
+        }
+        client
+            .ip(
+                "addr add 192.0.2.9/24 dev eth1\naddr add 2001:db8:2::9/64 dev eth1 nodad\n\
+                 link set eth1 up\naddr add 203.0.113.9/32 dev lo\naddr add 2001:db8:3::9/128 dev lo nodad",
+            )
+            .unwrap();
+        let backend = Backend::start(&topology.backend.netns, protocol, BACKEND_PORT).unwrap();
+        Self { topology, backend }
+    }
+
+    fn far_client(family: Family) -> IpAddr {
+        match family {
+            Family::V4 => [203, 0, 113, 9].into(),
+            Family::V6 => "2001:db8:3::9".parse().unwrap(),
+        }
+    }
+
+    /// The client's own address on an uplink's network.
+    fn router(&self, family: Family, uplink: &str) -> IpAddr {
+        match (family, uplink) {
+            (_, "eth0") => self.topology.client_address(family),
+            (Family::V4, _) => [192, 0, 2, 9].into(),
+            (Family::V6, _) => "2001:db8:2::9".parse().unwrap(),
+        }
+    }
+
+    fn host(&self, family: Family, uplink: &str) -> IpAddr {
+        match (family, uplink) {
+            (_, "eth0") => self.topology.host_address(family),
+            (Family::V4, _) => [192, 0, 2, 2].into(),
+            (Family::V6, _) => "2001:db8:2::2".parse().unwrap(),
+        }
+    }
+
+    /// Has the host reach the far client by an uplink alone.
+    fn host_answers_by(&self, family: Family, uplink: &str) {
+        let (far, via) = (Self::far_client(family), self.router(family, uplink));
+        let length = if far.is_ipv4() { 32 } else { 128 };
+        let route = format!("route replace {far}/{length} via {via} dev {uplink}");
+        self.topology.host.ip(&route).unwrap();
+    }
+
+    /// Has the far client reach the published address by an uplink.
+    fn client_comes_by(&self, family: Family, uplink: &str) {
+        let (far, frontend) = (Self::far_client(family), self.host(family, "eth0"));
+        let via = self.host(family, uplink);
+        let length = if far.is_ipv4() { 32 } else { 128 };
+        let route = format!("route replace {frontend}/{length} via {via} dev {uplink} src {far}");
+        self.topology.client.ip(&route).unwrap();
+    }
+
+    fn start(&self, family: Family, protocol: Protocol, flags: &[&str]) -> Daemon {
+        let spec = spec(&self.topology.backend, family, protocol);
+        Daemon::start_with(&self.topology.host, &[&spec], Datapath::Ebpf, flags).unwrap()
+    }
+
+    fn frontend(&self, family: Family) -> SocketAddr {
+        SocketAddr::new(self.host(family, "eth0"), PORT)
+    }
+}
+
+#[test]
+fn a_conversation_goes_on_when_routes_move_to_the_other_uplink() {
+    for family in FAMILIES {
+        let scene = Scene::new(Protocol::Tcp);
+        scene.host_answers_by(family, "eth0");
+        scene.client_comes_by(family, "eth0");
+        let daemon = scene.start(family, Protocol::Tcp, &[]);
+        let mut conversation =
+            Connection::open(&scene.topology.client, scene.frontend(family)).unwrap();
+        let answer = conversation.ask("before").unwrap();
+        assert_eq!(answer.seen.ip(), Scene::far_client(family));
+        scene.host_answers_by(family, "eth1");
+        scene.client_comes_by(family, "eth1");
+        on_the_fast_path(&daemon, || {
+            for text in ["after", "later"] {
+                conversation.ask(text).unwrap();
+            }
+        });
+        let mut new = Connection::open(&scene.topology.client, scene.frontend(family)).unwrap();
+        new.ask("new").unwrap();
+        daemon.stop().unwrap();
+    }
+}
+
+#[test]
+fn a_conversation_goes_on_when_its_uplink_goes_down() {
+    for family in FAMILIES {
+        let scene = Scene::new(Protocol::Tcp);
+        // The published address is on neither of the two.
+        let frontend: IpAddr = match family {
+            Family::V4 => [198, 18, 0, 2].into(),
+            Family::V6 => "2001:db8:18::2".parse().unwrap(),
+        };
+        let length = if frontend.is_ipv4() { 32 } else { 128 };
+        let Topology { host, client, .. } = &scene.topology;
+        let address = format!("addr add {frontend}/{length} dev lo");
+        host.ip(&address).unwrap();
+        let far = Scene::far_client(family);
+        let comes_by = |uplink| {
+            let via = scene.host(family, uplink);
+            let route =
+                format!("route replace {frontend}/{length} via {via} dev {uplink} src {far}");
+            client.ip(&route).unwrap();
+        };
+        scene.host_answers_by(family, "eth0");
+        comes_by("eth0");
+        let daemon = scene.start(family, Protocol::Tcp, &[]);
+        let mut conversation = Connection::open(client, SocketAddr::new(frontend, PORT)).unwrap();
+        conversation.ask("before").unwrap();
+        host.ip("link set eth0 down").unwrap();
+        scene.host_answers_by(family, "eth1");
+        comes_by("eth1");
+        for text in ["after", "later"] {
+            conversation.ask(text).unwrap();
+        }
+        daemon.stop().unwrap();
+    }
+}
+
+#[test]
+fn who_comes_by_one_uplink_is_answered_by_the_one_that_leads_back() {
+    for family in FAMILIES {
+        for protocol in [Protocol::Tcp, Protocol::Udp] {
+            let scene = Scene::new(protocol);
+            scene.host_answers_by(family, "eth0");
+            scene.client_comes_by(family, "eth1");
+            let daemon = scene.start(family, protocol, &[]);
+            on_the_fast_path(&daemon, || {
+                for text in ["one", "two"] {
+                    let client = &scene.topology.client;
+                    let answer = ask(client, protocol, scene.frontend(family), text).unwrap();
+                    assert_eq!(answer.seen.ip(), Scene::far_client(family));
+                }
+            });
+            daemon.stop().unwrap();
+        }
+    }
+}
+
+/// Two ways to the Internet: each client is answered by the one that it came by. IPv6 knows no such way but by rules.
+#[test]
+fn who_comes_by_a_default_route_is_answered_by_it() {
+    let (scene, family) = (Scene::new(Protocol::Tcp), Family::V4);
+    let Topology { host, client, .. } = &scene.topology;
+    for (uplink, metric) in [("eth0", 100), ("eth1", 200)] {
+        let via = scene.router(family, uplink);
+        let route = format!("route add default via {via} dev {uplink} metric {metric}");
+        host.ip(&route).unwrap();
+    }
+    scene.client_comes_by(family, "eth1");
+    let daemon = scene.start(family, Protocol::Tcp, &[]);
+    let sent = || {
+        let shown = host.run("cat /proc/net/dev").unwrap();
+        let line = shown.lines().find(|it| it.trim().starts_with("eth1"));
+        let field = line.unwrap().split_whitespace().nth(10);
+        field.unwrap().parse::<u64>().unwrap()
+    };
+    let mut conversation = Connection::open(client, scene.frontend(family)).unwrap();
+    let before = sent();
+    for _ in 0..20 {
+        conversation.ask("asked").unwrap();
+    }
+    let after = sent();
+    assert!(
+        after >= before + 20,
+        "{before} then {after} packets by eth1"
+    );
+    daemon.stop().unwrap();
+}
+
+/// A machine on one network takes an address of the other's, which the allow-list trusts. The host asks for the reverse path
+/// (rp_filter 1).
+#[test]
+fn a_machine_of_one_uplinks_network_does_not_speak_for_the_others() {
+    let scene = Scene::new(Protocol::Udp);
+    let Topology { host, client, .. } = &scene.topology;
+    host.set("ipv4/conf/all/rp_filter", "1").unwrap();
+    let daemon = scene.start(Family::V4, Protocol::Udp, &["--allow", "192.0.2.0/24"]);
+    let by_its_own = SocketAddr::from(([192, 0, 2, 2], PORT));
+    let answer = ask(client, Protocol::Udp, by_its_own, "honest").unwrap();
+    assert_eq!(answer.seen.ip(), IpAddr::from([192, 0, 2, 9]));
+
+    let mac = host
+        .mac("eth0")
+        .unwrap()
+        .map(|octet| format!("{octet:02x}"));
+    let (mac, frontend) = (mac.join(":"), scene.host(Family::V4, "eth0"));
+    client
+        .ip(&format!(
+            "addr add 192.0.2.77/32 dev lo\nneigh replace {frontend} lladdr {mac} dev eth0"
+        ))
+        .unwrap();
+    let forger = client.enter(|| UdpSocket::bind("192.0.2.77:4000")).unwrap();
+    forger
+        .send_to(b"forged", scene.frontend(Family::V4))
+        .unwrap();
+    std::thread::sleep(std::time::Duration::from_millis(300));
+    eprintln!(
+        "{} {}",
+        daemon.control(&["stats"]).unwrap(),
+        scene.backend.requests()
+    );
+    wait_for("the forgery is counted", || {
+        (daemon.counted("martian_source").unwrap() > 0).then_some(())
+    })
+    .unwrap();
+    assert_eq!(
+        scene.backend.requests(),
+        1,
+        "the forgery reached the backend"
+    );
+    daemon.stop().unwrap();
+}
