@@ -35,4 +35,4 @@ pub const DIRECT: u32 = 16_384;
 /// Conversations of masqueraded containers, with a published port's number as the source; the oldest is forgotten.
 pub const LEFT: u32 = 32_768;
 /// Datagrams of which fragments are expected; the oldest is forgotten for a new one.
-pub const FRAGMENTS: u32 = 4096;
+pub const FRAGMENTS: u32 = 16_384;

@@ -44,6 +44,9 @@ reasons! {
     Fragment = "fragment",
     /// Handed to the daemon: the first fragment of a backend's datagram, after a later one; the daemon puts it together.
     OutOfOrder = "out_of_order",
+    /// Handed to the daemon: a backend's datagram that is longer than the client's way takes and may be cut up, or a fragment of
+    /// one; the daemon sends it in parts.
+    CutUp = "cut_up",
     /// Passed: TCP or UDP behind IPv4 options or IPv6 extension headers, whoever's it is.
     Options = "options",
     /// Passed: a TCP packet without a flow that begins none: it is no SYN, and a socket of this host has the connection or
@@ -101,6 +104,7 @@ impl Reason {
                 | Self::NotAllowed
                 | Self::NoWayBack
                 | Self::OutOfOrder
+                | Self::CutUp
                 | Self::Untold
                 | Self::Unwritable
         )

@@ -66,8 +66,15 @@ pub fn follow(
     if flow.state & (state::PICKED_UP | state::ESTABLISHED) == state::PICKED_UP
         && !segment.has(SYN | RST)
     {
-        meet(flow, direction, segment);
-        return true;
+        if meet(flow, direction, segment)
+            || direction == ORIGINAL
+            || flow.state & state::REPLIED != 0
+            || !is_direct()
+        {
+            return true;
+        }
+        flow.state = flow.state & !state::PROGRESS | state::FOREIGN;
+        return false;
     }
     if direction == REPLY && misses(flow, segment) {
         if segment.has(SYN) || is_direct() {
@@ -113,22 +120,32 @@ pub fn pick_up(flow: &mut Flow, segment: Segment) {
     flow.sent = [segment.end(), segment.acknowledgement];
 }
 
-/// Follows such a connection until both sides have spoken of each other's numbers.
+/// Follows such a connection until both sides have spoken of each other's numbers; whether the segment does.
 #[inline(never)]
-fn meet(flow: &mut Flow, direction: usize, segment: Segment) {
-    let expected = flow.sent[other(direction)].wrapping_sub(WINDOW);
-    if !segment.has(ACK) || !within(segment.acknowledgement, expected, 2 * WINDOW) {
-        return;
+fn meet(flow: &mut Flow, direction: usize, segment: Segment) -> bool {
+    if direction == ORIGINAL && flow.state & state::REPLIED == 0 {
+        pick_up(flow, segment); // the first may have been forged
+        return true;
+    }
+    let sent = flow.sent[other(direction)];
+    let acknowledgement = segment.acknowledgement;
+    if !segment.has(ACK) || !within(acknowledgement, sent.wrapping_sub(WINDOW), 2 * WINDOW) {
+        return false;
     }
     if direction == REPLY {
         if flow.state & state::REPLIED == 0 {
             flow.sent[REPLY] = segment.end();
         }
         flow.state |= state::REPLIED;
-    } else if flow.state & state::REPLIED != 0 {
+    } else {
         flow.state |= state::ESTABLISHED;
     }
-    flow.acknowledged[direction] = segment.acknowledgement;
+    // Not more than was sent.
+    flow.acknowledged[direction] = if within(acknowledgement, sent, WINDOW) {
+        sent
+    } else {
+        acknowledgement
+    };
     send(flow, direction, segment);
     if segment.has(FIN) {
         flow.state |= if direction == ORIGINAL {
@@ -137,6 +154,7 @@ fn meet(flow: &mut Flow, direction: usize, segment: Segment) {
             state::FIN_REPLY
         };
     }
+    true
 }
 
 /// Notes how far a side has sent.
@@ -247,6 +265,7 @@ fn synchronize(flow: &mut Flow, direction: usize, segment: Segment) -> u32 {
             after &= !state::PROGRESS; // the tuple is used again
         }
         if after & state::ESTABLISHED == 0 {
+            after &= !(state::BOTH_FIN | state::BOTH_ACKNOWLEDGED | state::PICKED_UP);
             flow.acknowledged[REPLY] = begun;
         } else {
             // The backend says whether it still has the old connection (RFC 5961 section 4) or takes a new one.
@@ -279,7 +298,7 @@ fn synchronize(flow: &mut Flow, direction: usize, segment: Segment) -> u32 {
 /// sees nothing of the conversation has to guess that.
 #[inline(always)]
 fn is_heeded(flow: &Flow, direction: usize, segment: Segment) -> bool {
-    if direction == REPLY && flow.state & state::REPLIED == 0 {
+    if direction == REPLY && flow.state & (state::REPLIED | state::PICKED_UP) == 0 {
         return segment.has(ACK)
             && within(
                 segment.acknowledgement,

@@ -52,7 +52,7 @@ fn go_on(ctx: &XdpContext) -> Result<u32, Reason> {
         && published.publish.flags & flag::REMOTE != 0
         && let Some(flow) = ingress::original(packet, &published)
     {
-        if !parse::is_to(ctx, &flow.back.source_mac) {
+        if !parse::is_to(ctx, &flow.back.source_mac) && !publish::is_to_device(ctx, packet) {
             return Err(Reason::NotOurs);
         }
         ingress::is_from_client(packet, flow)?;
@@ -65,6 +65,9 @@ fn go_on(ctx: &XdpContext) -> Result<u32, Reason> {
     let published = published.ok_or(Reason::NotOurs)?;
     if packet.is_error() || packet.protocol == TCP && !packet.opens() {
         return Err(Reason::NotOurs);
+    }
+    if packet.protocol != TCP && published.publish.flags & flag::STEERED != 0 {
+        return Err(Reason::NotOurs); // a socket of this host may have the port
     }
     publish::arrived(packet)?;
     left::is_no_answer(packet)?;

@@ -256,14 +256,18 @@ pub fn insert_by_ports(
             FULL => return Err(Reason::NoEntry),
             OWN => {
                 packet.new.source_port = draft.key.source_port;
+                if draft.attempt != 0 || !is_snat {
+                    make_alias(); // it may have lost its own
+                }
                 return Ok(false);
             }
             _ => {}
         }
         packet.new.source_port = draft.key.source_port;
         if draft.flow.state & OF_THIS_HOST == 0 || !steer::has_socket(skb, packet) {
-            if draft.attempt != 0 || !is_snat {
-                make_alias()?;
+            if (draft.attempt != 0 || !is_snat) && !make_alias() {
+                give_back();
+                return Err(Reason::NoEntry);
             }
             return Ok(true);
         }
@@ -294,10 +298,12 @@ pub extern "C" fn take_port() -> u32 {
         return FULL;
     };
     (draft.over, draft.unproven, draft.oldest) = (NONE, NONE, u64::MAX);
+    draft.full = 0;
     for step in 0..limits::SNAT_TRIES {
-        let became = try_port();
-        if became != TAKEN {
-            return became;
+        match try_port() {
+            TAKEN => {}
+            FULL => draft.full = 1, // but another's place can be had
+            became => return became,
         }
         if draft.over != NONE && step >= limits::SNAT_FREE_TRIES {
             break;
@@ -310,7 +316,7 @@ pub extern "C" fn take_port() -> u32 {
         draft.over
     };
     if draft.attempt == NONE {
-        return TAKEN;
+        return if draft.full != 0 { FULL } else { TAKEN };
     }
     draft.key.source_port = ports(draft).nth(draft.attempt);
     if take_over(draft) { FREE } else { TAKEN }
@@ -435,7 +441,7 @@ fn take_over(draft: &mut Draft) -> bool {
 
 #[inline(always)]
 fn replace(draft: &Draft) -> bool {
-    forget_alias(&draft.other);
+    forget_alias(&draft.other, draft.key.source_port);
     if draft.flow.state & state::KEPT != 0 {
         return FLOWS
             .insert(&draft.key, &draft.flow, BPF_ANY as u64)
@@ -457,32 +463,38 @@ fn give_back() {
     }
 }
 
-/// Makes the alias of the drafted flow. Without it the flow would not be found again, and ends here.
-///
-/// # Errors
-/// `NoEntry`.
+/// Makes the alias of the drafted flow; whether that went well. Without it the flow would not be found again.
 #[inline(never)]
-fn make_alias() -> Result<(), Reason> {
-    let draft = draft().ok_or(Reason::NoEntry)?;
+fn make_alias() -> bool {
+    let Some(draft) = draft() else {
+        return false;
+    };
     let flow = &mut draft.flow;
     copy_address(&draft.key.source, &mut flow.client);
     copy_address(&draft.key.destination, &mut flow.frontend);
     (flow.client_port, flow.frontend_port) = (draft.key.source_port, draft.key.destination_port);
     flow.state |= state::ALIAS;
-    let made = if flow.state & state::KEPT != 0 {
-        FLOWS.insert(&draft.original, &draft.flow, BPF_ANY as u64)
+    if flow.state & state::KEPT != 0 {
+        if FLOWS
+            .insert(&draft.original, &draft.flow, BPF_ANY as u64)
+            .is_ok()
+        {
+            return true;
+        }
     } else {
-        HALF_OPEN.insert(&draft.original, &draft.flow, BPF_ANY as u64)
-    };
-    made.map_err(|_| {
-        give_back();
-        Reason::NoEntry
-    })
+        // One of an earlier flow would be found first.
+        let _ = FLOWS.remove(&draft.original);
+    }
+    HALF_OPEN
+        .insert(&draft.original, &draft.flow, BPF_ANY as u64)
+        .is_ok()
 }
 
+/// Removes the alias of a conversation, if it leads to that port.
 #[inline(always)]
-fn forget_alias(original: &Tuple) {
-    let is_alias = get(original).is_some_and(|there| there.state & state::ALIAS != 0);
+fn forget_alias(original: &Tuple, port: u16) {
+    let is_alias = get(original)
+        .is_some_and(|there| there.state & state::ALIAS != 0 && there.client_port == port);
     if is_alias {
         let _ = FLOWS.remove(original);
         let _ = HALF_OPEN.remove(original);

@@ -127,7 +127,8 @@ pub fn leave(skb: *mut __sk_buff, packet: &mut Packet) -> Result<(), Reason> {
         return Err(Reason::Fragment);
     }
     let of_backend = publish::is_backend(&packet.tuple.source) && publish::belongs(packet);
-    if !of_backend && publish::arrived(packet).is_err() {
+    // Of nobody else, or others' datagrams could be kept from the fast path in their name.
+    if !of_backend && (publish::arrived(packet).is_err() || !publish::belongs(packet)) {
         return Err(Reason::Fragment);
     }
     let ports = decide(packet, 0);
@@ -139,6 +140,21 @@ pub fn leave(skb: *mut __sk_buff, packet: &mut Packet) -> Result<(), Reason> {
         hand_over(skb);
     }
     Err(Reason::Fragment)
+}
+
+/// Gives the daemon a backend's datagram that cannot leave as it is: a whole one, or the first of its parts, which the others
+/// follow.
+#[inline(always)]
+pub fn leave_to_daemon(skb: *mut __sk_buff, packet: &mut Packet) {
+    if packet.part == Part::First {
+        forget_ports(packet);
+    }
+    hand_over(skb);
+}
+
+#[inline(never)]
+fn forget_ports(packet: &mut Packet) {
+    insert(packet, 0, BPF_ANY);
 }
 
 /// Gives the daemon a copy. Without one the datagram is lost, as any may be.

@@ -156,7 +156,7 @@ fn may_begin(
 #[inline(always)]
 fn may_go_on(ctx: &TcContext, packet: &Packet, published: &Published) -> bool {
     packet.flags & (SYN | RST | ACK) == ACK
-        && published.publish.flags & flag::STACK == 0
+        && published.publish.flags & (flag::STACK | flag::STEERED) == 0
         && !publish::needs_snat(packet, published.publish)
         && !steer::is_connected(ctx.skb.skb, packet)
 }
@@ -340,6 +340,11 @@ pub fn to_client(
 ) -> Verdict {
     let hop = flow.state & state::LOCAL_CLIENT == 0 && !is_stack(&flow.back);
     if let Some(obstacle) = icmp::obstacle(ctx, packet, &flow.back, hop) {
+        if obstacle.reason == Reason::TooBig && icmp::slow_path_fragments(packet) {
+            flow::update(ctx, flow, packet, REPLY);
+            fragment::leave_to_daemon(ctx.skb.skb, packet);
+            return Err(Reason::CutUp);
+        }
         return tell(ctx, packet, obstacle, flow.publish);
     }
     if !flow::update(ctx, flow, packet, REPLY) {

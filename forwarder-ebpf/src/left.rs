@@ -3,7 +3,7 @@
 
 use aya_ebpf::{bindings::BPF_ANY, programs::TcContext};
 use forwarder_common::{
-    flow::Phase,
+    flow::{Phase, state},
     reason::Reason,
     tuple::{TCP, UDP},
 };
@@ -11,10 +11,10 @@ use forwarder_common::{
 use crate::{
     clock, flow,
     frame::header,
-    maps::LEFT,
+    maps::{HALF_OPEN, LEFT},
     parse::{self, ETHERTYPE_IPV4, ETHERTYPE_IPV6, Ethernet, Ipv4, Ipv6, L3, L4_V4, L4_V6, Ports},
     publish,
-    words::reverse,
+    words::{copy_tuple, reverse},
 };
 
 /// `tc_index` of packets that the program sends on.
@@ -43,8 +43,25 @@ pub fn note(ctx: &TcContext) -> Result<(), Reason> {
         unsafe { *seen = now };
     } else {
         let _ = LEFT.insert(&packet.new, &now, BPF_ANY as u64);
+        copy_tuple(&packet.new, &mut packet.tuple);
+        end_mistaken(packet);
     }
     Err(Reason::NotOurs)
+}
+
+/// Ends the flow that answers have begun which came before anything had left: as after the first start.
+#[inline(never)]
+fn end_mistaken(packet: &mut parse::Packet) {
+    let tuple = &packet.tuple;
+    let Some(published) = publish::at(&tuple.destination, tuple.destination_port, packet.protocol)
+    else {
+        return;
+    };
+    if !publish::translate(packet, published.publish)
+        && flow::get_original(packet).is_some_and(|flow| flow.state & state::ESTABLISHED == 0)
+    {
+        let _ = HALF_OPEN.remove(&packet.new);
+    }
 }
 
 /// Whether the source port is published, told by as little as possible: it is asked of everything that leaves.

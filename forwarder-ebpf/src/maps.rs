@@ -114,6 +114,9 @@ pub struct Draft {
     pub unproven: u32,
     /// When that was last seen.
     pub oldest: u64,
+    /// Not 0 if a port was free, but the table full.
+    pub full: u32,
+    pub reserved: u32,
 }
 
 // VERIFIER: on the stack, it would take more than a third of what there is.

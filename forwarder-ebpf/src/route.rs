@@ -185,6 +185,9 @@ pub fn get(
     } else if now.wrapping_sub(route.tended) >= SECOND {
         route.tended = now;
         route.is_passed = is_early;
+        if route.asked != now {
+            choose(context, route);
+        }
         return (route.ifindex, None);
     } else if route.is_passed && !is_early {
         route.is_passed = false;
@@ -265,9 +268,16 @@ fn is_reverse_path(
     let class = u32::from_ne_bytes([packet.is_v4 as u8, packet.protocol, packet.tos & DSCP, 0]);
     reverse(&packet.tuple, &mut packet.new);
     route.begin(&packet.new, device, class, 0);
-    // Of several legs of one route the kernel names one; that this device has a route as well is what it would find.
     let best = look_up(context, route, LOOPBACK_IFINDEX, 0, 0);
     if !best || route.lookup.ifindex == device {
+        return Ok(());
+    }
+    // Of several legs of one route the kernel has named another; it takes packets by each. A route of another metric, which is
+    // where the question's `flow` was, is no leg of it, nor is one by a gateway to a neighbour of this host.
+    let (next_hop, metric) = (route.lookup.destination, route.lookup.flow);
+    let by_device = look_up(context, route, device, BPF_FIB_LOOKUP_OUTPUT, 0);
+    let is_leg = next_hop != route.question() && metric == route.lookup.flow;
+    if by_device && route.lookup.ifindex == device && is_leg {
         return Ok(());
     }
     Err(Reason::Martian)

@@ -41,7 +41,7 @@ const LAYOUT: &str = "v5";
 const QDISCS: &str = "qdiscs";
 /// The maps that a later instance takes over, so that established flows survive a restart. The kernel empties
 /// `PIPELINE` when neither a process nor a pin has it.
-const ADOPTED: [&str; 5] = ["FLOWS", "HALF_OPEN", "CLAIMS", "KEYS", "PIPELINE"];
+const ADOPTED: [&str; 6] = ["FLOWS", "HALF_OPEN", "LEFT", "DIRECT", "KEYS", "PIPELINE"];
 
 /// What the kernel is asked at load.
 #[derive(Clone, Debug)]

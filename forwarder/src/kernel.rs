@@ -33,6 +33,8 @@ pub enum Memory {
 pub struct Kernel {
     /// As `uname -r` says it.
     pub release: String,
+    /// Programs of one CPU may be preempted by one another.
+    pub realtime: bool,
     /// What this process may not do, of what eBPF needs.
     pub missing_capabilities: Vec<&'static str>,
     /// What the program needs and the kernel has not.
@@ -116,6 +118,13 @@ impl Kernel {
                 self.missing_helpers.join(", ")
             ));
         }
+        if self.realtime {
+            return Some(format!(
+                "the kernel {} is a real-time one (PREEMPT_RT), where a program can be interrupted by another on its CPU; \
+                 one without PREEMPT_RT would change that",
+                self.release
+            ));
+        }
         None
     }
 }
@@ -139,9 +148,11 @@ fn probe() -> Kernel {
         Memory::Memlock
     };
     let release = fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
+    let realtime = fs::read_to_string("/sys/kernel/realtime").is_ok_and(|it| it.trim() == "1");
     let lockdown = fs::read_to_string("/sys/kernel/security/lockdown").ok();
     Kernel {
         release: release.trim().to_owned(),
+        realtime,
         missing_capabilities,
         missing_helpers,
         attach: attach(),
@@ -225,6 +236,7 @@ mod tests {
     fn what_is_missing_is_named() {
         let mut kernel = Kernel {
             release: "5.4.0".into(),
+            realtime: false,
             missing_capabilities: vec![],
             missing_helpers: vec!["bpf_redirect_peer"],
             attach: Attach::Clsact,
@@ -244,5 +256,7 @@ mod tests {
         kernel.missing_capabilities.clear();
         kernel.missing_helpers.clear();
         assert_eq!(kernel.refusal(), None);
+        kernel.realtime = true;
+        assert!(kernel.refusal().unwrap().contains("PREEMPT_RT"));
     }
 }

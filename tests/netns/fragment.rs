@@ -1,28 +1,21 @@
 //! Datagrams in parts that a network has mixed up: they arrive all the same.
 
-use std::net::{IpAddr, SocketAddr, UdpSocket};
+use std::{
+    net::{IpAddr, SocketAddr, UdpSocket},
+    os::fd::AsRawFd as _,
+};
 
 use forwarder_tests::{
     daemon::{Daemon, Datapath},
     deadline::patience,
     fragment::cut,
-    frame::{Frame, Mac, Protocol},
-    netns::Netns,
+    frame::{Frame, Protocol},
     topology::{Family, Topology},
     traffic::Backend,
     wire::Wire,
 };
 
-use crate::scene::{BACKEND_PORT, PORT, spec};
-
-fn mac(netns: &Netns, device: &str) -> Mac {
-    let line = netns.run(&format!("ip -o link show {device}")).unwrap();
-    let mut words = line.split_whitespace();
-    let text = words.find(|&word| word == "link/ether").and(words.next());
-    let octets = text.unwrap().split(':');
-    let octets: Vec<u8> = octets.map(|o| u8::from_str_radix(o, 16).unwrap()).collect();
-    octets.try_into().unwrap()
-}
+use crate::scene::{BACKEND_PORT, PORT, spec, wait_for_peer};
 
 /// Sends a datagram's parts in that order, and returns whom the backend saw. The answer must be the frontend's.
 fn seen(topology: &Topology, socket: &UdpSocket, id: u32, order: [usize; 3]) -> SocketAddr {
@@ -33,8 +26,8 @@ fn seen(topology: &Topology, socket: &UdpSocket, id: u32, order: [usize; 3]) -> 
     };
     let frontend = SocketAddr::new(topology.host_address(family), PORT);
     let mut frame = Frame::first(Protocol::Udp, socket.local_addr().unwrap(), frontend);
-    frame.source_mac = mac(&topology.client, "eth0");
-    frame.destination_mac = mac(&topology.host, "eth0");
+    frame.source_mac = topology.client.mac("eth0").unwrap();
+    frame.destination_mac = topology.host.mac("eth0").unwrap();
     frame.payload = format!("{id:0>1000}").into_bytes();
     let wire = Wire::open(&topology.client, "eth0").unwrap();
     let parts = cut::<3>(&frame, id);
@@ -119,8 +112,8 @@ fn answers_in_any_order_arrive(family: Family) {
         client.send(b"question").unwrap();
         let (_, seen) = server.recv_from(&mut [0; 100]).unwrap();
         let mut frame = Frame::first(Protocol::Udp, address, seen);
-        frame.source_mac = mac(&backend.netns, "eth0");
-        frame.destination_mac = mac(&topology.host, "br0");
+        frame.source_mac = backend.netns.mac("eth0").unwrap();
+        frame.destination_mac = topology.host.mac("br0").unwrap();
         for order in [
             [0, 1, 2],
             [0, 2, 1],
@@ -155,4 +148,46 @@ fn the_parts_of_an_answer_arrive_in_any_order_over_ipv4() {
 #[test]
 fn the_parts_of_an_answer_arrive_in_any_order_over_ipv6() {
     answers_in_any_order_arrive(Family::V6);
+}
+
+/// A server that leaves it to routers to cut up what it sends (IP_PMTUDISC_OMIT), as DNS servers do, and answers more than the
+/// uplink takes.
+#[test]
+fn an_answer_that_the_uplink_is_too_narrow_for_arrives_in_parts() {
+    let topology = Topology::new().unwrap();
+    topology.host.ip("link set eth0 mtu 1460").unwrap();
+    let family = Family::V4;
+    let spec = spec(&topology.backend, family, Protocol::Udp);
+    let daemon = Daemon::start(&topology.host, &[&spec], Datapath::Ebpf).unwrap();
+    let backend = &topology.backend;
+    let address = SocketAddr::new(backend.address(family), BACKEND_PORT);
+    let server = backend.netns.enter(|| UdpSocket::bind(address)).unwrap();
+    server.set_read_timeout(Some(patience())).unwrap();
+    let omit = libc::IP_PMTUDISC_OMIT;
+    // SAFETY: the kernel reads one integer, which lives until it returns.
+    let set = unsafe {
+        let (level, name) = (libc::IPPROTO_IP, libc::IP_MTU_DISCOVER);
+        libc::setsockopt(server.as_raw_fd(), level, name, (&raw const omit).cast(), 4)
+    };
+    assert_eq!(set, 0);
+    let client = topology
+        .client
+        .enter(|| UdpSocket::bind("0.0.0.0:0"))
+        .unwrap();
+    client.set_read_timeout(Some(patience())).unwrap();
+    let frontend = SocketAddr::new(topology.host_address(family), PORT);
+    wait_for_peer(&daemon);
+    for length in [100, 1452, 1472, 4000] {
+        client.send_to(b"question", frontend).unwrap();
+        let (_, seen) = server.recv_from(&mut [0; 100]).unwrap();
+        let answer: Vec<u8> = (0..length).map(|at| (at ^ at >> 8) as u8).collect();
+        server.send_to(&answer, seen).unwrap();
+        let mut buffer = [0; 5000];
+        let (received, from) = client
+            .recv_from(&mut buffer)
+            .unwrap_or_else(|error| panic!("{length} octets: {error}"));
+        assert_eq!((&buffer[..received], from), (&answer[..], frontend));
+    }
+    assert!(daemon.counted("cut_up").unwrap() >= 3);
+    daemon.stop().unwrap();
 }

@@ -360,3 +360,75 @@ fn a_local_client_is_kept_as_others_are() {
         assert!(is_kept(bench, local));
     });
 }
+
+/// A connection goes on by the port that it was given, though another conversation gets the one that it did not.
+#[test]
+fn a_port_that_changes_hands_takes_no_others_with_it() {
+    bench_with_ports((61_000, 2), |bench| {
+        publish_remote(bench, Protocol::Tcp);
+        let syn = first(Protocol::Tcp, client(2001));
+        let arrived = bench.send(&syn, bench.uplink).forwarded();
+        // The backend answers another connection of this host with the same port.
+        let mut direct = arrived.reply();
+        direct.acknowledgement = 77;
+        bench
+            .send(&direct, bench.container)
+            .passed(&direct.bytes(), "");
+        let own = proven(bench, &syn, bench.uplink).source;
+        assert_ne!(own, arrived.source);
+        let late = bench
+            .send(&first(Protocol::Tcp, client(2002)), bench.uplink)
+            .forwarded();
+        assert_eq!(late.source, arrived.source);
+        let on = syn.with_flags(ACK);
+        assert_eq!(bench.send(&on, bench.uplink).forwarded().source, own);
+    });
+}
+
+#[test]
+fn the_ports_of_closed_connections_are_used_again_though_the_table_is_full() {
+    let options = Options {
+        snat: (61_000, 400),
+        flows: 100,
+        ..options()
+    };
+    bench_with(options, |bench| {
+        publish_remote(bench, Protocol::Tcp);
+        for port in 2000..2300 {
+            let sent = first(Protocol::Tcp, client(port));
+            let arrived = proven(bench, &sent, bench.uplink);
+            let end = sent.with_flags(FIN_ACK);
+            bench.send(&end, bench.uplink).forwarded();
+            let answer = arrived.reply().with_flags(FIN_ACK);
+            bench.send(&answer, bench.container).forwarded();
+            bench.send(&end.with_flags(ACK), bench.uplink).forwarded();
+        }
+    });
+}
+
+/// What leads to a flow was forgotten in a flood, and the flow was not.
+#[test]
+fn a_flow_that_is_found_again_is_followed_again() {
+    bench(|bench| {
+        let entry = bench.entry(8080, "172.31.0.2:80");
+        bench.publish_entry(1, None, Protocol::Tcp, 8080, &entry);
+        bench.publish_entry(2, None, Protocol::Tcp, 9090, &entry);
+        let one = Frame::first(Protocol::Tcp, client(4000), at("198.51.100.2:8080"));
+        let other = Frame::first(Protocol::Tcp, client(4000), at("198.51.100.2:9090"));
+        bench.send(&one, bench.uplink).forwarded();
+        let arrived = answered(bench, &other, bench.uplink);
+        let port = arrived.source.port().to_be();
+        let mut flows = bench.datapath.maps.flows().map(Result::unwrap);
+        let (key, flow) = flows.find(|(key, _)| key.source_port == port).unwrap();
+        drop(flows);
+        let (alias_key, alias) = flow.counterpart(&key);
+        bench.datapath.maps.remove_flow(&alias_key, &alias).unwrap();
+        for _ in 0..3 {
+            let on = other.clone().with_flags(ACK);
+            let again = bench.send(&on, bench.uplink).forwarded();
+            assert_eq!(again.source, arrived.source);
+        }
+        let flow = bench.datapath.maps.flow(&key).unwrap().unwrap();
+        assert_eq!(Phase::of(key.protocol, flow.state), Phase::TcpEstablished);
+    });
+}

@@ -1,5 +1,7 @@
 //! What answers traffic that left this host by others, from a port number that is published, is no new client.
 
+use std::net::UdpSocket;
+
 use forwarder::datapath::Options;
 use forwarder_common::{
     flow::{Phase, Timeouts},
@@ -77,5 +79,47 @@ fn xdp_refuses_beginnings_alone() {
             return;
         }
         assert_eq!(bench.send_early(&answer.bytes()).action, XDP_PASS);
+    });
+}
+
+/// This host's own client has a port of a wide range, as the kernel gives it to one that asks for none.
+#[test]
+fn xdp_leaves_the_answer_to_a_socket_of_this_host() {
+    bench(|bench| {
+        if !bench.publish_beside(Protocol::Tcp, 9090, "198.51.100.10:80") {
+            return;
+        }
+        let mut entry = bench.entry(50_000, "172.31.0.2:50000");
+        entry.flags = flag::ALLOW_LIST | flag::STEERED;
+        bench.publish_entry(2, None, Protocol::Udp, PORT, &entry);
+        let socket = UdpSocket::bind("198.51.100.2:50002").unwrap();
+        socket.connect("198.51.100.9:53").unwrap();
+        let answer = Frame::first(
+            Protocol::Udp,
+            at("198.51.100.9:53"),
+            at("198.51.100.2:50002"),
+        );
+        bench
+            .send(&answer, bench.uplink)
+            .passed(&answer.bytes(), "other_socket");
+        assert_eq!(bench.send_early(&answer.bytes()).action, XDP_PASS);
+    });
+}
+
+/// The server speaks before the container, as after the first start.
+#[test]
+fn a_conversation_that_was_mistaken_for_a_clients_is_given_back() {
+    bench(|bench| {
+        bench.publish(Protocol::Udp, PORT, "172.31.0.2:53");
+        let early = Frame::first(
+            Protocol::Udp,
+            at("198.51.100.9:53"),
+            at("198.51.100.2:50002"),
+        );
+        bench.send(&early, bench.uplink).forwarded();
+        let answer = bench.masqueraded_query(PORT);
+        bench
+            .send(&answer, bench.uplink)
+            .passed(&answer.bytes(), "others_answer");
     });
 }

@@ -218,6 +218,21 @@ fn a_container_takes_packets_of_any_length() {
     }
 }
 
+/// As a server answers that leaves it to routers (IP_PMTUDISC_OMIT), and heeds no ICMP error.
+#[test]
+fn an_answer_that_may_be_cut_up_is_the_daemons() {
+    bench(|bench| {
+        bench.publish(Protocol::Udp, 8080, V4[2]);
+        narrow_uplink(bench);
+        let sent = Frame::first(Protocol::Udp, at(V4[0]), at(V4[1]));
+        let answer = bench.send(&sent, bench.uplink).forwarded().reply();
+        let mut bytes = long(&answer, MTU + 1).bytes();
+        bytes[20] = 0;
+        fix_header_checksum(&mut bytes[14..34]);
+        bench.send_bytes(&bytes, bench.container).dropped("cut_up");
+    });
+}
+
 #[test]
 fn a_datagram_that_may_be_cut_up_is_the_proxys() {
     bench(|bench| {

@@ -159,3 +159,61 @@ fn the_connection_of_a_socket_of_this_host_stays_its_own() {
         drop(server);
     });
 }
+
+/// A client's own connection to the backend goes on, whatever somebody sends to the published port in its name.
+#[test]
+fn a_forged_segment_does_not_cut_a_direct_connection() {
+    bench(|bench| {
+        let [client, frontend, backend] = ALL[0];
+        bench.publish(Protocol::Tcp, 8080, backend);
+        let direct = Frame::first(Protocol::Tcp, at(client), at(backend));
+        bench
+            .send(&direct, bench.uplink)
+            .passed(&direct.bytes(), "");
+        let forged = segment(client, frontend, ACK);
+        bench.send(&forged, bench.uplink).forwarded();
+        let mut data = direct.reply().with_flags(ACK);
+        data.payload = b"more".to_vec();
+        bench.send(&data, bench.container).passed(&data.bytes(), "");
+    });
+}
+
+#[test]
+fn a_connection_from_the_port_of_one_that_was_over_is_a_new_one() {
+    bench(|bench| {
+        let [client, frontend, backend] = ALL[0];
+        bench.publish(Protocol::Tcp, 8080, backend);
+        let late = segment(client, frontend, FIN_ACK);
+        let arrived = bench.send(&late, bench.uplink).forwarded();
+        let mut reset = arrived.reply().with_flags(RST);
+        reset.sequence = late.acknowledgement;
+        bench.send(&reset, bench.container).forwarded();
+        let syn = Frame::first(Protocol::Tcp, at(client), at(frontend));
+        let arrived = bench.send(&syn, bench.uplink).forwarded();
+        bench.send(&arrived.reply(), bench.container).forwarded();
+        bench.send(&syn.with_flags(ACK), bench.uplink).forwarded();
+        assert_eq!(phase(bench), Phase::TcpEstablished);
+    });
+}
+
+/// A client that acknowledges what nobody has sent: the end of the connection is heeded all the same.
+#[test]
+fn a_connection_that_goes_on_believes_no_more_than_was_sent() {
+    bench(|bench| {
+        let [client, frontend, backend] = ALL[0];
+        bench.publish(Protocol::Tcp, 8080, backend);
+        let mut sent = segment(client, frontend, ACK);
+        let first = sent.acknowledgement;
+        let arrived = bench.send(&sent, bench.uplink).forwarded();
+        let answer = arrived.reply().with_flags(ACK);
+        bench.send(&answer, bench.container).forwarded();
+        for beyond in [1 << 22, 1 << 29] {
+            sent.acknowledgement = first + beyond;
+            bench.send(&sent, bench.uplink).forwarded();
+        }
+        bench
+            .send(&answer.with_flags(FIN_ACK), bench.container)
+            .forwarded();
+        assert_eq!(phase(bench), Phase::TcpFinWait);
+    });
+}

@@ -122,6 +122,22 @@ fn scenario(reason: Reason, bench: &mut Bench) -> Option<Outcome> {
             publish(bench, Protocol::Tcp, |_| {});
             bench.send(&tcp.with_flags(SYN_ACK), uplink)
         }
+        Reason::CutUp => {
+            publish(bench, Protocol::Udp, |_| {});
+            let narrow = Interface {
+                mtu: 1000,
+                ..UPLINK
+            };
+            let maps = &mut bench.datapath.maps;
+            maps.set_interface(uplink, Some(behind(uplink, narrow)))
+                .unwrap();
+            let arrived = bench.send(&first(Protocol::Udp), uplink).forwarded();
+            let mut answer = arrived.reply();
+            answer.payload = vec![0; 1000];
+            let mut bytes = answer.bytes();
+            bytes[20] = 0; // it may be cut up
+            bench.send_bytes(&bytes, bench.container)
+        }
         Reason::OthersAnswer => {
             publish(bench, Protocol::Udp, |_| {});
             let mut answer = bench.masqueraded_query(PORT);

@@ -6,12 +6,15 @@ use std::{
     time::{Duration, Instant},
 };
 
+use forwarder::datapath::devices::Hook;
 use forwarder_common::publish::Interface;
 use forwarder_tests::{
     deadline::wait_for,
     frame::{Frame, Mac, Protocol},
     netns::Netns,
+    wire::Wire,
 };
+use nix::net::if_::if_nametoindex;
 
 use crate::bench::{Bench, REDIRECT, TICK, UPLINK, XDP_TX, at, behind, bench};
 
@@ -225,6 +228,86 @@ fn what_has_no_ethernet_header_is_left_to_the_kernel() {
         for _ in 0..20 {
             assert_eq!(next_hop(bench, &answers[0]), None);
             thread::sleep(TICK);
+        }
+    });
+}
+
+/// One more uplink, eth1, with a gateway on each; returns it.
+fn second_uplink(bench: &mut Bench, strict: u16) -> u32 {
+    let netns = Netns::current().unwrap();
+    netns
+        .ip(
+            "link add eth1 type veth peer name eth1p\nlink set eth1 up\nlink set eth1p up\nlink set eth0p up\n\
+             addr add 198.51.100.2/24 dev eth0\naddr add 203.0.113.2/24 dev eth1\n\
+             neigh replace 198.51.100.1 lladdr 02:00:00:00:00:a0 dev eth0\n\
+             neigh replace 203.0.113.1 lladdr 02:00:00:00:00:a1 dev eth1",
+        )
+        .unwrap();
+    netns.forwards(true).unwrap();
+    let second = if_nametoindex("eth1").unwrap();
+    let maps = &mut bench.datapath.maps;
+    for device in [bench.uplink, second] {
+        let interface = behind(device, Interface { strict, ..UPLINK });
+        maps.set_interface(device, Some(interface)).unwrap();
+    }
+    maps.set_several_uplinks(true).unwrap();
+    second
+}
+
+#[test]
+fn clients_by_either_leg_of_one_route_are_no_martians() {
+    bench(|bench| {
+        second_uplink(bench, 1);
+        let netns = Netns::current().unwrap();
+        let both = "nexthop via 198.51.100.1 dev eth0 nexthop via 203.0.113.1 dev eth1";
+        netns.ip(&format!("route add default {both}")).unwrap();
+        bench.publish(Protocol::Udp, 53, "172.31.0.2:53");
+        // An address of this host that is on neither of the two.
+        for last in 1..=100 {
+            let client = SocketAddr::from(([192, 0, 2, last], 4000));
+            let frame = Frame::first(Protocol::Udp, client, at("172.31.0.1:53"));
+            bench.send(&frame, bench.uplink).forwarded();
+        }
+        // But not a neighbour by the other uplink.
+        let frame = Frame::first(Protocol::Udp, at("203.0.113.9:4000"), at("172.31.0.1:53"));
+        bench.send(&frame, bench.uplink).dropped("martian_source");
+    });
+}
+
+/// Less than a packet in a second, each of which is left to the stack's output.
+#[test]
+fn a_conversation_that_speaks_seldom_follows_the_routes() {
+    bench(|bench| {
+        second_uplink(bench, 0);
+        let netns = Netns::current().unwrap();
+        netns
+            .ip("link set veth0p up\nroute add default via 198.51.100.1 dev eth0")
+            .unwrap();
+        bench.publish(Protocol::Udp, 53, "172.31.0.2:53");
+        let client = at("192.0.2.9:4000");
+        let first = Frame::first(Protocol::Udp, client, at("198.51.100.2:53"));
+        let mut answer = bench.send(&first, bench.uplink).forwarded().reply();
+        answer.destination_mac = netns.mac("veth0").unwrap();
+        let place = (bench.container, Hook::Ingress);
+        bench.datapath.attach(place, "veth0").unwrap();
+        let [inside, by_first, by_second] =
+            ["veth0p", "eth0p", "eth1p"].map(|device| Wire::open(&netns, device).unwrap());
+        let answered_by = |wire: &Wire| {
+            inside.send(&answer.bytes()).unwrap();
+            while let Ok(bytes) = wire.receive() {
+                if Frame::parse(&bytes).is_ok_and(|frame| frame.destination == client) {
+                    return true;
+                }
+            }
+            false
+        };
+        assert!(answered_by(&by_first));
+        netns
+            .ip("route replace default via 203.0.113.1 dev eth1")
+            .unwrap();
+        for _ in 0..2 {
+            thread::sleep(Duration::from_millis(1200));
+            assert!(answered_by(&by_second));
         }
     });
 }

@@ -1,11 +1,17 @@
-//! Backends' answers in fragments that come out of order. The program can translate a later fragment only if it knows the
-//! first, so it hands them over here; put together, they are sent on as one datagram, from the frontend.
+//! Backends' answers that the program cannot send on: in fragments that come out of order, since it can translate a later one
+//! only if it knows the first, and those that are longer than the client's way takes. It hands them over here; put
+//! together, they are sent on as one datagram, from the frontend, which the kernel cuts up as it has to.
 
 use std::net::{IpAddr, SocketAddr};
 
 use anyhow::{Context as _, Result};
-use etherparse::{IpNumber, NetSlice, SlicedPacket, UdpHeader, UdpSlice, defrag::IpDefragPool};
-use forwarder_common::tuple::{Tuple, UDP};
+use etherparse::{
+    IpNumber, NetSlice, SlicedPacket, TransportSlice, UdpHeader, UdpSlice, defrag::IpDefragPool,
+};
+use forwarder_common::{
+    checksum::{add, fold},
+    tuple::{Tuple, UDP},
+};
 use socket2::{Domain, Protocol, Socket, Type};
 use tokio::time::{Duration, Instant};
 use tracing::debug;
@@ -44,22 +50,50 @@ impl Fragments {
             .retain(|since| now.duration_since(*since) < PATIENCE);
         let packet = SlicedPacket::from_ethernet(frame).ok()?;
         let (source, destination) = addresses(&packet)?;
-        let whole = self.pool.process_sliced_packet(&packet, now, ()).ok()??;
-        if whole.ip_number != IpNumber::UDP {
-            return None;
-        }
-        let udp = UdpSlice::from_slice(&whole.payload).ok()?;
+        let put_together;
+        let udp = if let Some(TransportSlice::Udp(udp)) = packet.transport {
+            // Not in parts. Of a container's own, a device would complete the checksum (CHECKSUM_PARTIAL).
+            if udp.checksum() == partial(source, destination, udp.slice().len())? {
+                return Some(datagram(&udp, source, destination));
+            }
+            udp
+        } else {
+            put_together = self.pool.process_sliced_packet(&packet, now, ()).ok()??;
+            if put_together.ip_number != IpNumber::UDP {
+                return None;
+            }
+            UdpSlice::from_slice(&put_together.payload).ok()?
+        };
         // Whoever gets it sees a new checksum, so this one must have been right.
         let right = checksum(&udp.to_header(), source, destination, udp.payload())?;
         if udp.checksum() != 0 && udp.checksum() != right {
             return None;
         }
-        Some(Datagram {
-            source: SocketAddr::new(source, udp.source_port()),
-            destination: SocketAddr::new(destination, udp.destination_port()),
-            payload: udp.payload().to_vec(),
-        })
+        Some(datagram(&udp, source, destination))
     }
+}
+
+fn datagram(udp: &UdpSlice<'_>, source: IpAddr, destination: IpAddr) -> Datagram {
+    Datagram {
+        source: SocketAddr::new(source, udp.source_port()),
+        destination: SocketAddr::new(destination, udp.destination_port()),
+        payload: udp.payload().to_vec(),
+    }
+}
+
+/// The sum of the pseudo header (RFC 768), which stands in the place of a checksum that is yet to be completed; `None` of
+/// what is longer than a datagram.
+fn partial(source: IpAddr, destination: IpAddr, length: usize) -> Option<u16> {
+    let words = |address: IpAddr| match address {
+        IpAddr::V4(v4) => vec![u32::from(v4)],
+        IpAddr::V6(v6) => {
+            let bits = u128::from(v6);
+            [96, 64, 32, 0].map(|shift| (bits >> shift) as u32).to_vec()
+        }
+    };
+    let addresses = words(source).into_iter().chain(words(destination));
+    let rest = u32::from(u16::try_from(length).ok()?) + u32::from(UDP);
+    Some(fold(addresses.fold(rest, add)))
 }
 
 fn addresses(packet: &SlicedPacket<'_>) -> Option<(IpAddr, IpAddr)> {
@@ -196,6 +230,24 @@ mod tests {
             assert_eq!(datagram.destination.to_string(), "198.51.100.9:4000");
             assert_eq!(datagram.payload, b"answer");
         }
+    }
+
+    #[test]
+    fn a_whole_datagram_needs_no_others_and_its_checksum_may_be_incomplete() {
+        let (source, destination) = ([172, 31, 0, 2], [198, 51, 100, 9]);
+        let mut whole = Vec::new();
+        PacketBuilder::ethernet2([0; 6], [0; 6])
+            .ipv4(source, destination, 64)
+            .udp(53, 4000)
+            .write(&mut whole, b"answer")
+            .expect("a short datagram");
+        let add = |frame: &[u8]| Fragments::default().add(frame).map(|it| it.payload);
+        assert_eq!(add(&whole).expect("complete"), b"answer");
+        let sum = partial(source.into(), destination.into(), 8 + 6).expect("short");
+        whole[40..42].copy_from_slice(&sum.to_be_bytes());
+        assert_eq!(add(&whole).expect("incomplete"), b"answer");
+        whole[40] ^= 1;
+        assert_eq!(add(&whole), None);
     }
 
     #[test]

@@ -207,7 +207,12 @@ impl Daemon {
             return false;
         };
         let mut entries = self.publishes.values().filter_map(|p| p.entry);
-        let has_work = entries.any(|entry| entry.flags & (flag::REMOTE | flag::ALLOW_LIST) != 0);
+        // Attaching it stops some devices for a moment: an allow-list alone is no reason that nobody has given.
+        let works_on = match self.options.xdp {
+            XdpChoice::Auto => flag::REMOTE,
+            _ => flag::REMOTE | flag::ALLOW_LIST,
+        };
+        let has_work = entries.any(|entry| entry.flags & works_on != 0);
         if !has_work {
             return false;
         }
