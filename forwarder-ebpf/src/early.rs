@@ -10,6 +10,7 @@ use forwarder_common::{
     flow::{Flow, Hop, ORIGINAL, REPLY, delivery, state},
     publish::flag,
     reason::Reason,
+    tcp::SYN,
     tuple::TCP,
 };
 
@@ -47,9 +48,11 @@ fn go_on(ctx: &XdpContext) -> Result<u32, Reason> {
     if packet.part != Part::Whole {
         return Err(Reason::NotOurs);
     }
+    let opens = packet.flags & SYN != 0; // tc clamps the segments' size
     let published = publish::find(ctx, packet);
     if let Some(published) = published
         && published.publish.flags & flag::REMOTE != 0
+        && !opens
         && let Some(flow) = ingress::original(packet, &published)
     {
         if !parse::is_to(ctx, &flow.back.source_mac) && !publish::is_to_device(ctx, packet) {
@@ -58,7 +61,7 @@ fn go_on(ctx: &XdpContext) -> Result<u32, Reason> {
         ingress::is_from_client(packet, flow)?;
         return to_backend(ctx, packet, flow, &published.publish.hop);
     }
-    if let Some(flow) = flow::get_by_reply(packet) {
+    if !opens && let Some(flow) = flow::get_by_reply(packet) {
         publish::is_from_backend(packet, flow.publish)?;
         return to_client(ctx, packet, flow);
     }

@@ -322,12 +322,24 @@ fn to_backend(
         rewrite::error(ctx, packet, hop, keeps_source)?;
     } else {
         rewrite::tuple(ctx, packet, hop)?;
+        clamp_segments(ctx, packet, way);
     }
     let action = deliver::deliver(ctx, way, setting(&PEER_FROM_LO) != 0, Some(packet))?;
     Ok(Forwarded {
         action,
         reason: reason(packet, Reason::ForwardedOriginal),
     })
+}
+
+/// Has a SYN or SYN-ACK ask for no longer segments than the devices take that the connection comes and goes by. What passes
+/// the stack is the firewall's business.
+#[inline(always)]
+fn clamp_segments(ctx: &TcContext, packet: &Packet, way: &Hop) {
+    if packet.flags & SYN != 0 && !is_stack(way) {
+        let mtu = |ifindex| publish::interface(ifindex).map_or(u32::MAX, |it| it.mtu);
+        let mtu = mtu(packet.ifindex).min(mtu(way.ifindex));
+        rewrite::clamp(ctx.skb.skb, packet, mtu);
+    }
 }
 
 /// The reverse: from the frontend, to the client.
@@ -356,6 +368,7 @@ pub fn to_client(
         rewrite::error(ctx, packet, hop, false)?;
     } else {
         rewrite::tuple(ctx, packet, hop)?;
+        clamp_segments(ctx, packet, &flow.back);
     }
     let action = deliver::deliver(ctx, &flow.back, setting(&PEER_FROM_LO) != 0, Some(packet))
         .map_err(|_| Reason::NoWayBack)?;

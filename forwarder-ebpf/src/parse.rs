@@ -32,7 +32,7 @@ pub const L4_V6: usize = L3 + 40;
 /// Behind IPv6's fragment header (RFC 8200 section 4.5), the one extension header that is understood.
 pub const L4_V6_FRAGMENT: usize = L4_V6 + 8;
 /// The part of TCP's header that is read.
-const TCP_LENGTH: usize = 20;
+pub const TCP_LENGTH: usize = 20;
 /// Where the checksums are in their headers.
 pub const TCP_CHECKSUM: usize = 16;
 pub const UDP_CHECKSUM: usize = 6;

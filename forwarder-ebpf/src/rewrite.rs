@@ -3,6 +3,7 @@
 mod answer;
 mod complete;
 mod icmp;
+mod mss;
 
 use aya_ebpf::{
     bindings::{BPF_F_MARK_MANGLED_0, BPF_F_PSEUDO_HDR},
@@ -17,6 +18,7 @@ use forwarder_common::{
 
 pub use answer::into_error;
 pub use complete::{Complete, complete};
+pub use mss::clamp;
 
 use crate::{
     frame::{Frame, header},

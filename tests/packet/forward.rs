@@ -12,7 +12,9 @@ use forwarder_tests::{
 };
 use proptest::prelude::*;
 
-use crate::bench::{BRIDGE_MAC, Bench, CONTAINER_MAC, REDIRECT, UPLINK, at, behind, bench};
+use crate::bench::{
+    BRIDGE_MAC, Bench, CONTAINER_MAC, Outcome, REDIRECT, UPLINK, at, behind, bench,
+};
 
 fn there_and_back(bench: &mut Bench, protocol: Protocol, client: &str, host: &str, backend: &str) {
     bench.publish(protocol, at(host).port(), backend);
@@ -378,4 +380,94 @@ fn a_devices_sum_of_the_packet_stays_right() {
             }
         }
     });
+}
+
+/// The uplink takes 1,400 octets and tells nobody. Each side learns from the other's SYN what fits, wherever the option is.
+#[test]
+fn a_connection_asks_for_no_longer_segments_than_its_way_carries() {
+    const MSS: [u8; 4] = [2, 4, 0x05, 0xb4]; // 1460
+    for ([client, frontend, backend], headers) in [
+        (
+            ["198.51.100.9:4000", "198.51.100.2:8080", "172.31.0.2:80"],
+            40,
+        ),
+        (
+            [
+                "[2001:db8:100::9]:4000",
+                "[2001:db8:100::2]:8080",
+                "[fd00:31::2]:80",
+            ],
+            60,
+        ),
+    ] {
+        for (before, after) in [(&[][..], &[][..]), (&[1], &[1, 1, 1]), (&[4, 2], &[1, 1])] {
+            bench(|bench| {
+                bench.publish(Protocol::Tcp, 8080, backend);
+                let narrow = Interface {
+                    mtu: 1400,
+                    ..UPLINK
+                };
+                let maps = &mut bench.datapath.maps;
+                maps.set_interface(bench.uplink, Some(behind(bench.uplink, narrow)))
+                    .unwrap();
+                let options = [before, &MSS, after].concat();
+                let sent = Frame::first(Protocol::Tcp, at(client), at(frontend));
+                let arrived = bench.send_bytes(&with_options(&sent, &options), bench.uplink);
+                let expected = (1400 - headers as u16).to_be_bytes();
+                let asked = |outcome: Outcome| {
+                    assert_eq!(outcome.action, REDIRECT, "{outcome:?}");
+                    let packet = etherparse::SlicedPacket::from_ethernet(&outcome.bytes).unwrap();
+                    let Some(etherparse::TransportSlice::Tcp(tcp)) = &packet.transport else {
+                        panic!("{packet:?}");
+                    };
+                    let sum = match packet.net.as_ref().unwrap() {
+                        etherparse::NetSlice::Ipv4(ip) => {
+                            tcp.calc_checksum_ipv4(ip.header().source(), ip.header().destination())
+                        }
+                        etherparse::NetSlice::Ipv6(ip) => {
+                            tcp.calc_checksum_ipv6(ip.header().source(), ip.header().destination())
+                        }
+                        etherparse::NetSlice::Arp(_) => panic!(),
+                    };
+                    assert_eq!(tcp.checksum(), sum.unwrap());
+                    let at = before.len();
+                    tcp.options()[at + 2..at + 4].to_vec()
+                };
+                assert_eq!(asked(arrived), expected);
+                let answer = Frame {
+                    source: at(backend),
+                    destination: at(client),
+                    ..sent.reply()
+                };
+                let answer = with_options(&answer, &options);
+                assert_eq!(asked(bench.send_bytes(&answer, bench.container)), expected);
+            });
+        }
+    }
+}
+
+/// The frame with options behind its TCP header, as many words.
+fn with_options(frame: &Frame, options: &[u8]) -> Vec<u8> {
+    let bytes = frame.bytes();
+    let packet = etherparse::SlicedPacket::from_ethernet(&bytes).unwrap();
+    let Some(etherparse::TransportSlice::Tcp(tcp)) = &packet.transport else {
+        panic!("{packet:?}");
+    };
+    let mut header = tcp.to_header();
+    header.set_options_raw(options).unwrap();
+    let ethernet = etherparse::PacketBuilder::ethernet2(frame.source_mac, frame.destination_mac);
+    let builder = match packet.net.as_ref().unwrap() {
+        etherparse::NetSlice::Ipv4(ip) => {
+            let ip = ip.header();
+            ethernet.ipv4(ip.source(), ip.destination(), ip.ttl())
+        }
+        etherparse::NetSlice::Ipv6(ip) => {
+            let ip = ip.header();
+            ethernet.ipv6(ip.source(), ip.destination(), ip.hop_limit())
+        }
+        etherparse::NetSlice::Arp(_) => panic!(),
+    };
+    let mut whole = Vec::new();
+    builder.tcp_header(header).write(&mut whole, &[]).unwrap();
+    whole
 }
