@@ -45,7 +45,7 @@ reasons! {
     /// Handed to the daemon: the first fragment of a backend's datagram, after a later one; the daemon puts it together.
     OutOfOrder = "out_of_order",
     /// Handed to the daemon: a backend's datagram that is longer than the client's way takes and may be cut up, or a fragment of
-    /// one; the daemon sends it in parts.
+    /// one; the daemon sends it in parts. Its sender is told as well (`too_big`).
     CutUp = "cut_up",
     /// Passed: TCP or UDP behind IPv4 options or IPv6 extension headers, whoever's it is.
     Options = "options",
@@ -104,7 +104,6 @@ impl Reason {
                 | Self::NotAllowed
                 | Self::NoWayBack
                 | Self::OutOfOrder
-                | Self::CutUp
                 | Self::Untold
                 | Self::Unwritable
         )

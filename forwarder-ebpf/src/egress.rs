@@ -35,9 +35,7 @@ fn reply(ctx: &TcContext, trail: &mut Trail) -> Verdict {
     fragment::complete(packet)?;
     trail.parsed(packet, 0);
     let verdict = rewritten(ctx, packet, trail);
-    if verdict.is_ok() {
-        fragment::remember(packet);
-    }
+    fragment::remember(packet, &verdict);
     verdict
 }
 

@@ -16,6 +16,7 @@ use crate::{
     maps::{FRAGMENTS, HANDOVER},
     parse::{L3, Packet, Part},
     publish,
+    verdict::Verdict,
     words::copy_tuple,
 };
 
@@ -219,10 +220,13 @@ fn is_left(packet: &mut Packet) -> bool {
     ports(packet) == Some(0)
 }
 
-/// Remembers a first fragment that was carried.
+/// Remembers a first fragment that was carried, and not answered by an error.
 #[inline(always)]
-pub fn remember(packet: &mut Packet) {
-    if packet.part == Part::First {
+pub fn remember(packet: &mut Packet, verdict: &Verdict) {
+    if packet.part == Part::First
+        && let Ok(forwarded) = verdict
+        && !matches!(forwarded.reason, Reason::Expired | Reason::TooBig)
+    {
         carried(packet);
     }
 }

@@ -55,9 +55,7 @@ pub fn ingress(ctx: &TcContext, trail: &mut Trail) -> Verdict {
         deliver::fits(ctx, &published.publish.hop)?;
     }
     let verdict = forward(ctx, packet, published, trail);
-    if verdict.is_ok() {
-        fragment::remember(packet);
-    }
+    fragment::remember(packet, &verdict);
     verdict
 }
 
@@ -353,9 +351,10 @@ pub fn to_client(
     let hop = flow.state & state::LOCAL_CLIENT == 0 && !is_stack(&flow.back);
     if let Some(obstacle) = icmp::obstacle(ctx, packet, &flow.back, hop) {
         if obstacle.reason == Reason::TooBig && icmp::slow_path_fragments(packet) {
+            // And its sender is told all the same: one that heeds it sends what the fast path carries.
             flow::update(ctx, flow, packet, REPLY);
             fragment::leave_to_daemon(ctx.skb.skb, packet);
-            return Err(Reason::CutUp);
+            count(Reason::CutUp);
         }
         return tell(ctx, packet, obstacle, flow.publish);
     }

@@ -229,7 +229,8 @@ fn an_answer_that_may_be_cut_up_is_the_daemons() {
         let mut bytes = long(&answer, MTU + 1).bytes();
         bytes[20] = 0;
         fix_header_checksum(&mut bytes[14..34]);
-        bench.send_bytes(&bytes, bench.container).dropped("cut_up");
+        let outcome = bench.send_bytes(&bytes, bench.container);
+        assert_eq!(outcome.reasons, ["cut_up", "too_big"], "{outcome:?}");
     });
 }
 
