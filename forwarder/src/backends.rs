@@ -381,15 +381,16 @@ pub(crate) mod tests {
     }
 
     #[test]
-    fn only_containers_devices_and_bridges_ports_answer_to_the_mac() {
+    fn only_containers_devices_answer_to_the_mac() {
         let mut host = host();
         host.links.insert(6, link("eth1", Kind::Other, Some(3)));
         let ways: Vec<_> = interfaces(&host)
             .filter(|(_, interface)| interface.delivery != delivery::NEIGHBOUR)
             .map(|(index, interface)| (index, interface.delivery))
             .collect();
-        let device = (6, delivery::DEVICE);
-        assert_eq!(ways, [(4, delivery::PEER), (5, delivery::PEER), device]);
+        assert_eq!(ways, [(4, delivery::PEER), (5, delivery::PEER)]);
+        let layer3: Vec<_> = interfaces(&host).map(|(_, it)| it.layer3).collect();
+        assert_eq!(layer3, [1, 2, 3, 3, 5, 3], "ports answer by their bridge");
     }
 
     #[test]

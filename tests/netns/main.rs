@@ -35,6 +35,7 @@ mod scene;
 mod sctp;
 mod selftests;
 mod shaping;
+mod tagged;
 mod timeout;
 mod topology;
 mod trace;
