@@ -80,7 +80,11 @@ reasons! {
     Martian = "martian_source",
     /// Dropped: the source is not on the allow-list.
     NotAllowed = "not_allowed",
-    /// Passed: every source port towards this backend is in use; the userland proxy has ports of its own.
+    /// Passed: this host has no source ports to give, or a TCP client finds all towards this backend in use; the userland proxy
+    /// has ports of its own.
+    NoFreePort = "no_free_port",
+    /// Dropped: a datagram finds every source port towards this backend in use, or the table full. Of senders that may be
+    /// invented the proxy would have to open a socket for each.
     NoSourcePort = "no_source_port",
     /// Forwarded as well: the table of proven flows is full, and this one's stays among the half-open.
     FlowsFull = "flows_full",
@@ -102,6 +106,7 @@ impl Reason {
             self,
             Self::Martian
                 | Self::NotAllowed
+                | Self::NoSourcePort
                 | Self::NoWayBack
                 | Self::OutOfOrder
                 | Self::Untold

@@ -238,7 +238,7 @@ pub fn insert(packet: &Packet) -> Result<Begun, Reason> {
 /// flow, and no socket of this host, whose conversation with the backend it would cut. Returns whether the flow is new.
 ///
 /// # Errors
-/// `NoSourcePort` or `NoEntry`.
+/// `NoFreePort`, `NoSourcePort` or `NoEntry`.
 // VERIFIER: a function of its own, for its share of the stack.
 #[inline(never)]
 pub fn insert_by_ports(
@@ -247,13 +247,14 @@ pub fn insert_by_ports(
     is_snat: bool,
 ) -> Result<bool, Reason> {
     const OF_THIS_HOST: u32 = state::KEPT | state::LOCAL_CLIENT;
-    let draft = draft().ok_or(Reason::NoSourcePort)?;
-    draft.hash = Ports::of(&draft.original).ok_or(Reason::NoSourcePort)?.hash;
+    let draft = draft().ok_or(Reason::NoFreePort)?;
+    draft.hash = Ports::of(&draft.original).ok_or(Reason::NoFreePort)?.hash;
     draft.attempt = 0;
     for _ in 0..limits::SNAT_SOCKETS {
         match take_port() {
             TAKEN => break,
-            FULL => return Err(Reason::NoEntry),
+            FULL if packet.protocol == TCP => return Err(Reason::NoEntry),
+            FULL => return Err(Reason::NoSourcePort),
             OWN => {
                 packet.new.source_port = draft.key.source_port;
                 if draft.attempt != 0 || !is_snat {
@@ -274,7 +275,11 @@ pub fn insert_by_ports(
         give_back();
         draft.attempt += 1;
     }
-    Err(Reason::NoSourcePort)
+    Err(if packet.protocol == TCP {
+        Reason::NoFreePort
+    } else {
+        Reason::NoSourcePort
+    })
 }
 
 /// What became of a source port, or of the search for one: another conversation has it,

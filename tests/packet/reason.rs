@@ -217,7 +217,7 @@ fn scenario(reason: Reason, bench: &mut Bench) -> Option<Outcome> {
             });
             bench.send(&tcp, uplink)
         }
-        Reason::NoSourcePort => {
+        Reason::NoFreePort => {
             publish(bench, Protocol::Tcp, |_| {});
             let frontend = at("127.0.0.1:8080");
             for port in 4000..4002 {
@@ -229,6 +229,19 @@ fn scenario(reason: Reason, bench: &mut Bench) -> Option<Outcome> {
             }
             let client = at("127.0.0.1:4002");
             bench.send(&Frame::first(Protocol::Tcp, client, frontend), LO)
+        }
+        Reason::NoSourcePort => {
+            publish(bench, Protocol::Udp, |_| {});
+            let frontend = at("127.0.0.1:8080");
+            for port in 4000..4002 {
+                let client = std::net::SocketAddr::from(([127, 0, 0, 1], port));
+                let frame = Frame::first(Protocol::Udp, client, frontend);
+                let arrived = bench.send(&frame, LO).forwarded();
+                bench.send(&arrived.reply(), bench.container).forwarded();
+                bench.send(&frame.with_flags(ACK), LO).forwarded();
+            }
+            let client = at("127.0.0.1:4002");
+            bench.send(&Frame::first(Protocol::Udp, client, frontend), LO)
         }
         Reason::FlowsFull => {
             publish(bench, Protocol::Tcp, |_| {});
