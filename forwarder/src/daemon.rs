@@ -571,7 +571,7 @@ fn load(instance: &str, timeouts: &Timeouts, respects_firewall: bool) -> Result<
     if snat.1 == 0 {
         warn!(
             "no source ports are left: clients on this host, and all clients of a backend on another machine, are \
-             dropped; {} would change that",
+             served in user space; {} would change that",
             kernel::SNAT_REMEDY
         );
     }
