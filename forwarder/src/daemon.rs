@@ -134,7 +134,7 @@ pub async fn run(instance: &str, options: Run) -> Result<()> {
         }
     }
     // An earlier instance's programs know its publishes until these take over.
-    daemon.reconcile_devices(&Snapshot::default())?;
+    daemon.reconcile_devices()?;
     if let Some(datapath) = &daemon.datapath {
         datapath.forget_others();
     }

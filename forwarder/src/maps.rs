@@ -35,7 +35,10 @@ pub struct Maps {
     interfaces: HashMap<MapData, u32, Interface>,
     several_uplinks: Array<MapData, u32>,
     locations: Trie<MapData, Address, Location>,
+    /// What was written there.
+    located: BTreeMap<IpNet, Location>,
     local_filter: Array<MapData, u64>,
+    filter: Vec<u64>,
     allow: Trie<MapData, Allowed, u32>,
     flows: HashMap<MapData, Tuple, Flow>,
     half_open: HashMap<MapData, Tuple, Flow>,
@@ -70,7 +73,9 @@ impl Maps {
             interfaces: HashMap::try_from(map("INTERFACES")?)?,
             several_uplinks: Array::try_from(map("SEVERAL_UPLINKS")?)?,
             locations: LpmTrie::try_from(map("LOCATIONS")?)?,
+            located: BTreeMap::new(),
             local_filter: Array::try_from(map("LOCAL_FILTER")?)?,
+            filter: vec![0; FILTER_WORDS as usize],
             allow: LpmTrie::try_from(map("ALLOW")?)?,
             flows: HashMap::try_from(map("FLOWS")?)?,
             half_open: HashMap::try_from(map("HALF_OPEN")?)?,
@@ -228,30 +233,33 @@ impl Maps {
         set.context("write SEVERAL_UPLINKS")
     }
 
-    /// Says what addresses are behind: changes only what differs from `old`, which was said before.
+    /// Says what addresses are behind: changes only what differs from what the maps have. After a failure the rest is made up
+    /// for by the next call.
     ///
     /// # Errors
     /// The map is full, or the kernel refuses the update.
-    pub fn set_locations(
-        &mut self,
-        old: &BTreeMap<IpNet, Location>,
-        new: &BTreeMap<IpNet, Location>,
-    ) -> Result<()> {
+    pub fn set_locations(&mut self, new: &BTreeMap<IpNet, Location>) -> Result<()> {
         let key = |prefix: &IpNet| Key::new(key_length(*prefix), prefix.network().into());
-        for (prefix, location) in new {
-            if old.get(prefix) != Some(location) {
-                let inserted = self.locations.insert(&key(prefix), location, 0);
+        for (&prefix, &location) in new {
+            if self.located.get(&prefix) != Some(&location) {
+                let inserted = self.locations.insert(&key(&prefix), location, 0);
                 inserted.context("write LOCATIONS")?;
+                self.located.insert(prefix, location);
             }
         }
-        for prefix in old.keys().filter(|prefix| !new.contains_key(prefix)) {
-            ignore_missing(self.locations.remove(&key(prefix))).context("write LOCATIONS")?;
+        let gone = self
+            .located
+            .keys()
+            .filter(|prefix| !new.contains_key(prefix));
+        for prefix in gone.copied().collect::<Vec<_>>() {
+            ignore_missing(self.locations.remove(&key(&prefix))).context("write LOCATIONS")?;
+            self.located.remove(&prefix);
         }
-        let words = filter(old).into_iter().zip(filter(new));
-        for (index, (old, new)) in (0..).zip(words) {
-            if old != new {
-                let set = self.local_filter.set(index, new, 0);
+        for (index, word) in (0..).zip(filter(new)) {
+            if self.filter[index as usize] != word {
+                let set = self.local_filter.set(index, word, 0);
                 set.context("write LOCAL_FILTER")?;
+                self.filter[index as usize] = word;
             }
         }
         Ok(())

@@ -199,10 +199,9 @@ impl Bench {
     }
 
     fn change_locations<T>(&mut self, change: impl FnOnce(&mut BTreeMap<IpNet, Location>) -> T) {
-        let old = self.locations.clone();
         change(&mut self.locations);
         let maps = &mut self.datapath.maps;
-        maps.set_locations(&old, &self.locations).unwrap();
+        maps.set_locations(&self.locations).unwrap();
     }
 
     /// Publishes a port of every local address, to a container.

@@ -7,7 +7,7 @@
 //! (conntrack reassembles and cuts anew), and packets that are too long and may be cut up (so does the router; the
 //! program leaves a client's to the proxy and answers a backend's).
 
-use std::{collections::BTreeMap, net::SocketAddr};
+use std::net::SocketAddr;
 
 use forwarder::datapath::{Datapath, Options, devices::Hook};
 use forwarder_common::{
@@ -145,7 +145,7 @@ impl Arena {
             let here = [V4[1], V6[1], "172.31.0.1:0", "[fd00:31::1]:0"];
             let here = here.map(|address| (at(address).ip().into(), Location::HERE));
             let maps = &mut datapath.maps;
-            maps.set_locations(&BTreeMap::new(), &here.into()).unwrap();
+            maps.set_locations(&here.into()).unwrap();
             for (index, addresses) in [(1, V4), (2, V6)] {
                 let backend = at(addresses[2]);
                 let source = if index == 1 {

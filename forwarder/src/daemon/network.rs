@@ -23,7 +23,7 @@ use crate::{
     backends::{self, Resolved},
     cli::XdpChoice,
     datapath::devices::{Hook, Place},
-    interfaces::{Header, Snapshot},
+    interfaces::Header,
     locations,
     spec::Protocol,
     xfrm,
@@ -51,7 +51,7 @@ impl Daemon {
         let backends = self.publishes.values();
         let backends: Vec<IpAddr> = backends.map(|published| published.spec.backend).collect();
         self.ask_for_routes(backends).await;
-        self.reconcile_devices(&before)?;
+        self.reconcile_devices()?;
         let ids: Vec<u32> = self.publishes.keys().copied().collect();
         let before = self.covered();
         for id in ids {
@@ -145,16 +145,15 @@ impl Daemon {
         }
     }
 
-    pub(super) fn reconcile_devices(&mut self, before: &Snapshot) -> Result<()> {
+    pub(super) fn reconcile_devices(&mut self) -> Result<()> {
         let Some(datapath) = &mut self.datapath else {
             return Ok(());
         };
         let several = backends::has_several_uplinks(&self.snapshot);
         datapath.maps.set_several_uplinks(several)?;
-        datapath.maps.set_locations(
-            &locations::locations(before),
-            &locations::locations(&self.snapshot),
-        )?;
+        datapath
+            .maps
+            .set_locations(&locations::locations(&self.snapshot))?;
         self.forget_xdp();
         self.attach_xdp();
         self.write_interfaces()?;
