@@ -1,13 +1,15 @@
 //! The command line: what can be typed, and nothing about what it does. `completions` and `man` are
 //! generated from it.
 
+pub mod tables;
+
 use std::path::PathBuf;
 
 use clap::{Parser, Subcommand, ValueEnum};
 use forwarder_common::flow::Phase;
 use ipnet::IpNet;
 
-use crate::spec::Spec;
+use crate::publish::spec::Spec;
 
 /// Publishes ports of this host and forwards them to backends: in the kernel by eBPF, in user space
 /// where that cannot be.
@@ -181,7 +183,7 @@ pub enum Named {
 }
 
 impl std::str::FromStr for Named {
-    type Err = crate::spec::SpecError;
+    type Err = crate::publish::spec::SpecError;
 
     fn from_str(text: &str) -> Result<Self, Self::Err> {
         if let Ok(id) = text.parse() {

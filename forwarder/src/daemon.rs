@@ -1,6 +1,6 @@
 //! A running instance: the publishes that are wanted, and the kernel and the proxy made to match them.
 //! Events (requests, network changes, the sweep, signals) come one at a time; deciding is in
-//! `backends.rs`, doing in `datapath.rs`, `maps.rs` and `proxy/`.
+//! `plan.rs`, doing in `datapath.rs`, `maps.rs` and `proxy/`.
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
@@ -9,10 +9,10 @@ use std::{
     time::Duration,
 };
 
-mod flows;
 mod fragments;
-mod network;
+mod reconcile;
 mod report;
+mod sweep;
 
 use anyhow::{Context as _, Result, bail};
 use forwarder_common::{
@@ -33,14 +33,16 @@ use tracing::warn;
 use self::fragments::Fragments;
 pub use self::report::{Counter, Endpoint, Listed, ListedFlow, delivery_name};
 use crate::{
+    cli::tables,
     cli::{DatapathChoice, Named, Run},
-    containers::Watch,
     control::{self, Call, Ending, Request, Response, Socket},
+    datapath::kernel,
     datapath::{self, Datapath},
-    interfaces::{self, Change, Reader, Snapshot},
-    kernel, memory, output,
+    memory,
+    network::containers::Watch,
+    network::{self, Change, Reader, Snapshot},
     proxy::{Held, Idle, Options as ProxyOptions, Proxy, Stop, is_wide, raise_descriptor_limit},
-    spec::Spec,
+    publish::spec::Spec,
 };
 
 /// Network changes come in bursts; one reading serves all that come within this time.
@@ -204,7 +206,7 @@ impl Daemon {
     ) -> Result<()> {
         let (mut interrupt, mut terminate) = (interrupt?, terminate?);
         let mut changes = match self.reader {
-            Some(_) => interfaces::changes()?.left_stream(),
+            Some(_) => network::changes()?.left_stream(),
             None => futures_util::stream::pending().right_stream(),
         };
         // What has changed since the first reading was not told.
@@ -215,7 +217,7 @@ impl Daemon {
         // Until then nothing is heard of containers, whatever they do.
         let mut deaf_until = Instant::now();
         let mut sweep = tokio::time::interval(SWEEP);
-        let mut sweeping: Option<flows::Sweep> = None;
+        let mut sweeping: Option<sweep::Sweep> = None;
         let (untrace, mut traces_ended) = mpsc::channel(1);
         let (whole, mut datagrams) = mpsc::channel(64);
         if let Some(datapath) = &mut self.datapath {
@@ -523,7 +525,7 @@ impl Daemon {
         datapath.trace(true)?;
         if !self.logging {
             let lines = self.tracing.clone();
-            let log = datapath.log(move |line| drop(lines.send(output::name_devices(&line))))?;
+            let log = datapath.log(move |line| drop(lines.send(tables::name_devices(&line))))?;
             tokio::spawn(log);
             self.logging = true;
         }

@@ -1,6 +1,9 @@
 //! Loads the eBPF object, and pins what should outlive the process. What goes into the maps is decided elsewhere.
 
+pub mod clsact;
 pub mod devices;
+pub mod kernel;
+pub mod maps;
 mod steering;
 pub mod xdp;
 
@@ -28,9 +31,8 @@ use tokio::io::{Interest, unix::AsyncFd};
 
 use self::devices::{Attachment, Hook, Place};
 use crate::{
-    clsact,
-    kernel::{Attach, kernel},
-    maps::Maps,
+    datapath::kernel::{Attach, kernel},
+    datapath::maps::Maps,
 };
 
 static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/forwarder.o"));

@@ -11,14 +11,14 @@ use forwarder_common::{
 use serde::Serialize;
 
 use crate::{
-    backends,
-    clsact::Side,
-    containers::Watch,
+    datapath::clsact::Side,
+    datapath::kernel::{Attach, Kernel, Memory, SNAT_REMEDY, has_bpffs, kernel, snat_ports},
     datapath::{self, Datapath, devices::has_others},
-    interfaces::{Link, Reader, Snapshot},
-    kernel::{Attach, Kernel, Memory, SNAT_REMEDY, has_bpffs, kernel, snat_ports},
-    locations::dispute,
-    xfrm::Policy,
+    network::containers::Watch,
+    network::xfrm::Policy,
+    network::{Link, Reader, Snapshot},
+    plan,
+    plan::locations::dispute,
 };
 
 /// One finding.
@@ -143,10 +143,10 @@ fn add_network(snapshot: &Snapshot, add: &mut impl FnMut(&'static str, bool, &st
         add(check, text.is_empty(), found, remedy);
     };
     let by_neighbour = |(_, device): &(u32, Interface)| device.delivery == delivery::NEIGHBOUR;
-    let uplinks = backends::interfaces(snapshot).filter(by_neighbour);
+    let uplinks = plan::interfaces(snapshot).filter(by_neighbour);
     let uplinks: BTreeSet<u32> = uplinks.map(|(ifindex, _)| ifindex).collect();
     let (uplinks, containers): (Vec<_>, Vec<_>) =
-        backends::attached(snapshot).partition(|(ifindex, _)| uplinks.contains(ifindex));
+        plan::attached(snapshot).partition(|(ifindex, _)| uplinks.contains(ifindex));
     let sides = [Side::Egress, Side::Ingress];
     named(
         "containers' links",
@@ -163,7 +163,7 @@ fn add_network(snapshot: &Snapshot, add: &mut impl FnMut(&'static str, bool, &st
     named(
         "bridges",
         "nothing that is gone past",
-        &backends::bypassed_bridging(snapshot),
+        &plan::bypassed_bridging(snapshot),
         "what is forwarded into a container and out of it goes past the bridge",
     );
     let shaped = snapshot.links.values().filter_map(|link| {
@@ -263,5 +263,5 @@ pub fn text(findings: &[Finding]) -> String {
             ]
         })
         .collect();
-    crate::output::table(["", "CHECK", "FOUND", "WHAT WOULD CHANGE IT"], &rows)
+    crate::cli::tables::table(["", "CHECK", "FOUND", "WHAT WOULD CHANGE IT"], &rows)
 }

@@ -5,10 +5,11 @@ use std::{io::Write as _, process::ExitCode};
 use anyhow::{Context as _, Result};
 use clap::{CommandFactory as _, Parser as _};
 use forwarder::{
+    cli::tables,
     cli::{Cli, Command, Format},
     control::{self, Ending, Request},
     daemon::{self, Counter, Listed, ListedFlow},
-    doctor, output,
+    doctor,
 };
 use serde::{Serialize, de::DeserializeOwned};
 
@@ -59,15 +60,15 @@ fn run(cli: Cli) -> Result<()> {
             control::ask(instance, &Request::Unpublish { publishes, how })
         }
         Command::List(format) => {
-            show::<Vec<Listed>>(instance, &Request::List, format, |rows| output::list(rows))
+            show::<Vec<Listed>>(instance, &Request::List, format, |rows| tables::list(rows))
         }
         Command::Flows(format) => {
             show::<Vec<ListedFlow>>(instance, &Request::Flows, format, |rows| {
-                output::flows(rows)
+                tables::flows(rows)
             })
         }
         Command::Stats(format) => show::<Vec<Counter>>(instance, &Request::Stats, format, |rows| {
-            output::stats(rows)
+            tables::stats(rows)
         }),
         Command::Doctor(format) => {
             let findings = doctor::examine();
@@ -76,7 +77,7 @@ fn run(cli: Cli) -> Result<()> {
         Command::Trace { id, client } => control::call(instance, &Request::Trace, |line| {
             let line = line
                 .as_str()
-                .and_then(|line| output::trace(line, id, client));
+                .and_then(|line| tables::trace(line, id, client));
             line.map_or(Ok(()), |line| print(&line))?;
             Ok(true)
         }),

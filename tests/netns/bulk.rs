@@ -5,7 +5,7 @@ use std::{
     net::{IpAddr, Ipv4Addr, Ipv6Addr, Shutdown, SocketAddr, TcpListener, TcpStream, UdpSocket},
 };
 
-use forwarder::kernel::kernel;
+use forwarder::datapath::kernel::kernel;
 use forwarder_tests::{
     daemon::{Daemon, Datapath},
     deadline::patience,

@@ -4,7 +4,7 @@
 use std::collections::BTreeMap;
 
 use aya::util::KernelVersion;
-use forwarder::kernel::{Attach, Memory, kernel};
+use forwarder::datapath::kernel::{Attach, Memory, kernel};
 use forwarder_tests::{
     daemon::{Daemon, Datapath, WITHOUT_BPFFS, WITHOUT_BTF, WITHOUT_CAPABILITIES, doctor},
     netns::Netns,

@@ -3,7 +3,7 @@
 
 use std::net::SocketAddr;
 
-use forwarder::kernel::{Attach, kernel};
+use forwarder::datapath::kernel::{Attach, kernel};
 use forwarder_tests::{
     daemon::{Daemon, Datapath, WITHOUT_BPFFS, down},
     netns::Netns,

@@ -6,7 +6,7 @@ use std::{
     sync::atomic::{AtomicBool, Ordering::Relaxed},
 };
 
-use forwarder::kernel::kernel;
+use forwarder::datapath::kernel::kernel;
 use forwarder_tests::{
     daemon::{Daemon, Datapath},
     deadline::wait_for,

@@ -1,6 +1,6 @@
 //! Clients on the host itself, and a backend that asks for itself: SNAT.
 
-use forwarder::kernel::kernel;
+use forwarder::datapath::kernel::kernel;
 use forwarder_tests::frame::{Frame, Protocol};
 
 use crate::bench::{Bench, LO, at, bench};

@@ -2,7 +2,7 @@
 
 use std::net::UdpSocket;
 
-use forwarder::{datapath::Options, kernel::kernel};
+use forwarder::{datapath::Options, datapath::kernel::kernel};
 use forwarder_common::{
     flow::{Hop, delivery},
     publish::{Interface, flag},

@@ -272,9 +272,9 @@ fn only_datapath_maps_and_kernel_know_aya() {
             "datapath/devices.rs",
             "datapath/steering.rs",
             "datapath/xdp.rs",
-            "maps.rs",
-            "maps/flows.rs",
-            "kernel.rs",
+            "datapath/maps.rs",
+            "datapath/maps/flows.rs",
+            "datapath/kernel.rs",
         ]
         .map(|file| format!("forwarder/src/{file}"));
         let found = name.starts_with("forwarder/src/")

@@ -13,8 +13,8 @@ use forwarder_common::{
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 
-use super::{Daemon, flows::monotonic};
-use crate::{datapath::Datapath, proxy::Proxy, spec::Protocol};
+use super::{Daemon, sweep::monotonic};
+use crate::{datapath::Datapath, proxy::Proxy, publish::spec::Protocol};
 
 /// A publish as `list` shows it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]

@@ -12,8 +12,8 @@ use aya::programs::{
 
 use super::{Datapath, QDISCS, explain, remove_link};
 use crate::{
-    clsact::{self, Side},
-    kernel::{Attach, kernel},
+    datapath::clsact::{self, Side},
+    datapath::kernel::{Attach, kernel},
 };
 
 /// A side of a device that has one of our programs.

@@ -13,7 +13,7 @@ use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use socket2::{Domain, SockAddr, SockRef, Socket, Type};
 
 use super::{batch, sctp, tcp};
-use crate::spec::{Protocol, Spec};
+use crate::publish::spec::{Protocol, Spec};
 
 /// Listening sockets of one publish, or bound ones for UDP.
 #[derive(Debug, Default)]

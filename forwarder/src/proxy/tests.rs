@@ -9,7 +9,7 @@ use std::{
 };
 
 use super::{Held, Idle, Options, Proxy, Stop};
-use crate::spec::Spec;
+use crate::publish::spec::Spec;
 
 /// Ten seconds, or as many times that as `FORWARDER_TEST_SLACK` says: an emulated machine is slower.
 static DEADLINE: LazyLock<Duration> = LazyLock::new(|| {

@@ -18,7 +18,7 @@ use aya_obj::{
     generated::{bpf_attach_type, bpf_insn},
 };
 use bytemuck::NoUninit;
-use forwarder::kernel::kernel;
+use forwarder::datapath::kernel::kernel;
 
 fn main() -> Result<()> {
     let path = std::env::args().nth(1);

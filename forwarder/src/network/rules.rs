@@ -1,5 +1,5 @@
 //! Policy routing: whether rules lead elsewhere than the kernel's own do, and the kernel's answer where only it can say
-//! by which route one address is reached. Which addresses are asked for is decided in `backends.rs`.
+//! by which route one address is reached. Which addresses are asked for is decided in `plan.rs`.
 
 use std::{
     collections::BTreeSet,

@@ -14,8 +14,8 @@ use netlink_sys::{
 };
 
 use crate::{
-    interfaces::Snapshot,
-    spec::{Protocol, Spec},
+    network::Snapshot,
+    publish::spec::{Protocol, Spec},
 };
 
 // include/uapi/linux/xfrm.h
@@ -294,7 +294,7 @@ fn default_policies(payload: &[u8]) -> impl Iterator<Item = Policy> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::locations::tests::host;
+    use crate::plan::locations::tests::host;
 
     /// As the kernel writes one.
     fn info(source: &str, destination: &str, direction: u8, action: u8) -> Vec<u8> {

@@ -9,7 +9,7 @@ use std::{
 use forwarder_common::{flow::delivery, limits, publish::Location};
 use ipnet::IpNet;
 
-use crate::interfaces::{Kind, Link, Peer, Route, Snapshot};
+use crate::network::{Kind, Link, Peer, Route, Snapshot};
 
 /// The container network that each device leads to, as [`forwarder_common::publish::Interface::network`] has it; those of uplinks are missing. LAN
 /// machines are behind other ports of a bridge that an uplink is a port of, so its ports have none.
@@ -220,8 +220,8 @@ pub(crate) fn is_link_local(address: IpAddr) -> bool {
 pub(crate) mod tests {
     use super::*;
     use crate::{
-        backends::{interfaces, resolve},
-        interfaces::{Bridging, Claim, FarEnd, Header, Local, Mac, Neighbour, Queueing, Standing},
+        network::{Bridging, Claim, FarEnd, Header, Local, Mac, Neighbour, Queueing, Standing},
+        plan::{interfaces, resolve},
     };
 
     pub(crate) const MAC_A: Mac = [2, 0, 0, 0, 0, 0xa];

@@ -5,7 +5,7 @@ use std::net::IpAddr;
 use forwarder_common::tuple::Address;
 
 use super::{contains, is_link_local, resolve};
-use crate::interfaces::{Answer, Local, Route, Snapshot, Standing};
+use crate::network::{Answer, Local, Route, Snapshot, Standing};
 
 /// Whether only the kernel knows the way to a backend ([`Snapshot::answers`]): rules choose the table, by more than the
 /// destination; or which of its IPv6 addresses it sends from to another machine.
@@ -81,7 +81,7 @@ pub(super) fn source(snapshot: &Snapshot, answer: &Answer, backend: IpAddr) -> O
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::locations::tests::{host, ip, route};
+    use crate::plan::locations::tests::{host, ip, route};
 
     #[test]
     fn the_kernels_answer_comes_before_table_main() {

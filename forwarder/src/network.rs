@@ -1,12 +1,16 @@
 //! What the kernel says about this host's network: links, addresses, routes, neighbours and bridges'
 //! forwarding tables, read by netlink as one [`Snapshot`], and a watch that tells when to read again.
-//! What follows from a snapshot is decided in `locations.rs` and `backends.rs`.
+//! What follows from a snapshot is decided in `plan/locations.rs` and `plan.rs`.
 
+pub mod containers;
+pub mod netlink;
 mod offload;
 mod rules;
+mod snapshot;
+pub mod xfrm;
 
 use std::{
-    collections::{BTreeMap, BTreeSet, HashMap},
+    collections::{BTreeMap, BTreeSet},
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
 };
 
@@ -28,191 +32,13 @@ use netlink_packet_route::{
 };
 use rtnetlink::{Handle, MulticastGroup, RouteMessageBuilder};
 
-use crate::xfrm::{self, Policy};
-
-pub type Mac = [u8; 6];
+pub use self::snapshot::{
+    Answer, Bridging, Claim, FarEnd, Header, Kind, Link, Local, Mac, Neighbour, Peer, Queueing,
+    Route, Snapshot, Standing,
+};
 
 /// include/uapi/linux/rtnetlink.h
 const RT_TABLE_LOCAL: u32 = 255;
-
-/// What a device is, as far as delivery cares.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Kind {
-    Loopback,
-    Bridge,
-    /// One end of a pair, and the other end where that is in another network namespace.
-    Veth {
-        peer: Option<Peer>,
-    },
-    /// A virtual machine's end.
-    Tap,
-    /// Carries others: a bond or a team, whose ports are not attached themselves.
-    Bond,
-    /// Everything else that leads off this machine.
-    Other,
-}
-
-/// A veth's other end, as this host's network namespace names it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Peer {
-    /// The id that this network namespace has for the other one; negative where it has none.
-    pub namespace: i32,
-    /// The index in that namespace.
-    pub ifindex: u32,
-}
-
-/// What packets begin with at a device's tc ingress.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Header {
-    Ethernet,
-    /// The IP header: tun, WireGuard, PPP.
-    Ip,
-    /// Something else, such as a tunnel's outer header on kernels before 5.14.
-    Other,
-}
-
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Link {
-    pub name: String,
-    pub kind: Kind,
-    pub header: Header,
-    /// `None` for devices without Ethernet headers.
-    pub mac: Option<Mac>,
-    /// The bridge or bond that it is a port of.
-    pub controller: Option<u32>,
-    pub up: bool,
-    pub mtu: u32,
-    pub queueing: Queueing,
-    pub bridging: Bridging,
-    /// The device that it is a VLAN of.
-    pub vlan_of: Option<u32>,
-    /// It carries VLANs and takes their tags off, so that XDP sees tagged frames as untagged (rx-vlan-offload).
-    pub hides_tags: bool,
-}
-
-/// What a bridge, or a port of one, forbids or chooses, which the fast path goes round.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Bridging {
-    /// Of a bridge: ports have VLANs.
-    pub vlan_filtering: bool,
-    /// Of a bridge: the spanning tree protocol may block ports.
-    pub stp: bool,
-    /// Of a port: it may not speak with other isolated ones.
-    pub isolated: bool,
-}
-
-/// The queueing disciplines of a device, as far as the fast path has to do with them.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Queueing {
-    /// The kind of the root qdisc, where that may hold packets back to meet a limit.
-    pub shaper: Option<String>,
-    /// The qdisc `ingress`, which has no egress side as `clsact` has.
-    pub ingress_only: bool,
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Local {
-    pub ifindex: u32,
-    pub address: IpAddr,
-    pub prefix: u8,
-    pub standing: Standing,
-}
-
-/// Whether this host sends from an address of its own (RFC 4862).
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Standing {
-    /// Another machine may have it: it is being looked for (tentative), or was found.
-    Unusable,
-    /// Not for what begins now.
-    Deprecated,
-    Preferred,
-}
-
-/// The kernel's answer to how it reaches one address.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Answer {
-    pub route: Route,
-    /// The address that it sends from (RFC 6724), where the route names none.
-    pub source: Option<IpAddr>,
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Route {
-    pub destination: IpAddr,
-    pub prefix: u8,
-    pub ifindex: u32,
-    /// The next hop; the unspecified address where there are several.
-    pub gateway: Option<IpAddr>,
-    pub preferred_source: Option<IpAddr>,
-    pub priority: u32,
-    /// A `local` route: the destination is this host.
-    pub local: bool,
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Neighbour {
-    pub mac: Mac,
-    /// Set by hand, and never asked for.
-    pub permanent: bool,
-}
-
-/// What a container's namespace says of the end that it has of a veth.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct FarEnd {
-    pub peer: Peer,
-    pub mac: Mac,
-    pub addresses: Vec<Claim>,
-}
-
-/// An address that a container has given to its end of a veth. Whether its word counts is decided in `locations.rs`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Claim {
-    pub address: IpAddr,
-    /// When the kernel took it, in hundredths of a second from one moment in the past.
-    pub since: u64,
-}
-
-/// One reading. Indices are the kernel's.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Snapshot {
-    pub links: BTreeMap<u32, Link>,
-    pub addresses: Vec<Local>,
-    pub routes: Vec<Route>,
-    /// By device and address.
-    pub neighbours: HashMap<(u32, IpAddr), Neighbour>,
-    /// Bridge and MAC to port.
-    pub forwarding: HashMap<(u32, Mac), u32>,
-    /// By the host's end, of containers whose namespace answers.
-    pub far_ends: BTreeMap<u32, FarEnd>,
-    /// The containers' addresses, and the host's end of the veth of each one's container.
-    pub owners: BTreeMap<IpAddr, u32>,
-    /// The host's ends of veths whose containers say that they have addresses of others too, with one such address each.
-    pub disputed: BTreeMap<u32, IpAddr>,
-    /// Whether this host routes IPv4, and IPv6.
-    pub forwards: (bool, bool),
-    /// Devices whose packets must come the way that answers go (rp_filter is 1), of those that networks are behind.
-    pub strict: BTreeSet<u32>,
-    /// Whether other rules than the kernel's own choose routes, for IPv4 and IPv6: then `routes` do not tell the way.
-    pub rules: (bool, bool),
-    /// The kernel's answers for single addresses; `None` where it has no route.
-    pub answers: HashMap<IpAddr, Option<Answer>>,
-    /// IPsec policies that forbid packets or transform them.
-    pub policies: Vec<Policy>,
-}
-
-impl Snapshot {
-    /// Devices that tagged frames come in by for others here: for a VLAN's device, or a bridge that tells VLANs apart.
-    pub fn carrying_vlans(&self) -> BTreeSet<u32> {
-        let filters = |bridge: &u32| {
-            let bridge = self.links.get(bridge);
-            bridge.is_some_and(|bridge| bridge.bridging.vlan_filtering)
-        };
-        let vlans = self.links.values().filter_map(|link| link.vlan_of);
-        let ports = self.links.iter();
-        let ports = ports.filter(|(_, link)| link.controller.as_ref().is_some_and(filters));
-        vlans.chain(ports.map(|(index, _)| *index)).collect()
-    }
-}
 
 /// A netlink connection that reads snapshots.
 #[derive(Debug)]

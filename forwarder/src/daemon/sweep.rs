@@ -17,8 +17,8 @@ use tracing::{info, warn};
 
 use super::Daemon;
 use crate::{
-    maps::{Maps, Walk},
-    spec::Spec,
+    datapath::maps::{Maps, Walk},
+    publish::spec::Spec,
 };
 
 /// A walk over all flows, a slice at a time.

@@ -2,8 +2,8 @@
 //! named.
 
 use crate::{
-    interfaces::{Kind, Link, Snapshot},
-    locations::container_networks,
+    network::{Kind, Link, Snapshot},
+    plan::locations::container_networks,
 };
 
 /// Whether XDP may send and take packets of a device: what it sends meets no queue, and what it takes may be of a VLAN.
@@ -40,10 +40,10 @@ mod tests {
 
     use super::*;
     use crate::{
-        backends::{resolve, with_xdp},
         cli::XdpChoice,
-        interfaces::Bridging,
-        locations::tests::{MAC_A, NEIGHBOUR, host, ip, link},
+        network::Bridging,
+        plan::locations::tests::{MAC_A, NEIGHBOUR, host, ip, link},
+        plan::{resolve, with_xdp},
     };
 
     #[test]

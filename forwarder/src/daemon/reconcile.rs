@@ -20,13 +20,13 @@ use super::{
     report::{delivery_name, delivery_of},
 };
 use crate::{
-    backends::{self, Resolved},
     cli::XdpChoice,
     datapath::devices::{Hook, Place},
-    interfaces::Header,
-    locations,
-    spec::Protocol,
-    xfrm,
+    network::Header,
+    network::xfrm,
+    plan::locations,
+    plan::{self, Resolved},
+    publish::spec::Protocol,
 };
 
 impl Daemon {
@@ -92,7 +92,7 @@ impl Daemon {
         let begun = Instant::now();
         for backend in backends {
             let is_known = self.snapshot.answers.contains_key(&backend);
-            if is_known || !backends::takes_an_answer(&self.snapshot, backend) {
+            if is_known || !plan::takes_an_answer(&self.snapshot, backend) {
                 continue;
             }
             match reader.route_to(backend).await {
@@ -149,7 +149,7 @@ impl Daemon {
         let Some(datapath) = &mut self.datapath else {
             return Ok(());
         };
-        let several = backends::has_several_uplinks(&self.snapshot);
+        let several = plan::has_several_uplinks(&self.snapshot);
         datapath.maps.set_several_uplinks(several)?;
         datapath
             .maps
@@ -167,8 +167,8 @@ impl Daemon {
             return;
         };
         let respects_firewall = self.options.respect_firewall;
-        let uplinks = backends::uplinks(&self.snapshot);
-        let wanted: BTreeMap<Place, String> = backends::attached(&self.snapshot)
+        let uplinks = plan::uplinks(&self.snapshot);
+        let wanted: BTreeMap<Place, String> = plan::attached(&self.snapshot)
             .flat_map(|(ifindex, link)| {
                 let hooks: &[Hook] = match link.header {
                     Header::Ip => &[Hook::IngressIp],
@@ -217,7 +217,7 @@ impl Daemon {
         }
         let (links, mode) = (&self.snapshot.links, self.options.xdp);
         let mut more = false;
-        for (ifindex, mode) in backends::with_xdp(&self.snapshot, mode) {
+        for (ifindex, mode) in plan::with_xdp(&self.snapshot, mode) {
             let there = datapath.xdp().any(|(there, _)| there == ifindex);
             if there || self.without_xdp.contains(&ifindex) {
                 continue;
@@ -250,7 +250,7 @@ impl Daemon {
             return;
         };
         let gone = datapath.xdp().map(|(ifindex, _)| ifindex);
-        let allows = |i: &u32| links.get(i).is_some_and(backends::allows_xdp);
+        let allows = |i: &u32| links.get(i).is_some_and(plan::allows_xdp);
         let gone: Vec<u32> = gone.filter(|i| !allows(i)).collect();
         gone.into_iter().for_each(|i| datapath.detach_xdp(i));
     }
@@ -260,7 +260,7 @@ impl Daemon {
         let Some(datapath) = &mut self.datapath else {
             return Ok(());
         };
-        let mut new: BTreeMap<u32, Interface> = backends::interfaces(&self.snapshot).collect();
+        let mut new: BTreeMap<u32, Interface> = plan::interfaces(&self.snapshot).collect();
         for (ifindex, _) in datapath.xdp() {
             new.entry(ifindex).and_modify(|interface| interface.xdp = 1);
         }
@@ -284,7 +284,7 @@ impl Daemon {
         let spec = &published.spec;
         let resolved = match spec.protocol {
             Protocol::Sctp => Err("SCTP is served in user space".to_owned()),
-            Protocol::Tcp | Protocol::Udp => backends::resolve(&self.snapshot, spec.backend),
+            Protocol::Tcp | Protocol::Udp => plan::resolve(&self.snapshot, spec.backend),
         };
         let policy = xfrm::covering_policy(&self.snapshot, spec);
         published.covered = policy.is_some();
@@ -294,11 +294,11 @@ impl Daemon {
                 return Err(format!("an IPsec policy covers it: {policy}"));
             }
             if stack {
-                backends::through_the_stack(&self.snapshot, spec.backend, &resolved)?;
+                plan::through_the_stack(&self.snapshot, spec.backend, &resolved)?;
             }
             let present = published.entry.map(|entry| entry.source);
             let keeps =
-                |source: &Address| backends::keeps_source(&self.snapshot, spec.backend, *source);
+                |source: &Address| plan::keeps_source(&self.snapshot, spec.backend, *source);
             let source = present.filter(keeps).unwrap_or(resolved.source);
             Ok(Resolved { source, ..resolved })
         });

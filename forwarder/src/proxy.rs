@@ -29,7 +29,7 @@ pub use self::{
     idle::Idle,
     sockets::{BindError, Held, is_wide, raise_descriptor_limit},
 };
-use crate::spec::Spec;
+use crate::publish::spec::Spec;
 
 /// How a publish is served in user space.
 #[derive(Clone, Debug, Default)]

@@ -2,6 +2,7 @@
 //! attached to, and how replies leave by each.
 
 mod bypassed;
+pub mod locations;
 mod routes;
 
 use std::{collections::BTreeSet, net::IpAddr};
@@ -21,8 +22,8 @@ pub use self::{
 use crate::{
     cli::XdpChoice,
     datapath::xdp::Mode,
-    interfaces::{Header, Kind, Link, Mac, Route, Snapshot},
-    locations::{
+    network::{Header, Kind, Link, Mac, Route, Snapshot},
+    plan::locations::{
         container_networks, is_host_route, is_link_local, is_local_bridge, routed, way_to,
     },
 };
@@ -251,8 +252,10 @@ fn contains(network: IpAddr, prefix: u8, address: IpAddr) -> bool {
 pub(crate) mod tests {
     use super::*;
     use crate::{
-        interfaces::{Local, Neighbour, Standing},
-        locations::tests::{MAC_A, MAC_B, MAC_BR, NEIGHBOUR, asked_host, host, ip, link, route},
+        network::{Local, Neighbour, Standing},
+        plan::locations::tests::{
+            MAC_A, MAC_B, MAC_BR, NEIGHBOUR, asked_host, host, ip, link, route,
+        },
     };
 
     #[test]

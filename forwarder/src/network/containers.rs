@@ -1,5 +1,5 @@
 //! What containers say of themselves: the MAC and the addresses of the far end of each veth, asked in its own network
-//! namespace, and a watch that tells when to ask again. Whether a container's word counts is decided in `locations.rs`.
+//! namespace, and a watch that tells when to ask again. Whether a container's word counts is decided in `plan/locations.rs`.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -29,9 +29,9 @@ use tokio::{
 use tracing::debug;
 
 use crate::{
-    interfaces::{Claim, FarEnd, Mac, Peer, Reader, Snapshot, address},
-    locations,
-    netlink::Socket,
+    network::netlink::Socket,
+    network::{Claim, FarEnd, Mac, Peer, Reader, Snapshot, address},
+    plan::locations,
 };
 
 /// Addresses that one container is known by. It can give itself any number of them.

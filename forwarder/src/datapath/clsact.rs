@@ -13,7 +13,7 @@ use netlink_packet_route::{
     tc::{TcAttribute, TcFilterBpf, TcFilterBpfOption, TcHandle, TcHeader, TcMessage, TcOption},
 };
 
-use crate::netlink::Socket;
+use crate::network::netlink::Socket;
 
 /// ETH_P_ALL as `tcm_info` has it (include/uapi/linux/if_ether.h).
 const EVERY_PROTOCOL: u32 = 0x0003_u16.to_be() as u32;
