@@ -37,6 +37,7 @@ use crate::{
     cli::{DatapathChoice, Named, Run},
     control::{self, Call, Ending, Request, Response, Socket},
     datapath::kernel,
+    datapath::maps::Installed,
     datapath::{self, Datapath},
     memory,
     network::containers::Watch,
@@ -401,23 +402,22 @@ impl Daemon {
         if std::mem::replace(&mut published.in_front, on) == on {
             return Ok(());
         }
+        if !on {
+            return datapath.maps.uninstall(id);
+        }
         let spec = &published.spec;
-        for network in &published.allow {
-            datapath.maps.set_allowed(id, *network, on)?;
-        }
-        let index = if on { id } else { 0 };
-        let protocol = spec.protocol.number();
-        datapath.maps.count_backend(spec.backend, on)?;
-        for port in spec.backend_ports.first..=spec.backend_ports.last {
-            datapath.maps.count_backend_port(protocol, port, on)?;
-        }
-        let addresses = spec.frontends();
-        for port in spec.ports.first..=spec.ports.last {
-            datapath
-                .maps
-                .set_frontend(&addresses, protocol, port, index)?;
-        }
-        Ok(())
+        datapath.maps.install(
+            id,
+            &Installed {
+                entry: published.entry.unwrap_or_default(),
+                frontends: spec.frontends(),
+                protocol: spec.protocol.number(),
+                ports: (spec.ports.first, spec.ports.last),
+                backend: spec.backend,
+                backend_ports: (spec.backend_ports.first, spec.backend_ports.last),
+                allow: published.allow.clone(),
+            },
+        )
     }
 
     async fn unpublish(&mut self, id: u32, how: Ending) -> Result<()> {

@@ -7,7 +7,7 @@ use std::{
     time::Duration,
 };
 
-use forwarder::datapath::{Datapath, Options, devices::Hook, xdp::Mode};
+use forwarder::datapath::{Datapath, Options, devices::Hook, maps::Installed, xdp::Mode};
 use forwarder_common::{
     flow::{Flow, Hop, Timeouts, delivery},
     limits,
@@ -242,15 +242,37 @@ impl Bench {
         port: u16,
         entry: &Publish,
     ) {
-        let number = if protocol == Protocol::Tcp { 6 } else { 17 };
+        let installed = self.installed(address, protocol, port, entry);
+        self.datapath.maps.install(index, &installed).unwrap();
+    }
+
+    /// Publishes a range of ports of every local address.
+    pub(crate) fn publish_range(&mut self, protocol: Protocol, ports: (u16, u16), entry: &Publish) {
+        let mut installed = self.installed(None, protocol, ports.0, entry);
+        installed.ports = ports;
+        installed.backend_ports.1 = entry.backend_port_of(ports.1);
+        self.datapath.maps.install(1, &installed).unwrap();
+    }
+
+    /// What `publish_entry` writes.
+    pub(crate) fn installed(
+        &self,
+        address: Option<&str>,
+        protocol: Protocol,
+        port: u16,
+        entry: &Publish,
+    ) -> Installed {
         let addresses = address.map_or_else(|| vec!["0.0.0.0", "::"], |address| vec![address]);
-        let addresses: Vec<_> = addresses.iter().map(|text| text.parse().unwrap()).collect();
-        self.datapath.maps.set_publish(index, entry).unwrap();
-        let maps = &mut self.datapath.maps;
-        maps.set_frontend(&addresses, number, port, index).unwrap();
-        maps.count_backend(entry.backend.into(), true).unwrap();
-        maps.count_backend_port(number, entry.backend_port_of(port), true)
-            .unwrap();
+        let backend_port = entry.backend_port_of(port);
+        Installed {
+            entry: *entry,
+            frontends: addresses.iter().map(|text| text.parse().unwrap()).collect(),
+            protocol: if protocol == Protocol::Tcp { 6 } else { 17 },
+            ports: (port, port),
+            backend: entry.backend.into(),
+            backend_ports: (backend_port, backend_port),
+            allow: vec![],
+        }
     }
 
     pub(crate) fn send(&self, frame: &Frame, ifindex: u32) -> Outcome {

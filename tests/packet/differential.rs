@@ -9,7 +9,7 @@
 
 use std::net::SocketAddr;
 
-use forwarder::datapath::{Datapath, Options, devices::Hook};
+use forwarder::datapath::{Datapath, Options, devices::Hook, maps::Installed};
 use forwarder_common::{
     flow::{Hop, Timeouts, delivery},
     limits,
@@ -168,17 +168,17 @@ impl Arena {
                     flags: flag::SINGLE_PORT,
                     reserved: 0,
                 };
-                datapath.maps.set_publish(index, &publish).unwrap();
-                for protocol in [6, 17] {
-                    let address = at(addresses[1]).ip();
-                    datapath
-                        .maps
-                        .set_frontend(&[address], protocol, 8080, index)
-                        .unwrap();
-                    datapath
-                        .maps
-                        .count_backend_port(protocol, 80, true)
-                        .unwrap();
+                for (index, protocol) in [(index, 6), (index + 2, 17)] {
+                    let installed = Installed {
+                        entry: publish,
+                        frontends: vec![at(addresses[1]).ip()],
+                        protocol,
+                        ports: (8080, 8080),
+                        backend: backend.ip(),
+                        backend_ports: (80, 80),
+                        allow: vec![],
+                    };
+                    datapath.maps.install(index, &installed).unwrap();
                 }
             }
             for (index, name, delivery) in [

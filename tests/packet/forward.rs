@@ -153,7 +153,8 @@ fn a_udp_checksum_that_comes_out_as_zero_is_sent_as_ffff() {
 fn every_checksum_is_right() {
     bench(|bench| {
         bench.publish(Protocol::Udp, 53, "172.31.0.2:5353");
-        bench.publish(Protocol::Tcp, 53, "172.31.0.2:5353");
+        let entry = bench.entry(53, "172.31.0.2:5353");
+        bench.publish_entry(2, None, Protocol::Tcp, 53, &entry);
         let frames = (
             any::<[u8; 3]>(),
             1_u16..,
@@ -180,9 +181,7 @@ fn a_range_maps_one_to_one() {
     bench(|bench| {
         let mut entry = bench.entry(10_000, "172.31.0.2:20000");
         entry.flags &= !flag::SINGLE_PORT;
-        for port in 10_000..10_100 {
-            bench.publish_entry(1, None, Protocol::Udp, port, &entry);
-        }
+        bench.publish_range(Protocol::Udp, (10_000, 10_099), &entry);
         let sent = Frame::first(
             Protocol::Udp,
             at("198.51.100.9:4000"),
@@ -250,9 +249,7 @@ fn each_family_has_its_own_publish_of_a_port() {
         let backend = |bench: &Bench, sent| bench.send(sent, bench.uplink).forwarded().destination;
         assert_eq!(backend(bench, &by_v4), at("172.31.0.2:80"));
         assert_eq!(backend(bench, &by_v6), at("[fd00:31::2]:81"));
-        let maps = &mut bench.datapath.maps;
-        maps.set_frontend(&["0.0.0.0".parse().unwrap()], 6, 8080, 0)
-            .unwrap();
+        bench.datapath.maps.uninstall(1).unwrap();
         bench.send(&by_v4, bench.uplink).passed(&by_v4.bytes(), "");
         assert_eq!(backend(bench, &by_v6), at("[fd00:31::2]:81"));
     });

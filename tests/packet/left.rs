@@ -48,10 +48,10 @@ fn xdp_refuses_beginnings_alone() {
         if !bench.publish_beside(Protocol::Tcp, 9090, "198.51.100.10:80") {
             return;
         }
-        for protocol in [Protocol::Tcp, Protocol::Udp] {
+        for (index, protocol) in [(2, Protocol::Tcp), (3, Protocol::Udp)] {
             let mut entry = bench.entry(PORT, "172.31.0.2:53");
             entry.flags |= flag::ALLOW_LIST;
-            bench.publish_entry(2, None, protocol, PORT, &entry);
+            bench.publish_entry(index, None, protocol, PORT, &entry);
         }
         let to = |protocol| Frame::first(protocol, at("198.51.100.9:53"), at("198.51.100.2:50002"));
         for protocol in [Protocol::Tcp, Protocol::Udp] {

@@ -9,6 +9,7 @@ mod flood;
 mod forward;
 mod fragment;
 mod icmp;
+mod install;
 mod left;
 mod local;
 mod obstacle;

@@ -10,7 +10,7 @@ use forwarder_tests::{
 };
 use nix::net::if_::if_nametoindex;
 
-use crate::bench::{Bench, LO, UPLINK, at, behind, bench};
+use crate::bench::{Bench, LO, UPLINK, at, behind, bench, network};
 
 #[test]
 fn a_martian_source_is_dropped() {
@@ -60,20 +60,13 @@ fn only_the_allow_list_is_served() {
     bench(|bench| {
         let mut entry = bench.entry(8080, "172.31.0.2:80");
         entry.flags |= flag::ALLOW_LIST;
-        bench.publish_entry(1, None, Protocol::Tcp, 8080, &entry);
-        for network in ["198.51.100.0/28", "192.0.2.7/32"] {
-            bench
-                .datapath
-                .maps
-                .set_allowed(1, network.parse().unwrap(), true)
-                .unwrap();
-        }
+        let mut installed = bench.installed(None, Protocol::Tcp, 8080, &entry);
+        installed.allow = vec![network("198.51.100.0/28"), network("192.0.2.7")];
+        bench.datapath.maps.install(1, &installed).unwrap();
         // Another publish's list does not count.
-        bench
-            .datapath
-            .maps
-            .set_allowed(2, "0.0.0.0/0".parse().unwrap(), true)
-            .unwrap();
+        let mut other = bench.installed(None, Protocol::Tcp, 9090, &entry);
+        other.allow = vec![network("0.0.0.0/0")];
+        bench.datapath.maps.install(2, &other).unwrap();
         let from = |source| Frame::first(Protocol::Tcp, at(source), at("198.51.100.2:8080"));
         bench
             .send(&from("198.51.100.15:4000"), bench.uplink)

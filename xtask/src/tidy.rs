@@ -273,12 +273,12 @@ fn only_datapath_maps_and_kernel_know_aya() {
             "datapath/steering.rs",
             "datapath/xdp.rs",
             "datapath/maps.rs",
-            "datapath/maps/flows.rs",
             "datapath/kernel.rs",
         ]
         .map(|file| format!("forwarder/src/{file}"));
         let found = name.starts_with("forwarder/src/")
             && !allowed.iter().any(|file| file == name)
+            && !name.starts_with("forwarder/src/datapath/maps/")
             && text.lines().any(|line| {
                 let code = line.trim_start();
                 !code.starts_with("//") && (code.starts_with("use aya") || code.contains("aya::"))

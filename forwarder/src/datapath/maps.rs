@@ -2,8 +2,10 @@
 //! the only user of `aya`.
 
 mod flows;
+mod install;
+mod mirror;
 
-use std::{collections::BTreeMap, net::IpAddr, os::fd::RawFd};
+use std::{collections::BTreeMap, os::fd::RawFd};
 
 use anyhow::{Context as _, Result};
 use aya::{
@@ -16,22 +18,45 @@ use aya::{
 };
 use forwarder_common::{
     flow::Flow,
-    publish::{
-        Allowed, FILTER_WORDS, Frontend, Interface, Location, Port, Publish, filter_bit, port_index,
-    },
+    limits,
+    publish::{Allowed, FILTER_WORDS, Frontend, Interface, Location, Port, Publish, filter_bit},
     reason::Reason,
     tuple::{Address, Tuple},
 };
 use ipnet::IpNet;
 
-pub use self::flows::Walk;
+pub use self::{flows::Walk, install::Installed};
+use self::{
+    install::{Network, Wanted},
+    mirror::{Mirror, Table},
+};
+
+const SOCKETS: Table = Table {
+    name: "SOCKETS",
+    holds: "sockets of wide ranges",
+    size: limits::SOCKETS,
+};
+const INTERFACES: Table = Table {
+    name: "INTERFACES",
+    holds: "devices",
+    size: limits::INTERFACES,
+};
+const LOCATIONS: Table = Table {
+    name: "LOCATIONS",
+    holds: "addresses of this host and of containers",
+    size: limits::LOCATIONS,
+};
 
 /// All maps that user space touches.
 pub struct Maps {
-    ports: Array<MapData, Port>,
-    frontends: HashMap<MapData, Frontend, u32>,
-    publishes: Array<MapData, Publish>,
-    backends: HashMap<MapData, Address, u32>,
+    ports: Mirror<Array<MapData, Port>, u32, Wanted>,
+    frontends: Mirror<HashMap<MapData, Frontend, u32>, Frontend, u32>,
+    publishes: Mirror<Array<MapData, Publish>, u32, Publish>,
+    backends: Mirror<HashMap<MapData, Address, u32>, Address, u32>,
+    allow: Mirror<Trie<MapData, Allowed, u32>, Network, u32>,
+    installed: BTreeMap<u32, Installed>,
+    /// Those whose ports could not be taken from them.
+    leaving: BTreeMap<u32, Installed>,
     interfaces: HashMap<MapData, u32, Interface>,
     several_uplinks: Array<MapData, u32>,
     locations: Trie<MapData, Address, Location>,
@@ -39,7 +64,6 @@ pub struct Maps {
     located: BTreeMap<IpNet, Location>,
     local_filter: Array<MapData, u64>,
     filter: Vec<u64>,
-    allow: Trie<MapData, Allowed, u32>,
     flows: HashMap<MapData, Tuple, Flow>,
     half_open: HashMap<MapData, Tuple, Flow>,
     claims: HashMap<MapData, Tuple, u32>,
@@ -66,17 +90,19 @@ impl Maps {
                 .with_context(|| format!("the eBPF object has no map {name}"))
         };
         Ok(Self {
-            ports: Array::try_from(map("PORTS")?)?,
-            frontends: HashMap::try_from(map("FRONTENDS")?)?,
-            publishes: Array::try_from(map("PUBLISHES")?)?,
-            backends: HashMap::try_from(map("BACKENDS")?)?,
+            ports: Mirror::new(install::PORTS, Array::try_from(map("PORTS")?)?),
+            frontends: Mirror::new(install::FRONTENDS, HashMap::try_from(map("FRONTENDS")?)?),
+            publishes: Mirror::new(install::PUBLISHES, Array::try_from(map("PUBLISHES")?)?),
+            backends: Mirror::new(install::BACKENDS, HashMap::try_from(map("BACKENDS")?)?),
+            allow: Mirror::new(install::ALLOW, LpmTrie::try_from(map("ALLOW")?)?),
+            installed: BTreeMap::new(),
+            leaving: BTreeMap::new(),
             interfaces: HashMap::try_from(map("INTERFACES")?)?,
             several_uplinks: Array::try_from(map("SEVERAL_UPLINKS")?)?,
             locations: LpmTrie::try_from(map("LOCATIONS")?)?,
             located: BTreeMap::new(),
             local_filter: Array::try_from(map("LOCAL_FILTER")?)?,
             filter: vec![0; FILTER_WORDS as usize],
-            allow: LpmTrie::try_from(map("ALLOW")?)?,
             flows: HashMap::try_from(map("FLOWS")?)?,
             half_open: HashMap::try_from(map("HALF_OPEN")?)?,
             claims: HashMap::try_from(map("CLAIMS")?)?,
@@ -110,106 +136,12 @@ impl Maps {
         self.pipeline.set(0, program, 0).context("write PIPELINE")
     }
 
-    /// # Errors
-    /// The kernel refuses the update.
-    pub fn set_publish(&mut self, index: u32, publish: &Publish) -> Result<()> {
-        self.publishes
-            .set(index, publish, 0)
-            .context("write PUBLISHES")
-    }
-
-    /// Points a port of some addresses, each of all of its family if it is unspecified, at a publish; with index 0 at
-    /// none.
-    ///
-    /// # Errors
-    /// The map is full, or the kernel refuses the update.
-    pub fn set_frontend(
-        &mut self,
-        addresses: &[IpAddr],
-        protocol: u8,
-        port: u16,
-        index: u32,
-    ) -> Result<()> {
-        let Some(element) = port_index(protocol, port) else {
-            return Ok(());
-        };
-        let mut entry = self.ports.get(&element, 0).context("read PORTS")?;
-        for address in addresses {
-            if address.is_unspecified() {
-                let every = if address.is_ipv4() {
-                    &mut entry.every_v4
-                } else {
-                    &mut entry.every_v6
-                };
-                *every = u16::try_from(index)?;
-            } else if self.set_exact(*address, protocol, port, index)? {
-                if index == 0 {
-                    entry.exact -= 1;
-                } else {
-                    entry.exact += 1;
-                }
-            }
-        }
-        self.ports.set(element, entry, 0).context("write PORTS")
-    }
-
-    /// Points a port of one address at a publish, or with index 0 at none; returns whether that made or removed an entry.
-    fn set_exact(&mut self, address: IpAddr, protocol: u8, port: u16, index: u32) -> Result<bool> {
-        let key = Frontend {
-            address: address.into(),
-            port: port.to_be(),
-            protocol: protocol.into(),
-        };
-        let there = self.frontends.get(&key, 0).is_ok();
-        if index == 0 {
-            ignore_missing(self.frontends.remove(&key))
-        } else {
-            self.frontends.insert(key, index, 0)
-        }
-        .context("write FRONTENDS")?;
-        Ok(there == (index == 0))
-    }
-
-    /// Counts one publish more, or less, that leads to this address.
-    ///
-    /// # Errors
-    /// The map is full, or the kernel refuses the update.
-    pub fn count_backend(&mut self, backend: IpAddr, more: bool) -> Result<()> {
-        let key = Address::from(backend);
-        let publishes = self.backends.get(&key, 0).unwrap_or_default();
-        match (publishes, more) {
-            (0 | 1, false) => ignore_missing(self.backends.remove(&key)),
-            (_, false) => self.backends.insert(key, publishes - 1, 0),
-            (_, true) => self.backends.insert(key, publishes + 1, 0),
-        }
-        .context("write BACKENDS")
-    }
-
-    /// The same of a backend's port.
-    ///
-    /// # Errors
-    /// The kernel refuses the update.
-    pub fn count_backend_port(&mut self, protocol: u8, port: u16, more: bool) -> Result<()> {
-        let Some(element) = port_index(protocol, port) else {
-            return Ok(());
-        };
-        let mut entry = self.ports.get(&element, 0).context("read PORTS")?;
-        entry.backends = if more {
-            entry.backends + 1
-        } else {
-            entry.backends - 1
-        };
-        self.ports.set(element, entry, 0).context("write PORTS")
-    }
-
     /// Puts a socket into the map, which forgets it when it is closed.
     ///
     /// # Errors
     /// The map is full, or the kernel refuses the socket.
     pub fn set_socket(&mut self, index: u32, socket: RawFd) -> Result<()> {
-        self.sockets
-            .insert(index, socket, 0)
-            .context("write SOCKETS")
+        Ok(SOCKETS.wrote(self.sockets.insert(index, socket, 0))?)
     }
 
     /// How packets leave by a device; `None` makes it an uplink that takes packets of any length.
@@ -217,11 +149,11 @@ impl Maps {
     /// # Errors
     /// The map is full, or the kernel refuses the update.
     pub fn set_interface(&mut self, ifindex: u32, interface: Option<Interface>) -> Result<()> {
-        match interface {
+        let written = match interface {
             Some(interface) => self.interfaces.insert(ifindex, interface, 0),
             None => ignore_missing(self.interfaces.remove(&ifindex)),
-        }
-        .context("write INTERFACES")
+        };
+        Ok(INTERFACES.wrote(written)?)
     }
 
     /// Says whether this host has several uplinks.
@@ -242,8 +174,7 @@ impl Maps {
         let key = |prefix: &IpNet| Key::new(key_length(*prefix), prefix.network().into());
         for (&prefix, &location) in new {
             if self.located.get(&prefix) != Some(&location) {
-                let inserted = self.locations.insert(&key(&prefix), location, 0);
-                inserted.context("write LOCATIONS")?;
+                LOCATIONS.wrote(self.locations.insert(&key(&prefix), location, 0))?;
                 self.located.insert(prefix, location);
             }
         }
@@ -252,7 +183,7 @@ impl Maps {
             .keys()
             .filter(|prefix| !new.contains_key(prefix));
         for prefix in gone.copied().collect::<Vec<_>>() {
-            ignore_missing(self.locations.remove(&key(&prefix))).context("write LOCATIONS")?;
+            LOCATIONS.wrote(ignore_missing(self.locations.remove(&key(&prefix))))?;
             self.located.remove(&prefix);
         }
         for (index, word) in (0..).zip(filter(new)) {
@@ -263,24 +194,6 @@ impl Maps {
             }
         }
         Ok(())
-    }
-
-    /// Puts a network on a publish's allow-list, or takes it off.
-    ///
-    /// # Errors
-    /// The map is full, or the kernel refuses the update.
-    pub fn set_allowed(&mut self, index: u32, network: IpNet, allowed: bool) -> Result<()> {
-        let length = 32 + key_length(network);
-        let data = Allowed {
-            publish: index.to_be(),
-            source: network.network().into(),
-        };
-        let key = Key::new(length, data);
-        if allowed {
-            self.allow.insert(&key, 1, 0).context("write ALLOW")
-        } else {
-            ignore_missing(self.allow.remove(&key)).context("write ALLOW")
-        }
     }
 
     /// Packets by reason, summed over CPUs.
@@ -324,11 +237,7 @@ fn key_length(network: IpNet) -> u32 {
 fn ignore_missing(result: Result<(), MapError>) -> Result<(), MapError> {
     match result {
         Err(MapError::KeyNotFound) => Ok(()),
-        Err(MapError::SyscallError(error))
-            if error.io_error.raw_os_error() == Some(libc::ENOENT) =>
-        {
-            Ok(())
-        }
+        Err(error) if mirror::errno(&error) == Some(libc::ENOENT) => Ok(()),
         other => other,
     }
 }
