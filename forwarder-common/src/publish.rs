@@ -86,7 +86,8 @@ pub struct Publish {
     pub backend_port: u16,
     /// Bits of [`flag`].
     pub flags: u16,
-    pub reserved: u16,
+    /// The publish that had the port before and still drains; 0 for none.
+    pub previous: u16,
 }
 
 const _: () = assert!(size_of::<Publish>() == 60);

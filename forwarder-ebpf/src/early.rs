@@ -53,7 +53,8 @@ fn go_on(ctx: &XdpContext) -> Result<u32, Reason> {
     if let Some(published) = published
         && published.publish.flags & flag::REMOTE != 0
         && !opens
-        && let Some(flow) = ingress::original(packet, &published)
+        && let Some((published, flow)) = ingress::original(packet, published)
+        && published.publish.flags & flag::REMOTE != 0
     {
         if !parse::is_to(ctx, &flow.back.source_mac) && !publish::is_to_device(ctx, packet) {
             return Err(Reason::NotOurs);

@@ -3,6 +3,7 @@
 use aya_ebpf::{bindings::__sk_buff, programs::TcContext};
 use forwarder_common::{
     flow::{Flow, Hop, ORIGINAL, REPLY, delivery, state},
+    limits,
     publish::{Publish, flag},
     reason::Reason,
     tcp::{self, ACK, RST, SYN},
@@ -15,7 +16,7 @@ use crate::{
     fragment, icmp,
     icmp::Obstacle,
     left,
-    maps::count,
+    maps::{PUBLISHES, count},
     parse::{self, Packet},
     publish::{self, Published},
     rewrite, route, setting, steer,
@@ -67,7 +68,7 @@ fn forward(
     trail: &mut Trail,
 ) -> Verdict {
     if let Some(published) = published
-        && let Some(flow) = original(packet, &published)
+        && let Some((published, flow)) = original(packet, published)
     {
         is_from_client(packet, flow)?;
         if let Some(obstacle) = before_backend(ctx, packet, &published)? {
@@ -203,14 +204,52 @@ fn before_backend(
     }
 }
 
-/// The flow of a packet from the client's side, which gets its new tuple.
+/// The flow of a packet from the client's side, which gets its new tuple, and the publish that it is of: the one that has
+/// the port, or one that had it before and drains.
 #[inline(always)]
-pub fn original(packet: &mut Packet, published: &Published) -> Option<&'static mut Flow> {
-    if publish::translate(packet, published.publish) {
+pub fn original(
+    packet: &mut Packet,
+    published: Published,
+) -> Option<(Published, &'static mut Flow)> {
+    if let Some(flow) = flow_of(packet, published.publish) {
+        return Some((published, flow));
+    }
+    if published.publish.previous == 0 {
+        return None;
+    }
+    let index = former(packet, published.publish.previous.into());
+    let publish = PUBLISHES.get(index).filter(|_| index != 0)?;
+    let flow = flow_of(packet, publish)?;
+    Some((Published { publish, index }, flow))
+}
+
+/// The flow of a packet from the client's side, if this publish has it.
+#[inline(always)]
+fn flow_of(packet: &mut Packet, publish: &Publish) -> Option<&'static mut Flow> {
+    if publish::translate(packet, publish) {
         flow::get_by_ports(packet)
     } else {
         flow::get_original(packet).or_else(|| flow::get_by_alias(packet))
     }
+}
+
+/// The first of the publishes that drain on a port, from this one on, that has the packet's flow; 0 for none.
+// VERIFIER: a function of its own, as it is rarely needed; it can return no pointer.
+#[inline(never)]
+fn former(packet: &mut Packet, mut index: u32) -> u32 {
+    for _ in 0..limits::DRAINING {
+        let Some(publish) = PUBLISHES.get(index) else {
+            return 0;
+        };
+        if flow_of(packet, publish).is_some() {
+            return index;
+        }
+        index = publish.previous.into();
+        if index == 0 {
+            return 0;
+        }
+    }
+    0
 }
 
 /// Whether a packet of a flow's original direction came in as its client's may. An ICMP error may come from anywhere.

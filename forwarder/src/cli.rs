@@ -5,11 +5,15 @@ pub mod tables;
 
 use std::path::PathBuf;
 
-use clap::{Parser, Subcommand, ValueEnum};
-use forwarder_common::flow::Phase;
+use clap::{Parser, Subcommand};
+use forwarder_common::flow::Timeouts;
 use ipnet::IpNet;
 
-use crate::publish::spec::Spec;
+use crate::{
+    config::{Config, DatapathChoice, Timeout, XdpChoice},
+    control::api::NamedPublish,
+    publish::{Id, Owner, Policy, Publish, Spec, spec::SpecError},
+};
 
 /// Publishes ports of this host and forwards them to backends: in the kernel by eBPF, in user space
 /// where that cannot be.
@@ -19,6 +23,9 @@ pub struct Cli {
     /// Which running instance is meant; instances don't touch each other.
     #[arg(long, global = true, default_value = "default", value_parser = instance)]
     pub instance: String,
+    /// The instance's control socket, if it is not where its name says.
+    #[arg(long, global = true, value_name = "PATH")]
+    pub socket: Option<PathBuf>,
     #[command(subcommand)]
     pub command: Command,
 }
@@ -34,17 +41,23 @@ pub enum Command {
         /// Serve only clients of this network; may be given several times.
         #[arg(long, value_name = "CIDR")]
         allow: Vec<IpNet>,
+        /// In whose name: an owner changes its own publishes alone.
+        #[arg(long, value_name = "NAME", default_value = "cli")]
+        owner: Owner,
     },
     /// Take back publishes of a running instance, by SPEC or ID.
     Unpublish {
-        #[arg(required = true, value_name = "SPEC|ID")]
-        publishes: Vec<Named>,
+        #[arg(required = true, value_name = "SPEC|ID", value_parser = named)]
+        publishes: Vec<NamedPublish>,
         /// Let live conversations go on until they end.
         #[arg(long, conflicts_with = "reset")]
         drain: bool,
         /// Reset live conversations.
         #[arg(long)]
         reset: bool,
+        /// In whose name: an owner changes its own publishes alone.
+        #[arg(long, value_name = "NAME", default_value = "cli")]
+        owner: Owner,
     },
     /// Show what is published, and how.
     List(Format),
@@ -57,7 +70,7 @@ pub enum Command {
     /// Show what happens to each packet, live.
     Trace {
         /// Only packets of this publish.
-        id: Option<u32>,
+        id: Option<Id>,
         /// Only packets from or to this network.
         #[arg(long, value_name = "CIDR")]
         client: Option<IpNet>,
@@ -103,24 +116,12 @@ pub struct Run {
     /// Leave the pinned datapath forwarding when this process ends.
     #[arg(long)]
     pub keep: bool,
+    /// Keep no state file: what is published at run time ends with this process.
+    #[arg(long)]
+    pub ephemeral: bool,
     /// What to log on standard error: a level, or a filter such as `forwarder=debug`.
     #[arg(long, value_name = "LEVEL|FILTER", default_value = "warn")]
     pub log: String,
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub enum DatapathChoice {
-    Auto,
-    Ebpf,
-    Userland,
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub enum XdpChoice {
-    Auto,
-    Native,
-    Generic,
-    Off,
 }
 
 #[derive(Clone, Copy, Debug, clap::Args)]
@@ -130,67 +131,37 @@ pub struct Format {
     pub json: bool,
 }
 
-/// A timeout that was chosen.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Timeout {
-    pub phase: Phase,
-    pub seconds: u64,
-}
-
-impl std::str::FromStr for Timeout {
-    type Err = String;
-
-    /// The name may also be the sysctl's own, `nf_conntrack_tcp_timeout_established`, and without a unit the time is in
-    /// seconds, as there.
-    fn from_str(text: &str) -> Result<Self, Self::Err> {
-        let (name, time) = text
-            .split_once('=')
-            .ok_or("NAME=TIME is expected, such as tcp-established=1h")?;
-        let plain = name
-            .trim_start_matches("net.netfilter.")
-            .trim_start_matches("nf_conntrack_")
-            .replace("timeout_", "")
-            .trim_end_matches("_timeout")
-            .replace('_', "-");
-        let phase = Phase::ALL.iter().find(|phase| phase.name() == plain);
-        let &phase = phase.ok_or_else(|| {
-            let names: Vec<&str> = Phase::ALL.iter().map(|phase| phase.name()).collect();
-            format!("no timeout {name}; there are {}", names.join(", "))
-        })?;
-        let (number, unit) = match time.char_indices().last() {
-            Some((at, 's')) => (&time[..at], 1),
-            Some((at, 'm')) => (&time[..at], 60),
-            Some((at, 'h')) => (&time[..at], 3600),
-            Some((at, 'd')) => (&time[..at], 86_400),
-            _ => (time, 1),
-        };
-        match number.parse::<u32>() {
-            Ok(number) if number > 0 => Ok(Self {
-                phase,
-                seconds: u64::from(number) * unit,
-            }),
-            _ => Err(format!("{time} is no time; 90, 90s, 5m, 1h and 5d are")),
+impl Run {
+    /// What these flags say.
+    pub fn config(&self) -> Config {
+        let mut timeouts = Timeouts::default();
+        for timeout in &self.timeout {
+            timeouts.set(timeout.phase, timeout.seconds);
+        }
+        let publishes = self.publish.iter().map(|spec| Publish {
+            spec: spec.clone(),
+            policy: Policy::default(),
+        });
+        Config {
+            publishes: publishes.collect(),
+            datapath: self.datapath,
+            xdp: self.xdp,
+            respect_firewall: self.respect_firewall,
+            allow: self.allow.clone(),
+            timeouts,
+            proxy_protocol: self.proxy_protocol,
+            keep: self.keep,
+            ephemeral: self.ephemeral,
         }
     }
 }
 
-/// A publish named on the command line.
-#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Named {
-    Id(u32),
-    Spec(String),
-}
-
-impl std::str::FromStr for Named {
-    type Err = crate::publish::spec::SpecError;
-
-    fn from_str(text: &str) -> Result<Self, Self::Err> {
-        if let Ok(id) = text.parse() {
-            return Ok(Self::Id(id));
-        }
-        Ok(Self::Spec(text.parse::<Spec>()?.to_string()))
+/// A publish, by its number or its SPEC.
+fn named(text: &str) -> Result<NamedPublish, SpecError> {
+    if let Ok(id) = text.parse() {
+        return Ok(NamedPublish::Id(id));
     }
+    Ok(NamedPublish::Spec(text.parse::<Spec>()?.to_string()))
 }
 
 /// A name that is safe in a path.
@@ -200,18 +171,6 @@ fn instance(text: &str) -> Result<String, String> {
         return Err("an instance's name is 1 to 64 letters, digits, '-', '_' or '.'".into());
     }
     Ok(text.into())
-}
-
-/// Where an instance listens: under /run for root, else under the user's runtime directory.
-pub fn socket_path(instance: &str, root: bool) -> PathBuf {
-    let directory = if root {
-        PathBuf::from("/run/forwarder")
-    } else {
-        std::env::var_os("XDG_RUNTIME_DIR")
-            .map_or_else(std::env::temp_dir, PathBuf::from)
-            .join(format!("forwarder-{}", nix::unistd::getuid()))
-    };
-    directory.join(format!("{instance}.sock"))
 }
 
 #[cfg(test)]
@@ -227,40 +186,12 @@ mod tests {
 
     #[test]
     fn a_publish_is_named_by_id_or_spec() {
-        assert_eq!("7".parse(), Ok(Named::Id(7)));
-        let spec: Result<Named, _> = "8080:172.17.0.2:80".parse();
-        assert_eq!(spec, Ok(Named::Spec("8080:172.17.0.2:80/tcp".into())));
-    }
-
-    #[test]
-    fn a_timeout_has_nf_conntracks_name_and_a_unit() {
-        let seconds = |text: &str| {
-            let timeout: Timeout = text.parse().expect("a timeout");
-            (timeout.phase, timeout.seconds)
-        };
-        let established = Phase::TcpEstablished;
-        assert_eq!(seconds("tcp-established=432000"), (established, 432_000));
-        assert_eq!(seconds("tcp_established=5d"), (established, 432_000));
-        let sysctl = "nf_conntrack_tcp_timeout_established=90m";
-        assert_eq!(seconds(sysctl), (established, 5400));
-        let sysctl = "net.netfilter.nf_conntrack_udp_timeout_stream=180s";
-        assert_eq!(seconds(sysctl), (Phase::UdpStream, 180));
-        assert_eq!(seconds("nf_conntrack_udp_timeout=1h"), (Phase::Udp, 3600));
-        for phase in Phase::ALL {
-            assert_eq!(seconds(&format!("{}=1", phase.name())).0, *phase);
-        }
-    }
-
-    #[test]
-    fn what_is_no_timeout_is_said() {
-        let error = |text: &str| text.parse::<Timeout>().expect_err(text);
-        assert!(error("tcp=5").contains("there are tcp-syn-sent,"));
-        for text in [
-            "udp=", "udp=0", "udp=-1", "udp=5x", "udp=s", "udp=5µ", "udp",
-        ] {
-            let said = error(text);
-            assert!(said.contains("is no time") || said.contains("NAME=TIME"));
-        }
+        assert_eq!(named("7"), Ok(NamedPublish::Id(7)));
+        let spec = named("8080:172.17.0.2:80");
+        assert_eq!(
+            spec,
+            Ok(NamedPublish::Spec("8080:172.17.0.2:80/tcp".into()))
+        );
     }
 
     #[test]

@@ -1,49 +1,50 @@
-//! A running instance: the publishes that are wanted, and the kernel and the proxy made to match them.
-//! Events (requests, network changes, the sweep, signals) come one at a time; deciding is in
-//! `plan.rs`, doing in `datapath.rs`, `maps.rs` and `proxy/`.
+//! A running instance: start-up in order, an event loop, stop in reverse. What is wanted is in the registry; kernel and
+//! proxy are made to match it in `daemon/reconcile.rs`, and follow the network in `daemon/network.rs`.
 
-use std::{
-    collections::{BTreeMap, BTreeSet, HashMap},
-    net::IpAddr,
-    sync::Arc,
-    time::Duration,
-};
+use std::{collections::BTreeMap, io::Write as _, sync::Arc, time::Duration};
 
 mod fragments;
+mod network;
+mod notify;
 mod reconcile;
-mod report;
+mod slots;
 mod sweep;
+mod trace;
+mod view;
 
 use anyhow::{Context as _, Result, bail};
-use forwarder_common::{
-    flow::Timeouts,
-    limits,
-    publish::{Interface, Publish as Entry},
-};
+use forwarder_common::{flow::Timeouts, limits};
 use futures_util::StreamExt as _;
-use ipnet::IpNet;
-use serde::Serialize;
 use tokio::{
-    signal::unix::{Signal, SignalKind, signal},
-    sync::{broadcast, mpsc},
+    signal::unix::{SignalKind, signal},
+    sync::{mpsc, oneshot},
     time::{Instant, sleep_until},
 };
-use tracing::warn;
+use tracing::{info, warn};
 
-use self::fragments::Fragments;
-pub use self::report::{Counter, Endpoint, Listed, ListedFlow, delivery_name};
+use self::{
+    fragments::Fragments,
+    network::Network,
+    reconcile::{Draining, Loose, Serving},
+    slots::Slots,
+    trace::Tracing,
+    view::View,
+};
 use crate::{
     cli::tables,
-    cli::{DatapathChoice, Named, Run},
-    control::{self, Call, Ending, Request, Response, Socket},
-    datapath::kernel,
-    datapath::maps::Installed,
-    datapath::{self, Datapath},
+    config::{Config, DatapathChoice},
+    control::{
+        Call, Change, Changed, Lease, Named,
+        api::{Ending, Listed, Problem},
+        server::Socket,
+    },
+    datapath::{self, Datapath, kernel},
+    instance::Instance,
     memory,
-    network::containers::Watch,
-    network::{self, Change, Reader, Snapshot},
-    proxy::{Held, Idle, Options as ProxyOptions, Proxy, Stop, is_wide, raise_descriptor_limit},
-    publish::spec::Spec,
+    network::{self as net, Change as NetworkChange},
+    plan::Unserved,
+    proxy::{BindError, Idle, raise_descriptor_limit},
+    publish::{Conflict, Difference, Id, Owner, Publish, Registry, state::State},
 };
 
 /// Network changes come in bursts; one reading serves all that come within this time.
@@ -52,175 +53,199 @@ const SETTLE: Duration = Duration::from_millis(10);
 const CONTAINERS: Duration = Duration::from_millis(100);
 /// For these, of each second at most a twentieth is spent, however many containers there are.
 const SHARE: u32 = 20;
-/// A backend that does not answer is asked for again after this time.
-const ASK_AGAIN: Duration = Duration::from_secs(5);
-/// Answers about routes are asked for again after so many times what asking took.
-const ASK_ROUTES_PAUSE: u32 = 10;
 const SWEEP: Duration = Duration::from_secs(2);
 
-struct Published {
-    spec: Arc<Spec>,
-    allow: Vec<IpNet>,
-    /// `None` once the publish drains.
-    proxy: Option<Proxy>,
-    /// What `PUBLISHES` holds.
-    entry: Option<Entry>,
-    /// Why the fast path doesn't serve it.
-    reason: Option<String>,
-    /// An IPsec policy keeps it from the fast path.
-    covered: bool,
-    /// One socket in each family holds all of its ports.
-    steered: bool,
-    /// Whether its ports are in `PORTS` and `FRONTENDS`.
-    in_front: bool,
-    /// Packets and bytes of flows that have ended.
-    ended: (u64, u64),
-}
-
-impl Published {
-    fn draining(&self) -> bool {
-        self.proxy.is_none()
-    }
-}
-
 pub struct Daemon {
-    options: Run,
+    config: Config,
+    /// What is wanted.
+    registry: Registry,
+    /// Where that survives a restart.
+    state: Option<State>,
+    /// What is served of it.
+    serving: BTreeMap<Id, Serving>,
+    /// By their places in `PUBLISHES`.
+    draining: BTreeMap<u32, Draining>,
+    slots: Slots,
+    view: Arc<View>,
     /// Held ports that nobody has come to by the slow path.
     idle: Idle,
     datapath: Option<Datapath>,
     /// Why there is no datapath.
-    without: String,
-    reader: Option<Reader>,
-    watch: Watch,
-    snapshot: Snapshot,
-    /// Whether the kernel's answers in the snapshot may be out of date.
-    routing_changed: bool,
-    /// When the kernel may be asked for all of them again.
-    ask_routes_after: Instant,
-    publishes: BTreeMap<u32, Published>,
-    last_id: u32,
+    without: Unserved,
+    network: Network,
     timeouts: Arc<Timeouts>,
-    tracing: broadcast::Sender<String>,
-    /// What `INTERFACES` holds.
-    interfaces: BTreeMap<u32, Interface>,
-    /// Devices that XDP cannot be had on.
-    without_xdp: BTreeSet<u32>,
-    /// Devices whose containers were warned of: they say that they have addresses of others.
-    warned: BTreeSet<u32>,
-    /// The traced program's lines are being read.
-    logging: bool,
-    /// When the kernel was last asked for a backend's MAC, by device and address.
-    asked: HashMap<(u32, IpAddr), Instant>,
+    tracing: Tracing,
+    leases: u64,
+    /// Leases that have ended.
+    released: mpsc::UnboundedSender<Owner>,
 }
 
 /// Serves an instance until a signal; prints a line for each publish and then `ready`.
 ///
 /// # Errors
 /// What could not be begun; everything begun before is undone.
-pub async fn run(instance: &str, options: Run) -> Result<()> {
+pub async fn run(instance: Instance, config: Config) -> Result<()> {
     // Before anything is made that a signal would have to undo, and long before anybody reads `ready`.
-    let signals = [SignalKind::interrupt(), SignalKind::terminate()].map(signal);
-    let mut socket = Socket::bind(instance)?;
+    let mut signals = Signals::new()?;
+    let _lock = instance.lock()?;
+    let mut socket = Socket::bind(instance.make_socket_path()?)?;
     raise_descriptor_limit();
-    let mut daemon = Daemon::new(instance, options).await?;
-    let specs = daemon.options.publish.clone();
-    let allow = daemon.options.allow.clone();
-    match daemon.publish(&specs, &allow).await {
-        Ok(ids) => {
-            for id in ids {
-                println!("{}", daemon.describe(id));
-            }
-        }
+    let (released, mut leases) = mpsc::unbounded_channel();
+    let mut daemon = Daemon::new(&instance, config, released).await?;
+    let (sender, mut calls) = mpsc::channel(64);
+    let begun = daemon.begin(&instance).await.and_then(|events| {
+        socket.serve(sender, Arc::new(daemon.view.clone()))?;
+        Ok(events)
+    });
+    let mut events = match begun {
+        Ok(events) => events,
         Err(error) => {
             daemon.stop(false).await;
             return Err(error);
         }
+    };
+    say("ready");
+    if let Err(error) = notify::ready() {
+        warn!("NOTIFY_SOCKET: {error}");
     }
-    // An earlier instance's programs know its publishes until these take over.
-    daemon.reconcile_devices()?;
-    if let Some(datapath) = &daemon.datapath {
-        datapath.forget_others();
-    }
-    daemon.adopt();
-    let (sender, calls) = mpsc::channel(64);
-    socket.serve(sender);
-    println!("ready");
-    notify_ready();
     memory::trim();
-    daemon.serve(calls, signals).await
+    daemon
+        .serve(&mut signals, &mut calls, &mut leases, &mut events)
+        .await;
+    let keep = daemon.config.keep;
+    daemon.stop(keep).await;
+    Ok(())
+}
+
+/// Writes a line to standard output, whose reader may have gone.
+fn say(line: &str) {
+    let _ = writeln!(std::io::stdout(), "{line}");
+}
+
+/// The signals that an instance heeds, or survives.
+struct Signals {
+    end: [tokio::signal::unix::Signal; 2],
+    reload: tokio::signal::unix::Signal,
+    /// SIGUSR1 and SIGUSR2, which mean nothing.
+    _others: [tokio::signal::unix::Signal; 2],
+}
+
+impl Signals {
+    fn new() -> Result<Self> {
+        let listen = |kind| signal(kind).context("listen to signals");
+        Ok(Self {
+            end: [
+                listen(SignalKind::interrupt())?,
+                listen(SignalKind::terminate())?,
+            ],
+            reload: listen(SignalKind::hangup())?,
+            _others: [
+                listen(SignalKind::user_defined1())?,
+                listen(SignalKind::user_defined2())?,
+            ],
+        })
+    }
+
+    async fn heard(&mut self) -> Heard {
+        let [interrupt, terminate] = &mut self.end;
+        tokio::select! {
+            _ = interrupt.recv() => Heard::End,
+            _ = terminate.recv() => Heard::End,
+            _ = self.reload.recv() => Heard::Reload,
+        }
+    }
+}
+
+enum Heard {
+    End,
+    Reload,
+}
+
+/// What the kernel tells of, all opened before `ready`.
+struct Events {
+    network: Box<dyn futures_util::Stream<Item = NetworkChange> + Send + Unpin>,
+    datagrams: mpsc::Receiver<fragments::Datagram>,
 }
 
 impl Daemon {
-    async fn new(instance: &str, options: Run) -> Result<Self> {
-        let mut timeouts = Timeouts::default();
-        for timeout in &options.timeout {
-            timeouts.set(timeout.phase, timeout.seconds);
-        }
-        let (datapath, without) = match options.datapath {
-            DatapathChoice::Userland => (None, "--datapath userland".to_owned()),
-            choice => match load(instance, &timeouts, options.respect_firewall) {
-                Ok(datapath) => (Some(datapath), String::new()),
+    async fn new(
+        instance: &Instance,
+        config: Config,
+        released: mpsc::UnboundedSender<Owner>,
+    ) -> Result<Self> {
+        let idle = Idle::start().context("watch held ports")?;
+        let (datapath, without) = match config.datapath {
+            DatapathChoice::Userland => (None, Unserved::Userland),
+            choice => match load(instance, &config) {
+                Ok(datapath) => (Some(datapath), Unserved::Userland),
                 Err(error) if choice == DatapathChoice::Ebpf => return Err(error),
                 Err(error) => {
                     warn!("serving in user space: {error:#}");
-                    (None, format!("{error:#}"))
+                    (None, Unserved::NoDatapath(format!("{error:#}")))
                 }
             },
         };
-        let reader = datapath.is_some().then(Reader::open).transpose()?;
+        let seen = datapath.as_ref().map(|datapath| {
+            let maps = &datapath.maps;
+            Ok::<_, anyhow::Error>((maps.flows.try_clone()?, maps.counters()))
+        });
+        let seen = seen.transpose().context("open the tables of flows")?;
         let mut daemon = Self {
-            options,
-            idle: Idle::start().context("watch held ports")?,
+            registry: Registry::new(limits::PUBLISHES as usize - 1, 0),
+            state: None,
+            serving: BTreeMap::new(),
+            draining: BTreeMap::new(),
+            slots: Slots::new(limits::PUBLISHES),
+            view: Arc::new(View::new(seen)),
+            idle,
+            network: Network::open(datapath.is_some())?,
             datapath,
             without,
-            watch: if reader.is_some() {
-                Watch::open()
-            } else {
-                Watch::deaf()
-            },
-            reader,
-            snapshot: Snapshot::default(),
-            routing_changed: true, // since the first reading, for all that is known
-            ask_routes_after: Instant::now(),
-            publishes: BTreeMap::new(),
-            last_id: 0,
-            timeouts: Arc::new(timeouts),
-            tracing: broadcast::channel(1024).0,
-            interfaces: BTreeMap::new(),
-            without_xdp: BTreeSet::new(),
-            warned: BTreeSet::new(),
-            logging: false,
-            asked: HashMap::new(),
+            timeouts: Arc::new(config.timeouts),
+            tracing: Tracing::new(),
+            leases: 0,
+            released,
+            config,
         };
-        if let Some(reader) = &daemon.reader {
-            let nothing = Snapshot::default();
-            daemon.snapshot = daemon.watch.snapshot(reader, &nothing).await?;
-            daemon.warn_of_disputes();
+        if let Err(error) = daemon.network.read().await {
+            daemon.stop(false).await;
+            return Err(error);
         }
         Ok(daemon)
     }
 
-    async fn serve(
-        mut self,
-        mut calls: mpsc::Receiver<Call>,
-        [interrupt, terminate]: [std::io::Result<Signal>; 2],
-    ) -> Result<()> {
-        let (mut interrupt, mut terminate) = (interrupt?, terminate?);
-        let mut changes = match self.reader {
-            Some(_) => network::changes()?.left_stream(),
+    /// Publishes what the flags ask for and what an earlier instance was asked for, and takes over its flows.
+    async fn begin(&mut self, instance: &Instance) -> Result<Events> {
+        let events = self.listen()?;
+        if !self.config.ephemeral {
+            let state = State::open(instance.state())?;
+            self.registry = state.registry(limits::PUBLISHES as usize - 1)?;
+            self.state = Some(state);
+        }
+        let difference = self.restore()?;
+        // Flows of what is wanted no more are not adopted below.
+        let Loose(gone) = self.reconcile(&difference, Ending::Cut, Vec::new()).await?;
+        self.give_back(&gone.into_iter().collect::<Vec<_>>());
+        for id in &difference.asked {
+            if let Some(row) = self.view.row(*id) {
+                say(&tables::published(&row));
+            }
+        }
+        // An earlier instance's programs know its publishes until these take over.
+        self.reconcile_devices()?;
+        if let Some(datapath) = &self.datapath {
+            datapath.forget_others();
+        }
+        self.adopt();
+        Ok(events)
+    }
+
+    fn listen(&mut self) -> Result<Events> {
+        let network = match self.datapath {
+            Some(_) => net::changes()?.left_stream(),
             None => futures_util::stream::pending().right_stream(),
         };
-        // What has changed since the first reading was not told.
-        let mut settled = self.reader.is_some().then(Instant::now);
-        let sooner = |settled: &mut Option<Instant>, at: Instant| {
-            *settled = Some(settled.map_or(at, |settled| settled.min(at)));
-        };
-        // Until then nothing is heard of containers, whatever they do.
-        let mut deaf_until = Instant::now();
-        let mut sweep = tokio::time::interval(SWEEP);
-        let mut sweeping: Option<sweep::Sweep> = None;
-        let (untrace, mut traces_ended) = mpsc::channel(1);
-        let (whole, mut datagrams) = mpsc::channel(64);
+        let (whole, datagrams) = mpsc::channel(64);
         if let Some(datapath) = &mut self.datapath {
             let mut fragments = Fragments::default();
             let handover = datapath.handover(move |frame| {
@@ -234,25 +259,53 @@ impl Daemon {
                 }
             });
         }
+        Ok(Events {
+            network: Box::new(network),
+            datagrams,
+        })
+    }
+
+    async fn serve(
+        &mut self,
+        signals: &mut Signals,
+        calls: &mut mpsc::Receiver<Call>,
+        leases: &mut mpsc::UnboundedReceiver<Owner>,
+        events: &mut Events,
+    ) {
+        // What has changed since the first reading was not told.
+        let follows = self.datapath.is_some();
+        let mut settled = follows.then(Instant::now);
+        let sooner = |settled: &mut Option<Instant>, at: Instant| {
+            *settled = Some(settled.map_or(at, |settled| settled.min(at)));
+        };
+        // Until then nothing is heard of containers, whatever they do.
+        let mut deaf_until = Instant::now();
+        let mut sweep = tokio::time::interval(SWEEP);
+        let mut sweeping: Option<sweep::Sweep> = None;
         loop {
             tokio::select! {
-                _ = interrupt.recv() => break,
-                _ = terminate.recv() => break,
+                heard = signals.heard() => match heard {
+                    Heard::End => break,
+                    Heard::Reload => warn!("SIGHUP: there is no configuration file to read again"),
+                },
                 call = calls.recv() => match call {
-                    Some(call) => self.answer(call, &untrace).await,
+                    Some(call) => self.answer(call).await,
                     None => break,
                 },
-                Some(change) = changes.next() => {
-                    self.routing_changed |= change == Change::Routing;
+                Some(owner) = leases.recv() => {
+                    self.end_lease(&owner).await;
+                }
+                Some(change) = events.network.next() => {
+                    self.network.routing_changed |= change == NetworkChange::Routing;
                     sooner(&mut settled, Instant::now() + SETTLE);
                 }
-                () = self.watch.changed(), if settled.is_none() && self.reader.is_some() => {
+                () = self.network.watch.changed(), if settled.is_none() && follows => {
                     settled = Some(deaf_until.max(Instant::now() + SETTLE));
                 }
                 () = sleep_until(settled.unwrap_or_else(Instant::now)), if settled.is_some() => {
                     let begun = Instant::now();
                     settled = match self.refresh().await {
-                        Ok(()) => self.routing_changed.then_some(self.ask_routes_after),
+                        Ok(()) => self.network.asks_again(),
                         Err(error) => {
                             warn!("{error:#}");
                             None
@@ -260,6 +313,7 @@ impl Daemon {
                     };
                     deaf_until = Instant::now() + CONTAINERS.max(begun.elapsed() * SHARE);
                 }
+                freed = self.slots.freed() => self.give_back(&freed),
                 _ = sweep.tick() => {
                     sweeping.get_or_insert_default();
                     self.ask_for_neighbours().await;
@@ -271,21 +325,16 @@ impl Daemon {
                     }
                     tokio::task::yield_now().await;
                 }
-                Some(()) = traces_ended.recv() => self.end_trace(),
-                Some(datagram) = datagrams.recv() => self.answer_client(&datagram),
+                () = Self::trace_ended(&mut self.tracing) => self.end_trace(),
+                Some(datagram) = events.datagrams.recv() => self.answer_client(&datagram),
             }
         }
-        let keep = self.options.keep;
-        self.stop(keep).await;
-        Ok(())
     }
 
     /// Undoes everything, or with `keep` leaves the pinned programs forwarding.
     async fn stop(mut self, keep: bool) {
-        for published in std::mem::take(&mut self.publishes).into_values() {
-            if let Some(proxy) = published.proxy {
-                proxy.stop(Stop::Cut).await;
-            }
+        for serving in std::mem::take(&mut self.serving).into_values() {
+            serving.end(Ending::Cut).await;
         }
         match self.datapath.take() {
             Some(datapath) if !keep => datapath.remove(),
@@ -293,282 +342,169 @@ impl Daemon {
         }
     }
 
-    /// Publishes all of them or none.
-    async fn publish(&mut self, specs: &[Spec], allow: &[IpNet]) -> Result<Vec<u32>> {
-        let present = self.publishes.values().filter(|p| !p.draining());
-        if let Some((spec, other)) = Spec::first_overlap(present.map(|p| &*p.spec), specs) {
-            bail!("publish {spec}: overlaps with {other}; unpublish that or choose other ports");
-        }
-        // A publish that drains on these ports has had its time.
-        let drained: Vec<u32> = self
-            .publishes
-            .iter()
-            .filter(|(_, other)| {
-                other.draining() && specs.iter().any(|spec| other.spec.overlaps(spec))
-            })
-            .map(|(id, _)| *id)
-            .collect();
-        for id in drained {
-            self.unpublish(id, Ending::Cut).await?;
-        }
-        self.ask_for_routes(specs.iter().map(|spec| spec.backend))
-            .await;
-        let mut ids = Vec::new();
-        for spec in specs {
-            match self.publish_one(spec, allow).await {
-                Ok(id) => ids.push(id),
-                Err(error) => {
-                    for id in ids {
-                        self.unpublish(id, Ending::Cut).await?;
+    async fn answer(&mut self, call: Call) {
+        match call {
+            Call::Change {
+                owner,
+                change,
+                by,
+                answer,
+            } => {
+                let what = format!("{change:?}");
+                match self.change(owner, change).await {
+                    Ok((changed, loose)) => {
+                        info!(uid = by.uid, pid = by.pid, "{what:.200}");
+                        self.answer_after(loose, answer, changed);
                     }
-                    return Err(error);
+                    Err(error) => drop(answer.send(Err(explain(error)))),
                 }
             }
-        }
-        self.follow_xdp()?;
-        self.ask_for_neighbours().await;
-        Ok(ids)
-    }
-
-    async fn publish_one(&mut self, spec: &Spec, allow: &[IpNet]) -> Result<u32> {
-        let id = self.free_id()?;
-        let (held, steered) = self.hold(id, spec)?;
-        let options = ProxyOptions {
-            proxy_protocol: self.options.proxy_protocol,
-            allow: allow.to_vec(),
-            timeouts: self.timeouts.clone(),
-        };
-        let spec = Arc::new(spec.clone());
-        let published = Published {
-            spec: spec.clone(),
-            allow: allow.to_vec(),
-            proxy: Some(Proxy::start(held, spec.clone(), options, &self.idle)?),
-            entry: None,
-            reason: self.datapath.is_none().then(|| self.without.clone()),
-            covered: false,
-            steered,
-            in_front: false,
-            ended: (0, 0),
-        };
-        self.publishes.insert(id, published);
-        let result = self.resolve(id).and_then(|()| self.set_frontends(id, true));
-        let refused = self.publishes[&id].reason.clone();
-        let result = match (result, self.options.datapath, refused) {
-            (Ok(()), DatapathChoice::Ebpf, Some(reason)) => Err(anyhow::anyhow!(
-                "publish {spec}: {reason}; --datapath auto would serve it in user space"
-            )),
-            (result, ..) => result.with_context(|| format!("publish {spec}")),
-        };
-        if let Err(error) = result {
-            self.unpublish(id, Ending::Cut).await?;
-            return Err(error);
-        }
-        Ok(id)
-    }
-
-    /// Holds a publish's ports: by a socket each, or a wide range by one socket if the kernel can steer. Returns
-    /// which.
-    fn hold(&mut self, id: u32, spec: &Spec) -> Result<(Held, bool)> {
-        let Some(datapath) = self.datapath.as_mut().filter(|_| is_wide(spec)) else {
-            return Ok((Held::bind(spec)?, false));
-        };
-        if let Err(error) = datapath.enable_steering() {
-            warn!("{spec} is held by a socket for each port: {error:#}");
-            return Ok((Held::bind(spec)?, false));
-        }
-        let held = Held::bind_steered(spec, datapath.own_mark())?;
-        held.try_for_each(|is_v4, socket| datapath.steer(id, is_v4, &socket))
-            .with_context(|| format!("publish {spec}"))?;
-        Ok((held, true))
-    }
-
-    /// The next number, so that one is not used again soon.
-    fn free_id(&mut self) -> Result<u32> {
-        for _ in 1..limits::PUBLISHES {
-            self.last_id = self.last_id % (limits::PUBLISHES - 1) + 1;
-            if !self.publishes.contains_key(&self.last_id) {
-                return Ok(self.last_id);
+            Call::Trace { answer } => {
+                let trace = self.begin_trace();
+                let _ = answer.send(
+                    trace.map_err(|error| Problem::new(503, "No trace", &format!("{error:#}"))),
+                );
+            }
+            Call::Reload { answer, .. } => {
+                let message = "there is no configuration file; start the instance with --config";
+                let _ = answer.send(Err(Problem::new(409, "No configuration", message)));
             }
         }
-        bail!("more than {} publishes", limits::PUBLISHES - 1)
     }
 
-    /// Points the publish's ports at it, or at nothing.
-    fn set_frontends(&mut self, id: u32, on: bool) -> Result<()> {
-        let (Some(datapath), Some(published)) = (&mut self.datapath, self.publishes.get_mut(&id))
-        else {
-            return Ok(());
-        };
-        if std::mem::replace(&mut published.in_front, on) == on {
-            return Ok(());
-        }
-        if !on {
-            return datapath.maps.uninstall(id);
-        }
-        let spec = &published.spec;
-        datapath.maps.install(
-            id,
-            &Installed {
-                entry: published.entry.unwrap_or_default(),
-                frontends: spec.frontends(),
-                protocol: spec.protocol.number(),
-                ports: (spec.ports.first, spec.ports.last),
-                backend: spec.backend,
-                backend_ports: (spec.backend_ports.first, spec.backend_ports.last),
-                allow: published.allow.clone(),
-            },
-        )
-    }
-
-    async fn unpublish(&mut self, id: u32, how: Ending) -> Result<()> {
-        let Some(published) = self.publishes.get_mut(&id) else {
-            bail!("no publish {id}; `forwarder list` shows them");
-        };
-        let proxy = published.proxy.take();
-        if how == Ending::Drain {
-            self.resolve(id)?;
-        } else {
-            self.set_frontends(id, false)?;
-            self.remove_flows(&BTreeSet::from([id]))?;
-            if let Some(datapath) = &mut self.datapath {
-                datapath.maps.set_publish(id, &Entry::default())?;
-            }
-            self.publishes.remove(&id);
-        }
-        if let Some(proxy) = proxy {
-            proxy
-                .stop(match how {
-                    Ending::Cut => Stop::Cut,
-                    Ending::Drain => Stop::Drain,
-                    Ending::Reset => Stop::Reset,
-                })
-                .await;
-        }
-        Ok(())
-    }
-
-    fn find(&self, named: &Named) -> Result<u32> {
-        match named {
-            Named::Id(id) if self.publishes.contains_key(id) => Ok(*id),
-            Named::Id(id) => bail!("no publish {id}; `forwarder list` shows them"),
-            Named::Spec(spec) => self
-                .publishes
-                .iter()
-                .find(|(_, published)| published.spec.to_string() == *spec)
-                .map(|(id, _)| *id)
-                .with_context(|| format!("no publish {spec}; `forwarder list` shows them")),
-        }
-    }
-
-    async fn answer(&mut self, call: Call, untrace: &mpsc::Sender<()>) {
-        let result = match call.request {
-            Request::List => self.list().and_then(json),
-            Request::Flows => self.flows().and_then(json),
-            Request::Stats => self.stats().and_then(json),
-            Request::Publish { specs, allow } => self.publish_texts(&specs, &allow).await,
-            Request::Unpublish { publishes, how } => self.unpublish_named(&publishes, how).await,
-            Request::Trace => match self.begin_trace(call.answer.clone(), untrace.clone()) {
-                Ok(()) => return,
-                Err(error) => Err(error),
-            },
-        };
-        let response = match result {
-            Ok(value) => Response::Done(value),
-            Err(error) => Response::Failed(format!("{error:#}")),
-        };
-        let _ = call.answer.send(response).await;
-    }
-
-    async fn publish_texts(
-        &mut self,
-        texts: &[String],
-        allow: &[IpNet],
-    ) -> Result<serde_json::Value> {
-        let specs: Vec<Spec> = texts
-            .iter()
-            .map(|text| text.parse())
-            .collect::<Result<_, _>>()?;
-        let allow = if allow.is_empty() {
-            self.options.allow.clone()
-        } else {
-            allow.to_vec()
-        };
-        let ids = self.publish(&specs, &allow).await?;
-        json(
-            ids.into_iter()
-                .map(|id| self.describe(id))
-                .collect::<Vec<_>>(),
-        )
-    }
-
-    async fn unpublish_named(&mut self, named: &[Named], how: Ending) -> Result<serde_json::Value> {
-        // All names are checked before anything is changed.
-        let ids: BTreeSet<u32> = named
-            .iter()
-            .map(|name| self.find(name))
-            .collect::<Result<_>>()?;
-        for id in ids {
-            self.unpublish(id, how).await?;
-        }
-        Ok(serde_json::Value::Null)
-    }
-
-    /// Sends each line to the client until it goes. The first trace switches the programs.
-    fn begin_trace(
-        &mut self,
-        client: mpsc::Sender<Response>,
-        ended: mpsc::Sender<()>,
-    ) -> Result<()> {
-        let Some(datapath) = &mut self.datapath else {
-            bail!("nothing to trace: {}", self.without);
-        };
-        datapath.trace(true)?;
-        if !self.logging {
-            let lines = self.tracing.clone();
-            let log = datapath.log(move |line| drop(lines.send(tables::name_devices(&line))))?;
-            tokio::spawn(log);
-            self.logging = true;
-        }
-        let mut lines = self.tracing.subscribe();
+    /// Answers when the flows of what has gone have ended, and does not wait for that itself.
+    fn answer_after(
+        &self,
+        loose: Loose,
+        answer: oneshot::Sender<Result<Changed, Problem>>,
+        changed: Changed,
+    ) {
+        let ended = self.end_flows_of(loose);
         tokio::spawn(async move {
-            loop {
-                let line = tokio::select! {
-                    line = lines.recv() => line,
-                    () = client.closed() => break,
-                };
-                let value = match line {
-                    Ok(line) => line,
-                    Err(broadcast::error::RecvError::Lagged(n)) => format!("lost {n}"),
-                    Err(broadcast::error::RecvError::Closed) => break,
-                };
-                if client.send(Response::Done(value.into())).await.is_err() {
-                    break;
-                }
-            }
-            drop(lines);
-            let _ = ended.send(()).await;
+            ended.await;
+            let _ = answer.send(Ok(changed)); // the client may have gone, and its lease with it
         });
-        Ok(())
     }
 
-    fn end_trace(&mut self) {
-        if self.tracing.receiver_count() > 0 {
-            return;
+    async fn change(&mut self, owner: Option<Owner>, change: Change) -> Result<(Changed, Loose)> {
+        let owner = owner.unwrap_or_else(Owner::cli);
+        let mut lease = None;
+        let mut descriptors = Vec::new();
+        let (difference, ending) = match change {
+            Change::Add(publishes) => (self.registry.add(&owner, publishes)?, Ending::Cut),
+            Change::Want(publishes) => (self.registry.want(&owner, publishes)?, Ending::Cut),
+            Change::Lease(publishes, given) => {
+                self.leases += 1;
+                let owner = Owner::lease(self.leases);
+                descriptors = given;
+                lease = Some(Lease {
+                    owner: owner.clone(),
+                    ended: self.released.clone(),
+                });
+                (self.registry.want(&owner, publishes)?, Ending::Cut)
+            }
+            Change::Remove(named, ending) => {
+                let ids = named.iter().map(|named| self.find(named));
+                let ids = ids.collect::<Result<_, Conflict>>()?;
+                (self.registry.remove(&owner, &ids)?, ending)
+            }
+            Change::RemoveAll(ending) => (self.registry.want(&owner, Vec::new())?, ending),
+            Change::Replace(id, backend) => {
+                let publish = self.with_backend(id, &backend)?;
+                (self.registry.replace(&owner, id, publish)?, Ending::Drain)
+            }
+        };
+        let loose = self.reconcile(&difference, ending, descriptors).await?;
+        let rows = difference.asked.iter().filter_map(|id| self.view.row(*id));
+        let publishes: Vec<Listed> = rows.collect();
+        Ok((Changed { publishes, lease }, loose))
+    }
+
+    fn find(&self, named: &Named) -> Result<Id, Conflict> {
+        match named {
+            Named::Id(id) => self
+                .registry
+                .get(*id)
+                .map(|wanted| wanted.id)
+                .ok_or(Conflict::NoId(*id)),
+            Named::Spec(spec) => self.registry.find(spec),
         }
-        if let Some(datapath) = &mut self.datapath
-            && let Err(error) = datapath.trace(false)
-        {
-            warn!("{error:#}");
+    }
+
+    /// A publish with another backend.
+    fn with_backend(
+        &self,
+        id: Id,
+        backend: &crate::control::api::AskedEndpoint,
+    ) -> Result<Publish> {
+        let before = self.registry.get(id).ok_or(Conflict::NoId(id))?;
+        let Some(address) = backend.address else {
+            bail!("a backend needs an address");
+        };
+        let spec = before
+            .publish
+            .spec
+            .to_backend(address, backend.port, backend.end_port);
+        let spec = spec.map_err(|problem| anyhow::anyhow!("publish {id}: {problem}"))?;
+        Ok(Publish {
+            spec,
+            policy: before.publish.policy.clone(),
+        })
+    }
+
+    async fn end_lease(&mut self, owner: &Owner) {
+        let ended = match self.registry.want(owner, Vec::new()) {
+            Ok(difference) => self.reconcile(&difference, Ending::Cut, Vec::new()).await,
+            Err(error) => Err(error.into()),
+        };
+        match ended {
+            Ok(loose) => drop(tokio::spawn(self.end_flows_of(loose))),
+            Err(error) => warn!("{owner}: {error:#}"),
         }
+    }
+
+    /// Frees places whose flows have ended.
+    fn give_back(&mut self, places: &[u32]) {
+        for place in places {
+            self.view.free(*place);
+        }
+        self.slots.give_back(places);
+    }
+
+    /// What the flags want, and what was published by commands before.
+    fn restore(&self) -> Result<Difference> {
+        let flags = &self.config.publishes;
+        let overlaps =
+            |spec: &crate::publish::Spec| flags.iter().any(|publish| publish.spec.overlaps(spec));
+        let owner = Owner::cli();
+        let before = self.registry.of(&owner);
+        let before = before.filter(|wanted| !overlaps(&wanted.publish.spec));
+        let before = before.map(|wanted| Publish::clone(&wanted.publish));
+        let all = flags.iter().cloned().chain(before).collect();
+        Ok(self.registry.want(&owner, all)?)
     }
 }
 
-fn json(value: impl Serialize) -> Result<serde_json::Value> {
-    Ok(serde_json::to_value(value)?)
+/// An error as the API has it.
+fn explain(error: anyhow::Error) -> Problem {
+    let message = format!("{error:#}");
+    if let Some(conflict) = error.downcast_ref::<Conflict>() {
+        let (status, title) = match conflict {
+            Conflict::Overlap { .. } => (409, "Overlap"),
+            Conflict::NotYours { .. } => (403, "Another owner's"),
+            Conflict::NoId(_) | Conflict::NoSpec(_) => (404, "Not found"),
+            Conflict::TooMany { .. } => (409, "Too many"),
+        };
+        return Problem::new(status, title, &message);
+    }
+    if error.downcast_ref::<BindError>().is_some() {
+        return Problem::new(409, "Port not to be had", &message);
+    }
+    Problem::new(422, "Not done", &message)
 }
 
-fn load(instance: &str, timeouts: &Timeouts, respects_firewall: bool) -> Result<Datapath> {
-    let pins = kernel::has_bpffs().then(|| datapath::pin_directory(instance));
+fn load(instance: &Instance, config: &Config) -> Result<Datapath> {
+    let pins = kernel::has_bpffs().then(|| instance.pins());
     let snat = kernel::snat_ports();
     if snat.1 == 0 {
         warn!(
@@ -578,12 +514,12 @@ fn load(instance: &str, timeouts: &Timeouts, respects_firewall: bool) -> Result<
         );
     }
     let mut datapath = Datapath::load(&datapath::Options {
-        instance: instance.to_owned(),
+        instance: instance.name.clone(),
         pins,
         snat,
         flows: limits::FLOWS,
-        timeouts: *timeouts,
-        respects_firewall,
+        timeouts: config.timeouts,
+        respects_firewall: config.respect_firewall,
     })?;
     if let Err(error) = datapath.rehearse() {
         datapath.remove();
@@ -592,34 +528,18 @@ fn load(instance: &str, timeouts: &Timeouts, respects_firewall: bool) -> Result<
     Ok(datapath)
 }
 
-/// Tells systemd, where it asked for that (sd_notify(3)).
-fn notify_ready() {
-    use std::os::{
-        linux::net::SocketAddrExt as _,
-        unix::net::{SocketAddr, UnixDatagram},
-    };
-    let Some(path) = std::env::var_os("NOTIFY_SOCKET") else {
-        return;
-    };
-    let address = match path.as_encoded_bytes().strip_prefix(b"@") {
-        Some(name) => SocketAddr::from_abstract_name(name),
-        None => SocketAddr::from_pathname(&path),
-    };
-    let sent =
-        address.and_then(|address| UnixDatagram::unbound()?.send_to_addr(b"READY=1", &address));
-    if let Err(error) = sent {
-        warn!("NOTIFY_SOCKET: {error}");
-    }
-}
-
 /// Removes what an instance left behind. Returns whether there was anything.
 ///
 /// # Errors
 /// The instance is running, or a pin cannot be removed.
-pub fn down(instance: &str) -> Result<bool> {
-    if control::is_running(instance) {
-        bail!("instance {instance} is running: stop it by SIGINT or SIGTERM first");
+pub fn down(instance: &Instance) -> Result<bool> {
+    if instance.is_running() {
+        bail!(
+            "instance {} is running: stop it by SIGINT or SIGTERM first",
+            instance.name
+        );
     }
-    let socket = control::remove_stale(instance);
-    Ok(datapath::remove_left(instance)? || socket)
+    let state = std::fs::remove_file(instance.state()).is_ok();
+    let files = instance.remove_files();
+    Ok(datapath::remove_left(&instance.name, &instance.pins())? || files || state)
 }

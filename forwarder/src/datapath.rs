@@ -89,11 +89,6 @@ where
         .try_into()?)
 }
 
-/// Where an instance's pins are.
-pub fn pin_directory(instance: &str) -> PathBuf {
-    Path::new("/sys/fs/bpf/forwarder").join(instance)
-}
-
 impl Datapath {
     /// Loads maps and programs; nothing is attached yet.
     ///
@@ -283,8 +278,7 @@ impl Drop for Datapath {
 ///
 /// # Errors
 /// Something cannot be removed.
-pub fn remove_left(instance: &str) -> Result<bool> {
-    let directory = pin_directory(instance);
+pub fn remove_left(instance: &str, directory: &Path) -> Result<bool> {
     let mut found = false;
     if kernel().attach == Attach::Clsact {
         for hook in Hook::ALL {
@@ -301,7 +295,7 @@ pub fn remove_left(instance: &str) -> Result<bool> {
             }
         }
     }
-    Ok(remove_pins(&directory)? || found)
+    Ok(remove_pins(directory)? || found)
 }
 
 /// Removes what a version with another layout of its maps left: its links, so that no packet meets two programs, and

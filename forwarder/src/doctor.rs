@@ -18,7 +18,7 @@ use crate::{
     network::xfrm::Policy,
     network::{Link, Reader, Snapshot},
     plan,
-    plan::locations::dispute,
+    plan::locations::{asked, dispute, settle},
 };
 
 /// One finding.
@@ -131,7 +131,11 @@ fn snapshot() -> anyhow::Result<Snapshot> {
         .build()?;
     runtime.block_on(async {
         let reader = Reader::open()?;
-        Watch::deaf().snapshot(&reader, &Snapshot::default()).await
+        let mut watch = Watch::deaf();
+        let nothing = Snapshot::default();
+        let mut snapshot = watch.snapshot(&reader, &nothing, asked).await?;
+        settle(&mut snapshot);
+        Ok(snapshot)
     })
 }
 

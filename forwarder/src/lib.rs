@@ -2,10 +2,12 @@
 
 mod accept;
 pub mod cli;
+pub mod config;
 pub mod control;
 pub mod daemon;
 pub mod datapath;
 pub mod doctor;
+pub mod instance;
 mod memory;
 pub mod network;
 pub mod plan;

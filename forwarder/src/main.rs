@@ -1,16 +1,22 @@
 //! `forwarder`: from the command line to what it asks for, and from an error to one line and a status.
 
-use std::{io::Write as _, process::ExitCode};
+use std::{
+    io::{IsTerminal as _, Write as _},
+    process::ExitCode,
+};
 
 use anyhow::{Context as _, Result};
 use clap::{CommandFactory as _, Parser as _};
 use forwarder::{
-    cli::tables,
-    cli::{Cli, Command, Format},
-    control::{self, Ending, Request},
-    daemon::{self, Counter, Listed, ListedFlow},
-    doctor,
+    cli::{Cli, Command, Format, tables},
+    control::{
+        api::{Asked, Ending, Listed, ListedFlow, Unpublish},
+        client::Client,
+    },
+    daemon, doctor,
+    instance::Instance,
 };
+use hyper::Method;
 use serde::{Serialize, de::DeserializeOwned};
 
 fn main() -> ExitCode {
@@ -26,7 +32,11 @@ fn main() -> ExitCode {
 }
 
 fn run(cli: Cli) -> Result<()> {
-    let instance = &cli.instance;
+    let instance = Instance {
+        name: cli.instance,
+        socket: cli.socket,
+    };
+    let client = Client::new(instance.clone());
     match cli.command {
         Command::Run(options) => {
             let filter = tracing_subscriber::EnvFilter::try_new(&options.log)
@@ -34,55 +44,72 @@ fn run(cli: Cli) -> Result<()> {
             tracing_subscriber::fmt()
                 .with_env_filter(filter)
                 .with_writer(std::io::stderr)
+                .with_ansi(std::io::stderr().is_terminal())
                 .with_target(false)
                 .init();
             tokio::runtime::Builder::new_multi_thread()
                 .enable_all()
                 .build()
                 .context("start the runtime")?
-                .block_on(daemon::run(instance, options))
+                .block_on(daemon::run(instance, options.config()))
         }
-        Command::Publish { specs, allow } => {
-            let specs = specs.iter().map(ToString::to_string).collect();
-            let lines: Vec<String> = control::ask(instance, &Request::Publish { specs, allow })?;
-            lines.iter().try_for_each(|line| print(line))
+        Command::Publish {
+            specs,
+            allow,
+            owner,
+        } => {
+            let allow = (!allow.is_empty()).then_some(allow);
+            let asked = specs.iter().map(|spec| Asked {
+                spec: Some(spec.to_string()),
+                allow: allow.clone(),
+                ..Asked::default()
+            });
+            let asked: Vec<Asked> = asked.collect();
+            let path = format!("/v1/publishes?owner={owner}");
+            let rows: Vec<Listed> = client.ask(&Method::POST, &path, Some(&asked))?;
+            rows.iter()
+                .try_for_each(|row| print(&tables::published(row)))
         }
         Command::Unpublish {
             publishes,
             drain,
             reset,
+            owner,
         } => {
-            let how = match (drain, reset) {
+            let ending = match (drain, reset) {
                 (true, _) => Ending::Drain,
                 (_, true) => Ending::Reset,
                 _ => Ending::Cut,
             };
-            control::ask(instance, &Request::Unpublish { publishes, how })
+            let asked = Unpublish { publishes, ending };
+            let path = format!("/v1/unpublish?owner={owner}");
+            client.ask(&Method::POST, &path, Some(&asked))
         }
-        Command::List(format) => {
-            show::<Vec<Listed>>(instance, &Request::List, format, |rows| tables::list(rows))
-        }
+        Command::List(format) => show(&client, "/v1/publishes", format, |rows: &Vec<_>| {
+            tables::list(rows)
+        }),
         Command::Flows(format) => {
-            show::<Vec<ListedFlow>>(instance, &Request::Flows, format, |rows| {
-                tables::flows(rows)
-            })
+            let mut flows: Vec<ListedFlow> = get(&client, "/v1/flows")?;
+            flows.sort_by(|a, b| (a.publish, &a.client).cmp(&(b.publish, &b.client)));
+            emit(&flows, format, || tables::flows(&flows))
         }
-        Command::Stats(format) => show::<Vec<Counter>>(instance, &Request::Stats, format, |rows| {
+        Command::Stats(format) => show(&client, "/v1/stats", format, |rows: &Vec<_>| {
             tables::stats(rows)
         }),
         Command::Doctor(format) => {
             let findings = doctor::examine();
             emit(&findings, format, || doctor::text(&findings))
         }
-        Command::Trace { id, client } => control::call(instance, &Request::Trace, |line| {
-            let line = line
-                .as_str()
-                .and_then(|line| tables::trace(line, id, client));
-            line.map_or(Ok(()), |line| print(&line))?;
-            Ok(true)
-        }),
+        Command::Trace { id, client: from } => {
+            let none: Option<&()> = None;
+            client.follow(&Method::GET, "/v1/trace", none, Vec::new(), |packet| {
+                let line = tables::trace(&packet, id, from);
+                line.map_or(Ok(()), |line| print(&line))?;
+                Ok(true)
+            })
+        }
         Command::Down => {
-            let found = daemon::down(instance)?;
+            let found = daemon::down(&instance)?;
             print(if found {
                 "removed"
             } else {
@@ -102,14 +129,19 @@ fn run(cli: Cli) -> Result<()> {
     }
 }
 
+fn get<T: DeserializeOwned>(client: &Client, path: &str) -> Result<T> {
+    let none: Option<&()> = None;
+    client.ask(&Method::GET, path, none)
+}
+
 /// Asks the instance, and prints the answer.
 fn show<T: DeserializeOwned + Serialize>(
-    instance: &str,
-    request: &Request,
+    client: &Client,
+    path: &str,
     format: Format,
     text: impl Fn(&T) -> String,
 ) -> Result<()> {
-    let answer: T = control::ask(instance, request)?;
+    let answer: T = get(client, path)?;
     emit(&answer, format, || text(&answer))
 }
 

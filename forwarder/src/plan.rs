@@ -4,12 +4,13 @@
 mod bypassed;
 pub mod locations;
 mod routes;
+mod unserved;
 
 use std::{collections::BTreeSet, net::IpAddr};
 
 use forwarder_common::{
     flow::{Hop, delivery},
-    publish::Interface,
+    publish::{Interface, Publish as PublishEntry, flag},
     tuple::Address,
 };
 use ipnet::IpNet;
@@ -18,15 +19,116 @@ use self::routes::{route_to, source};
 pub use self::{
     bypassed::{allows_xdp, bypassed_bridging},
     routes::{keeps_source, takes_an_answer},
+    unserved::Unserved,
 };
 use crate::{
-    cli::XdpChoice,
-    datapath::xdp::Mode,
-    network::{Header, Kind, Link, Mac, Route, Snapshot},
+    config::XdpChoice,
+    datapath::{maps::Installed, xdp::Mode},
+    network::{Header, Kind, Link, Mac, Route, Snapshot, xfrm::covering_policy},
     plan::locations::{
         container_networks, is_host_route, is_link_local, is_local_bridge, routed, way_to,
     },
+    publish::{Publish, spec::Protocol},
 };
+
+/// What the kernel is to have of a publish, and why the fast path does not serve it, if it does not.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Planned {
+    pub installed: Installed,
+    pub unserved: Option<Unserved>,
+    /// An IPsec policy covers it: flows that were begun before would go round that.
+    pub covered: bool,
+}
+
+/// How a publish stands, beside what is wanted of it.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Standing {
+    /// The source after SNAT that it has.
+    pub source: Option<Address>,
+    /// One socket holds all of its ports.
+    pub steered: bool,
+    pub draining: bool,
+    pub respects_firewall: bool,
+    /// The place of the publish that had the port before and drains; 0 for none.
+    pub previous: u32,
+}
+
+/// Plans how a publish is served.
+pub fn publish(
+    snapshot: &Snapshot,
+    publish: &Publish,
+    allow: &[IpNet],
+    standing: Standing,
+) -> Planned {
+    let spec = &publish.spec;
+    let policy = covering_policy(snapshot, spec);
+    let resolved = match (spec.protocol, policy) {
+        (Protocol::Sctp, _) => Err(Unserved::Sctp),
+        (_, Some(policy)) => Err(Unserved::Ipsec(policy.to_string())),
+        _ => resolve(snapshot, spec.backend),
+    };
+    let resolved = resolved.and_then(|resolved| {
+        if standing.respects_firewall {
+            through_the_stack(snapshot, spec.backend, &resolved)?;
+        }
+        let keeps = |source: &Address| keeps_source(snapshot, spec.backend, *source);
+        let source = standing.source.filter(keeps).unwrap_or(resolved.source);
+        Ok(Resolved { source, ..resolved })
+    });
+    let (resolved, unserved) = match resolved {
+        Ok(resolved) => (resolved, None),
+        // Without a hop, the program passes packets up to the proxy's socket.
+        Err(reason) => {
+            let nowhere = Resolved {
+                hop: Hop::default(),
+                source: Address::UNSPECIFIED,
+                remote: false,
+            };
+            (nowhere, Some(reason))
+        }
+    };
+    let flags = [
+        (flag::SINGLE_PORT, spec.backend_is_single()),
+        (flag::REMOTE, resolved.remote),
+        (flag::ALLOW_LIST, !allow.is_empty()),
+        (flag::STEERED, standing.steered),
+        (flag::DRAINING, standing.draining),
+        (flag::STACK, standing.respects_firewall),
+    ];
+    let set = flags.into_iter().filter(|(_, set)| *set);
+    let entry = PublishEntry {
+        backend: spec.backend.into(),
+        source: resolved.source,
+        hop: resolved.hop,
+        first_port: spec.ports.first,
+        backend_port: spec.backend_ports.first,
+        flags: set.fold(0, |flags, (flag, _)| flags | flag),
+        previous: u16::try_from(standing.previous).unwrap_or(0), // there are no more places
+    };
+    let installed = Installed {
+        entry,
+        frontends: spec.frontends(),
+        protocol: spec.protocol.number(),
+        ports: (spec.ports.first, spec.ports.last),
+        backend: spec.backend,
+        backend_ports: (spec.backend_ports.first, spec.backend_ports.last),
+        allow: allow.to_vec(),
+    };
+    Planned {
+        installed,
+        unserved,
+        covered: policy.is_some(),
+    }
+}
+
+/// How packets of other machines get to the backend, one of [`delivery`].
+pub const fn delivery_of(entry: &PublishEntry) -> u32 {
+    if entry.flags & flag::STACK != 0 {
+        delivery::STACK
+    } else {
+        entry.hop.delivery
+    }
+}
 
 /// How the fast path reaches a backend.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -41,27 +143,27 @@ pub struct Resolved {
 /// The way to a backend.
 ///
 /// # Errors
-/// Why the fast path cannot serve it, in a few words for `list`.
-pub fn resolve(snapshot: &Snapshot, backend: IpAddr) -> Result<Resolved, String> {
+/// Why the fast path cannot serve it.
+pub fn resolve(snapshot: &Snapshot, backend: IpAddr) -> Result<Resolved, Unserved> {
     if backend.is_loopback()
         || snapshot
             .addresses
             .iter()
             .any(|local| local.address == backend)
     {
-        return Err("the backend is this host".into());
+        return Err(Unserved::ThisHost);
     }
-    let answer = route_to(snapshot, backend).ok_or_else(|| format!("no route to {backend}"))?;
+    let answer = route_to(snapshot, backend).ok_or(Unserved::NoRoute(backend))?;
     let route = answer.route;
     if route.local {
-        return Err("the backend is this host".into());
+        return Err(Unserved::ThisHost);
     }
     let device = snapshot
         .links
         .get(&route.ifindex)
-        .ok_or_else(|| format!("no device for the route to {backend}"))?;
+        .ok_or(Unserved::NoDevice(backend))?;
     let source = source(snapshot, &answer, backend)
-        .ok_or_else(|| format!("no address of this host to reach {backend} from"))?
+        .ok_or(Unserved::NoSource(backend))?
         .into();
     let neighbour = Hop {
         ifindex: route.ifindex,
@@ -71,10 +173,7 @@ pub fn resolve(snapshot: &Snapshot, backend: IpAddr) -> Result<Resolved, String>
     let device_mac = device.mac.unwrap_or_default();
     let remote = !leads_to_local(snapshot, &route, device);
     if remote && device.header == Header::Other {
-        return Err(format!(
-            "answers by {} begin with no known header",
-            device.name
-        ));
+        return Err(Unserved::LinkHeader(device.name.clone()));
     }
     if remote {
         return Ok(Resolved {
@@ -126,14 +225,14 @@ fn by_its_neighbour(
 /// Whether the stack can carry packets of other machines to the backend, and its answers back.
 ///
 /// # Errors
-/// Why not, in a few words for `list`.
+/// Why not.
 pub fn through_the_stack(
     snapshot: &Snapshot,
     backend: IpAddr,
     resolved: &Resolved,
-) -> Result<(), String> {
+) -> Result<(), Unserved> {
     if resolved.remote {
-        return Err("--respect-firewall: the backend is on another machine".into());
+        return Err(Unserved::FirewallRemote);
     }
     let (routes, setting) = match backend {
         IpAddr::V4(_) => (snapshot.forwards.0, "net.ipv4.ip_forward"),
@@ -142,9 +241,7 @@ pub fn through_the_stack(
     if routes {
         Ok(())
     } else {
-        Err(format!(
-            "--respect-firewall: the host does not forward; `sysctl {setting}=1` would change that"
-        ))
+        Err(Unserved::FirewallForwarding(setting))
     }
 }
 
@@ -345,7 +442,7 @@ pub(crate) mod tests {
         host.links.insert(6, tunnel);
         host.routes.push(route("203.0.113.0", 24, 6, false));
         let reason = resolve(&host, ip("203.0.113.5")).expect_err("no fast path");
-        assert!(reason.contains("gre1"), "{reason}");
+        assert!(reason.to_string().contains("gre1"), "{reason}");
     }
 
     #[test]
@@ -362,9 +459,9 @@ pub(crate) mod tests {
     #[test]
     fn what_cannot_be_reached_says_why() {
         let reason = |backend: &str| resolve(&host(), ip(backend)).expect_err("no fast path");
-        assert_eq!(reason("198.51.100.2"), "the backend is this host");
-        assert_eq!(reason("127.0.0.1"), "the backend is this host");
-        assert_eq!(reason("fd00::1"), "no route to fd00::1");
+        assert_eq!(reason("198.51.100.2"), Unserved::ThisHost);
+        assert_eq!(reason("127.0.0.1"), Unserved::ThisHost);
+        assert_eq!(reason("fd00::1"), Unserved::NoRoute(ip("fd00::1")));
     }
 
     #[test]

@@ -15,7 +15,7 @@ use std::{
     net::{IpAddr, SocketAddr},
     os::fd::RawFd,
     sync::{
-        Arc, Mutex, MutexGuard, OnceLock, PoisonError,
+        Arc, Mutex, MutexGuard, OnceLock, PoisonError, RwLock,
         atomic::{AtomicU64, Ordering::Relaxed},
     },
 };
@@ -64,11 +64,19 @@ pub struct Counters {
     pub refused: u64,
 }
 
+#[derive(Debug)]
+struct Now {
+    spec: Arc<Spec>,
+    allow: Vec<IpNet>,
+}
+
 /// What the tasks of one publish share.
 #[derive(Debug)]
 struct Shared {
     spec: Arc<Spec>,
     options: Options,
+    /// Where new clients are sent and which are served, both of which may change.
+    now: RwLock<Now>,
     flows: AtomicU64,
     packets: AtomicU64,
     bytes: AtomicU64,
@@ -98,7 +106,8 @@ impl Shared {
     }
 
     fn allows(&self, source: IpAddr) -> bool {
-        let allow = &self.options.allow;
+        let now = self.now.read().unwrap_or_else(PoisonError::into_inner);
+        let allow = &now.allow;
         let source = source.to_canonical();
         let allowed = allow.is_empty() || allow.iter().any(|network| network.contains(&source));
         if !allowed {
@@ -108,7 +117,8 @@ impl Shared {
     }
 
     fn backend(&self, port: u16) -> SocketAddr {
-        SocketAddr::new(self.spec.backend, self.spec.backend_port(port))
+        let now = self.now.read().unwrap_or_else(PoisonError::into_inner);
+        SocketAddr::new(now.spec.backend, now.spec.backend_port(port))
     }
 
     fn carried(&self, bytes: usize) {
@@ -136,6 +146,22 @@ impl Drop for LiveFlow {
     }
 }
 
+/// Reads what a proxy has carried.
+#[derive(Clone, Debug)]
+pub struct Meter(Arc<Shared>);
+
+impl Meter {
+    /// What was carried until now.
+    pub fn counters(&self) -> Counters {
+        Counters {
+            flows: self.0.flows.load(Relaxed),
+            packets: self.0.packets.load(Relaxed),
+            bytes: self.0.bytes.load(Relaxed),
+            refused: self.0.refused.load(Relaxed),
+        }
+    }
+}
+
 /// What serves one publish.
 #[derive(Debug)]
 pub struct Proxy {
@@ -151,9 +177,14 @@ impl Proxy {
     /// # Errors
     /// As epoll_ctl(2).
     pub fn start(held: Held, spec: Arc<Spec>, options: Options, idle: &Idle) -> io::Result<Self> {
+        let now = Now {
+            spec: spec.clone(),
+            allow: options.allow.clone(),
+        };
         let shared = Arc::new(Shared {
             spec,
             options,
+            now: RwLock::new(now),
             flows: AtomicU64::new(0),
             packets: AtomicU64::new(0),
             bytes: AtomicU64::new(0),
@@ -185,14 +216,20 @@ impl Proxy {
         Ok(proxy)
     }
 
+    /// Sends new clients to another backend, and serves those of other networks; live ones stay where they are.
+    pub fn change(&self, spec: Arc<Spec>, allow: Vec<IpNet>) {
+        let now = self.shared.now.write();
+        *now.unwrap_or_else(PoisonError::into_inner) = Now { spec, allow };
+    }
+
     /// What was carried until now.
     pub fn counters(&self) -> Counters {
-        Counters {
-            flows: self.shared.flows.load(Relaxed),
-            packets: self.shared.packets.load(Relaxed),
-            bytes: self.shared.bytes.load(Relaxed),
-            refused: self.shared.refused.load(Relaxed),
-        }
+        self.meter().counters()
+    }
+
+    /// What reads its counters, also after it has ended.
+    pub fn meter(&self) -> Meter {
+        Meter(self.shared.clone())
     }
 
     /// Gives the ports back; on return they are free.

@@ -7,6 +7,7 @@
 //! the scenarios of the kernel's own tests, and `usage` what a mistake is answered with. Every test makes its own machine,
 //! so they run side by side.
 
+mod api;
 mod bulk;
 mod crowd;
 mod direct;

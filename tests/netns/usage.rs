@@ -1,10 +1,6 @@
 //! Mistakes: each gets one line that names the thing, and the right exit status.
 
-use std::{
-    io::{BufRead as _, BufReader, Write as _},
-    net::{Ipv4Addr, SocketAddr, TcpListener},
-    os::unix::net::UnixStream,
-};
+use std::net::{Ipv4Addr, SocketAddr, TcpListener};
 
 use forwarder_tests::{
     daemon::{Daemon, Datapath, run_to_failure},
@@ -149,29 +145,4 @@ fn a_request_that_fails_changes_nothing() {
 /// The same line in what a failed command said.
 fn error_line_of(said: &str) -> &str {
     said.split("error: ").nth(1).unwrap_or(said)
-}
-
-#[test]
-fn what_is_no_request_is_said_and_disturbs_nobody() {
-    let topology = Topology::new().unwrap();
-    let daemon = Daemon::start(&topology.host, &[], Datapath::Ebpf).unwrap();
-    let socket = format!("/run/forwarder/{}.sock", daemon.instance());
-    let endless = vec![b' '; 17 << 20];
-    for (line, why) in [
-        (&endless[..], "not a request: longer than 16 MiB"),
-        (b"nonsense\n", "not a request"),
-        (b"{}\n", "not a request"),
-        (b"{\"list\":7}\n", "not a request"),
-        (b"\n", "not a request"),
-        (b"\xff\xfe\n", "not a request"),
-    ] {
-        let mut stream = UnixStream::connect(&socket).unwrap();
-        let _ = stream.write_all(line); // the daemon hangs up on the endless one
-        let mut answer = String::new();
-        BufReader::new(stream).read_line(&mut answer).unwrap();
-        let said = String::from_utf8_lossy(&line[..line.len().min(20)]);
-        assert!(answer.contains(why), "{said}: {answer}");
-        assert!(daemon.list().unwrap().is_empty());
-    }
-    daemon.stop().unwrap();
 }

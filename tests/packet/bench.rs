@@ -230,7 +230,7 @@ impl Bench {
             first_port: port,
             backend_port: backend.port(),
             flags: flag::SINGLE_PORT,
-            reserved: 0,
+            previous: 0,
         }
     }
 
@@ -400,7 +400,7 @@ impl Bench {
 
     /// The only flow.
     pub(crate) fn flow(&self) -> (Tuple, Flow) {
-        let flows: Vec<_> = self.datapath.maps.flows().map(Result::unwrap).collect();
+        let flows: Vec<_> = self.datapath.maps.flows.all().map(Result::unwrap).collect();
         assert_eq!(flows.len(), 1, "{flows:?}");
         flows.into_iter().next().unwrap()
     }

@@ -166,7 +166,7 @@ impl Arena {
                     first_port: 8080,
                     backend_port: 80,
                     flags: flag::SINGLE_PORT,
-                    reserved: 0,
+                    previous: 0,
                 };
                 for (index, protocol) in [(index, 6), (index + 2, 17)] {
                     let installed = Installed {

@@ -63,7 +63,7 @@ fn flood(bench: &Bench, protocol: Protocol, packets: u32) {
 }
 
 fn state_of(bench: &Bench, client: SocketAddr) -> Option<Flow> {
-    let flows = bench.datapath.maps.flows().map(Result::unwrap);
+    let flows = bench.datapath.maps.flows.all().map(Result::unwrap);
     let mut of_client = flows.filter(|(_, flow)| {
         (flow.client, flow.client_port) == (client.ip().into(), client.port().to_be())
     });
@@ -148,7 +148,7 @@ fn a_flood_ends_no_conversation(protocol: Protocol) {
         }
         proven(bench, &first(protocol, client(5000)), bench.uplink);
         assert!(is_kept(bench, client(5000)));
-        let flows = bench.datapath.maps.flows().count();
+        let flows = bench.datapath.maps.flows.all().count();
         assert!(flows <= limits::HALF_OPEN as usize + 101, "{flows} flows");
     });
 }
@@ -257,7 +257,7 @@ fn the_ports_of_closed_connections_are_used_again() {
             assert_eq!(answer.destination, client(port));
             bench.send(&sent.with_flags(ACK), bench.uplink).forwarded();
         }
-        let flows = bench.datapath.maps.flows().count();
+        let flows = bench.datapath.maps.flows.all().count();
         assert!(flows <= 100, "{flows}");
     });
 }
@@ -307,11 +307,11 @@ fn a_flow_with_another_port_outlives_the_one_that_had_its_own() {
         let other = Frame::first(Protocol::Tcp, client(4000), at("198.51.100.2:9090"));
         proven(bench, &one, bench.uplink);
         let port = proven(bench, &other, bench.uplink).source.port();
-        let mut flows = bench.datapath.maps.flows().map(Result::unwrap);
+        let mut flows = bench.datapath.maps.flows.all().map(Result::unwrap);
         let own = flows.find(|(key, _)| key.source_port == 4000_u16.to_be());
         drop(flows);
         let (key, flow) = own.unwrap();
-        bench.datapath.maps.remove_flow(&key, &flow).unwrap();
+        bench.datapath.maps.flows.remove(&key, &flow).unwrap();
         let again = bench.send(&other.with_flags(ACK), bench.uplink).forwarded();
         assert_eq!(again.source.port(), port);
     });
@@ -412,17 +412,22 @@ fn a_flow_that_is_found_again_is_followed_again() {
         bench.send(&one, bench.uplink).forwarded();
         let arrived = answered(bench, &other, bench.uplink);
         let port = arrived.source.port().to_be();
-        let mut flows = bench.datapath.maps.flows().map(Result::unwrap);
+        let mut flows = bench.datapath.maps.flows.all().map(Result::unwrap);
         let (key, flow) = flows.find(|(key, _)| key.source_port == port).unwrap();
         drop(flows);
         let (alias_key, alias) = flow.counterpart(&key);
-        bench.datapath.maps.remove_flow(&alias_key, &alias).unwrap();
+        bench
+            .datapath
+            .maps
+            .flows
+            .remove(&alias_key, &alias)
+            .unwrap();
         for _ in 0..3 {
             let on = other.clone().with_flags(ACK);
             let again = bench.send(&on, bench.uplink).forwarded();
             assert_eq!(again.source, arrived.source);
         }
-        let flow = bench.datapath.maps.flow(&key).unwrap().unwrap();
+        let flow = bench.datapath.maps.flows.get(&key).unwrap().unwrap();
         assert_eq!(Phase::of(key.protocol, flow.state), Phase::TcpEstablished);
     });
 }

@@ -118,7 +118,7 @@ fn a_client_is_told_that_its_packets_time_is_over() {
                 let outcome = bench.send(&sent, bench.uplink);
                 assert_eq!(bare(answered(outcome, "ttl_expired")), expired(&sent));
             }
-            let flows = bench.datapath.maps.flows().count();
+            let flows = bench.datapath.maps.flows.all().count();
             assert_eq!(flows, 0, "it begins nothing");
         });
     }

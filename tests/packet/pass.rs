@@ -103,7 +103,7 @@ fn an_answer_to_no_flow_is_left_alone() {
                 outcome.passed(&other.bytes(), "");
             }
             let (key, flow) = bench.flow();
-            bench.datapath.maps.remove_flow(&key, &flow).unwrap();
+            bench.datapath.maps.flows.remove(&key, &flow).unwrap();
             let outcome = bench.send(&answer, bench.container);
             outcome.passed(&answer.bytes(), "");
         });

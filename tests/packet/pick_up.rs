@@ -24,9 +24,15 @@ const ALL: [[&str; 3]; 2] = [
 ];
 
 fn forget_all(bench: &mut Bench) {
-    let flows: Vec<_> = bench.datapath.maps.flows().map(Result::unwrap).collect();
+    let flows: Vec<_> = bench
+        .datapath
+        .maps
+        .flows
+        .all()
+        .map(Result::unwrap)
+        .collect();
     for (key, flow) in flows {
-        bench.datapath.maps.remove_flow(&key, &flow).unwrap();
+        bench.datapath.maps.flows.remove(&key, &flow).unwrap();
     }
 }
 

@@ -47,7 +47,7 @@ fn conntrack_reverse_clash_an_answer_before_the_question_begins_nothing() {
         let early = Frame::first(Protocol::Udp, at("172.31.0.2:53"), client);
         let outcome = bench.send(&early, bench.container);
         outcome.passed(&early.bytes(), "");
-        assert_eq!(bench.datapath.maps.flows().count(), 0);
+        assert_eq!(bench.datapath.maps.flows.all().count(), 0);
         let arrived = bench.send(&question, bench.uplink).forwarded();
         assert_eq!(arrived.source, client);
         let answer = bench.send(&early, bench.container).forwarded();

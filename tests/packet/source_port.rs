@@ -69,8 +69,8 @@ fn when_all_ports_are_in_use_a_new_client_is_refused_and_the_others_go_on() {
         let late = client(4002);
         bench.send(&late, LO).dropped("no_source_port");
         bench.send(&client(4000), LO).forwarded();
-        let (key, flow) = bench.datapath.maps.flows().next().unwrap().unwrap();
-        bench.datapath.maps.remove_flow(&key, &flow).unwrap();
+        let (key, flow) = bench.datapath.maps.flows.all().next().unwrap().unwrap();
+        bench.datapath.maps.flows.remove(&key, &flow).unwrap();
         bench.send(&client(4002), LO).forwarded();
     });
 }

@@ -119,7 +119,13 @@ impl Daemon {
         let instance = format!("test-{}-{number}", std::process::id());
         let binary = binary().to_string_lossy().into_owned();
         let mut words: Vec<&str> = wrapper.to_vec();
-        words.extend([binary.as_str(), "run", "--instance", &instance]);
+        words.extend([
+            binary.as_str(),
+            "run",
+            "--ephemeral",
+            "--instance",
+            &instance,
+        ]);
         words.extend(["--datapath", datapath.name()]);
         words.extend(flags);
         words.extend(specs.iter().flat_map(|spec| ["-p", *spec]));
@@ -235,6 +241,11 @@ impl Daemon {
             );
         }
         Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+    }
+
+    /// Its control socket.
+    pub fn socket(&self) -> PathBuf {
+        PathBuf::from(format!("/run/forwarder/{}.sock", self.instance))
     }
 
     /// The entries of `forwarder list --json`.

@@ -2,6 +2,7 @@
 //! the daemon under test, and traffic. The scenarios are in `packet/` and `netns/`; the
 //! demonstration (`forwarder-demo`) stands on the same harness.
 
+pub mod api;
 pub mod browser;
 pub mod cpu;
 pub mod daemon;

@@ -317,7 +317,8 @@ fn every_timeout_is_in_the_reference() {
         let shown = reference.split(&row).nth(1);
         let shown = shown.unwrap_or_else(|| panic!("docs/reference.md has no {}", phase.name()));
         let shown = shown.split(' ').next().unwrap_or_default();
-        let chosen: forwarder::cli::Timeout = format!("{}={shown}", phase.name()).parse().unwrap();
+        let chosen: forwarder::config::Timeout =
+            format!("{}={shown}", phase.name()).parse().unwrap();
         assert_eq!(chosen.seconds, defaults.of(*phase), "{shown}");
     }
 }

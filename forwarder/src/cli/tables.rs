@@ -1,14 +1,13 @@
 //! What commands print: tables for people. JSON comes as it is.
 
-use std::{
-    fmt::Write as _,
-    net::{Ipv6Addr, SocketAddr},
-};
+use std::{fmt::Write as _, net::SocketAddr};
 
-use forwarder_common::reason::Reason;
 use ipnet::IpNet;
 
-use crate::daemon::{Counter, Endpoint, Listed, ListedFlow, delivery_name};
+use crate::{
+    control::api::{Counter, Endpoint, Listed, ListedFlow, Traced},
+    publish::Id,
+};
 
 /// Rows under a header, columns as wide as they must be.
 pub fn table<const N: usize>(header: [&str; N], rows: &[[String; N]]) -> String {
@@ -46,11 +45,12 @@ fn endpoint(endpoint: &Endpoint) -> String {
 
 /// `forwarder list`.
 pub fn list(publishes: &[Listed]) -> String {
-    let rows: Vec<[String; 8]> = publishes
+    let rows: Vec<[String; 9]> = publishes
         .iter()
         .map(|p| {
             [
                 p.id.to_string(),
+                p.owner.to_string(),
                 format!("{}/{}", endpoint(&p.frontend), p.protocol),
                 endpoint(&p.backend),
                 match &p.delivery {
@@ -66,7 +66,7 @@ pub fn list(publishes: &[Listed]) -> String {
         .collect();
     table(
         [
-            "ID", "FRONTEND", "BACKEND", "DATAPATH", "FLOWS", "PACKETS", "BYTES", "REASON",
+            "ID", "OWNER", "FRONTEND", "BACKEND", "DATAPATH", "FLOWS", "PACKETS", "BYTES", "REASON",
         ],
         &rows,
     )
@@ -108,114 +108,76 @@ pub fn stats(counters: &[Counter]) -> String {
     table(["REASON", "PACKETS"], &rows)
 }
 
-/// A line of the traced program with devices' names for their numbers, as they are in the daemon's own
-/// network namespace.
-pub fn name_devices(line: &str) -> String {
-    let name = |word: &str| {
-        let ifindex: u32 = word.parse().ok()?;
-        let name = nix::net::if_::if_indextoname(ifindex)
-            .ok()?
-            .into_string()
-            .ok()?;
-        (!name.is_empty()).then_some(name)
+/// The line that says how a publish is served.
+pub fn published(row: &Listed) -> String {
+    let frontend = match row.frontend.address {
+        None => endpoint(&row.frontend).replacen("*:", "", 1),
+        Some(_) => endpoint(&row.frontend),
     };
-    let mut words: Vec<String> = line.split(' ').map(Into::into).collect();
-    for at in [Traced::DEVICE, Traced::TO_DEVICE] {
-        if let Some(word) = words.get_mut(at) {
-            *word = name(word).unwrap_or_else(|| word.clone());
-        }
-    }
-    words.join(" ")
+    let spec = format!("{frontend}:{}/{}", endpoint(&row.backend), row.protocol);
+    let how = match (&row.reason, &row.delivery) {
+        (Some(reason), _) => format!("userland: {reason}"),
+        (None, Some(delivery)) => match &row.xdp {
+            Some(mode) => format!("ebpf, {delivery}, {mode} XDP"),
+            None => format!("ebpf, {delivery}"),
+        },
+        (None, None) => row.datapath.clone(),
+    };
+    let ports = row.frontend.end_port - row.frontend.port;
+    let all_to_one = if ports > 0 && row.backend.port == row.backend.end_port {
+        format!(
+            ", all {} ports to port {}",
+            u32::from(ports) + 1,
+            row.backend.port
+        )
+    } else {
+        String::new()
+    };
+    format!("{}: {spec} ({how}{all_to_one})", row.id)
 }
 
 /// One packet of a trace, if it is of the publish and from or to the network.
-pub fn trace(line: &str, id: Option<u32>, client: Option<IpNet>) -> Option<String> {
-    let Some(packet) = Traced::parse(line) else {
-        return Some(line.to_owned());
+pub fn trace(traced: &Traced, id: Option<Id>, client: Option<IpNet>) -> Option<String> {
+    let packet = match traced {
+        Traced::Packet(packet) => packet,
+        Traced::Lost(lines) => return Some(format!("lost {lines}")),
     };
-    let ends = [
-        Some(packet.tuple),
-        packet.rewritten.as_ref().map(|(tuple, ..)| *tuple),
-    ];
+    let rewritten = packet.rewritten.as_ref();
+    let ends = [Some(&packet.source), Some(&packet.destination)];
+    let ends = ends.into_iter().chain([
+        rewritten.map(|new| &new.source),
+        rewritten.map(|new| &new.destination),
+    ]);
     let seen = |network: IpNet| {
-        let mut addresses = ends.iter().flatten().flatten();
-        addresses.any(|end| network.contains(&end.ip()))
+        let addresses = ends.flatten().filter_map(|end| end.parse().ok());
+        addresses
+            .map(|end: SocketAddr| end.ip())
+            .any(|address| network.contains(&address))
     };
-    if id.is_some_and(|id| id != packet.publish) || client.is_some_and(|network| !seen(network)) {
+    if id.is_some_and(|id| packet.publish != Some(id))
+        || client.is_some_and(|network| !seen(network))
+    {
         return None;
     }
-    let Traced {
-        publish,
-        reason,
-        device,
-        protocol,
-        tuple,
-        rewritten,
-    } = packet;
-    let publish = if publish == 0 {
-        "-".into()
-    } else {
-        publish.to_string()
-    };
+    let publish = packet.publish.map_or("-".into(), |id| id.to_string());
     let mut text = format!(
-        "{device:<8} publish {publish:<4} {protocol} {} -> {}  {reason}",
-        tuple[0], tuple[1]
+        "{:<8} publish {publish:<4} {} {} -> {}  {}",
+        packet.device, packet.protocol, packet.source, packet.destination, packet.reason
     );
-    if let Some((tuple, delivery, device)) = rewritten {
+    if let Some(new) = rewritten {
         let _ = write!(
             text,
-            ": {} -> {} by {delivery} {device}",
-            tuple[0], tuple[1]
+            ": {} -> {} by {} {}",
+            new.source, new.destination, new.delivery, new.device
         );
     }
     Some(text)
 }
 
-/// The program's words: publish, reason, device, protocol, source address and port, destination address and
-/// port; and of a forwarded packet the same four after the rewrite, delivery and device.
-struct Traced<'a> {
-    publish: u32,
-    reason: &'static str,
-    device: &'a str,
-    protocol: &'static str,
-    tuple: [SocketAddr; 2],
-    rewritten: Option<([SocketAddr; 2], &'static str, &'a str)>,
-}
-
-impl<'a> Traced<'a> {
-    const DEVICE: usize = 2;
-    const TO_DEVICE: usize = 13;
-
-    fn parse(line: &'a str) -> Option<Self> {
-        let words: Vec<&str> = line.split(' ').collect();
-        let endpoint = |at: usize| {
-            let address: Ipv6Addr = words.get(at)?.parse().ok()?;
-            Some(SocketAddr::new(
-                address.to_canonical(),
-                words.get(at + 1)?.parse().ok()?,
-            ))
-        };
-        let tuple = |at: usize| Some([endpoint(at)?, endpoint(at + 2)?]);
-        let rewritten = tuple(8).and_then(|tuple| {
-            let delivery = delivery_name(words.get(12)?.parse().ok()?)?;
-            Some((tuple, delivery, *words.get(Self::TO_DEVICE)?))
-        });
-        Some(Self {
-            publish: words.first()?.parse().ok()?,
-            reason: Reason::ALL
-                .get(words.get(1)?.parse::<usize>().ok()?)?
-                .name(),
-            device: words.get(Self::DEVICE)?,
-            protocol: if *words.get(3)? == "6" { "tcp" } else { "udp" },
-            tuple: tuple(4)?,
-            rewritten,
-        })
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::control::api::{Rewritten, TracedPacket};
 
     #[test]
     fn columns_line_up() {
@@ -223,42 +185,51 @@ mod tests {
         assert_eq!(text, "A    LONG\naaa  b\n");
     }
 
-    const FORWARDED: &str = "3 0 eth0 6 ::ffff:192.0.2.1 4000 ::ffff:198.51.100.2 8080 \
-                             ::ffff:192.0.2.1 4000 ::ffff:172.31.0.2 80 1 veth0";
+    fn forwarded() -> Traced {
+        Traced::Packet(TracedPacket {
+            publish: Some(3),
+            reason: "forwarded_original".into(),
+            device: "eth0".into(),
+            protocol: "tcp".into(),
+            source: "192.0.2.1:4000".into(),
+            destination: "198.51.100.2:8080".into(),
+            rewritten: Some(Rewritten {
+                source: "192.0.2.1:4000".into(),
+                destination: "172.31.0.2:80".into(),
+                delivery: "peer".into(),
+                device: "veth0".into(),
+            }),
+        })
+    }
 
     #[test]
     fn a_trace_says_what_was_done() {
         let text = "eth0     publish 3    tcp 192.0.2.1:4000 -> 198.51.100.2:8080  forwarded_original: \
                     192.0.2.1:4000 -> 172.31.0.2:80 by peer veth0";
-        assert_eq!(trace(FORWARDED, None, None).as_deref(), Some(text));
-        let passed = "0 5 lo 17 ::1 4000 fd00::1 53";
-        let text = format!(
-            "lo       publish -    udp [::1]:4000 -> [fd00::1]:53  {}",
-            Reason::ALL[5].name()
+        assert_eq!(trace(&forwarded(), None, None).as_deref(), Some(text));
+        let passed = Traced::Packet(TracedPacket {
+            publish: None,
+            reason: "not_ours".into(),
+            device: "lo".into(),
+            protocol: "udp".into(),
+            source: "[::1]:4000".into(),
+            destination: "[fd00::1]:53".into(),
+            rewritten: None,
+        });
+        let text = "lo       publish -    udp [::1]:4000 -> [fd00::1]:53  not_ours";
+        assert_eq!(trace(&passed, None, None).as_deref(), Some(text));
+        assert_eq!(
+            trace(&Traced::Lost(5), None, None).as_deref(),
+            Some("lost 5")
         );
-        assert_eq!(trace(passed, None, None), Some(text));
     }
 
     #[test]
     fn a_trace_is_of_one_publish_or_network() {
-        assert!(trace(FORWARDED, Some(3), "192.0.2.0/24".parse().ok()).is_some());
-        assert_eq!(trace(FORWARDED, Some(4), None), None);
-        assert!(trace(FORWARDED, None, "172.31.0.0/24".parse().ok()).is_some());
-        assert_eq!(trace(FORWARDED, None, "203.0.113.0/24".parse().ok()), None);
-    }
-
-    #[test]
-    fn devices_get_their_names() {
-        assert_eq!(name_devices("3 0 1 6"), "3 0 lo 6");
-        assert_eq!(name_devices("3 0 99999 6"), "3 0 99999 6");
-        assert_eq!(
-            name_devices("0 0 1 0 a 0 a 0 a 0 a 0 1 1"),
-            "0 0 lo 0 a 0 a 0 a 0 a 0 1 lo"
-        );
-    }
-
-    #[test]
-    fn a_line_that_is_no_packet_is_shown_as_it_is() {
-        assert_eq!(trace("lost 5", None, None).as_deref(), Some("lost 5"));
+        let packet = forwarded();
+        assert!(trace(&packet, Some(3), "192.0.2.0/24".parse().ok()).is_some());
+        assert_eq!(trace(&packet, Some(4), None), None);
+        assert!(trace(&packet, None, "172.31.0.0/24".parse().ok()).is_some());
+        assert_eq!(trace(&packet, None, "203.0.113.0/24".parse().ok()), None);
     }
 }

@@ -145,7 +145,7 @@ impl Daemon {
             destination_port: datagram.source.port().to_be(),
             protocol: UDP.into(),
         };
-        let flow = datapath.maps.flow(&key)?;
+        let flow = datapath.maps.flows.get(&key)?;
         Ok(flow.map(|flow| {
             let frontend = (flow.frontend, flow.frontend_port);
             let [frontend, client] = [frontend, (flow.client, flow.client_port)]

@@ -1,351 +1,583 @@
-//! The part of the daemon that follows the network: one reading after another, and the kernel's maps,
-//! attachments and neighbours made to match it.
+//! Makes kernel and proxy match what is wanted: everything is validated, then changed; a failure undoes in reverse, goes on
+//! past errors of the undoing, and the first error is returned.
 
-use std::{
-    collections::{BTreeMap, BTreeSet},
-    net::IpAddr,
-};
+use std::{collections::BTreeSet, os::fd::OwnedFd, sync::Arc};
 
-use anyhow::Result;
+use anyhow::{Context as _, Result, bail};
 use forwarder_common::{
-    flow::{Hop, delivery},
-    publish::{Interface, Publish as Entry, flag},
-    tuple::Address,
+    limits,
+    publish::{Publish as PublishEntry, flag},
 };
-use tokio::time::Instant;
-use tracing::{debug, info, warn};
+use ipnet::IpNet;
+use tracing::{debug, warn};
 
 use super::{
-    ASK_AGAIN, ASK_ROUTES_PAUSE, Daemon,
-    report::{delivery_name, delivery_of},
+    Daemon,
+    view::{Row, delivery_name},
 };
 use crate::{
-    cli::XdpChoice,
-    datapath::devices::{Hook, Place},
-    network::Header,
-    network::xfrm,
-    plan::locations,
-    plan::{self, Resolved},
-    publish::spec::Protocol,
+    config::DatapathChoice,
+    control::api::Ending,
+    datapath::Datapath,
+    network::Snapshot,
+    plan::{self, Planned},
+    proxy::{Held, Options as ProxyOptions, Proxy, Stop, is_wide},
+    publish::{Difference, Id, Spec, Wanted, spec::Protocol},
 };
 
+/// What serves one publish.
+pub(super) struct Serving {
+    pub row: Arc<Row>,
+    /// `None` while its ports are given to another.
+    pub proxy: Option<Proxy>,
+    /// The sockets that hold a wide range, one in each family, with whether that is IPv4; empty if each port has its own.
+    steered: Vec<(bool, OwnedFd)>,
+    /// An IPsec policy keeps it from the fast path.
+    pub covered: bool,
+    /// The place of the one that had its port before and drains; 0 for none.
+    previous: u32,
+}
+
+/// A publish that begins no flows any more, by its place; its own go on.
+pub(super) struct Draining {
+    pub row: Arc<Row>,
+    previous: u32,
+    /// It was taken back, and is shown for itself; else it is a backend that was replaced.
+    pub is_shown: bool,
+}
+
+/// For a backend on another machine, how XDP takes part.
+fn xdp_towards(datapath: &Datapath, entry: &PublishEntry) -> Option<&'static str> {
+    let is_remote = entry.flags & flag::REMOTE != 0;
+    let mut devices = datapath.xdp();
+    let found = devices.find(|(ifindex, _)| is_remote && *ifindex == entry.hop.ifindex);
+    found.map(|(_, mode)| mode.name())
+}
+
+impl Serving {
+    /// Ends what the proxy has of it; on return its ports are free.
+    pub(super) async fn end(self, ending: Ending) {
+        if let Some(proxy) = self.proxy {
+            proxy.stop(stop(ending)).await;
+        }
+    }
+}
+
+const fn stop(ending: Ending) -> Stop {
+    match ending {
+        Ending::Cut | Ending::Reset => Stop::Reset,
+        Ending::Drain => Stop::Drain,
+    }
+}
+
+/// Places in `PUBLISHES` whose flows have to be ended.
+#[derive(Debug, Default)]
+#[must_use]
+pub(super) struct Loose(pub BTreeSet<u32>);
+
+/// A step that was done, and how it is undone.
+enum Done {
+    Begun(Id),
+    /// With what was wanted before.
+    Changed(Wanted),
+    /// Taken from the kernel alone.
+    Uninstalled(Id),
+}
+
 impl Daemon {
-    /// Reads the network again and makes the kernel match.
-    pub(super) async fn refresh(&mut self) -> Result<()> {
-        let Some(reader) = &self.reader else {
-            return Ok(());
+    /// Puts a difference in force, or nothing of it.
+    ///
+    /// # Errors
+    /// The first thing that could not be had.
+    pub(super) async fn reconcile(
+        &mut self,
+        difference: &Difference,
+        ending: Ending,
+        descriptors: Vec<OwnedFd>,
+    ) -> Result<Loose> {
+        if difference.is_empty() {
+            return Ok(Loose::default());
+        }
+        let new = difference.add.iter();
+        let new = new.chain(difference.change.iter().map(|(_, after)| after));
+        let backends: Vec<_> = new.map(|wanted| wanted.publish.spec.backend).collect();
+        self.ask_for_routes(backends).await;
+        let mut loose = Loose::default();
+        let mut done = Vec::new();
+        let in_the_way = self.in_the_way(difference);
+        let mut given = descriptors;
+        let tried = self.try_all(
+            difference,
+            &in_the_way,
+            ending,
+            &mut given,
+            (&mut done, &mut loose),
+        );
+        let result = match tried.await {
+            Ok(()) => self.record(difference),
+            Err(error) => Err(error),
         };
-        let before = std::mem::take(&mut self.snapshot);
-        let after = self.watch.snapshot(reader, &before).await;
-        self.snapshot = match after {
-            Ok(after) => after,
-            Err(error) => {
-                self.snapshot = before;
+        if let Err(error) = result {
+            self.undo(done, &in_the_way).await;
+            return Err(error);
+        }
+        for (_, after) in &difference.change {
+            self.tell("changed", after.id);
+        }
+        for wanted in &difference.add {
+            self.tell("published", wanted.id);
+        }
+        for wanted in &difference.remove {
+            self.tell("unpublished", wanted.id);
+            let ending = if in_the_way.contains(&wanted.id) {
+                Ending::Cut
+            } else {
+                ending
+            };
+            loose.0.extend(self.end(wanted.id, ending).await);
+        }
+        if let Err(error) = self.follow_xdp() {
+            warn!("{error:#}");
+        }
+        self.ask_for_neighbours().await;
+        Ok(loose)
+    }
+
+    fn tell(&self, event: &str, id: Id) {
+        if self.view.has_listeners()
+            && let Some(row) = self.view.row(id)
+        {
+            self.view.tell(event, row);
+        }
+    }
+
+    /// What has to give its ports back before others can be had.
+    fn in_the_way(&self, difference: &Difference) -> BTreeSet<Id> {
+        let overlaps = |gone: &&Wanted| {
+            let mut new = difference.add.iter();
+            new.any(|new| new.publish.spec.overlaps(&gone.publish.spec))
+        };
+        let gone = difference.remove.iter().filter(overlaps);
+        gone.map(|wanted| wanted.id).collect()
+    }
+
+    async fn try_all(
+        &mut self,
+        difference: &Difference,
+        in_the_way: &BTreeSet<Id>,
+        ending: Ending,
+        given: &mut Vec<OwnedFd>,
+        (done, loose): (&mut Vec<Done>, &mut Loose),
+    ) -> Result<()> {
+        for wanted in &difference.remove {
+            // One that drains keeps its ports.
+            if ending != Ending::Drain || in_the_way.contains(&wanted.id) {
+                self.uninstall_publish(wanted.id)?;
+                done.push(Done::Uninstalled(wanted.id));
+            }
+        }
+        for id in in_the_way {
+            if let Some(serving) = self.serving.get_mut(id)
+                && let Some(proxy) = serving.proxy.take()
+            {
+                proxy.stop(Stop::Reset).await;
+            }
+        }
+        tokio::task::block_in_place(|| {
+            for wanted in &difference.add {
+                self.begin_publish(wanted, given)?;
+                done.push(Done::Begun(wanted.id));
+            }
+            for (before, after) in &difference.change {
+                done.push(Done::Changed(before.clone()));
+                loose.0.extend(self.change_publish(after)?);
+            }
+            Ok(())
+        })
+    }
+
+    /// Takes back what was done, the last first.
+    async fn undo(&mut self, done: Vec<Done>, in_the_way: &BTreeSet<Id>) {
+        for step in done.into_iter().rev() {
+            let undone = match step {
+                Done::Begun(id) => {
+                    let undone = self.uninstall_publish(id);
+                    let places = self.end(id, Ending::Cut).await;
+                    drop(tokio::spawn(
+                        self.end_flows_of(Loose(places.into_iter().collect())),
+                    ));
+                    undone
+                }
+                Done::Changed(before) => self.change_publish(&before).map(|_| ()),
+                Done::Uninstalled(id) if in_the_way.contains(&id) => self.hold_again(id),
+                Done::Uninstalled(id) => self.install(id),
+            };
+            if let Err(error) = undone {
+                warn!("what failed is not all undone: {error:#}");
+            }
+        }
+    }
+
+    /// Records a difference that is in force, also on disk.
+    fn record(&mut self, difference: &Difference) -> Result<()> {
+        let before = self.state.as_ref().map(|_| self.registry.clone());
+        self.registry.apply(difference);
+        if let (Some(state), Some(before)) = (&mut self.state, before) {
+            let flags = &self.config.publishes;
+            if let Err(error) = tokio::task::block_in_place(|| state.write(&self.registry, flags)) {
+                self.registry = before;
                 return Err(error);
             }
-        };
-        if self.routing_changed && Instant::now() >= self.ask_routes_after {
-            self.routing_changed = false;
-            self.snapshot.answers.clear();
         }
-        let backends = self.publishes.values();
-        let backends: Vec<IpAddr> = backends.map(|published| published.spec.backend).collect();
-        self.ask_for_routes(backends).await;
-        self.reconcile_devices()?;
-        let ids: Vec<u32> = self.publishes.keys().copied().collect();
-        let before = self.covered();
-        for id in ids {
-            self.resolve(id)?;
-        }
-        let newly: BTreeSet<u32> = &self.covered() - &before;
-        if !newly.is_empty() {
-            self.remove_flows(&newly)?;
-        }
-        self.follow_xdp()?;
-        self.ask_for_neighbours().await;
-        self.warn_of_disputes();
         Ok(())
     }
 
-    /// Warns of each container once, however often it changes its addresses.
-    pub(super) fn warn_of_disputes(&mut self) {
-        let snapshot = &self.snapshot;
-        self.warned.retain(|veth| snapshot.links.contains_key(veth));
-        for (&veth, &address) in &snapshot.disputed {
-            if self.warned.insert(veth) {
-                warn!("{}", locations::dispute(snapshot, veth, address));
-            }
-        }
-    }
-
-    /// Publishes that an IPsec policy covers: flows that were begun before would go round it.
-    fn covered(&self) -> BTreeSet<u32> {
-        let covered = self.publishes.iter().filter(|(_, p)| p.covered);
-        covered.map(|(id, _)| *id).collect()
-    }
-
-    /// Asks the kernel for the way to backends that only it knows: once for each, until routing changes.
-    pub(super) async fn ask_for_routes(&mut self, backends: impl IntoIterator<Item = IpAddr>) {
-        let Some(reader) = &self.reader else {
-            return;
-        };
-        let begun = Instant::now();
-        for backend in backends {
-            let is_known = self.snapshot.answers.contains_key(&backend);
-            if is_known || !plan::takes_an_answer(&self.snapshot, backend) {
-                continue;
-            }
-            match reader.route_to(backend).await {
-                Ok(answer) => drop(self.snapshot.answers.insert(backend, answer)),
-                Err(error) => warn!("the route to {backend}: {error:#}"),
-            }
-        }
-        // Thousands of backends must not keep the daemon busy when routes change all the time.
-        let pause = begun.elapsed() * ASK_ROUTES_PAUSE;
-        self.ask_routes_after = self.ask_routes_after.max(Instant::now() + pause);
-    }
-
-    /// Backends on this machine whose MAC, or the bridge port behind it, isn't known are asked for by the
-    /// kernel's neighbour discovery, so that they get the fastest delivery: before the first packet, and when a
-    /// container is back with another MAC, where the kernel would try the old one for seconds. The fast
-    /// path goes round the bridge, so nothing else would teach it the port.
-    pub(super) async fn ask_for_neighbours(&mut self) {
-        let Some(reader) = &self.reader else {
-            return;
-        };
-        let now = Instant::now();
-        for published in self.publishes.values() {
-            let Some(entry) = &published.entry else {
-                continue;
-            };
-            let key = (entry.hop.ifindex, published.spec.backend);
-            let direct = entry.hop.delivery != delivery::NEIGHBOUR;
-            if direct || entry.flags & flag::REMOTE != 0 {
-                self.asked
-                    .retain(|(_, backend), _| *backend != published.spec.backend);
-                continue;
-            }
-            if self
-                .asked
-                .get(&key)
-                .is_some_and(|asked| now < *asked + ASK_AGAIN)
-            {
-                continue;
-            }
-            self.asked.insert(key, now);
-            match self.snapshot.neighbours.get(&key) {
-                Some(neighbour) if neighbour.permanent => {} // somebody set it by hand
-                Some(neighbour) => {
-                    debug!("the bridge port of {} is not known", published.spec.backend);
-                    reader.forget_neighbour(key.0, key.1, neighbour.mac).await;
-                    reader.ask_neighbour(key.0, key.1).await;
+    /// Holds a publish's ports, and has kernel and proxy serve it.
+    fn begin_publish(&mut self, wanted: &Wanted, given: &mut Vec<OwnedFd>) -> Result<()> {
+        let spec = &wanted.publish.spec;
+        let index = self.slots.take().context(
+            "all places for publishes are taken by flows that end; try again in a moment",
+        )?;
+        let begun = self.hold(index, wanted, given).and_then(|serving| {
+            let id = wanted.id;
+            self.serving.insert(id, serving);
+            self.install(id)?;
+            let unserved = self
+                .serving
+                .get(&id)
+                .and_then(|serving| serving.row.unserved.clone());
+            match unserved {
+                Some(why) if self.config.datapath == DatapathChoice::Ebpf => {
+                    bail!("publish {spec}: {why}; --datapath auto would serve it in user space")
                 }
-                None => reader.ask_neighbour(key.0, key.1).await,
+                _ => Ok(()),
             }
+        });
+        if begun.is_err() {
+            let _ = self.uninstall_publish(wanted.id);
+            self.serving.remove(&wanted.id);
+            self.view.hide(wanted.id);
+            self.give_back(&[index]);
         }
+        begun
     }
 
-    pub(super) fn reconcile_devices(&mut self) -> Result<()> {
-        let Some(datapath) = &mut self.datapath else {
+    /// Holds a publish's ports: by a socket each, or a wide range by one socket if the kernel can steer; and starts its
+    /// proxy.
+    fn hold(&mut self, index: u32, wanted: &Wanted, given: &mut Vec<OwnedFd>) -> Result<Serving> {
+        let publish = &wanted.publish;
+        let spec = &publish.spec;
+        let (held, steered) = if given.is_empty() {
+            self.bind(index, wanted)?
+        } else {
+            (Held::bind_or_take(spec, given)?, Vec::new())
+        };
+        let allow: Arc<[IpNet]> = self.allow(wanted).into();
+        let options = ProxyOptions {
+            proxy_protocol: self.config.proxy_protocol,
+            allow: allow.to_vec(),
+            timeouts: self.timeouts.clone(),
+        };
+        let proxy = Proxy::start(held, Arc::new(spec.clone()), options, &self.idle)?;
+        let row = Row {
+            wanted: wanted.clone(),
+            index,
+            delivery: None,
+            xdp: None,
+            unserved: self.datapath.is_none().then(|| self.without.clone()),
+            allow,
+            draining: false,
+            meter: Some(proxy.meter()),
+            ended: Arc::default(),
+        };
+        Ok(Serving {
+            row: Arc::new(row),
+            proxy: Some(proxy),
+            steered,
+            covered: false,
+            previous: self.drains_on(spec),
+        })
+    }
+
+    fn bind(&mut self, index: u32, wanted: &Wanted) -> Result<(Held, Vec<(bool, OwnedFd)>)> {
+        let spec = &wanted.publish.spec;
+        let Some(datapath) = self.datapath.as_mut().filter(|_| is_wide(spec)) else {
+            return Ok((Held::bind(spec)?, Vec::new()));
+        };
+        if let Err(error) = datapath.enable_steering() {
+            warn!("{spec} is held by a socket for each port: {error:#}");
+            return Ok((Held::bind(spec)?, Vec::new()));
+        }
+        let held = Held::bind_steered(spec, datapath.own_mark())?;
+        let mut steered = Vec::new();
+        held.try_for_each(|is_v4, socket| {
+            steered.push((is_v4, socket.try_clone_to_owned()?));
+            datapath.steer(index, is_v4, &socket)
+        })
+        .with_context(|| format!("publish {spec}"))?;
+        Ok((held, steered))
+    }
+
+    /// The place of the publish that drains on ports of this one; 0 for none. Of several, the last has them.
+    fn drains_on(&self, spec: &Spec) -> u32 {
+        let shown = self
+            .draining
+            .iter()
+            .filter(|(_, draining)| draining.is_shown);
+        let overlaps = shown.filter(|(_, it)| it.row.wanted.publish.spec.overlaps(spec));
+        let last = overlaps.max_by_key(|(_, it)| it.row.wanted.id);
+        last.map_or(0, |(place, _)| *place)
+    }
+
+    /// After a failed change: has the ports again that were given back for it.
+    fn hold_again(&mut self, id: Id) -> Result<()> {
+        let Some(serving) = self.serving.get(&id) else {
             return Ok(());
         };
-        let several = plan::has_several_uplinks(&self.snapshot);
-        datapath.maps.set_several_uplinks(several)?;
-        datapath
-            .maps
-            .set_locations(&locations::locations(&self.snapshot))?;
-        self.forget_xdp();
-        self.attach_xdp();
-        self.write_interfaces()?;
-        self.reconcile_hooks();
+        let (index, wanted) = (serving.row.index, serving.row.wanted.clone());
+        let serving = self.hold(index, &wanted, &mut Vec::new())?;
+        self.serving.insert(id, serving);
+        self.install(id)
+    }
+
+    fn allow(&self, wanted: &Wanted) -> Vec<IpNet> {
+        let own = wanted.publish.policy.allow.as_ref();
+        own.unwrap_or(&self.config.allow).clone()
+    }
+
+    /// Gives a publish another backend or policy, in place. TCP connections to another backend go on; the place is returned
+    /// whose flows are not to.
+    fn change_publish(&mut self, after: &Wanted) -> Result<Option<u32>> {
+        let allow: Arc<[IpNet]> = self.allow(after).into();
+        let Some(serving) = self.serving.get_mut(&after.id) else {
+            return Ok(None);
+        };
+        let before = serving.row.clone();
+        let row = Arc::make_mut(&mut serving.row);
+        row.wanted = after.clone();
+        row.allow = allow;
+        if let Some(proxy) = &serving.proxy {
+            proxy.change(Arc::new(after.publish.spec.clone()), row.allow.to_vec());
+        }
+        let moves = before.wanted.publish.spec != after.publish.spec;
+        let former = match &mut self.datapath {
+            Some(datapath) if moves => {
+                row.index = self.slots.take().context(NO_PLACE)?;
+                for (is_v4, socket) in &serving.steered {
+                    datapath.steer(row.index, *is_v4, socket)?;
+                }
+                let previous = std::mem::replace(&mut serving.previous, before.index);
+                Some(self.drain(before, previous, false))
+            }
+            _ => None,
+        };
+        self.install(after.id)?;
+        let Some(former) = former else {
+            return Ok(None);
+        };
+        if after.publish.spec.protocol == Protocol::Udp {
+            return Ok(self.end_draining(former)); // a client that goes on sending would never leave the old backend
+        }
+        self.install_draining(former)?;
+        Ok(self.bound_chain(former))
+    }
+
+    /// Has what was served at a place drain, with what drains on its port already; returns the place.
+    fn drain(&mut self, mut row: Arc<Row>, previous: u32, is_shown: bool) -> u32 {
+        Arc::make_mut(&mut row).draining = true;
+        let place = row.index;
+        self.draining.insert(
+            place,
+            Draining {
+                row,
+                previous,
+                is_shown,
+            },
+        );
+        place
+    }
+
+    /// The program follows so many that drain on one port: what is behind them has had its time.
+    fn bound_chain(&mut self, first: u32) -> Option<u32> {
+        let mut place = first;
+        for _ in 1..limits::DRAINING {
+            place = self.draining.get(&place)?.previous;
+        }
+        let last = self.draining.get(&place)?.previous;
+        self.draining
+            .contains_key(&last)
+            .then(|| self.end_draining(last))?
+    }
+
+    /// Decides how a publish is served now, writes that to the kernel if it has changed, and shows it.
+    pub(super) fn install(&mut self, id: Id) -> Result<()> {
+        let Some(serving) = self.serving.get_mut(&id) else {
+            return Ok(());
+        };
+        if let Some(datapath) = &mut self.datapath {
+            let standing = plan::Standing {
+                steered: !serving.steered.is_empty(),
+                previous: serving.previous,
+                ..plan::Standing::default()
+            };
+            let network = &self.network.snapshot;
+            let firewall = self.config.respect_firewall;
+            serving.covered = write(datapath, network, firewall, &mut serving.row, standing)?;
+        }
+        self.view.show(&serving.row);
         Ok(())
     }
 
-    /// The tc programs. Last: what comes in must find what it is asked for.
-    fn reconcile_hooks(&mut self) {
-        let Some(datapath) = &mut self.datapath else {
-            return;
+    /// The same of one that drains.
+    pub(super) fn install_draining(&mut self, place: u32) -> Result<()> {
+        let Some(draining) = self.draining.get_mut(&place) else {
+            return Ok(());
         };
-        let respects_firewall = self.options.respect_firewall;
-        let uplinks = plan::uplinks(&self.snapshot);
-        let wanted: BTreeMap<Place, String> = plan::attached(&self.snapshot)
-            .flat_map(|(ifindex, link)| {
-                let hooks: &[Hook] = match link.header {
-                    Header::Ip => &[Hook::IngressIp],
-                    _ if respects_firewall || uplinks.contains(&ifindex) => &Hook::BOTH_SIDES,
-                    _ => &[Hook::Ingress],
-                };
-                hooks
-                    .iter()
-                    .map(move |hook| ((ifindex, *hook), link.name.clone()))
+        if let Some(datapath) = &mut self.datapath {
+            let standing = plan::Standing {
+                draining: true,
+                previous: draining.previous,
+                ..plan::Standing::default()
+            };
+            let network = &self.network.snapshot;
+            let firewall = self.config.respect_firewall;
+            write(datapath, network, firewall, &mut draining.row, standing)?;
+        }
+        if draining.is_shown {
+            self.view.show(&draining.row);
+        }
+        Ok(())
+    }
+
+    /// Takes a publish from the kernel; its flows go on. What drains on its ports has them again.
+    fn uninstall_publish(&mut self, id: Id) -> Result<()> {
+        let Some(serving) = self.serving.get(&id) else {
+            return Ok(());
+        };
+        if let Some(datapath) = &mut self.datapath {
+            let index = serving.row.index;
+            let gone = match serving.previous {
+                0 => Ok(()),
+                previous => datapath.maps.hand_back(index, previous),
+            };
+            let gone = gone.and_then(|()| datapath.maps.uninstall(index));
+            return gone.with_context(|| format!("publish {}", serving.row.wanted.publish.spec));
+        }
+        Ok(())
+    }
+
+    /// Ends a publish that the kernel has no more, or has it drain; returns the place whose flows are to end.
+    async fn end(&mut self, id: Id, ending: Ending) -> Vec<u32> {
+        let Some(mut serving) = self.serving.remove(&id) else {
+            return Vec::new();
+        };
+        if let Some(proxy) = serving.proxy.take() {
+            proxy.stop(stop(ending)).await;
+        }
+        if ending == Ending::Drain {
+            let place = self.drain(serving.row, serving.previous, true);
+            if let Err(error) = self.install_draining(place) {
+                warn!("{error:#}");
+            }
+            return self.bound_chain(place).into_iter().collect();
+        }
+        self.view.hide(id);
+        let mut places = vec![serving.row.index];
+        // Backends that it had before go with it.
+        let mut former = serving.previous;
+        while let Some(draining) = self.draining.get(&former).filter(|it| !it.is_shown) {
+            let previous = draining.previous;
+            places.extend(self.end_draining(former));
+            former = previous;
+        }
+        places
+    }
+
+    /// Ends what drains at a place, which is returned if the kernel has it no more.
+    pub(super) fn end_draining(&mut self, place: u32) -> Option<u32> {
+        let gone = self.draining.remove(&place)?;
+        if gone.is_shown {
+            let id = gone.row.wanted.id;
+            if let Some(row) = self.view.row(id) {
+                self.view.tell("drained", row);
+            }
+            self.view.hide(id);
+        }
+        // Whoever led here leads to what is behind.
+        let live = self
+            .serving
+            .iter_mut()
+            .filter(|(_, it)| it.previous == place);
+        let live: Vec<Id> = live
+            .map(|(id, it)| {
+                it.previous = gone.previous;
+                *id
             })
             .collect();
-        let have: Vec<Place> = datapath.attached().collect();
-        for place in have.iter().filter(|place| !wanted.contains_key(place)) {
-            datapath.detach(*place);
-        }
-        for (place, name) in wanted.iter().filter(|(place, _)| !have.contains(place)) {
-            match datapath.attach(*place, name) {
-                Ok(()) => debug!("attached to {name}"),
-                Err(error) => warn!("{error:#}"),
+        let others = self
+            .draining
+            .iter_mut()
+            .filter(|(_, it)| it.previous == place);
+        let others: Vec<u32> = others
+            .map(|(other, it)| {
+                it.previous = gone.previous;
+                *other
+            })
+            .collect();
+        let written = live
+            .into_iter()
+            .map(|id| self.install(id))
+            .collect::<Result<()>>();
+        let others = others.into_iter().map(|place| self.install_draining(place));
+        let written = written.and(others.collect::<Result<()>>());
+        let gone = match &mut self.datapath {
+            Some(datapath) => datapath.maps.uninstall(place),
+            None => Ok(()),
+        };
+        match written.and(gone) {
+            Ok(()) => Some(place),
+            Err(error) => {
+                warn!("{error:#}");
+                None // its place is lost until the next start
             }
         }
     }
+}
 
-    /// After publishes have changed: some may be the first that XDP has to do with.
-    pub(super) fn follow_xdp(&mut self) -> Result<()> {
-        if self.attach_xdp() {
-            self.write_interfaces()?;
-        }
-        Ok(())
-    }
+const NO_PLACE: &str =
+    "all places for publishes are taken by flows that end; try again in a moment";
 
-    /// The XDP program on the devices that it belongs on; whether it is on more than before.
-    fn attach_xdp(&mut self) -> bool {
-        let Some(datapath) = &mut self.datapath else {
-            return false;
-        };
-        let mut entries = self.publishes.values().filter_map(|p| p.entry);
-        // Attaching it stops some devices for a moment: an allow-list alone is no reason that nobody has given.
-        let works_on = match self.options.xdp {
-            XdpChoice::Auto => flag::REMOTE,
-            _ => flag::REMOTE | flag::ALLOW_LIST,
-        };
-        let has_work = entries.any(|entry| entry.flags & works_on != 0);
-        if !has_work {
-            return false;
-        }
-        let (links, mode) = (&self.snapshot.links, self.options.xdp);
-        let mut more = false;
-        for (ifindex, mode) in plan::with_xdp(&self.snapshot, mode) {
-            let there = datapath.xdp().any(|(there, _)| there == ifindex);
-            if there || self.without_xdp.contains(&ifindex) {
-                continue;
-            }
-            let name = &links[&ifindex].name;
-            match datapath.attach_xdp(ifindex, mode) {
-                Ok(()) => {
-                    more = true;
-                    info!("{name} has XDP, {}", mode.name());
-                }
-                Err(error) => {
-                    self.without_xdp.insert(ifindex);
-                    let why = format!("{name} has no {} XDP, tc does it: {error:#}", mode.name());
-                    if self.options.xdp == XdpChoice::Auto {
-                        debug!("{why}");
-                    } else {
-                        warn!("{why}");
-                    }
-                }
-            }
-        }
-        more
+/// Writes what is planned of a publish, and notes in its row how it is served; returns whether an IPsec policy covers it.
+fn write(
+    datapath: &mut Datapath,
+    network: &Snapshot,
+    respects_firewall: bool,
+    row: &mut Arc<Row>,
+    standing: plan::Standing,
+) -> Result<bool> {
+    let present = datapath.maps.installed(row.index);
+    let standing = plan::Standing {
+        source: present.map(|installed| installed.entry.source),
+        respects_firewall,
+        ..standing
+    };
+    let publish = &row.wanted.publish;
+    let Planned {
+        installed,
+        unserved,
+        covered,
+    } = plan::publish(network, publish, &row.allow, standing);
+    let written = datapath.maps.install(row.index, &installed);
+    written.with_context(|| format!("publish {}", publish.spec))?;
+    let delivery = unserved
+        .is_none()
+        .then(|| plan::delivery_of(&installed.entry));
+    let xdp = xdp_towards(datapath, &installed.entry);
+    if (row.delivery, row.xdp, &row.unserved) != (delivery, xdp, &unserved) {
+        let name = delivery.and_then(delivery_name);
+        debug!("publish {} is delivered by {name:?}", row.wanted.id);
+        let row = Arc::make_mut(row);
+        (row.delivery, row.xdp, row.unserved) = (delivery, xdp, unserved);
     }
-
-    /// The XDP programs of devices that have gone, or allow none any more.
-    fn forget_xdp(&mut self) {
-        let links = &self.snapshot.links;
-        self.without_xdp.retain(|i| links.contains_key(i));
-        let Some(datapath) = &mut self.datapath else {
-            return;
-        };
-        let gone = datapath.xdp().map(|(ifindex, _)| ifindex);
-        let allows = |i: &u32| links.get(i).is_some_and(plan::allows_xdp);
-        let gone: Vec<u32> = gone.filter(|i| !allows(i)).collect();
-        gone.into_iter().for_each(|i| datapath.detach_xdp(i));
-    }
-
-    /// `INTERFACES`.
-    fn write_interfaces(&mut self) -> Result<()> {
-        let Some(datapath) = &mut self.datapath else {
-            return Ok(());
-        };
-        let mut new: BTreeMap<u32, Interface> = plan::interfaces(&self.snapshot).collect();
-        for (ifindex, _) in datapath.xdp() {
-            new.entry(ifindex).and_modify(|interface| interface.xdp = 1);
-        }
-        let old = &self.interfaces;
-        for ifindex in old.keys().chain(new.keys()).collect::<BTreeSet<_>>() {
-            if old.get(ifindex) != new.get(ifindex) {
-                let interface = new.get(ifindex).copied();
-                datapath.maps.set_interface(*ifindex, interface)?;
-            }
-        }
-        self.interfaces = new;
-        Ok(())
-    }
-
-    /// Decides how a publish is served now, and writes that to the kernel if it changed.
-    pub(super) fn resolve(&mut self, id: u32) -> Result<()> {
-        let (Some(datapath), Some(published)) = (&mut self.datapath, self.publishes.get_mut(&id))
-        else {
-            return Ok(());
-        };
-        let spec = &published.spec;
-        let resolved = match spec.protocol {
-            Protocol::Sctp => Err("SCTP is served in user space".to_owned()),
-            Protocol::Tcp | Protocol::Udp => plan::resolve(&self.snapshot, spec.backend),
-        };
-        let policy = xfrm::covering_policy(&self.snapshot, spec);
-        published.covered = policy.is_some();
-        let stack = self.options.respect_firewall;
-        let resolved = resolved.and_then(|resolved| {
-            if let Some(policy) = policy {
-                return Err(format!("an IPsec policy covers it: {policy}"));
-            }
-            if stack {
-                plan::through_the_stack(&self.snapshot, spec.backend, &resolved)?;
-            }
-            let present = published.entry.map(|entry| entry.source);
-            let keeps =
-                |source: &Address| plan::keeps_source(&self.snapshot, spec.backend, *source);
-            let source = present.filter(keeps).unwrap_or(resolved.source);
-            Ok(Resolved { source, ..resolved })
-        });
-        let (resolved, reason) = match resolved {
-            Ok(resolved) => (resolved, None),
-            // Without a hop, the program passes packets up to the proxy's socket.
-            Err(reason) => {
-                let nowhere = Address::UNSPECIFIED;
-                let resolved = Resolved {
-                    hop: Hop::default(),
-                    source: nowhere,
-                    remote: false,
-                };
-                (resolved, Some(reason))
-            }
-        };
-        let flags = [
-            (flag::SINGLE_PORT, spec.backend_is_single()),
-            (flag::REMOTE, resolved.remote),
-            (flag::ALLOW_LIST, !published.allow.is_empty()),
-            (flag::STEERED, published.steered),
-            (flag::DRAINING, published.draining()),
-            (flag::STACK, stack),
-        ]
-        .into_iter()
-        .filter(|(_, set)| *set)
-        .fold(0, |flags, (flag, _)| flags | flag);
-        let entry = Entry {
-            backend: spec.backend.into(),
-            source: resolved.source,
-            hop: resolved.hop,
-            first_port: spec.ports.first,
-            backend_port: spec.backend_ports.first,
-            flags,
-            reserved: 0,
-        };
-        published.reason = reason;
-        if published.entry != Some(entry) {
-            // RACE: a packet may meet half of the old entry and half of the new: one with a MAC of the old
-            // hop is dropped by its receiver. The backend itself never changes in an entry.
-            datapath.maps.set_publish(id, &entry)?;
-            published.entry = Some(entry);
-            debug!(
-                "publish {id} is delivered by {:?}",
-                delivery_name(delivery_of(&entry))
-            );
-        }
-        Ok(())
-    }
+    Ok(covered)
 }

@@ -2,54 +2,77 @@
 //! silent for too long, those of a publish that ends.
 
 use std::{
-    collections::{BTreeSet, HashSet},
-    sync::Arc,
+    collections::{BTreeSet, HashMap, HashSet},
+    sync::{Arc, atomic::Ordering::Relaxed},
     time::Duration,
 };
 
 use anyhow::Result;
 use forwarder_common::{
     flow::{Flow, Phase, delivery, state},
-    publish::Publish as Entry,
     tuple::{Address, Tuple},
 };
 use tracing::{info, warn};
 
-use super::Daemon;
+use super::{
+    Daemon,
+    reconcile::{Draining, Loose},
+    view::Row,
+};
 use crate::{
-    datapath::maps::{Maps, Walk},
-    publish::spec::Spec,
+    datapath::maps::{FlowTables, Walk},
+    publish::{Spec, Wanted},
 };
 
 /// A walk over all flows, a slice at a time.
 #[derive(Default)]
 pub(super) struct Sweep {
     walk: Walk,
-    /// Publishes that still have flows.
+    /// Publishes that still have flows, by their places.
     alive: HashSet<u32>,
+    rows: HashMap<u32, Arc<Row>>,
 }
 
 impl Daemon {
-    pub(super) fn remove_flows(&mut self, of: &BTreeSet<u32>) -> Result<()> {
-        self.change_flows(|key, flow, maps| {
-            if of.contains(&flow.publish) {
-                maps.remove_flow(key, flow)?;
+    /// Ends the flows of places in `PUBLISHES`, beside the daemon's other work, and then gives the places back.
+    pub(super) fn end_flows_of(&self, loose: Loose) -> impl Future<Output = ()> + Send + use<> {
+        let freeing = self.slots.freeing();
+        let tables = match (&self.datapath, loose.0.is_empty()) {
+            (Some(datapath), false) => Some(datapath.maps.flows.try_clone()),
+            _ => None,
+        };
+        async move {
+            let ended = match tables {
+                Some(Ok(mut tables)) => {
+                    let places = loose.0.clone();
+                    let walk = move || end_all(&mut tables, &places);
+                    tokio::task::spawn_blocking(walk).await.map_err(Into::into)
+                }
+                Some(Err(error)) => Ok(Err(error)),
+                None => Ok(Ok(())),
+            };
+            if let Err(error) = ended.and_then(|ended| ended) {
+                warn!("flows of what was unpublished are left until they expire: {error:#}");
             }
-            Ok(())
-        })
+            let _ = freeing.send(loose.0.into_iter().collect()); // the daemon ends
+        }
     }
 
-    /// Flows of an earlier instance go on if they are of a publish that is there again, under its number. Not if an IPsec
+    /// Flows of an earlier instance go on if they are of a publish that is there again, under its place. Not if an IPsec
     /// policy covers that one.
     pub(super) fn adopt(&mut self) {
-        let owners: Vec<(u32, Arc<Spec>)> = self
-            .publishes
-            .iter()
-            .filter(|(_, published)| !published.covered)
-            .map(|(id, published)| (*id, published.spec.clone()))
-            .collect();
-        let respects_firewall = self.options.respect_firewall;
-        let adopted = self.change_flows(|key, flow, maps| {
+        let mut owners: HashMap<(u32, u16, Address), Vec<(u32, Wanted)>> = HashMap::new();
+        for serving in self.serving.values().filter(|serving| !serving.covered) {
+            let spec = &serving.row.wanted.publish.spec;
+            let protocol = u32::from(spec.protocol.number());
+            let owner = (serving.row.index, serving.row.wanted.clone());
+            for port in spec.backend_ports.first..=spec.backend_ports.last {
+                let key = (protocol, port.to_be(), spec.backend.into());
+                owners.entry(key).or_default().push(owner.clone());
+            }
+        }
+        let respects_firewall = self.config.respect_firewall;
+        let adopted = self.change_flows(|key, flow, tables| {
             let is_alias = flow.state & state::ALIAS != 0;
             let (told, of) = if is_alias {
                 flow.counterpart(key)
@@ -58,19 +81,20 @@ impl Daemon {
             };
             // Nothing would rewrite the answers of one that goes through the stack.
             let lost = flow.back.delivery == delivery::STACK && !respects_firewall;
-            let owner = owners
-                .iter()
-                .find(|(_, spec)| !lost && owns(spec, &told, &of));
+            let possible = owners.get(&(told.protocol, told.destination_port, told.destination));
+            let mut possible = possible.into_iter().flatten();
+            let owner =
+                possible.find(|(_, wanted)| !lost && owns(&wanted.publish.spec, &told, &of));
             match owner {
-                Some((id, _)) if flow.publish == *id => Ok(()),
-                Some((id, _)) => maps.set_flow(
+                Some((index, _)) if flow.publish == *index => Ok(()),
+                Some((index, _)) => tables.set(
                     key,
                     &Flow {
-                        publish: *id,
+                        publish: *index,
                         ..*flow
                     },
                 ),
-                None => maps.remove_flow(key, flow),
+                None => tables.remove(key, flow),
             }
         });
         if let Err(error) = adopted {
@@ -80,15 +104,15 @@ impl Daemon {
 
     fn change_flows(
         &mut self,
-        mut change: impl FnMut(&Tuple, &Flow, &mut Maps) -> Result<()>,
+        mut change: impl FnMut(&Tuple, &Flow, &mut FlowTables) -> Result<()>,
     ) -> Result<()> {
         let Some(datapath) = &mut self.datapath else {
             return Ok(());
         };
         let mut walk = Walk::default();
-        while let Some(slice) = datapath.maps.slice(&mut walk)? {
+        while let Some(slice) = datapath.maps.flows.slice(&mut walk)? {
             for (key, flow) in slice {
-                change(&key, &flow, &mut datapath.maps)?;
+                change(&key, &flow, &mut datapath.maps.flows)?;
             }
         }
         Ok(())
@@ -109,7 +133,12 @@ impl Daemon {
         let Some(datapath) = &mut self.datapath else {
             return Ok(false);
         };
-        let Some(slice) = datapath.maps.slice(&mut sweep.walk)? else {
+        if sweep.rows.is_empty() {
+            let live = self.serving.values().map(|it| &it.row);
+            let rows = live.chain(self.draining.values().map(|it| &it.row));
+            sweep.rows = rows.map(|row| (row.index, row.clone())).collect();
+        }
+        let Some(slice) = datapath.maps.flows.slice(&mut sweep.walk)? else {
             return Ok(false);
         };
         let now = monotonic();
@@ -120,52 +149,62 @@ impl Daemon {
         for (key, flow) in slice {
             if flow.state & state::ALIAS != 0 {
                 let (of, _) = flow.counterpart(&key);
-                if datapath.maps.flow(&of)?.is_none() {
-                    datapath.maps.end_flow(&key, |there| *there == flow)?;
+                if datapath.maps.flows.get(&of)?.is_none() {
+                    datapath.maps.flows.end(&key, |there| *there == flow)?;
                 }
                 continue;
             }
             if !expired(&key, &flow) {
-                sweep.alive.insert(flow.publish);
+                // One that waits for stray segments alone holds up no drain.
+                let phase = Phase::of(key.protocol, flow.state);
+                if !matches!(phase, Phase::TcpTimeWait | Phase::TcpClose) {
+                    sweep.alive.insert(flow.publish);
+                }
                 continue;
             }
             // RACE: a packet since the slice was read is heeded; one between this and the removal begins a new flow.
-            let ended = datapath.maps.end_flow(&key, |flow| expired(&key, flow))?;
+            let ended = datapath.maps.flows.end(&key, |flow| expired(&key, flow))?;
             let Some(flow) = ended else {
                 sweep.alive.insert(flow.publish);
                 continue;
             };
-            if let Some(published) = self.publishes.get_mut(&flow.publish) {
-                published.ended.0 += flow.packets[0] + flow.packets[1];
-                published.ended.1 += flow.bytes[0] + flow.bytes[1];
+            if let Some(row) = sweep.rows.get(&flow.publish) {
+                let [packets, bytes] = &*row.ended;
+                packets.fetch_add(flow.packets[0] + flow.packets[1], Relaxed);
+                bytes.fetch_add(flow.bytes[0] + flow.bytes[1], Relaxed);
             }
         }
         Ok(true)
     }
 
+    /// What has drained: neither path has a flow of it.
     fn end_all_drained(&mut self, alive: &HashSet<u32>) {
-        let drained: Vec<u32> = self
-            .publishes
-            .iter()
-            .filter(|(id, published)| published.draining() && !alive.contains(id))
-            .map(|(id, _)| *id)
-            .collect();
-        for id in drained {
-            if let Err(error) = self.end_drained(id) {
-                warn!("{error:#}");
+        let is_over = |(place, draining): &(&u32, &Draining)| {
+            let meter = draining.row.meter.as_ref().filter(|_| draining.is_shown);
+            let proxied = meter.map_or(0, |meter| meter.counters().flows);
+            !alive.contains(place) && proxied == 0
+        };
+        let over = self.draining.iter().filter(is_over);
+        let over: Vec<u32> = over.map(|(place, _)| *place).collect();
+        for place in over {
+            if let Some(draining) = self.draining.get(&place) {
+                info!("publish {} has drained", draining.row.wanted.id);
             }
+            let free = self.end_draining(place).into_iter().collect();
+            drop(tokio::spawn(self.end_flows_of(Loose(free))));
         }
     }
+}
 
-    pub(super) fn end_drained(&mut self, id: u32) -> Result<()> {
-        self.set_frontends(id, false)?;
-        if let Some(datapath) = &mut self.datapath {
-            datapath.maps.set_publish(id, &Entry::default())?;
+/// Ends every flow of these places.
+fn end_all(tables: &mut FlowTables, places: &BTreeSet<u32>) -> Result<()> {
+    let mut walk = Walk::default();
+    while let Some(slice) = tables.slice(&mut walk)? {
+        for (key, flow) in slice.filter(|(_, flow)| places.contains(&flow.publish)) {
+            tables.remove(&key, &flow)?;
         }
-        self.publishes.remove(&id);
-        info!("publish {id} has drained");
-        Ok(())
     }
+    Ok(())
 }
 
 /// Whether a flow is one that this publish would make.

@@ -5,7 +5,7 @@ mod flows;
 mod install;
 mod mirror;
 
-use std::{collections::BTreeMap, os::fd::RawFd};
+use std::{collections::BTreeMap, os::fd::RawFd, sync::Arc};
 
 use anyhow::{Context as _, Result};
 use aya::{
@@ -17,15 +17,17 @@ use aya::{
     programs::ProgramFd,
 };
 use forwarder_common::{
-    flow::Flow,
     limits,
     publish::{Allowed, FILTER_WORDS, Frontend, Interface, Location, Port, Publish, filter_bit},
     reason::Reason,
-    tuple::{Address, Tuple},
+    tuple::Address,
 };
 use ipnet::IpNet;
 
-pub use self::{flows::Walk, install::Installed};
+pub use self::{
+    flows::{FlowTables, Walk},
+    install::Installed,
+};
 use self::{
     install::{Network, Wanted},
     mirror::{Mirror, Table},
@@ -64,13 +66,11 @@ pub struct Maps {
     located: BTreeMap<IpNet, Location>,
     local_filter: Array<MapData, u64>,
     filter: Vec<u64>,
-    flows: HashMap<MapData, Tuple, Flow>,
-    half_open: HashMap<MapData, Tuple, Flow>,
-    claims: HashMap<MapData, Tuple, u32>,
+    pub flows: FlowTables,
     sockets: SockHash<MapData, u32>,
     keys: Array<MapData, [u64; 5]>,
     pipeline: ProgramArray<MapData>,
-    stats: PerCpuArray<MapData, u64>,
+    stats: Arc<Counters>,
 }
 
 impl std::fmt::Debug for Maps {
@@ -103,13 +103,15 @@ impl Maps {
             located: BTreeMap::new(),
             local_filter: Array::try_from(map("LOCAL_FILTER")?)?,
             filter: vec![0; FILTER_WORDS as usize],
-            flows: HashMap::try_from(map("FLOWS")?)?,
-            half_open: HashMap::try_from(map("HALF_OPEN")?)?,
-            claims: HashMap::try_from(map("CLAIMS")?)?,
+            flows: FlowTables {
+                flows: HashMap::try_from(map("FLOWS")?)?,
+                half_open: HashMap::try_from(map("HALF_OPEN")?)?,
+                claims: HashMap::try_from(map("CLAIMS")?)?,
+            },
             sockets: SockHash::try_from(map("SOCKETS")?)?,
             keys: Array::try_from(map("KEYS")?)?,
             pipeline: ProgramArray::try_from(map("PIPELINE")?)?,
-            stats: PerCpuArray::try_from(map("STATS")?)?,
+            stats: Arc::new(Counters(PerCpuArray::try_from(map("STATS")?)?)),
         })
     }
 
@@ -196,18 +198,40 @@ impl Maps {
         Ok(())
     }
 
+    /// The counters, for whoever reads them at any time.
+    pub fn counters(&self) -> Arc<Counters> {
+        self.stats.clone()
+    }
+
     /// Packets by reason, summed over CPUs.
     ///
     /// # Errors
     /// The kernel refuses the read.
     pub fn stats(&self) -> Result<Vec<(Reason, u64)>> {
-        Reason::ALL
-            .iter()
-            .map(|&reason| {
-                let counters = self.stats.get(&(reason as u32), 0).context("read STATS")?;
-                Ok((reason, counters.iter().sum()))
-            })
-            .collect()
+        self.stats.all()
+    }
+}
+
+/// Packets by reason.
+pub struct Counters(PerCpuArray<MapData, u64>);
+
+impl std::fmt::Debug for Counters {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Counters")
+    }
+}
+
+impl Counters {
+    /// Summed over CPUs.
+    ///
+    /// # Errors
+    /// The kernel refuses the read.
+    pub fn all(&self) -> Result<Vec<(Reason, u64)>> {
+        let counter = |&reason: &Reason| {
+            let counters = self.0.get(&(reason as u32), 0).context("read STATS")?;
+            Ok((reason, counters.iter().sum()))
+        };
+        Reason::ALL.iter().map(counter).collect()
     }
 }
 

@@ -28,11 +28,7 @@ use tokio::{
 };
 use tracing::debug;
 
-use crate::{
-    network::netlink::Socket,
-    network::{Claim, FarEnd, Mac, Peer, Reader, Snapshot, address},
-    plan::locations,
-};
+use crate::network::{Claim, FarEnd, Mac, Peer, Reader, Snapshot, address, netlink::Socket};
 
 /// Addresses that one container is known by. It can give itself any number of them.
 const ADDRESSES: usize = 256;
@@ -82,14 +78,18 @@ impl Watch {
         }
     }
 
-    /// Reads what the kernel says, then what containers do.
+    /// Reads what the kernel says, then what containers do: those of which `asked` has the veths.
     ///
     /// # Errors
     /// As [`Reader::snapshot`].
-    pub async fn snapshot(&mut self, reader: &Reader, before: &Snapshot) -> Result<Snapshot> {
+    pub async fn snapshot(
+        &mut self,
+        reader: &Reader,
+        before: &Snapshot,
+        asked: impl Fn(&Snapshot) -> BTreeMap<u32, Peer>,
+    ) -> Result<Snapshot> {
         let mut snapshot = reader.snapshot(before).await?;
-        snapshot.far_ends = self.far_ends(&locations::asked(&snapshot), before);
-        locations::settle(&mut snapshot);
+        snapshot.far_ends = self.far_ends(&asked(&snapshot), before);
         Ok(snapshot)
     }
 

@@ -40,7 +40,7 @@ mod tests {
 
     use super::*;
     use crate::{
-        cli::XdpChoice,
+        config::XdpChoice,
         network::Bridging,
         plan::locations::tests::{MAC_A, NEIGHBOUR, host, ip, link},
         plan::{resolve, with_xdp},

@@ -99,7 +99,7 @@ mod tests {
         assert_eq!(IpAddr::from(resolved.source), ip("198.51.100.2"));
         host.answers.insert(backend, None);
         let reason = resolve(&host, backend).expect_err("no fast path");
-        assert_eq!(reason, "no route to 172.31.0.2");
+        assert_eq!(reason.to_string(), "no route to 172.31.0.2");
     }
 
     const FAR: &str = "2001:db8:200::a";

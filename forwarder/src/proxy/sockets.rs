@@ -5,7 +5,7 @@ use std::{
     collections::BTreeSet,
     fs, io,
     net::{IpAddr, SocketAddr},
-    os::fd::{AsFd as _, AsRawFd as _, BorrowedFd, RawFd},
+    os::fd::{AsFd as _, AsRawFd as _, BorrowedFd, OwnedFd},
 };
 
 use forwarder_common::publish::own_priority;
@@ -62,6 +62,14 @@ impl Held {
     /// # Errors
     /// The first port that could not be had.
     pub fn bind(spec: &Spec) -> Result<Self, BindError> {
+        Self::bind_or_take(spec, &mut Vec::new())
+    }
+
+    /// As [`Held::bind`], but takes the sockets of `given` that are bound to what is wanted already.
+    ///
+    /// # Errors
+    /// The first port that could not be had.
+    pub fn bind_or_take(spec: &Spec, given: &mut Vec<OwnedFd>) -> Result<Self, BindError> {
         let fail = |address: IpAddr, port: u16, problem: String| BindError {
             frontend: SocketAddr::new(address, port),
             protocol: spec.protocol,
@@ -83,7 +91,12 @@ impl Held {
         let mut held = Self::default();
         for address in frontends {
             for port in spec.ports.first..=spec.ports.last {
-                match held.add(address, port, spec.protocol, None) {
+                let wanted = SocketAddr::new(address, port);
+                let added = match taken(given, wanted, spec.protocol) {
+                    Some(socket) => held.add_given(socket, port, spec.protocol),
+                    None => held.add(address, port, spec.protocol, None),
+                };
+                match added {
                     Ok(()) => {}
                     Err(error) if spec.address.is_none() && is_without_ipv6(address, &error) => {}
                     Err(error) => {
@@ -130,7 +143,7 @@ impl Held {
     /// The first of `each`.
     pub fn try_for_each<E>(
         &self,
-        mut each: impl FnMut(bool, RawFd) -> Result<(), E>,
+        mut each: impl FnMut(bool, BorrowedFd<'_>) -> Result<(), E>,
     ) -> Result<(), E> {
         let tcp = self.tcp.iter().map(|(_, socket)| socket.as_raw_fd());
         let udp = self.udp.iter().map(|(_, socket)| socket.as_raw_fd());
@@ -140,7 +153,29 @@ impl Held {
             let v4 = SockRef::from(&socket)
                 .domain()
                 .is_ok_and(|domain| domain == Domain::IPV4);
-            each(v4, fd)?;
+            each(v4, socket)?;
+        }
+        Ok(())
+    }
+
+    /// Takes a socket that somebody else has bound, and has it as our own ones are.
+    fn add_given(&mut self, socket: Socket, port: u16, protocol: Protocol) -> io::Result<()> {
+        socket.set_nonblocking(true)?;
+        let held = Port::One(port);
+        match protocol {
+            Protocol::Tcp => {
+                tcp::tune(SockRef::from(&socket))?;
+                socket.listen(BACKLOG)?;
+                self.tcp.push((held, socket.into()));
+            }
+            Protocol::Udp => {
+                tell_address(&socket)?;
+                self.udp.push((held, socket.into()));
+            }
+            Protocol::Sctp => {
+                socket.listen(BACKLOG)?;
+                self.sctp.push((held, socket));
+            }
         }
         Ok(())
     }
@@ -165,15 +200,7 @@ impl Held {
             }
             Protocol::Udp => {
                 let socket = socket(address, Type::DGRAM, None)?;
-                // The address that a datagram was sent to is the one that the reply must come from.
-                let fd = &socket;
-                if address.is_ipv4() {
-                    let option = nix::sys::socket::sockopt::Ipv4PacketInfo;
-                    nix::sys::socket::setsockopt(fd, option, &true)?;
-                } else {
-                    let option = nix::sys::socket::sockopt::Ipv6RecvPacketInfo;
-                    nix::sys::socket::setsockopt(fd, option, &true)?;
-                }
+                tell_address(&socket)?;
                 if steered.is_some() {
                     batch::tell_destination(socket.as_fd(), address.is_ipv4())?;
                 }
@@ -190,6 +217,31 @@ impl Held {
         }
         Ok(())
     }
+}
+
+/// Has each datagram say which address it was sent to: the reply must come from there.
+fn tell_address(socket: &Socket) -> io::Result<()> {
+    use nix::sys::socket::{setsockopt, sockopt};
+    if socket.domain()? == Domain::IPV4 {
+        setsockopt(socket, sockopt::Ipv4PacketInfo, &true)?;
+    } else {
+        setsockopt(socket, sockopt::Ipv6RecvPacketInfo, &true)?;
+    }
+    Ok(())
+}
+
+/// Takes the socket that is bound to an address out of those that were given.
+fn taken(given: &mut Vec<OwnedFd>, wanted: SocketAddr, protocol: Protocol) -> Option<Socket> {
+    let kind = match protocol {
+        Protocol::Tcp | Protocol::Sctp => Type::STREAM,
+        Protocol::Udp => Type::DGRAM,
+    };
+    let at = given.iter().position(|descriptor| {
+        let socket = SockRef::from(descriptor);
+        let local = socket.local_addr().ok().and_then(|local| local.as_socket());
+        local == Some(wanted) && socket.r#type().is_ok_and(|found| found == kind)
+    })?;
+    Some(given.swap_remove(at).into())
 }
 
 /// A socket of an address's family alone, that does not block.

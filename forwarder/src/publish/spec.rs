@@ -5,7 +5,7 @@ use std::{fmt, net::IpAddr, str::FromStr};
 
 use serde::{Deserialize, Serialize};
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize, utoipa::ToSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum Protocol {
     Tcp,
@@ -228,6 +228,57 @@ impl fmt::Display for Bracketed {
 }
 
 impl Spec {
+    /// A spec of its parts.
+    ///
+    /// # Errors
+    /// Why there can be none such, in words.
+    pub fn new(
+        address: Option<IpAddr>,
+        ports: Ports,
+        backend: IpAddr,
+        backend_ports: Ports,
+        protocol: Protocol,
+    ) -> Result<Self, String> {
+        for ports in [ports, backend_ports] {
+            if ports.first == 0 {
+                return Err("port 0 cannot be published; name one from 1 to 65535".into());
+            }
+            if ports.first > ports.last {
+                let Ports { first, last } = ports;
+                return Err(format!(
+                    "range {first}-{last} is backwards; write {last}-{first}"
+                ));
+            }
+        }
+        let spec = Self {
+            address: address.map(|address| address.to_canonical()),
+            ports,
+            backend: backend.to_canonical(),
+            backend_ports,
+            protocol,
+        };
+        validate(&spec)?;
+        Ok(spec)
+    }
+
+    /// The same frontend with another backend: a port, or ports up to `end`.
+    ///
+    /// # Errors
+    /// As [`Spec::new`].
+    pub fn to_backend(&self, backend: IpAddr, port: u16, end: Option<u16>) -> Result<Self, String> {
+        let ports = Ports {
+            first: port,
+            last: end.unwrap_or(port),
+        };
+        Self::new(self.address, self.ports, backend, ports, self.protocol)
+    }
+
+    /// Whether clients of both come to the same addresses and ports.
+    pub fn has_same_frontend(&self, other: &Self) -> bool {
+        (self.protocol, self.ports, self.address) == (other.protocol, other.ports, other.address)
+            && self.frontends() == other.frontends()
+    }
+
     /// The addresses that sockets are bound to. Every local address means both families, as far as
     /// the backend can be reached from them.
     pub fn frontends(&self) -> Vec<IpAddr> {
@@ -252,39 +303,6 @@ impl Spec {
                 .frontends()
                 .iter()
                 .any(|a| others.iter().any(|b| conflict(a, b)))
-    }
-
-    /// The first of the new specs that claims an address and port which another new one or a present one has,
-    /// and that other one.
-    pub fn first_overlap<'a>(
-        present: impl Iterator<Item = &'a Self>,
-        new: &'a [Self],
-    ) -> Option<(&'a Self, &'a Self)> {
-        // In the order of their ports, whatever may overlap stands together. New ones have a number, in their order.
-        let mut all: Vec<(&Self, usize)> = present
-            .map(|spec| (spec, 0))
-            .chain(new.iter().zip(1..))
-            .collect();
-        all.sort_by_key(|(spec, _)| (spec.protocol.number(), spec.ports.first));
-        let mut found: Option<(usize, &Self, &Self)> = None;
-        for (at, &(a, first)) in all.iter().enumerate() {
-            let near = all[at + 1..]
-                .iter()
-                .take_while(|(b, _)| b.protocol == a.protocol && b.ports.first <= a.ports.last);
-            for &(b, second) in
-                near.filter(|(b, second)| (first, *second) != (0, 0) && a.overlaps(b))
-            {
-                let (number, later, other) = if first > second {
-                    (first, a, b)
-                } else {
-                    (second, b, a)
-                };
-                if found.is_none_or(|(least, ..)| number < least) {
-                    found = Some((number, later, other));
-                }
-            }
-        }
-        found.map(|(_, later, other)| (later, other))
     }
 
     /// Whether every host port leads to the same backend port.
@@ -314,51 +332,6 @@ mod tests {
 
     fn problem(text: &str) -> String {
         text.parse::<Spec>().expect_err(text).to_string()
-    }
-
-    fn first_overlap(present: &[&str], new: &[&str]) -> Option<(String, String)> {
-        let specs = |texts: &[&str]| texts.iter().map(|text| spec(text)).collect::<Vec<_>>();
-        let (present, new) = (specs(present), specs(new));
-        Spec::first_overlap(present.iter(), &new).map(|(a, b)| (a.to_string(), b.to_string()))
-    }
-
-    #[test]
-    fn the_first_overlap_names_the_new_one_first() {
-        let new = ["90:192.0.2.1:1", "70-80:192.0.2.1:1", "75:192.0.2.2:1"];
-        let pair = |a: &str, b: &str| Some((format!("{a}/tcp"), format!("{b}/tcp")));
-        assert_eq!(first_overlap(&[], &new), pair(new[2], new[1]));
-        assert_eq!(
-            first_overlap(&["80:192.0.2.3:1"], &new),
-            pair(new[1], "80:192.0.2.3:1")
-        );
-        assert_eq!(
-            first_overlap(&["60-95:192.0.2.3:1"], &new),
-            pair(new[0], "60-95:192.0.2.3:1")
-        );
-        assert_eq!(first_overlap(&["80:192.0.2.3:1/udp"], &new[..2]), None);
-        // What is there already has been accepted, whatever it is.
-        assert_eq!(
-            first_overlap(&["1:192.0.2.3:1", "1:192.0.2.3:1"], &new[..2]),
-            None
-        );
-    }
-
-    proptest! {
-        #[test]
-        fn an_overlap_is_found_if_any_two_overlap(ports in proptest::collection::vec((1_u16..40, 0_u16..5, 0_u8..3), 0..8), known in 0_usize..4) {
-            let specs: Vec<Spec> = ports
-                .iter()
-                .map(|(first, more, address)| {
-                    let host = ["", "127.0.0.1:", "0.0.0.0:"][usize::from(*address)];
-                    spec(&format!("{host}{first}-{}:192.0.2.1:1", first + more))
-                })
-                .collect();
-            let (present, new) = specs.split_at(known.min(specs.len()));
-            let any = new.iter().enumerate().any(|(at, a)| {
-                present.iter().chain(&new[..at]).any(|b| a.overlaps(b))
-            });
-            prop_assert_eq!(Spec::first_overlap(present.iter(), new).is_some(), any);
-        }
     }
 
     #[test]

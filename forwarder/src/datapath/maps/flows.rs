@@ -12,7 +12,7 @@ use forwarder_common::{
     tuple::Tuple,
 };
 
-use super::{Maps, ignore_missing};
+use super::ignore_missing;
 
 /// Entries read by one system call: about a millisecond. No bucket has as many, which
 /// the kernel would refuse.
@@ -29,7 +29,39 @@ pub struct Walk {
     over: bool,
 }
 
-impl Maps {
+/// Flows, as user space reads and ends them. Clones, by [`FlowTables::try_clone`], are of the same tables: a walk on another
+/// thread does not hold up whoever writes publishes.
+pub struct FlowTables {
+    pub(super) flows: HashMap<MapData, Tuple, Flow>,
+    pub(super) half_open: HashMap<MapData, Tuple, Flow>,
+    pub(super) claims: HashMap<MapData, Tuple, u32>,
+}
+
+impl std::fmt::Debug for FlowTables {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("FlowTables")
+    }
+}
+
+impl FlowTables {
+    /// # Errors
+    /// There are no descriptors left.
+    pub fn try_clone(&self) -> Result<Self> {
+        fn clone<K: aya::Pod, V: aya::Pod>(
+            table: &HashMap<MapData, K, V>,
+        ) -> Result<HashMap<MapData, K, V>> {
+            let descriptor = table.map().fd().as_fd().try_clone_to_owned()?;
+            Ok(HashMap::try_from(aya::maps::Map::HashMap(
+                MapData::from_fd(descriptor)?,
+            ))?)
+        }
+        Ok(Self {
+            flows: clone(&self.flows)?,
+            half_open: clone(&self.half_open)?,
+            claims: clone(&self.claims)?,
+        })
+    }
+
     /// The next slice of a walk, which may be empty, aliases and all; `None` at its end.
     ///
     /// # Errors
@@ -57,7 +89,7 @@ impl Maps {
     }
 
     /// Every flow.
-    pub fn flows(&self) -> impl Iterator<Item = Result<(Tuple, Flow)>> {
+    pub fn all(&self) -> impl Iterator<Item = Result<(Tuple, Flow)>> {
         let mut walk = Walk::default();
         std::iter::from_fn(move || self.slice(&mut walk).transpose()).flat_map(|slice| {
             let (entries, error) = match slice {
@@ -74,7 +106,7 @@ impl Maps {
     ///
     /// # Errors
     /// The kernel refuses the lookup.
-    pub fn flow(&self, key: &Tuple) -> Result<Option<Flow>> {
+    pub fn get(&self, key: &Tuple) -> Result<Option<Flow>> {
         for table in [&self.flows, &self.half_open] {
             match table.get(key, 0) {
                 Ok(flow) => return Ok(Some(flow)),
@@ -89,7 +121,7 @@ impl Maps {
     ///
     /// # Errors
     /// The kernel refuses the update.
-    pub fn set_flow(&mut self, key: &Tuple, flow: &Flow) -> Result<()> {
+    pub fn set(&mut self, key: &Tuple, flow: &Flow) -> Result<()> {
         const BPF_EXIST: u64 = 2;
         for table in [&mut self.half_open, &mut self.flows] {
             ignore_missing(table.insert(key, flow, BPF_EXIST)).context("write the flows")?;
@@ -101,20 +133,20 @@ impl Maps {
     ///
     /// # Errors
     /// The kernel refuses the update.
-    pub fn remove_flow(&mut self, key: &Tuple, flow: &Flow) -> Result<()> {
+    pub fn remove(&mut self, key: &Tuple, flow: &Flow) -> Result<()> {
         let (other, _) = flow.counterpart(key);
         let has_alias = flow.state & state::ALIAS == 0 && other.source_port != key.source_port;
         if has_alias
             && self
-                .flow(&other)?
+                .get(&other)?
                 .is_some_and(|there| there.counterpart(&other).0 == *key)
         {
-            self.remove(&other)?;
+            self.remove_one(&other)?;
         }
-        self.remove(key)
+        self.remove_one(key)
     }
 
-    fn remove(&mut self, key: &Tuple) -> Result<()> {
+    fn remove_one(&mut self, key: &Tuple) -> Result<()> {
         // In this order: what is left of a kept flow in HALF_OPEN must not come to life again.
         for table in [&mut self.half_open, &mut self.flows] {
             ignore_missing(table.remove(key)).context("write the flows")?;
@@ -126,15 +158,15 @@ impl Maps {
     ///
     /// # Errors
     /// The kernel refuses an update.
-    pub fn end_flow(&mut self, key: &Tuple, ends: impl Fn(&Flow) -> bool) -> Result<Option<Flow>> {
+    pub fn end(&mut self, key: &Tuple, ends: impl Fn(&Flow) -> bool) -> Result<Option<Flow>> {
         const BPF_NOEXIST: u64 = 1;
         if self.claims.insert(key, 0, BPF_NOEXIST).is_err() {
             return Ok(None); // the program has claimed it
         }
-        let ended = self.flow(key).and_then(|flow| {
+        let ended = self.get(key).and_then(|flow| {
             let flow = flow.filter(ends);
             if let Some(flow) = &flow {
-                self.remove_flow(key, flow)?;
+                self.remove(key, flow)?;
             }
             Ok(flow)
         });

@@ -156,6 +156,9 @@ impl Maps {
             bail!("the publish that had number {index} could not be removed yet");
         }
         let old = self.installed.get(&index).cloned();
+        if old.as_ref() == Some(new) {
+            return Ok(());
+        }
         let before = self.publishes.get(&index);
         if let Err(error) = self.put(index, new) {
             let undone = self.take_back(index, new, old.as_ref(), before);
@@ -189,6 +192,30 @@ impl Maps {
                 Err(error.into())
             }
         }
+    }
+
+    /// Has the ports that two publishes share lead to the second of them, until the first is written again.
+    ///
+    /// # Errors
+    /// The kernel refuses the update.
+    pub fn hand_back(&mut self, from: u32, to: u32) -> Result<()> {
+        let [Some(from), Some(old)] = [from, to].map(|index| self.installed.get(&index).cloned())
+        else {
+            return Ok(());
+        };
+        for (element, port) in old.elements() {
+            for &address in &old.frontends {
+                if from.has(address, old.protocol, port) {
+                    self.point(to, address, old.protocol, (element, port), true);
+                }
+            }
+        }
+        Ok(self.frontends.flush().and(self.ports.flush())?)
+    }
+
+    /// What the kernel has of a publish.
+    pub fn installed(&self, index: u32) -> Option<&Installed> {
+        self.installed.get(&index)
     }
 
     /// Writes a publish's entry alone.

@@ -6,7 +6,7 @@ use std::{
 };
 
 use anyhow::{Context, Result};
-use forwarder::daemon::Listed;
+use forwarder::control::api::Listed;
 use forwarder_tests::{
     daemon::Daemon,
     netns::Netns,

@@ -5,7 +5,7 @@
 
 use std::net::{IpAddr, SocketAddr};
 
-use forwarder::daemon::{Listed, ListedFlow};
+use forwarder::control::api::{Listed, ListedFlow};
 use forwarder_tests::topology::Family;
 use serde_json::json;
 

@@ -9,7 +9,7 @@ use std::{
 };
 
 use anyhow::{Context, Result};
-use forwarder::daemon::{Counter, Listed, ListedFlow};
+use forwarder::control::api::{Counter, Listed, ListedFlow};
 use forwarder_tests::daemon::Daemon;
 use serde::de::DeserializeOwned;
 

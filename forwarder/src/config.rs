@@ -1,0 +1,119 @@
+//! What an instance is to do: validated, from the flags of `run` and from a configuration file.
+
+use forwarder_common::flow::{Phase, Timeouts};
+use ipnet::IpNet;
+
+use crate::publish::Publish;
+
+/// Everything that an instance is told at its start, or by a reload.
+#[derive(Clone, Debug)]
+pub struct Config {
+    /// Of the flags.
+    pub publishes: Vec<Publish>,
+    pub datapath: DatapathChoice,
+    pub xdp: XdpChoice,
+    pub respect_firewall: bool,
+    /// For publishes that have no allow-list of their own; empty for all.
+    pub allow: Vec<IpNet>,
+    pub timeouts: Timeouts,
+    pub proxy_protocol: bool,
+    /// The programs go on when this process ends.
+    pub keep: bool,
+    /// Nothing is written to disk.
+    pub ephemeral: bool,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub enum DatapathChoice {
+    Auto,
+    Ebpf,
+    Userland,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub enum XdpChoice {
+    Auto,
+    Native,
+    Generic,
+    Off,
+}
+
+/// A timeout that was chosen.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Timeout {
+    pub phase: Phase,
+    pub seconds: u64,
+}
+
+impl std::str::FromStr for Timeout {
+    type Err = String;
+
+    /// The name may also be the sysctl's own, `nf_conntrack_tcp_timeout_established`, and without a unit the time is in
+    /// seconds, as there.
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        let (name, time) = text
+            .split_once('=')
+            .ok_or("NAME=TIME is expected, such as tcp-established=1h")?;
+        let plain = name
+            .trim_start_matches("net.netfilter.")
+            .trim_start_matches("nf_conntrack_")
+            .replace("timeout_", "")
+            .trim_end_matches("_timeout")
+            .replace('_', "-");
+        let phase = Phase::ALL.iter().find(|phase| phase.name() == plain);
+        let &phase = phase.ok_or_else(|| {
+            let names: Vec<&str> = Phase::ALL.iter().map(|phase| phase.name()).collect();
+            format!("no timeout {name}; there are {}", names.join(", "))
+        })?;
+        let (number, unit) = match time.char_indices().last() {
+            Some((at, 's')) => (&time[..at], 1),
+            Some((at, 'm')) => (&time[..at], 60),
+            Some((at, 'h')) => (&time[..at], 3600),
+            Some((at, 'd')) => (&time[..at], 86_400),
+            _ => (time, 1),
+        };
+        match number.parse::<u32>() {
+            Ok(number) if number > 0 => Ok(Self {
+                phase,
+                seconds: u64::from(number) * unit,
+            }),
+            _ => Err(format!("{time} is no time; 90, 90s, 5m, 1h and 5d are")),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_timeout_has_nf_conntracks_name_and_a_unit() {
+        let seconds = |text: &str| {
+            let timeout: Timeout = text.parse().expect("a timeout");
+            (timeout.phase, timeout.seconds)
+        };
+        let established = Phase::TcpEstablished;
+        assert_eq!(seconds("tcp-established=432000"), (established, 432_000));
+        assert_eq!(seconds("tcp_established=5d"), (established, 432_000));
+        let sysctl = "nf_conntrack_tcp_timeout_established=90m";
+        assert_eq!(seconds(sysctl), (established, 5400));
+        let sysctl = "net.netfilter.nf_conntrack_udp_timeout_stream=180s";
+        assert_eq!(seconds(sysctl), (Phase::UdpStream, 180));
+        assert_eq!(seconds("nf_conntrack_udp_timeout=1h"), (Phase::Udp, 3600));
+        for phase in Phase::ALL {
+            assert_eq!(seconds(&format!("{}=1", phase.name())).0, *phase);
+        }
+    }
+
+    #[test]
+    fn what_is_no_timeout_is_said() {
+        let error = |text: &str| text.parse::<Timeout>().expect_err(text);
+        assert!(error("tcp=5").contains("there are tcp-syn-sent,"));
+        for text in [
+            "udp=", "udp=0", "udp=-1", "udp=5x", "udp=s", "udp=5µ", "udp",
+        ] {
+            let said = error(text);
+            assert!(said.contains("is no time") || said.contains("NAME=TIME"));
+        }
+    }
+}

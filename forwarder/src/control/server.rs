@@ -1,0 +1,578 @@
+//! The server of the control socket. Changes go to the daemon one at a time; what only reads is answered here, beside
+//! it, from what the daemon shows by [`Observe`].
+
+use std::{
+    fs, io,
+    os::{
+        fd::{AsFd as _, OwnedFd},
+        unix::fs::PermissionsExt as _,
+    },
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::Duration,
+};
+
+use anyhow::{Context as _, Result};
+use axum::{
+    Extension, Router,
+    body::{Body, Bytes},
+    extract::{self, FromRequest as _, Query, Request, State, rejection::JsonRejection},
+    http::{HeaderValue, StatusCode, header},
+    response::{IntoResponse, Response},
+    routing::{get, post, put},
+};
+use futures_util::{StreamExt as _, stream};
+use hyper_util::{
+    rt::{TokioIo, TokioTimer},
+    service::TowerToHyperService,
+};
+use ipnet::IpNet;
+use serde::{Deserialize, Serialize, de::DeserializeOwned};
+use tokio::{
+    io::{Interest, unix::AsyncFd},
+    net::UnixListener,
+    sync::{Semaphore, broadcast, mpsc, oneshot},
+    time::timeout,
+};
+
+use super::{
+    Call, Change, Changed, Lease, Named, Peer, Trace,
+    api::{
+        Asked, AskedEndpoint, Counter, Ending, Event, Listed, ListedFlow, NamedPublish, Problem,
+        Reloaded, Unpublish,
+    },
+    stream::{Received, Stream},
+};
+use crate::{
+    accept, memory,
+    publish::{Id, Owner, Publish, Spec},
+};
+
+/// Clients at once; more wait to be accepted.
+const CLIENTS: usize = 256;
+/// Room for some 150,000 publishes.
+const LONGEST_REQUEST: usize = 16 << 20;
+/// A request up to this length is always read.
+const SHORT_REQUEST: usize = 64 << 10;
+/// All longer ones that are read at one time, in octets.
+const LONG_REQUESTS: usize = 2 * LONGEST_REQUEST;
+/// How long a client may take for its request.
+const PATIENCE: Duration = Duration::from_secs(10);
+/// Octets of a long document that are made at a time, when the client has read what was before.
+const CHUNK: usize = 32 << 10;
+
+/// A long document, one piece after another.
+pub type Rows<T> = Box<dyn Iterator<Item = Result<T>> + Send>;
+
+/// What the daemon shows of itself at any time, also while it is busy.
+pub trait Observe: Send + Sync + 'static {
+    /// All publishes, or one.
+    fn list(&self, id: Option<Id>) -> Rows<Listed>;
+    /// Live flows of the fast path, of one publish or of clients in a network if so asked.
+    fn flows(&self, of: &FlowFilter) -> Rows<ListedFlow>;
+    /// Ends such flows; how many there were.
+    ///
+    /// # Errors
+    /// The kernel refuses.
+    fn end_flows(&self, of: &FlowFilter) -> Result<u64>;
+    /// # Errors
+    /// The kernel refuses the read.
+    fn stats(&self) -> Result<Vec<Counter>>;
+    fn events(&self) -> broadcast::Receiver<Event>;
+}
+
+/// Which flows are meant.
+#[derive(Clone, Copy, Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct FlowFilter {
+    pub publish: Option<Id>,
+    pub client: Option<IpNet>,
+}
+
+/// The bound socket; removed when dropped.
+#[derive(Debug)]
+pub struct Socket {
+    path: PathBuf,
+    listener: Option<std::os::unix::net::UnixListener>,
+}
+
+impl Drop for Socket {
+    fn drop(&mut self) {
+        let _ = fs::remove_file(&self.path);
+    }
+}
+
+impl Socket {
+    /// Binds it; root and the group `forwarder` alone may connect. Whoever calls holds the instance's lock.
+    ///
+    /// # Errors
+    /// The directory cannot be written to.
+    pub fn bind(path: PathBuf) -> Result<Self> {
+        let _ = fs::remove_file(&path);
+        let listener = bind_private(&path).with_context(|| format!("bind {}", path.display()))?;
+        Ok(Self {
+            path,
+            listener: Some(listener),
+        })
+    }
+
+    /// Serves clients: hands changes to `calls`, and reads from `observed`.
+    ///
+    /// # Errors
+    /// The runtime refuses the socket.
+    pub fn serve(&mut self, calls: mpsc::Sender<Call>, observed: Arc<dyn Observe>) -> Result<()> {
+        let Some(listener) = self.listener.take() else {
+            return Ok(());
+        };
+        let listener = UnixListener::from_std(listener)?;
+        let router = router(calls, observed);
+        let clients = Arc::new(Semaphore::new(CLIENTS));
+        tokio::spawn(async move {
+            let mut warned = false;
+            loop {
+                let Ok(place) = clients.clone().acquire_owned().await else {
+                    return;
+                };
+                match listener.accept().await {
+                    Ok((stream, _)) => {
+                        warned = false;
+                        let router = router.clone();
+                        tokio::spawn(async move {
+                            let _ = client(stream, router).await; // it has gone
+                            drop(place);
+                            memory::trim();
+                        });
+                    }
+                    Err(error) => accept::failed(&error, &mut warned, "control socket").await,
+                }
+            }
+        });
+        Ok(())
+    }
+}
+
+/// Binds with the permissions that the socket is to have, also for the moment before they could be changed.
+fn bind_private(path: &Path) -> io::Result<std::os::unix::net::UnixListener> {
+    use nix::sys::stat::{Mode, umask};
+    let before = umask(Mode::from_bits_truncate(0o177));
+    let listener = std::os::unix::net::UnixListener::bind(path);
+    umask(before);
+    let listener = listener?;
+    listener.set_nonblocking(true)?;
+    if let Ok(Some(group)) = nix::unistd::Group::from_name("forwarder") {
+        let _ = nix::unistd::chown(path, None, Some(group.gid));
+    }
+    fs::set_permissions(path, fs::Permissions::from_mode(0o660))?;
+    Ok(listener)
+}
+
+/// Serves one client until it has closed both ways: one that says no more may still read.
+async fn client(stream: tokio::net::UnixStream, router: Router) -> Result<()> {
+    let credentials = stream.peer_cred()?;
+    let peer = Peer {
+        uid: credentials.uid(),
+        pid: credentials.pid().unwrap_or_default(),
+    };
+    let watched: OwnedFd = stream.as_fd().try_clone_to_owned()?;
+    // SAFETY: the descriptor is open until `watched` is dropped, and always the same.
+    let watched = unsafe { AsyncFd::register_with_interest(watched, Interest::PRIORITY)? };
+    let stream = Stream::new(stream, Vec::new());
+    let router = router
+        .layer(Extension(peer))
+        .layer(Extension(stream.received.clone()));
+    let serving = hyper::server::conn::http1::Builder::new()
+        .half_close(true)
+        .timer(TokioTimer::new())
+        .header_read_timeout(PATIENCE)
+        .max_buf_size(SHORT_REQUEST)
+        .serve_connection(TokioIo::new(stream), TowerToHyperService::new(router));
+    tokio::select! {
+        served = serving => served?,
+        _ = watched.ready(Interest::PRIORITY) => {}
+    }
+    Ok(())
+}
+
+#[derive(Clone)]
+struct Shared {
+    calls: mpsc::Sender<Call>,
+    observed: Arc<dyn Observe>,
+    /// Octets of long requests that may be read now.
+    room: Arc<Semaphore>,
+}
+
+fn router(calls: mpsc::Sender<Call>, observed: Arc<dyn Observe>) -> Router {
+    let shared = Shared {
+        calls,
+        observed,
+        room: Arc::new(Semaphore::new(LONG_REQUESTS)),
+    };
+    Router::new()
+        .route("/v1/publishes", get(list).post(add))
+        .route("/v1/publishes/{id}", get(one).delete(remove))
+        .route("/v1/publishes/{id}/backends", put(replace))
+        .route("/v1/unpublish", post(unpublish))
+        .route("/v1/owners/{*owner}", put(want).delete(remove_all))
+        .route("/v1/leases", post(lease))
+        .route("/v1/flows", get(flows).delete(end_flows))
+        .route("/v1/stats", get(stats))
+        .route("/v1/events", get(events))
+        .route("/v1/trace", get(trace))
+        .route("/v1/reload", post(reload))
+        .fallback(async || {
+            problem(
+                404,
+                "Not found",
+                "no such call; docs/openapi.json has them all",
+            )
+        })
+        .method_not_allowed_fallback(async || {
+            problem(
+                405,
+                "Method not allowed",
+                "not so; docs/openapi.json has the methods of each call",
+            )
+        })
+        .layer(extract::DefaultBodyLimit::max(LONGEST_REQUEST))
+        .with_state(shared)
+}
+
+fn problem(status: u16, title: &str, message: &str) -> Problem {
+    Problem::new(status, title, message)
+}
+
+impl IntoResponse for Problem {
+    fn into_response(self) -> Response {
+        let status = StatusCode::from_u16(self.status);
+        let status = status.unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
+        let text = serde_json::to_string(&self).unwrap_or_default();
+        let kind = HeaderValue::from_static("application/problem+json");
+        (status, [(header::CONTENT_TYPE, kind)], text).into_response()
+    }
+}
+
+impl From<anyhow::Error> for Problem {
+    fn from(error: anyhow::Error) -> Self {
+        Self::new(500, "Failed", &format!("{error:#}"))
+    }
+}
+
+/// What every call may say in its query.
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Options {
+    /// In whose name; `cli` if it is left out.
+    owner: Option<Owner>,
+    ending: Option<Ending>,
+}
+
+fn query<T: DeserializeOwned>(request: &Request) -> Result<T, Problem> {
+    Query::try_from_uri(request.uri())
+        .map(|Query(options)| options)
+        .map_err(|error| problem(400, "Bad query", &error.body_text()))
+}
+
+impl Shared {
+    /// Reads a request's JSON, of which all that are read at one time have bounds.
+    async fn json<T: DeserializeOwned>(&self, request: Request) -> Result<T, Problem> {
+        let length = request.headers().get(header::CONTENT_LENGTH);
+        let length = length.and_then(|length| length.to_str().ok()?.parse::<usize>().ok());
+        let length = length.unwrap_or(LONGEST_REQUEST).min(LONGEST_REQUEST);
+        let slow = || problem(408, "Too slow", "the request took too long; send it again");
+        let _room = if length > SHORT_REQUEST {
+            let room = self.room.clone().acquire_many_owned(length as u32);
+            Some(timeout(PATIENCE, room).await.map_err(|_| slow())?)
+        } else {
+            None
+        };
+        let read = Bytes::from_request(request, &());
+        let octets = timeout(PATIENCE, read).await.map_err(|_| slow())?;
+        let octets = octets.map_err(|error| problem(413, "Bad body", &error.body_text()))?;
+        extract::Json::from_bytes(&octets)
+            .map(|extract::Json(value)| value)
+            .map_err(|error: JsonRejection| {
+                // The position and the name, without the library's own introduction.
+                let text = error.body_text();
+                let text = text.split_once("type: ").map_or(&*text, |(_, rest)| rest);
+                problem(422, "Bad body", text)
+            })
+    }
+
+    async fn change(
+        &self,
+        owner: Option<Owner>,
+        by: Peer,
+        change: Change,
+    ) -> Result<Changed, Problem> {
+        let (answer, answered) = oneshot::channel();
+        let call = Call::Change {
+            owner,
+            change,
+            by,
+            answer,
+        };
+        self.call(call, answered).await
+    }
+
+    async fn call<T>(
+        &self,
+        call: Call,
+        answered: oneshot::Receiver<Result<T, Problem>>,
+    ) -> Result<T, Problem> {
+        let ending = || problem(503, "Ending", "the instance is ending");
+        self.calls.send(call).await.map_err(|_| ending())?;
+        answered.await.map_err(|_| ending())?
+    }
+
+    /// A document that is made piece by piece, as fast as the client reads.
+    fn array<T: Serialize + 'static>(rows: impl FnOnce() -> Rows<T> + Send + 'static) -> Response {
+        enum Left<F, T> {
+            Unopened(F),
+            Open(Rows<T>, bool),
+            Over,
+        }
+        let chunks = stream::unfold(Left::Unopened(rows), async |left| {
+            // Reading the kernel's tables takes a while, and so may a hundred thousand rows.
+            let made = tokio::task::spawn_blocking(move || {
+                let mut text = Vec::with_capacity(CHUNK + 1024);
+                let (mut rows, mut first) = match left {
+                    Left::Over => return None,
+                    Left::Unopened(open) => {
+                        text.push(b'[');
+                        (open(), true)
+                    }
+                    Left::Open(rows, first) => (rows, first),
+                };
+                while text.len() < CHUNK {
+                    let Some(row) = rows.next() else {
+                        text.extend_from_slice(b"]\n");
+                        return Some((Ok(text), Left::Over));
+                    };
+                    if !std::mem::replace(&mut first, false) {
+                        text.push(b',');
+                    }
+                    let written = row.and_then(|row| Ok(serde_json::to_writer(&mut text, &row)?));
+                    if let Err(error) = written {
+                        return Some((Err(io::Error::other(format!("{error:#}"))), Left::Over));
+                    }
+                }
+                Some((Ok(text), Left::Open(rows, first)))
+            });
+            made.await.ok().flatten()
+        });
+        let body = Body::from_stream(chunks);
+        ([(header::CONTENT_TYPE, "application/json")], body).into_response()
+    }
+}
+
+/// Lines of JSON, until either side closes.
+fn lines<T: Serialize>(rows: impl futures_util::Stream<Item = T> + Send + 'static) -> Response {
+    let lines = rows.map(|row| {
+        let mut line = serde_json::to_vec(&row)?;
+        line.push(b'\n');
+        Ok::<_, serde_json::Error>(line)
+    });
+    let body = Body::from_stream(lines);
+    ([(header::CONTENT_TYPE, "application/x-ndjson")], body).into_response()
+}
+
+async fn list(State(shared): State<Shared>) -> Response {
+    Shared::array(move || shared.observed.list(None))
+}
+
+async fn one(
+    State(shared): State<Shared>,
+    extract::Path(id): extract::Path<Id>,
+) -> Result<extract::Json<Listed>, Problem> {
+    let found = tokio::task::spawn_blocking(move || shared.observed.list(Some(id)).next());
+    match found.await.ok().flatten() {
+        Some(row) => Ok(extract::Json(row?)),
+        None => Err(problem(404, "Not found", &format!("no publish {id}"))),
+    }
+}
+
+/// Publishes that a request asks for.
+fn publishes(asked: Vec<Asked>) -> Result<Vec<Publish>, Problem> {
+    let publishes = asked.into_iter().map(Publish::try_from);
+    let publishes: Result<_, String> = publishes.collect();
+    publishes.map_err(|error| problem(422, "Bad publish", &error))
+}
+
+async fn add(
+    State(shared): State<Shared>,
+    Extension(by): Extension<Peer>,
+    request: Request,
+) -> Result<(StatusCode, extract::Json<Vec<Listed>>), Problem> {
+    let options: Options = query(&request)?;
+    let asked = publishes(shared.json(request).await?)?;
+    let changed = shared.change(options.owner, by, Change::Add(asked)).await?;
+    Ok((StatusCode::CREATED, extract::Json(changed.publishes)))
+}
+
+async fn want(
+    State(shared): State<Shared>,
+    Extension(by): Extension<Peer>,
+    extract::Path(owner): extract::Path<String>,
+    request: Request,
+) -> Result<extract::Json<Vec<Listed>>, Problem> {
+    let owner = named_owner(&owner)?;
+    let asked = publishes(shared.json(request).await?)?;
+    let changed = shared.change(Some(owner), by, Change::Want(asked)).await?;
+    Ok(extract::Json(changed.publishes))
+}
+
+fn named_owner(text: &str) -> Result<Owner, Problem> {
+    text.parse::<Owner>()
+        .map_err(|error| problem(422, "Bad owner", &error.to_string()))
+}
+
+async fn remove_all(
+    State(shared): State<Shared>,
+    Extension(by): Extension<Peer>,
+    extract::Path(owner): extract::Path<String>,
+    request: Request,
+) -> Result<StatusCode, Problem> {
+    let options: Options = query(&request)?;
+    let change = Change::RemoveAll(options.ending.unwrap_or_default());
+    shared
+        .change(Some(named_owner(&owner)?), by, change)
+        .await?;
+    Ok(StatusCode::NO_CONTENT)
+}
+
+async fn remove(
+    State(shared): State<Shared>,
+    Extension(by): Extension<Peer>,
+    extract::Path(id): extract::Path<Id>,
+    request: Request,
+) -> Result<StatusCode, Problem> {
+    let options: Options = query(&request)?;
+    let change = Change::Remove(vec![Named::Id(id)], options.ending.unwrap_or_default());
+    shared.change(options.owner, by, change).await?;
+    Ok(StatusCode::NO_CONTENT)
+}
+
+async fn unpublish(
+    State(shared): State<Shared>,
+    Extension(by): Extension<Peer>,
+    request: Request,
+) -> Result<StatusCode, Problem> {
+    let options: Options = query(&request)?;
+    let asked: Unpublish = shared.json(request).await?;
+    let named = asked.publishes.into_iter().map(|named| match named {
+        NamedPublish::Id(id) => Ok(Named::Id(id)),
+        NamedPublish::Spec(spec) => match spec.parse::<Spec>() {
+            Ok(spec) => Ok(Named::Spec(spec)),
+            Err(error) => Err(problem(422, "Bad publish", &error.to_string())),
+        },
+    });
+    let named = named.collect::<Result<_, _>>()?;
+    let ending = options.ending.unwrap_or(asked.ending);
+    let change = Change::Remove(named, ending);
+    shared.change(options.owner, by, change).await?;
+    Ok(StatusCode::NO_CONTENT)
+}
+
+async fn replace(
+    State(shared): State<Shared>,
+    Extension(by): Extension<Peer>,
+    extract::Path(id): extract::Path<Id>,
+    request: Request,
+) -> Result<extract::Json<Vec<Listed>>, Problem> {
+    let options: Options = query(&request)?;
+    let backends: Vec<AskedEndpoint> = shared.json(request).await?;
+    let [backend] = &backends[..] else {
+        let message = format!("{} backends; a publish has one", backends.len());
+        return Err(problem(422, "Bad backends", &message));
+    };
+    let change = Change::Replace(id, backend.clone());
+    let changed = shared.change(options.owner, by, change).await?;
+    Ok(extract::Json(changed.publishes))
+}
+
+/// The publishes, and then nothing until either side closes.
+async fn lease(
+    State(shared): State<Shared>,
+    Extension(by): Extension<Peer>,
+    Extension(received): Extension<Received>,
+    request: Request,
+) -> Result<Response, Problem> {
+    let options: Options = query(&request)?;
+    let asked = publishes(shared.json(request).await?)?;
+    let change = Change::Lease(asked, received.take());
+    let changed = shared.change(options.owner, by, change).await?;
+    let lease: Option<Lease> = changed.lease;
+    let held = stream::once(async move { changed.publishes }).chain(stream::once(async move {
+        let _lease = lease;
+        std::future::pending::<Vec<Listed>>().await
+    }));
+    let mut response = lines(held);
+    *response.status_mut() = StatusCode::CREATED;
+    Ok(response)
+}
+
+async fn flows(State(shared): State<Shared>, request: Request) -> Result<Response, Problem> {
+    let of: FlowFilter = query(&request)?;
+    Ok(Shared::array(move || shared.observed.flows(&of)))
+}
+
+/// How many flows were ended.
+#[derive(Serialize)]
+struct Ended {
+    ended: u64,
+}
+
+async fn end_flows(
+    State(shared): State<Shared>,
+    request: Request,
+) -> Result<extract::Json<Ended>, Problem> {
+    let of: FlowFilter = query(&request)?;
+    if of.publish.is_none() && of.client.is_none() {
+        let message = "all flows of all publishes are meant; name a publish or a client";
+        return Err(problem(400, "Bad query", message));
+    }
+    let ended = tokio::task::spawn_blocking(move || shared.observed.end_flows(&of));
+    let ended = ended.await.map_err(anyhow::Error::from)??;
+    Ok(extract::Json(Ended { ended }))
+}
+
+async fn stats(State(shared): State<Shared>) -> Result<extract::Json<Vec<Counter>>, Problem> {
+    Ok(extract::Json(shared.observed.stats()?))
+}
+
+async fn events(State(shared): State<Shared>) -> Response {
+    lines(received(shared.observed.events()))
+}
+
+/// What a broadcast says, without what was too fast.
+fn received<T: Clone + Send + 'static>(
+    from: broadcast::Receiver<T>,
+) -> impl futures_util::Stream<Item = T> + Send {
+    stream::unfold(from, async |mut from| {
+        loop {
+            match from.recv().await {
+                Ok(value) => return Some((value, from)),
+                Err(broadcast::error::RecvError::Lagged(_)) => {}
+                Err(broadcast::error::RecvError::Closed) => return None,
+            }
+        }
+    })
+}
+
+async fn trace(State(shared): State<Shared>) -> Result<Response, Problem> {
+    let (answer, answered) = oneshot::channel();
+    let Trace { packets, ended } = shared.call(Call::Trace { answer }, answered).await?;
+    Ok(lines(received(packets).map(move |packet| {
+        let _until_the_end = &ended;
+        packet
+    })))
+}
+
+async fn reload(
+    State(shared): State<Shared>,
+    Extension(by): Extension<Peer>,
+) -> Result<extract::Json<Reloaded>, Problem> {
+    let (answer, answered) = oneshot::channel();
+    let reloaded = shared.call(Call::Reload { by, answer }, answered).await?;
+    Ok(extract::Json(reloaded))
+}

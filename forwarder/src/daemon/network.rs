@@ -1,0 +1,339 @@
+//! The part of the daemon that follows the network: one reading after another, and the kernel's maps,
+//! attachments and neighbours made to match it.
+
+use std::{
+    collections::{BTreeMap, BTreeSet, HashMap, HashSet},
+    net::IpAddr,
+    time::Duration,
+};
+
+use anyhow::Result;
+use forwarder_common::{
+    flow::delivery,
+    publish::{Interface, flag},
+};
+use tokio::time::Instant;
+use tracing::{debug, info, warn};
+
+use super::{Daemon, reconcile::Loose};
+use crate::{
+    config::XdpChoice,
+    datapath::devices::{Hook, Place},
+    network::{Header, Reader, Snapshot, containers::Watch},
+    plan::{self, locations},
+    publish::Id,
+};
+
+/// A backend that does not answer is asked for again after this time.
+const ASK_AGAIN: Duration = Duration::from_secs(5);
+/// Answers about routes are asked for again after so many times what asking took.
+const ASK_ROUTES_PAUSE: u32 = 10;
+
+/// What is known of the network, and what the kernel was told of it.
+pub(super) struct Network {
+    /// `None` where nothing is to be followed.
+    reader: Option<Reader>,
+    pub watch: Watch,
+    pub snapshot: Snapshot,
+    /// Whether the kernel's answers in the snapshot may be out of date.
+    pub routing_changed: bool,
+    /// When the kernel may be asked for all of them again.
+    ask_routes_after: Instant,
+    /// What `INTERFACES` holds.
+    interfaces: BTreeMap<u32, Interface>,
+    /// Devices that XDP cannot be had on.
+    without_xdp: BTreeSet<u32>,
+    /// Devices whose containers were warned of: they say that they have addresses of others.
+    warned: BTreeSet<u32>,
+    /// When the kernel was last asked for a backend's MAC, by device and address.
+    asked: HashMap<(u32, IpAddr), Instant>,
+}
+
+impl Network {
+    /// # Errors
+    /// The kernel refuses a netlink socket.
+    pub(super) fn open(follows: bool) -> Result<Self> {
+        Ok(Self {
+            reader: follows.then(Reader::open).transpose()?,
+            watch: if follows {
+                Watch::open()
+            } else {
+                Watch::deaf()
+            },
+            snapshot: Snapshot::default(),
+            routing_changed: true, // since the first reading, for all that is known
+            ask_routes_after: Instant::now(),
+            interfaces: BTreeMap::new(),
+            without_xdp: BTreeSet::new(),
+            warned: BTreeSet::new(),
+            asked: HashMap::new(),
+        })
+    }
+
+    /// Reads it; after a failure the last reading stays.
+    ///
+    /// # Errors
+    /// The kernel refuses.
+    pub(super) async fn read(&mut self) -> Result<()> {
+        let Some(reader) = &self.reader else {
+            return Ok(());
+        };
+        let asked = locations::asked;
+        let mut after = self.watch.snapshot(reader, &self.snapshot, asked).await?;
+        locations::settle(&mut after);
+        self.snapshot = after;
+        self.warn_of_disputes();
+        Ok(())
+    }
+
+    /// When routes have to be asked for again.
+    pub(super) fn asks_again(&self) -> Option<Instant> {
+        self.routing_changed.then_some(self.ask_routes_after)
+    }
+
+    /// Warns of each container once, however often it changes its addresses.
+    fn warn_of_disputes(&mut self) {
+        let snapshot = &self.snapshot;
+        self.warned.retain(|veth| snapshot.links.contains_key(veth));
+        for (&veth, &address) in &snapshot.disputed {
+            if self.warned.insert(veth) {
+                warn!("{}", locations::dispute(snapshot, veth, address));
+            }
+        }
+    }
+}
+
+impl Daemon {
+    /// Reads the network again and makes the kernel match.
+    pub(super) async fn refresh(&mut self) -> Result<()> {
+        if self.datapath.is_none() {
+            return Ok(());
+        }
+        self.network.read().await?;
+        let network = &mut self.network;
+        if network.routing_changed && Instant::now() >= network.ask_routes_after {
+            network.routing_changed = false;
+            network.snapshot.answers.clear();
+        }
+        let serving = self.serving.values();
+        let backends: BTreeSet<IpAddr> = serving
+            .map(|serving| serving.row.wanted.publish.spec.backend)
+            .collect();
+        self.ask_for_routes(backends).await;
+        self.reconcile_devices()?;
+        let ids: Vec<Id> = self.serving.keys().copied().collect();
+        let before = self.covered();
+        for id in ids {
+            self.install(id)?;
+        }
+        for place in self.draining.keys().copied().collect::<Vec<_>>() {
+            self.install_draining(place)?;
+        }
+        let newly: BTreeSet<u32> = &self.covered() - &before;
+        if !newly.is_empty() {
+            drop(tokio::spawn(self.end_flows_of(Loose(newly))));
+        }
+        self.follow_xdp()?;
+        self.ask_for_neighbours().await;
+        Ok(())
+    }
+
+    /// Publishes that an IPsec policy covers: flows that were begun before would go round it.
+    fn covered(&self) -> BTreeSet<u32> {
+        let covered = self.serving.values().filter(|serving| serving.covered);
+        covered.map(|serving| serving.row.index).collect()
+    }
+
+    /// Asks the kernel for the way to backends that only it knows: once for each, until routing changes.
+    pub(super) async fn ask_for_routes(&mut self, backends: impl IntoIterator<Item = IpAddr>) {
+        let Some(reader) = &self.network.reader else {
+            return;
+        };
+        let begun = Instant::now();
+        for backend in backends {
+            let is_known = self.network.snapshot.answers.contains_key(&backend);
+            if is_known || !plan::takes_an_answer(&self.network.snapshot, backend) {
+                continue;
+            }
+            match reader.route_to(backend).await {
+                Ok(answer) => drop(self.network.snapshot.answers.insert(backend, answer)),
+                Err(error) => warn!("the route to {backend}: {error:#}"),
+            }
+        }
+        // Thousands of backends must not keep the daemon busy when routes change all the time.
+        let pause = begun.elapsed() * ASK_ROUTES_PAUSE;
+        self.network.ask_routes_after = self.network.ask_routes_after.max(Instant::now() + pause);
+    }
+
+    /// Backends on this machine whose MAC, or the bridge port behind it, isn't known are asked for by the
+    /// kernel's neighbour discovery, so that they get the fastest delivery: before the first packet, and when a
+    /// container is back with another MAC, where the kernel would try the old one for seconds. The fast
+    /// path goes round the bridge, so nothing else would teach it the port.
+    pub(super) async fn ask_for_neighbours(&mut self) {
+        let (Some(reader), Some(datapath)) = (&self.network.reader, &self.datapath) else {
+            return;
+        };
+        let now = Instant::now();
+        // Backends that are reached by the kernel's own resolution for now.
+        let unresolved = self.serving.values().filter_map(|serving| {
+            let entry = &datapath.maps.installed(serving.row.index)?.entry;
+            let is_local = entry.flags & flag::REMOTE == 0;
+            let waits = entry.hop.delivery == delivery::NEIGHBOUR && is_local;
+            let backend = serving.row.wanted.publish.spec.backend;
+            waits.then_some((entry.hop.ifindex, backend))
+        });
+        let unresolved: HashSet<(u32, IpAddr)> = unresolved.collect();
+        self.network.asked.retain(|key, _| unresolved.contains(key));
+        for key in unresolved {
+            let before = self.network.asked.get(&key);
+            if before.is_some_and(|asked| now < *asked + ASK_AGAIN) {
+                continue;
+            }
+            self.network.asked.insert(key, now);
+            match self.network.snapshot.neighbours.get(&key) {
+                Some(neighbour) if neighbour.permanent => {} // somebody set it by hand
+                Some(neighbour) => {
+                    debug!("the bridge port of {} is not known", key.1);
+                    reader.forget_neighbour(key.0, key.1, neighbour.mac).await;
+                    reader.ask_neighbour(key.0, key.1).await;
+                }
+                None => reader.ask_neighbour(key.0, key.1).await,
+            }
+        }
+    }
+
+    pub(super) fn reconcile_devices(&mut self) -> Result<()> {
+        let Some(datapath) = &mut self.datapath else {
+            return Ok(());
+        };
+        let several = plan::has_several_uplinks(&self.network.snapshot);
+        datapath.maps.set_several_uplinks(several)?;
+        datapath
+            .maps
+            .set_locations(&locations::locations(&self.network.snapshot))?;
+        self.forget_xdp();
+        self.attach_xdp();
+        self.write_interfaces()?;
+        self.reconcile_hooks();
+        Ok(())
+    }
+
+    /// The tc programs. Last: what comes in must find what it is asked for.
+    fn reconcile_hooks(&mut self) {
+        let Some(datapath) = &mut self.datapath else {
+            return;
+        };
+        let respects_firewall = self.config.respect_firewall;
+        let uplinks = plan::uplinks(&self.network.snapshot);
+        let wanted: BTreeMap<Place, String> = plan::attached(&self.network.snapshot)
+            .flat_map(|(ifindex, link)| {
+                let hooks: &[Hook] = match link.header {
+                    Header::Ip => &[Hook::IngressIp],
+                    _ if respects_firewall || uplinks.contains(&ifindex) => &Hook::BOTH_SIDES,
+                    _ => &[Hook::Ingress],
+                };
+                hooks
+                    .iter()
+                    .map(move |hook| ((ifindex, *hook), link.name.clone()))
+            })
+            .collect();
+        let have: Vec<Place> = datapath.attached().collect();
+        for place in have.iter().filter(|place| !wanted.contains_key(place)) {
+            datapath.detach(*place);
+        }
+        for (place, name) in wanted.iter().filter(|(place, _)| !have.contains(place)) {
+            match datapath.attach(*place, name) {
+                Ok(()) => debug!("attached to {name}"),
+                Err(error) => warn!("{error:#}"),
+            }
+        }
+    }
+
+    /// After publishes have changed: some may be the first that XDP has to do with.
+    pub(super) fn follow_xdp(&mut self) -> Result<()> {
+        if self.attach_xdp() {
+            self.write_interfaces()?;
+            // They say how XDP takes part.
+            for id in self.serving.keys().copied().collect::<Vec<_>>() {
+                self.install(id)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// The XDP program on the devices that it belongs on; whether it is on more than before.
+    fn attach_xdp(&mut self) -> bool {
+        let Some(datapath) = &mut self.datapath else {
+            return false;
+        };
+        let serving = self.serving.values();
+        let mut entries = serving.filter_map(|it| datapath.maps.installed(it.row.index));
+        // Attaching it stops some devices for a moment: an allow-list alone is no reason that nobody has given.
+        let works_on = match self.config.xdp {
+            XdpChoice::Auto => flag::REMOTE,
+            _ => flag::REMOTE | flag::ALLOW_LIST,
+        };
+        let has_work = entries.any(|it| it.entry.flags & works_on != 0);
+        if !has_work {
+            return false;
+        }
+        let (links, mode) = (&self.network.snapshot.links, self.config.xdp);
+        let mut more = false;
+        for (ifindex, mode) in plan::with_xdp(&self.network.snapshot, mode) {
+            let there = datapath.xdp().any(|(there, _)| there == ifindex);
+            if there || self.network.without_xdp.contains(&ifindex) {
+                continue;
+            }
+            let name = &links[&ifindex].name;
+            match datapath.attach_xdp(ifindex, mode) {
+                Ok(()) => {
+                    more = true;
+                    info!("{name} has XDP, {}", mode.name());
+                }
+                Err(error) => {
+                    self.network.without_xdp.insert(ifindex);
+                    let why = format!("{name} has no {} XDP, tc does it: {error:#}", mode.name());
+                    if self.config.xdp == XdpChoice::Auto {
+                        debug!("{why}");
+                    } else {
+                        warn!("{why}");
+                    }
+                }
+            }
+        }
+        more
+    }
+
+    /// The XDP programs of devices that have gone, or allow none any more.
+    fn forget_xdp(&mut self) {
+        let links = &self.network.snapshot.links;
+        self.network.without_xdp.retain(|i| links.contains_key(i));
+        let Some(datapath) = &mut self.datapath else {
+            return;
+        };
+        let gone = datapath.xdp().map(|(ifindex, _)| ifindex);
+        let allows = |i: &u32| links.get(i).is_some_and(plan::allows_xdp);
+        let gone: Vec<u32> = gone.filter(|i| !allows(i)).collect();
+        gone.into_iter().for_each(|i| datapath.detach_xdp(i));
+    }
+
+    /// `INTERFACES`.
+    fn write_interfaces(&mut self) -> Result<()> {
+        let Some(datapath) = &mut self.datapath else {
+            return Ok(());
+        };
+        let mut new: BTreeMap<u32, Interface> = plan::interfaces(&self.network.snapshot).collect();
+        for (ifindex, _) in datapath.xdp() {
+            new.entry(ifindex).and_modify(|interface| interface.xdp = 1);
+        }
+        let old = &self.network.interfaces;
+        for ifindex in old.keys().chain(new.keys()).collect::<BTreeSet<_>>() {
+            if old.get(ifindex) != new.get(ifindex) {
+                let interface = new.get(ifindex).copied();
+                datapath.maps.set_interface(*ifindex, interface)?;
+            }
+        }
+        self.network.interfaces = new;
+        Ok(())
+    }
+}

@@ -1,0 +1,337 @@
+//! What observers see of the daemon, at any time and without asking it: its publishes, and the kernel's flows and
+//! counters. Walks over flows happen on the observer's thread.
+
+use std::{
+    collections::{BTreeMap, HashMap},
+    iter,
+    net::{IpAddr, SocketAddr},
+    sync::{
+        Arc, Mutex, PoisonError, RwLock,
+        atomic::{AtomicU64, Ordering::Relaxed},
+    },
+    time::{SystemTime, UNIX_EPOCH},
+};
+
+use anyhow::Result;
+use forwarder_common::{
+    flow::{Flow, Phase, delivery, state},
+    reason::Reason,
+    tuple::{Address, TCP, Tuple},
+};
+use ipnet::IpNet;
+use tokio::sync::broadcast;
+
+use super::sweep::monotonic;
+use crate::{
+    control::{
+        api::{Counter, Endpoint, Event, Listed, ListedFlow},
+        server::{FlowFilter, Observe, Rows},
+    },
+    datapath::maps::{Counters, FlowTables, Walk},
+    plan::Unserved,
+    proxy::Meter,
+    publish::{Id, Wanted},
+};
+
+/// Events that a slow observer may be behind.
+const EVENTS: usize = 1024;
+
+/// A publish as it is served now.
+#[derive(Clone, Debug)]
+pub(super) struct Row {
+    pub wanted: Wanted,
+    /// In `PUBLISHES`.
+    pub index: u32,
+    /// One of [`delivery`] if the fast path serves it.
+    pub delivery: Option<u32>,
+    pub xdp: Option<&'static str>,
+    pub unserved: Option<Unserved>,
+    pub allow: Arc<[IpNet]>,
+    pub draining: bool,
+    pub meter: Option<Meter>,
+    /// Packets and bytes of flows that have ended.
+    pub ended: Arc<[AtomicU64; 2]>,
+}
+
+impl Row {
+    fn listed(&self, live: Sum) -> Listed {
+        let spec = &self.wanted.publish.spec;
+        let endpoint = |address, ports: crate::publish::spec::Ports| Endpoint {
+            address,
+            port: ports.first,
+            end_port: ports.last,
+        };
+        let proxied = self.meter.as_ref().map(Meter::counters).unwrap_or_default();
+        let [packets, bytes] = &*self.ended;
+        Listed {
+            id: self.wanted.id,
+            owner: self.wanted.owner.clone(),
+            protocol: spec.protocol,
+            frontend: endpoint(spec.address, spec.ports),
+            backend: endpoint(Some(spec.backend), spec.backend_ports),
+            datapath: if self.delivery.is_some() {
+                "ebpf".into()
+            } else {
+                "userland".into()
+            },
+            delivery: self.delivery.and_then(delivery_name).map(Into::into),
+            xdp: self.xdp.map(Into::into),
+            reason: self.unserved.as_ref().map(ToString::to_string),
+            reason_code: self.unserved.as_ref().map(|why| why.code().into()),
+            allow: self.allow.to_vec(),
+            draining: self.draining,
+            flows: live.flows + proxied.flows,
+            packets: live.packets + packets.load(Relaxed) + proxied.packets,
+            bytes: live.bytes + bytes.load(Relaxed) + proxied.bytes,
+        }
+    }
+}
+
+/// Of a publish's live flows.
+#[derive(Clone, Copy, Debug, Default)]
+struct Sum {
+    flows: u64,
+    packets: u64,
+    bytes: u64,
+}
+
+#[derive(Debug)]
+pub(super) struct View {
+    rows: RwLock<BTreeMap<Id, Arc<Row>>>,
+    ids: RwLock<HashMap<u32, Id>>,
+    kernel: Option<Kernel>,
+    events: broadcast::Sender<Event>,
+}
+
+/// What is read of the kernel. One walk at a time: more would only take longer.
+#[derive(Debug)]
+struct Kernel {
+    flows: Mutex<FlowTables>,
+    counters: Arc<Counters>,
+}
+
+impl View {
+    pub(super) fn new(kernel: Option<(FlowTables, Arc<Counters>)>) -> Self {
+        Self {
+            rows: RwLock::default(),
+            ids: RwLock::default(),
+            kernel: kernel.map(|(flows, counters)| Kernel {
+                flows: Mutex::new(flows),
+                counters,
+            }),
+            events: broadcast::channel(EVENTS).0,
+        }
+    }
+
+    /// Shows a publish as it is now.
+    pub(super) fn show(&self, row: &Arc<Row>) {
+        let (id, index) = (row.wanted.id, row.index);
+        self.ids
+            .write()
+            .unwrap_or_else(PoisonError::into_inner)
+            .insert(index, id);
+        self.rows
+            .write()
+            .unwrap_or_else(PoisonError::into_inner)
+            .insert(id, row.clone());
+    }
+
+    pub(super) fn hide(&self, id: Id) {
+        self.rows
+            .write()
+            .unwrap_or_else(PoisonError::into_inner)
+            .remove(&id);
+    }
+
+    /// Forgets whose a place was.
+    pub(super) fn free(&self, index: u32) {
+        let mut ids = self.ids.write().unwrap_or_else(PoisonError::into_inner);
+        ids.remove(&index);
+    }
+
+    /// The publish that has a place in `PUBLISHES`, or had it before it got another backend.
+    pub(super) fn id(&self, index: u32) -> Option<Id> {
+        let ids = self.ids.read().unwrap_or_else(PoisonError::into_inner);
+        ids.get(&index).copied()
+    }
+
+    /// A publish, without what its live flows have carried.
+    pub(super) fn row(&self, id: Id) -> Option<Listed> {
+        let rows = self.rows(Some(id));
+        rows.first().map(|row| row.listed(Sum::default()))
+    }
+
+    /// Tells whoever listens.
+    pub(super) fn tell(&self, event: &str, publish: Listed) {
+        if self.events.receiver_count() == 0 {
+            return;
+        }
+        let time = SystemTime::now().duration_since(UNIX_EPOCH);
+        let _ = self.events.send(Event {
+            time: time.unwrap_or_default().as_secs_f64(),
+            event: event.into(),
+            publish,
+        });
+    }
+
+    pub(super) fn has_listeners(&self) -> bool {
+        self.events.receiver_count() > 0
+    }
+
+    fn rows(&self, id: Option<Id>) -> Vec<Arc<Row>> {
+        let rows = self.rows.read().unwrap_or_else(PoisonError::into_inner);
+        match id {
+            Some(id) => rows.get(&id).cloned().into_iter().collect(),
+            None => rows.values().cloned().collect(),
+        }
+    }
+
+    /// What live flows have carried, also those to backends that a publish had before.
+    fn sums(&self) -> Result<HashMap<Id, Sum>> {
+        let mut sums: HashMap<Id, Sum> = HashMap::new();
+        let ids = self
+            .ids
+            .read()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clone();
+        if let Some(kernel) = &self.kernel {
+            let flows = kernel.flows.lock().unwrap_or_else(PoisonError::into_inner);
+            for flow in flows.all() {
+                let (_, flow) = flow?;
+                let Some(id) = ids.get(&flow.publish) else {
+                    continue;
+                };
+                let sum = sums.entry(*id).or_default();
+                sum.flows += 1;
+                sum.packets += flow.packets[0] + flow.packets[1];
+                sum.bytes += flow.bytes[0] + flow.bytes[1];
+            }
+        }
+        Ok(sums)
+    }
+
+    /// Live flows, a slice of the table at a time.
+    fn walk(&self) -> Rows<(Tuple, Flow)> {
+        let Some(kernel) = &self.kernel else {
+            return Box::new(iter::empty());
+        };
+        let flows = kernel.flows.lock().unwrap_or_else(PoisonError::into_inner);
+        let flows = match flows.try_clone() {
+            Ok(flows) => flows,
+            Err(error) => return Box::new(iter::once(Err(error))),
+        };
+        let mut walk = Walk::default();
+        let slices = iter::from_fn(move || flows.slice(&mut walk).transpose());
+        Box::new(slices.flat_map(|slice| -> Rows<(Tuple, Flow)> {
+            match slice {
+                Ok(entries) => {
+                    let flows = entries.filter(|(_, flow)| flow.state & state::ALIAS == 0);
+                    // Made into a list, which holds no more than a slice.
+                    Box::new(flows.map(Ok).collect::<Vec<_>>().into_iter())
+                }
+                Err(error) => Box::new(iter::once(Err(error))),
+            }
+        }))
+    }
+}
+
+/// Whether a flow is meant.
+fn is_meant(of: &FlowFilter, id: Option<Id>, flow: &Flow) -> bool {
+    let client = || -> IpAddr { flow.client.into() };
+    (of.publish.is_none() || of.publish == id)
+        && of.client.is_none_or(|network| network.contains(&client()))
+}
+
+impl Observe for Arc<View> {
+    fn list(&self, id: Option<Id>) -> Rows<Listed> {
+        let sums = match self.sums() {
+            Ok(sums) => sums,
+            Err(error) => return Box::new(iter::once(Err(error))),
+        };
+        let rows = self.rows(id).into_iter();
+        Box::new(rows.map(move |row| {
+            let live = sums.get(&row.wanted.id).copied();
+            Ok(row.listed(live.unwrap_or_default()))
+        }))
+    }
+
+    fn flows(&self, of: &FlowFilter) -> Rows<ListedFlow> {
+        let (view, of) = (self.clone(), *of);
+        let now = monotonic();
+        Box::new(self.walk().filter_map(move |flow| match flow {
+            Ok((key, flow)) => {
+                let id = view.id(flow.publish);
+                let is_meant = is_meant(&of, id, &flow);
+                id.filter(|_| is_meant)
+                    .map(|id| Ok(list_flow(id, &key, &flow, now)))
+            }
+            Err(error) => Some(Err(error)),
+        }))
+    }
+
+    fn end_flows(&self, of: &FlowFilter) -> Result<u64> {
+        let Some(kernel) = &self.kernel else {
+            return Ok(0);
+        };
+        let flows = kernel.flows.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut flows = flows.try_clone()?;
+        let mut ended = 0;
+        for flow in self.walk() {
+            let (key, flow) = flow?;
+            if is_meant(of, self.id(flow.publish), &flow) && flows.end(&key, |_| true)?.is_some() {
+                ended += 1;
+            }
+        }
+        Ok(ended)
+    }
+
+    fn stats(&self) -> Result<Vec<Counter>> {
+        let Some(kernel) = &self.kernel else {
+            return Ok(Vec::new());
+        };
+        let counter = |(reason, packets): (Reason, u64)| Counter {
+            reason: reason.name().into(),
+            packets,
+        };
+        Ok(kernel.counters.all()?.into_iter().map(counter).collect())
+    }
+
+    fn events(&self) -> broadcast::Receiver<Event> {
+        self.events.subscribe()
+    }
+}
+
+fn list_flow(publish: Id, key: &Tuple, flow: &Flow, now: u64) -> ListedFlow {
+    let show = |address: Address, port: u16| {
+        SocketAddr::new(address.into(), u16::from_be(port)).to_string()
+    };
+    let tcp = key.protocol == u32::from(TCP);
+    let state = match Phase::of(key.protocol, flow.state) {
+        Phase::Udp => "unreplied".into(),
+        Phase::UdpStream => "replied".into(),
+        phase => phase.name().trim_start_matches("tcp-").replace('-', "_"),
+    };
+    ListedFlow {
+        publish,
+        protocol: if tcp { "tcp" } else { "udp" }.into(),
+        client: show(flow.client, flow.client_port),
+        frontend: show(flow.frontend, flow.frontend_port),
+        source: show(key.source, key.source_port),
+        backend: show(key.destination, key.destination_port),
+        state,
+        idle_seconds: now.saturating_sub(flow.last_seen) / 1_000_000_000,
+        packets: flow.packets,
+        bytes: flow.bytes,
+    }
+}
+
+/// The name of a delivery in `list` and in traces; `None` for none.
+pub(super) fn delivery_name(number: u32) -> Option<&'static str> {
+    match number {
+        delivery::PEER => Some("peer"),
+        delivery::DEVICE => Some("device"),
+        delivery::NEIGHBOUR => Some("neighbour"),
+        delivery::STACK => Some("stack"),
+        _ => None,
+    }
+}

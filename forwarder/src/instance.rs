@@ -1,0 +1,222 @@
+//! What an instance's name gives: its control socket, lock, pins and state file. Others must not be able to put
+//! theirs in the place of ours, so each directory is checked before it is used.
+
+use std::{
+    fs::{self, DirBuilder, File, OpenOptions, Permissions},
+    io,
+    os::unix::fs::{
+        DirBuilderExt as _, MetadataExt as _, OpenOptionsExt as _, PermissionsExt as _,
+    },
+    path::{Path, PathBuf},
+};
+
+use anyhow::{Context as _, Result, bail};
+use nix::fcntl::{Flock, FlockArg};
+
+const RUN: &str = "/run/forwarder";
+const STATE: &str = "/var/lib/forwarder";
+const PINS: &str = "/sys/fs/bpf/forwarder";
+
+/// A running or stopped instance, by its name.
+#[derive(Clone, Debug)]
+pub struct Instance {
+    pub name: String,
+    /// The control socket, if it is not where the name says.
+    pub socket: Option<PathBuf>,
+}
+
+/// Held for as long as an instance runs, so that whether it does is not a matter of a file that anybody may remove.
+#[derive(Debug)]
+pub struct Lock {
+    _file: Flock<File>,
+}
+
+impl Instance {
+    /// Where the control socket may be: the system's place first, then the user's own.
+    fn directories() -> [PathBuf; 2] {
+        let own = std::env::var_os("XDG_RUNTIME_DIR")
+            .map_or_else(std::env::temp_dir, PathBuf::from)
+            .join(format!("forwarder-{}", nix::unistd::geteuid()));
+        [PathBuf::from(RUN), own]
+    }
+
+    /// Makes the directory of the control socket and says where that is: under /run for root and for a service's user
+    /// that owns it, else under the user's runtime directory.
+    ///
+    /// # Errors
+    /// Neither can be used, with what is wrong with the last.
+    pub fn make_socket_path(&self) -> Result<PathBuf> {
+        if let Some(path) = &self.socket {
+            return Ok(path.clone());
+        }
+        let [system, own] = Self::directories();
+        let directory = match make_private(&system) {
+            Ok(()) => system,
+            Err(_) => make_private(&own).map(|()| own)?,
+        };
+        Ok(directory.join(format!("{}.sock", self.name)))
+    }
+
+    /// The control sockets that a client may trust: in a directory of root's, of a service's user, or of its own.
+    pub fn socket_paths(&self) -> Vec<PathBuf> {
+        if let Some(path) = &self.socket {
+            return vec![path.clone()];
+        }
+        let [system, own] = Self::directories();
+        let mut trusted = vec![system];
+        if is_private(&own).is_ok() {
+            trusted.push(own);
+        }
+        let file = format!("{}.sock", self.name);
+        let paths = trusted.into_iter().map(|directory| directory.join(&file));
+        paths.collect()
+    }
+
+    /// Takes the instance's name.
+    ///
+    /// # Errors
+    /// Another process has it, or there is no place for the lock.
+    pub fn lock(&self) -> Result<Lock> {
+        let [system, own] = Self::directories();
+        let directory = match make_private(&system) {
+            Ok(()) => system,
+            Err(_) => make_private(&own).map(|()| own)?,
+        };
+        let path = directory.join(format!("{}.lock", self.name));
+        let mut options = OpenOptions::new();
+        options.create(true).truncate(false).write(true);
+        options.mode(0o600).custom_flags(libc::O_NOFOLLOW);
+        let file = options
+            .open(&path)
+            .with_context(|| format!("open {}", path.display()))?;
+        match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
+            Ok(file) => Ok(Lock { _file: file }),
+            Err((_, nix::errno::Errno::EWOULDBLOCK)) => bail!(
+                "instance {} is already running; choose another name by --instance",
+                self.name
+            ),
+            Err((_, error)) => Err(error).with_context(|| format!("lock {}", path.display())),
+        }
+    }
+
+    /// Whether a process has the instance's name.
+    pub fn is_running(&self) -> bool {
+        let file = format!("{}.lock", self.name);
+        let [system, own] = Self::directories();
+        [system, own].iter().any(|directory| {
+            let Ok(lock) = File::open(directory.join(&file)) else {
+                return false;
+            };
+            let taken = Flock::lock(lock, FlockArg::LockSharedNonblock);
+            matches!(taken, Err((_, nix::errno::Errno::EWOULDBLOCK)))
+        })
+    }
+
+    /// Removes the socket and the lock of an instance that has ended. Returns whether there was a socket.
+    pub fn remove_files(&self) -> bool {
+        let mut removed = false;
+        for path in self.socket_paths() {
+            removed |= fs::remove_file(&path).is_ok();
+            let _ = fs::remove_file(path.with_extension("lock"));
+            if self.socket.is_none() {
+                let _ = path.parent().map(fs::remove_dir); // stays while another instance runs
+            }
+        }
+        removed
+    }
+
+    /// This instance's directory under bpffs, whose names have no dots.
+    pub fn pins(&self) -> PathBuf {
+        Path::new(PINS).join(self.name.replace('.', "%"))
+    }
+
+    /// The file with what was published at run time.
+    pub fn state(&self) -> PathBuf {
+        let directory = if nix::unistd::geteuid().is_root() || is_private(Path::new(STATE)).is_ok()
+        {
+            PathBuf::from(STATE)
+        } else {
+            let home = std::env::var_os("HOME")
+                .map(PathBuf::from)
+                .unwrap_or_default();
+            std::env::var_os("XDG_STATE_HOME")
+                .map_or_else(|| home.join(".local/state"), PathBuf::from)
+                .join("forwarder")
+        };
+        directory.join(format!("{}.json", self.name))
+    }
+}
+
+/// Makes a directory that others may look into and not write to, or finds that it is one.
+///
+/// # Errors
+/// It cannot be made, or belongs to somebody else.
+pub fn make_private(directory: &Path) -> Result<()> {
+    let made = DirBuilder::new().mode(0o755).create(directory);
+    match made {
+        // Whatever the umask is.
+        Ok(()) => fs::set_permissions(directory, Permissions::from_mode(0o755))?,
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {
+            let parent = directory.parent().context("no parent")?;
+            fs::create_dir_all(parent).with_context(|| format!("create {}", parent.display()))?;
+            return make_private(directory);
+        }
+        Err(error) => return Err(error).with_context(|| format!("create {}", directory.display())),
+    }
+    is_private(directory)
+}
+
+/// Whether a directory, which is no link, is of this process's user, and only that user may write to it.
+///
+/// # Errors
+/// What is wrong with it.
+pub fn is_private(directory: &Path) -> Result<()> {
+    let about = fs::symlink_metadata(directory)
+        .with_context(|| format!("look at {}", directory.display()))?;
+    let shown = directory.display();
+    if !about.is_dir() {
+        bail!("{shown} is no directory; remove it");
+    }
+    let (owner, own) = (about.uid(), nix::unistd::geteuid());
+    if owner != own.as_raw() {
+        bail!("{shown} belongs to user {owner}, not to {own}; remove it");
+    }
+    if about.mode() & 0o022 != 0 {
+        bail!("others may write to {shown}; `chmod go-w {shown}` would change that");
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_directory_that_others_may_write_to_is_refused() {
+        let directory = std::env::temp_dir().join(format!("forwarder-test-{}", std::process::id()));
+        make_private(&directory).expect("a new directory");
+        fs::set_permissions(&directory, Permissions::from_mode(0o777)).expect("chmod");
+        let error = is_private(&directory).expect_err("it is open").to_string();
+        assert!(error.contains("chmod go-w"), "{error}");
+        let link = directory.with_extension("link");
+        std::os::unix::fs::symlink(&directory, &link).expect("a link");
+        let error = make_private(&link).expect_err("a link").to_string();
+        assert!(error.contains("no directory"), "{error}");
+        fs::remove_file(link)
+            .and_then(|()| fs::remove_dir(directory))
+            .expect("removed");
+    }
+
+    #[test]
+    fn bpffs_gets_no_dots() {
+        let instance = Instance {
+            name: "web.example".into(),
+            socket: None,
+        };
+        assert_eq!(
+            instance.pins(),
+            Path::new("/sys/fs/bpf/forwarder/web%example")
+        );
+    }
+}

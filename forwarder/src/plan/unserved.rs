@@ -1,0 +1,54 @@
+//! Why the fast path does not serve a publish: a name that does not change, and words for people.
+
+use std::net::IpAddr;
+
+/// The reason, of which the first that holds is given.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Unserved {
+    #[error("--datapath userland")]
+    Userland,
+    /// No eBPF here, with the kernel's or the loader's words.
+    #[error("{0}")]
+    NoDatapath(String),
+    #[error("SCTP is served in user space")]
+    Sctp,
+    #[error("the backend is this host")]
+    ThisHost,
+    #[error("no route to {0}")]
+    NoRoute(IpAddr),
+    #[error("no device for the route to {0}")]
+    NoDevice(IpAddr),
+    #[error("no address of this host to reach {0} from")]
+    NoSource(IpAddr),
+    #[error("{0} has an unsupported link header")]
+    LinkHeader(String),
+    #[error("an IPsec policy covers it: {0}")]
+    Ipsec(String),
+    #[error("--respect-firewall: the backend is on another machine")]
+    FirewallRemote,
+    #[error("--respect-firewall: the host does not forward; `sysctl {0}=1` would change that")]
+    FirewallForwarding(&'static str),
+    /// The kernel refused an update.
+    #[error("{0}")]
+    Refused(String),
+}
+
+impl Unserved {
+    /// As `reason_code` in `list --json`.
+    pub const fn code(&self) -> &'static str {
+        match self {
+            Self::Userland => "userland",
+            Self::NoDatapath(_) => "no_datapath",
+            Self::Sctp => "sctp",
+            Self::ThisHost => "this_host",
+            Self::NoRoute(_) => "no_route",
+            Self::NoDevice(_) => "no_device",
+            Self::NoSource(_) => "no_source",
+            Self::LinkHeader(_) => "link_header",
+            Self::Ipsec(_) => "ipsec",
+            Self::FirewallRemote => "firewall_remote",
+            Self::FirewallForwarding(_) => "firewall_forwarding",
+            Self::Refused(_) => "refused",
+        }
+    }
+}

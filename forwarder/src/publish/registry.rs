@@ -1,0 +1,493 @@
+//! All publishes that are wanted, by owner. Each source states what its owner wants; the registry answers with the
+//! difference, or with the conflict. It changes only when [`Registry::apply`] is told that the difference is in force.
+
+use std::{
+    collections::{BTreeMap, BTreeSet, HashMap},
+    net::IpAddr,
+    sync::Arc,
+};
+
+use super::{
+    Owner, Publish,
+    spec::{Ports, Protocol, Spec},
+};
+
+/// The number of a publish. It is never given to another one, also not after a restart.
+pub type Id = u64;
+
+/// A publish with its owner.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Wanted {
+    pub id: Id,
+    pub owner: Owner,
+    pub publish: Arc<Publish>,
+}
+
+/// What has to change. The same frontend with another backend or policy is a change in place.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Difference {
+    pub remove: Vec<Wanted>,
+    /// Each with what it was before.
+    pub change: Vec<(Wanted, Wanted)>,
+    pub add: Vec<Wanted>,
+    /// All that was asked for, in that order, also what is there already.
+    pub asked: Vec<Id>,
+}
+
+impl Difference {
+    pub fn is_empty(&self) -> bool {
+        self.remove.is_empty() && self.change.is_empty() && self.add.is_empty()
+    }
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Conflict {
+    #[error(
+        "publish {new}: overlaps with {other} of owner {owner}; unpublish that or choose other ports"
+    )]
+    Overlap {
+        new: Spec,
+        other: Spec,
+        owner: Owner,
+    },
+    #[error("publish {id} ({spec}) belongs to {owner}; `--owner {owner}` would change it")]
+    NotYours { id: Id, spec: Spec, owner: Owner },
+    #[error("no publish {0}; `forwarder list` shows them")]
+    NoId(Id),
+    #[error("no publish {0}; `forwarder list` shows them")]
+    NoSpec(Spec),
+    #[error("{wanted} publishes are more than the {most} that there is room for")]
+    TooMany { wanted: usize, most: usize },
+}
+
+/// A place that only one publish may have: every address of a family is the unspecified one.
+type Place = (Protocol, IpAddr);
+
+/// Frontends by place and first port. Those of one place never overlap.
+#[derive(Clone, Debug, Default)]
+struct Frontends(HashMap<Place, BTreeMap<u16, (u16, Id)>>);
+
+impl Frontends {
+    fn insert(&mut self, spec: &Spec, id: Id) {
+        for address in spec.frontends() {
+            let place = self.0.entry((spec.protocol, address)).or_default();
+            place.insert(spec.ports.first, (spec.ports.last, id));
+        }
+    }
+
+    fn remove(&mut self, spec: &Spec) {
+        for address in spec.frontends() {
+            if let Some(place) = self.0.get_mut(&(spec.protocol, address)) {
+                place.remove(&spec.ports.first);
+                if place.is_empty() {
+                    self.0.remove(&(spec.protocol, address));
+                }
+            }
+        }
+    }
+
+    /// A publish, not of `except`, that has a port which the spec wants.
+    fn overlap(&self, spec: &Spec, except: &BTreeSet<Id>) -> Option<Id> {
+        let has = |place: &BTreeMap<u16, (u16, Id)>| {
+            let Ports { first, last } = spec.ports;
+            let mut below = place.range(..=last).rev();
+            below
+                .by_ref()
+                .take_while(|(_, (end, _))| *end >= first)
+                .map(|(_, (_, id))| *id)
+                .find(|id| !except.contains(id))
+        };
+        for address in spec.frontends() {
+            let found = if address.is_unspecified() {
+                let family = self.0.iter().filter(|((protocol, other), _)| {
+                    *protocol == spec.protocol && other.is_ipv4() == address.is_ipv4()
+                });
+                family.filter_map(|(_, place)| has(place)).min()
+            } else {
+                let every = match address {
+                    IpAddr::V4(_) => IpAddr::V4(std::net::Ipv4Addr::UNSPECIFIED),
+                    IpAddr::V6(_) => IpAddr::V6(std::net::Ipv6Addr::UNSPECIFIED),
+                };
+                [address, every]
+                    .iter()
+                    .find_map(|address| self.0.get(&(spec.protocol, *address)).and_then(has))
+            };
+            if found.is_some() {
+                return found;
+            }
+        }
+        None
+    }
+}
+
+#[derive(Clone, Debug, Default)]
+pub struct Registry {
+    wanted: BTreeMap<Id, Wanted>,
+    frontends: Frontends,
+    last_id: Id,
+    most: usize,
+}
+
+impl Registry {
+    /// An empty one for so many publishes, whose numbers begin after `last_id`.
+    pub fn new(most: usize, last_id: Id) -> Self {
+        Self {
+            most,
+            last_id,
+            ..Self::default()
+        }
+    }
+
+    pub fn get(&self, id: Id) -> Option<&Wanted> {
+        self.wanted.get(&id)
+    }
+
+    /// In the order of their numbers.
+    pub fn iter(&self) -> impl Iterator<Item = &Wanted> {
+        self.wanted.values()
+    }
+
+    pub fn of<'a>(&'a self, owner: &'a Owner) -> impl Iterator<Item = &'a Wanted> {
+        self.iter().filter(move |wanted| wanted.owner == *owner)
+    }
+
+    /// The last number that was given.
+    pub const fn last_id(&self) -> Id {
+        self.last_id
+    }
+
+    /// The difference that makes these *all* that the owner has.
+    ///
+    /// # Errors
+    /// One overlaps with another of them or of another owner, or there is no room.
+    pub fn want(&self, owner: &Owner, publishes: Vec<Publish>) -> Result<Difference, Conflict> {
+        let present: BTreeSet<Id> = self.of(owner).map(|wanted| wanted.id).collect();
+        let difference = self.compare(owner, publishes, &present)?;
+        let kept: BTreeSet<Id> = difference.asked.iter().copied().collect();
+        let remove = present.difference(&kept).filter_map(|id| self.get(*id));
+        Ok(Difference {
+            remove: remove.cloned().collect(),
+            ..difference
+        })
+    }
+
+    /// The difference that gives the owner these beside what it has.
+    ///
+    /// # Errors
+    /// As [`Registry::want`]; also if one overlaps with what the owner has.
+    pub fn add(&self, owner: &Owner, publishes: Vec<Publish>) -> Result<Difference, Conflict> {
+        self.compare(owner, publishes, &BTreeSet::new())
+    }
+
+    /// The difference that takes these from the owner. What is named twice is taken once.
+    ///
+    /// # Errors
+    /// There is no such publish, or it is another owner's.
+    pub fn remove(&self, owner: &Owner, ids: &BTreeSet<Id>) -> Result<Difference, Conflict> {
+        let remove = ids.iter().map(|id| {
+            let wanted = self.get(*id).ok_or(Conflict::NoId(*id))?;
+            self.is_of(wanted, owner)?;
+            Ok(wanted.clone())
+        });
+        Ok(Difference {
+            remove: remove.collect::<Result<_, _>>()?,
+            ..Difference::default()
+        })
+    }
+
+    /// The difference that gives a publish another backend or policy, in place.
+    ///
+    /// # Errors
+    /// There is no such publish, it is another owner's, or the frontend is not the same.
+    pub fn replace(&self, owner: &Owner, id: Id, publish: Publish) -> Result<Difference, Conflict> {
+        let before = self.get(id).ok_or(Conflict::NoId(id))?;
+        self.is_of(before, owner)?;
+        if !before.publish.spec.has_same_frontend(&publish.spec) {
+            return Err(Conflict::NoSpec(publish.spec));
+        }
+        self.compare(owner, vec![publish], &BTreeSet::from([id]))
+    }
+
+    /// The number of a publish.
+    ///
+    /// # Errors
+    /// There is no such publish.
+    pub fn find(&self, spec: &Spec) -> Result<Id, Conflict> {
+        let found = self.frontends.overlap(spec, &BTreeSet::new());
+        let found = found.and_then(|id| self.get(id));
+        match found {
+            Some(wanted) if wanted.publish.spec == *spec => Ok(wanted.id),
+            _ => Err(Conflict::NoSpec(spec.clone())),
+        }
+    }
+
+    fn is_of(&self, wanted: &Wanted, owner: &Owner) -> Result<(), Conflict> {
+        if wanted.owner == *owner {
+            return Ok(());
+        }
+        Err(Conflict::NotYours {
+            id: wanted.id,
+            spec: wanted.publish.spec.clone(),
+            owner: wanted.owner.clone(),
+        })
+    }
+
+    /// What makes the publishes stand in place of `present`, which may be given up.
+    fn compare(
+        &self,
+        owner: &Owner,
+        publishes: Vec<Publish>,
+        present: &BTreeSet<Id>,
+    ) -> Result<Difference, Conflict> {
+        let wanted = self.wanted.len() - present.len() + publishes.len();
+        if wanted > self.most {
+            return Err(Conflict::TooMany {
+                wanted,
+                most: self.most,
+            });
+        }
+        let mut difference = Difference::default();
+        let mut new = Frontends::default();
+        let mut specs: HashMap<Id, Spec> = HashMap::new();
+        let mut last_id = self.last_id;
+        for publish in publishes {
+            let spec = &publish.spec;
+            let other = new
+                .overlap(spec, &BTreeSet::new())
+                .and_then(|id| specs.get(&id))
+                .map(|other| (other.clone(), owner.clone()));
+            let other = other.or_else(|| {
+                let id = self.frontends.overlap(spec, present)?;
+                let other = self.get(id)?;
+                Some((other.publish.spec.clone(), other.owner.clone()))
+            });
+            if let Some((other, owner)) = other {
+                return Err(Conflict::Overlap {
+                    new: publish.spec,
+                    other,
+                    owner,
+                });
+            }
+            let before = self
+                .frontends
+                .overlap(spec, &BTreeSet::new())
+                .and_then(|id| self.get(id))
+                .filter(|before| before.publish.spec.has_same_frontend(spec));
+            let id = before.map_or(last_id + 1, |before| before.id);
+            last_id = last_id.max(id);
+            new.insert(spec, id);
+            specs.insert(id, spec.clone());
+            difference.asked.push(id);
+            let after = Wanted {
+                id,
+                owner: owner.clone(),
+                publish: Arc::new(publish),
+            };
+            match before {
+                None => difference.add.push(after),
+                Some(before) if *before == after => {}
+                Some(before) => difference.change.push((before.clone(), after)),
+            }
+        }
+        Ok(difference)
+    }
+
+    /// Records a difference that is in force now.
+    pub fn apply(&mut self, difference: &Difference) {
+        let before = difference.change.iter().map(|(before, _)| before);
+        for gone in difference.remove.iter().chain(before) {
+            self.wanted.remove(&gone.id);
+            self.frontends.remove(&gone.publish.spec);
+        }
+        let after = difference.change.iter().map(|(_, after)| after);
+        for new in difference.add.iter().chain(after) {
+            self.frontends.insert(&new.publish.spec, new.id);
+            self.last_id = self.last_id.max(new.id);
+            self.wanted.insert(new.id, new.clone());
+        }
+    }
+
+    /// Restores a publish of an earlier instance under its number. It must not overlap with any.
+    ///
+    /// # Errors
+    /// It does.
+    pub fn restore(&mut self, wanted: Wanted) -> Result<(), Conflict> {
+        let spec = &wanted.publish.spec;
+        let other = self.frontends.overlap(spec, &BTreeSet::new());
+        if let Some(other) = other.and_then(|id| self.get(id)) {
+            return Err(Conflict::Overlap {
+                new: spec.clone(),
+                other: other.publish.spec.clone(),
+                owner: other.owner.clone(),
+            });
+        }
+        self.apply(&Difference {
+            add: vec![wanted],
+            ..Difference::default()
+        });
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::publish::Policy;
+
+    fn publish(spec: &str) -> Publish {
+        Publish {
+            spec: spec.parse().unwrap_or_else(|error| panic!("{error}")),
+            policy: Policy::default(),
+        }
+    }
+
+    fn publishes(specs: &[&str]) -> Vec<Publish> {
+        specs.iter().map(|spec| publish(spec)).collect()
+    }
+
+    fn owner(name: &str) -> Owner {
+        name.parse().expect(name)
+    }
+
+    /// A registry in which these owners have these.
+    fn registry(of: &[(&str, &[&str])]) -> Registry {
+        let mut registry = Registry::new(100, 0);
+        for (name, specs) in of {
+            let difference = registry.add(&owner(name), publishes(specs)).expect("room");
+            registry.apply(&difference);
+        }
+        registry
+    }
+
+    fn ids(wanted: &[Wanted]) -> Vec<Id> {
+        wanted.iter().map(|wanted| wanted.id).collect()
+    }
+
+    #[test]
+    fn what_an_owner_wants_is_a_difference() {
+        let mut registry = registry(&[
+            ("a", &["80:10.0.0.2:80", "81:10.0.0.2:81", "82:10.0.0.2:82"]),
+            ("b", &["90:10.0.0.2:90"]),
+        ]);
+        let wanted = publishes(&["82:10.0.0.2:82", "81:10.0.0.9:81", "83:10.0.0.2:83"]);
+        let difference = registry
+            .want(&owner("a"), wanted.clone())
+            .expect("no conflict");
+        assert_eq!(ids(&difference.remove), [1]);
+        assert_eq!(ids(&difference.add), [5]);
+        assert_eq!(difference.asked, [3, 2, 5]);
+        let [(before, after)] = &difference.change[..] else {
+            panic!("{difference:?}");
+        };
+        assert_eq!((before.id, after.id), (2, 2));
+        registry.apply(&difference);
+        assert!(
+            registry
+                .want(&owner("a"), wanted)
+                .expect("the same")
+                .is_empty()
+        );
+    }
+
+    #[test]
+    fn a_conflict_names_the_other_and_its_owner() {
+        let registry = registry(&[("docker:web", &["80-90:10.0.0.2:80-90"])]);
+        let error = registry.add(&owner("cli"), publishes(&["85:10.0.0.3:80"]));
+        let error = error.expect_err("an overlap").to_string();
+        let words = "publish 85:10.0.0.3:80/tcp: overlaps with 80-90:10.0.0.2:80-90/tcp of owner docker:web";
+        assert!(error.starts_with(words), "{error}");
+        let two = registry.add(
+            &owner("cli"),
+            publishes(&["70-75:10.0.0.3:1", "75:10.0.0.3:1"]),
+        );
+        let error = two.expect_err("of each other").to_string();
+        assert!(
+            error.contains("publish 75:") && error.contains("owner cli"),
+            "{error}"
+        );
+    }
+
+    #[test]
+    fn an_owner_takes_back_its_own_alone() {
+        let registry = registry(&[("a", &["80:10.0.0.2:80"]), ("b", &["81:10.0.0.2:81"])]);
+        let remove = |name, id| registry.remove(&owner(name), &BTreeSet::from([id]));
+        assert_eq!(ids(&remove("a", 1).expect("its own").remove), [1]);
+        let error = remove("a", 2).expect_err("another's").to_string();
+        assert!(error.contains("belongs to b"), "{error}");
+        assert_eq!(remove("a", 7), Err(Conflict::NoId(7)));
+    }
+
+    #[test]
+    fn a_number_is_not_given_twice() {
+        let mut registry = registry(&[("a", &["80:10.0.0.2:80"])]);
+        let gone = registry.want(&owner("a"), Vec::new()).expect("nothing");
+        registry.apply(&gone);
+        let again = registry.add(&owner("a"), publishes(&["80:10.0.0.2:80"]));
+        assert_eq!(ids(&again.expect("free again").add), [2]);
+    }
+
+    #[test]
+    fn every_address_and_one_of_them_overlap() {
+        let overlaps = |a: &str, b: &str| {
+            let registry = registry(&[("a", &[a])]);
+            registry.add(&owner("b"), publishes(&[b])).is_err()
+        };
+        for (a, b, expected) in [
+            ("80:10.0.0.2:80", "127.0.0.1:80:10.0.0.3:80", true),
+            ("127.0.0.1:80:10.0.0.3:80", "80:10.0.0.2:80", true),
+            ("80-90:10.0.0.2:80-90", "85:10.0.0.3:80", true),
+            ("80:10.0.0.2:80", "80:10.0.0.2:80/udp", false),
+            (
+                "127.0.1.2:80:10.0.0.2:80",
+                "127.0.1.3:80:10.0.0.3:80",
+                false,
+            ),
+            ("0.0.0.0:80:10.0.0.2:80", "[::]:80:[fd00::2]:80", false),
+        ] {
+            assert_eq!(overlaps(a, b), expected, "{a} {b}");
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn nothing_in_a_registry_overlaps(
+            steps in proptest::collection::vec((0_u8..3, proptest::collection::vec((1_u16..30, 0_u16..4, 0_u8..3, 1_u8..4), 0..5)), 1..12),
+        ) {
+            let mut registry = Registry::new(20, 0);
+            let mut last = 0;
+            for (name, specs) in steps {
+                let owner = owner(["a", "b", "c"][usize::from(name)]);
+                let wanted: Vec<Publish> = specs
+                    .iter()
+                    .map(|(first, more, address, backend)| {
+                        let host = ["", "127.0.0.1:", "0.0.0.0:"][usize::from(*address)];
+                        publish(&format!("{host}{first}-{}:192.0.2.{backend}:1", first + more))
+                    })
+                    .collect();
+                let before = registry.clone();
+                if let Ok(difference) = registry.want(&owner, wanted.clone()) {
+                    registry.apply(&difference);
+                    let has: Vec<_> = registry.of(&owner).map(|it| it.publish.spec.clone()).collect();
+                    prop_assert_eq!(has.len(), wanted.len());
+                    prop_assert!(wanted.iter().all(|publish| has.contains(&publish.spec)));
+                    for other in before.iter().filter(|it| it.owner != owner) {
+                        prop_assert_eq!(registry.get(other.id), Some(other));
+                    }
+                    for new in &difference.add {
+                        prop_assert!(new.id > last, "numbers go up");
+                    }
+                    last = registry.last_id();
+                }
+                let all: Vec<_> = registry.iter().collect();
+                for (at, a) in all.iter().enumerate() {
+                    for b in &all[at + 1..] {
+                        prop_assert!(!a.publish.spec.overlaps(&b.publish.spec));
+                    }
+                    prop_assert_eq!(registry.find(&a.publish.spec), Ok(a.id));
+                }
+            }
+        }
+    }
+}

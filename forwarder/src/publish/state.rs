@@ -1,0 +1,132 @@
+//! The state file: what was published at run time, and the numbers of all publishes, so that both outlive the process. It is
+//! written as a whole beside the old one, synced, and put in its place.
+
+use std::{
+    fs::{self, File, OpenOptions},
+    io::Write as _,
+    os::unix::fs::OpenOptionsExt as _,
+    path::{Path, PathBuf},
+    sync::Arc,
+};
+
+use anyhow::{Context as _, Result, bail};
+use ipnet::IpNet;
+use serde::{Deserialize, Serialize};
+
+use super::{Id, Owner, Policy, Publish, Registry, Wanted};
+use crate::instance::make_private;
+
+const VERSION: u32 = 1;
+
+#[derive(Debug)]
+pub struct State {
+    path: PathBuf,
+    stored: Stored,
+}
+
+#[derive(Debug, Default, Serialize, Deserialize)]
+struct Stored {
+    version: u32,
+    last_id: Id,
+    publishes: Vec<StoredPublish>,
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+struct StoredPublish {
+    id: Id,
+    owner: Owner,
+    spec: String,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    allow: Option<Vec<IpNet>>,
+    /// A flag or the configuration asks for it: only its number is kept.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    configured: bool,
+}
+
+impl State {
+    /// Reads the file, or begins without one.
+    ///
+    /// # Errors
+    /// It is of a later version, damaged, or in a directory that others may write to.
+    pub fn open(path: PathBuf) -> Result<Self> {
+        let directory = path.parent().unwrap_or(Path::new("/"));
+        make_private(directory).context("a place for the state file; --ephemeral does without")?;
+        let stored = match fs::read(&path) {
+            Ok(text) => serde_json::from_slice(&text).with_context(|| {
+                format!("read {}; move it away to begin without it", path.display())
+            })?,
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => Stored::default(),
+            Err(error) => return Err(error).with_context(|| format!("read {}", path.display())),
+        };
+        if stored.version > VERSION {
+            bail!(
+                "{} has version {}, and this program knows {VERSION}; use the later one, or move the file away",
+                path.display(),
+                stored.version
+            );
+        }
+        Ok(Self { path, stored })
+    }
+
+    /// A registry of what is stored. Leases have ended with the connections that held them.
+    ///
+    /// # Errors
+    /// The file holds what no registry accepts.
+    pub fn registry(&self, most: usize) -> Result<Registry> {
+        let mut registry = Registry::new(most, self.stored.last_id);
+        for stored in &self.stored.publishes {
+            let spec = stored.spec.parse();
+            let publish = Publish {
+                spec: spec.with_context(|| format!("in {}", self.path.display()))?,
+                policy: Policy {
+                    allow: stored.allow.clone(),
+                },
+            };
+            let restored = registry.restore(Wanted {
+                id: stored.id,
+                owner: stored.owner.clone(),
+                publish: Arc::new(publish),
+            });
+            restored.with_context(|| format!("in {}", self.path.display()))?;
+        }
+        Ok(registry)
+    }
+
+    /// Writes what is wanted now; on return it is on the disk.
+    ///
+    /// # Errors
+    /// The disk is full, or refuses.
+    pub fn write(&mut self, registry: &Registry, flags: &[Publish]) -> Result<()> {
+        let publishes = registry.iter().filter(|wanted| !wanted.owner.is_lease());
+        let publishes = publishes.map(|wanted| StoredPublish {
+            id: wanted.id,
+            owner: wanted.owner.clone(),
+            spec: wanted.publish.spec.to_string(),
+            allow: wanted.publish.policy.allow.clone(),
+            configured: flags.contains(&wanted.publish),
+        });
+        let stored = Stored {
+            version: VERSION,
+            last_id: registry.last_id(),
+            publishes: publishes.collect(),
+        };
+        let shown = self.path.display();
+        self.replace(&serde_json::to_vec(&stored)?)
+            .with_context(|| format!("write {shown}; --ephemeral does without"))?;
+        self.stored = stored;
+        Ok(())
+    }
+
+    fn replace(&self, text: &[u8]) -> Result<()> {
+        let beside = self.path.with_extension("new");
+        let mut options = OpenOptions::new();
+        options.create(true).truncate(true).write(true);
+        options.mode(0o600).custom_flags(libc::O_NOFOLLOW);
+        let mut file = options.open(&beside)?;
+        file.write_all(text)?;
+        file.sync_data()?;
+        fs::rename(&beside, &self.path)?;
+        File::open(self.path.parent().unwrap_or(Path::new("/")))?.sync_all()?;
+        Ok(())
+    }
+}

@@ -1,0 +1,429 @@
+//! The control API as programs use it: owners, leases, changes in place, and requests that are wrong.
+
+use std::{
+    io::{Read as _, Write as _},
+    net::{Ipv4Addr, SocketAddr, TcpListener},
+    os::fd::AsFd as _,
+    sync::atomic::{AtomicBool, Ordering::Relaxed},
+    thread,
+};
+
+use forwarder_tests::{
+    api::{self, Open},
+    daemon::{Daemon, Datapath},
+    deadline::wait_for,
+    topology::{Family, Topology},
+    traffic::{Backend, Connection, Protocol, ask},
+};
+use serde_json::{Value, json};
+
+use crate::scene::{BACKEND_PORT, PORT, spec};
+
+/// A host with an instance that has published nothing.
+fn idle(datapath: Datapath) -> (Topology, Daemon) {
+    let topology = Topology::new().unwrap();
+    let daemon = Daemon::start(&topology.host, &[], datapath).unwrap();
+    (topology, daemon)
+}
+
+fn ids(daemon: &Daemon) -> Vec<u64> {
+    let list = daemon.list().unwrap();
+    list.iter().map(|row| row["id"].as_u64().unwrap()).collect()
+}
+
+#[test]
+fn a_wrong_request_is_a_problem_with_a_remedy_or_a_name() {
+    let (_topology, daemon) = idle(Datapath::Userland);
+    let good = r#"["8080:172.31.0.2:80"]"#;
+    for (method, path, body, status, part) in [
+        ("GET", "/v2/publishes", "", 404, "no such call"),
+        ("PATCH", "/v1/publishes", "", 405, "not so"),
+        ("POST", "/v1/publishes", "nonsense", 422, "expected"),
+        ("POST", "/v1/publishes", "{}", 422, "expected a sequence"),
+        (
+            "POST",
+            "/v1/publishes",
+            r#"[{"spec": "80:10.0.0.2:80", "alow": []}]"#,
+            422,
+            "`alow`",
+        ),
+        ("POST", "/v1/publishes", r#"["80"]"#, 422, "HOST_PORT"),
+        ("POST", "/v1/publishes?ower=me", good, 400, "`ower`"),
+        ("PUT", "/v1/owners/a%20b", good, 422, "a b"),
+        ("GET", "/v1/publishes/7", "", 404, "no publish 7"),
+        ("DELETE", "/v1/publishes/7", "", 404, "`forwarder list`"),
+        (
+            "POST",
+            "/v1/unpublish",
+            r#"{"publishes": [7]}"#,
+            404,
+            "no publish 7",
+        ),
+        ("DELETE", "/v1/flows", "", 400, "name a publish"),
+        ("POST", "/v1/reload", "", 409, "--config"),
+    ] {
+        let answer = api::ask(&daemon, method, path, body).unwrap();
+        let text = answer.body.to_string();
+        assert_eq!(answer.status, status, "{method} {path} {body}: {text}");
+        assert_eq!(answer.kind, "application/problem+json", "{method} {path}");
+        assert!(text.contains(part), "{method} {path} {body}: {text}");
+        assert!(answer.body["title"].is_string() && answer.body["detail"].is_string());
+    }
+    let endless = vec![b' '; 17 << 20];
+    let mut request = api::text("POST", "/v1/publishes", "").replace(": 0", ": 17825792");
+    request.push_str(std::str::from_utf8(&endless).unwrap());
+    assert_eq!(
+        api::send(&daemon.socket(), request.as_bytes())
+            .unwrap()
+            .status,
+        413
+    );
+    assert_eq!(
+        api::send(&daemon.socket(), b"\xff\xfe\n\n").unwrap().status,
+        400
+    );
+    assert!(daemon.list().unwrap().is_empty());
+    daemon.stop().unwrap();
+}
+
+#[test]
+fn two_requests_on_one_connection_are_both_answered() {
+    let (_topology, daemon) = idle(Datapath::Userland);
+    let mut stream = api::connect(&daemon.socket()).unwrap();
+    let request = "GET /v1/publishes HTTP/1.1\r\nHost: forwarder\r\n\r\n";
+    stream.write_all(request.repeat(2).as_bytes()).unwrap();
+    stream.shutdown(std::net::Shutdown::Write).unwrap();
+    let mut text = String::new();
+    stream.read_to_string(&mut text).unwrap();
+    assert_eq!(text.matches("200 OK").count(), 2, "{text}");
+    daemon.stop().unwrap();
+}
+
+#[test]
+fn an_owner_states_all_that_it_wants() {
+    let (_topology, daemon) = idle(Datapath::Auto);
+    let put = |owner: &str, body: Value| {
+        api::ask(
+            &daemon,
+            "PUT",
+            &format!("/v1/owners/{owner}"),
+            &body.to_string(),
+        )
+        .unwrap()
+    };
+    let answer = put(
+        "cni:net/0a/eth0",
+        json!(["8080:172.31.0.2:80", "8081:172.31.0.2:81"]),
+    );
+    assert_eq!(answer.status, 200, "{answer:?}");
+    assert_eq!(answer.body[0]["owner"], "cni:net/0a/eth0");
+    assert_eq!(put("docker:web", json!(["8082:172.31.0.2:82"])).status, 200);
+    let answer = put(
+        "cni:net/0a/eth0",
+        json!(["8083:172.31.0.2:83", {"spec": "8081:172.31.0.3:81", "allow": ["10.0.0.0/8"]}]),
+    );
+    assert_eq!(answer.body[1]["id"], 2, "changed in place: {answer:?}");
+    assert_eq!(answer.body[1]["backend"]["address"], "172.31.0.3");
+    assert_eq!(ids(&daemon), [2, 3, 4]);
+    // The same again changes nothing, and what is another's is refused by its name.
+    let before = daemon.list().unwrap();
+    put(
+        "cni:net/0a/eth0",
+        json!(["8083:172.31.0.2:83", {"spec": "8081:172.31.0.3:81", "allow": ["10.0.0.0/8"]}]),
+    );
+    let answer = put("cni:net/0a/eth0", json!(["8082:172.31.0.9:82"]));
+    assert_eq!(answer.status, 409, "{answer:?}");
+    assert!(answer.body.to_string().contains("docker:web"), "{answer:?}");
+    for request in [&["unpublish", "3"][..], &["publish", "8082:172.31.0.9:82"]] {
+        let error = daemon.control(request).unwrap_err().to_string();
+        assert!(error.contains("docker:web"), "{error}");
+    }
+    assert_eq!(daemon.list().unwrap(), before);
+    daemon
+        .control(&["unpublish", "3", "--owner", "docker:web"])
+        .unwrap();
+    assert_eq!(
+        api::ask(&daemon, "DELETE", "/v1/owners/cni:net/0a/eth0", "")
+            .unwrap()
+            .status,
+        204
+    );
+    assert!(daemon.list().unwrap().is_empty());
+    daemon.stop().unwrap();
+}
+
+/// A lease on one port, with the row that it was answered with.
+fn leased(daemon: &Daemon, spec: &str, listener: Option<&TcpListener>) -> (Open, Value) {
+    let body = json!([spec]).to_string();
+    let descriptors: Vec<_> = listener.into_iter().map(|it| it.as_fd()).collect();
+    let mut open = api::open(daemon, "POST", "/v1/leases", &body, &descriptors).unwrap();
+    let (status, _) = open.head().unwrap();
+    let line = open.line().unwrap();
+    assert_eq!(status, 201, "{line}");
+    (open, line[0].clone())
+}
+
+#[test]
+fn a_lease_lasts_as_long_as_its_connection() {
+    let (topology, daemon) = idle(Datapath::Auto);
+    let spec = spec(&topology.backend, Family::V4, Protocol::Tcp);
+    let (lease, row) = leased(&daemon, &spec, None);
+    assert_eq!(row["owner"], "lease:1", "{row}");
+    let (other, _) = leased(&daemon, "9090:172.31.0.2:80", None);
+    assert_eq!(ids(&daemon).len(), 2);
+    drop(lease);
+    wait_for("the end of the lease", || {
+        (ids(&daemon) == [2]).then_some(())
+    })
+    .unwrap();
+    let frontend = SocketAddr::new(topology.host_address(Family::V4), PORT);
+    assert!(ask(&topology.client, Protocol::Tcp, frontend, "hello").is_err());
+    drop(other);
+    daemon.stop().unwrap();
+}
+
+fn a_lease_serves_a_given_listener(datapath: Datapath) {
+    let (topology, daemon) = idle(datapath);
+    let _backend = Backend::start(&topology.backend.netns, Protocol::Tcp, BACKEND_PORT).unwrap();
+    // As Docker does it: somebody else has bound the port, and hands the socket on.
+    let bound = (Ipv4Addr::UNSPECIFIED, PORT);
+    let listener = topology.host.enter(|| TcpListener::bind(bound)).unwrap();
+    let spec = format!(
+        "0.0.0.0:{PORT}:{}:{BACKEND_PORT}",
+        topology.backend.address(Family::V4)
+    );
+    let (lease, row) = leased(&daemon, &spec, Some(&listener));
+    let served_by = if datapath == Datapath::Userland {
+        "userland"
+    } else {
+        "ebpf"
+    };
+    assert_eq!(row["datapath"], served_by, "{row}");
+    let address = topology.host_address(Family::V4);
+    for (netns, host) in [
+        (&topology.client, address),
+        (&topology.host, Ipv4Addr::LOCALHOST.into()),
+    ] {
+        ask(netns, Protocol::Tcp, SocketAddr::new(host, PORT), "hello").unwrap();
+    }
+    drop(lease);
+    wait_for("the end of the lease", || {
+        ids(&daemon).is_empty().then_some(())
+    })
+    .unwrap();
+    // Its owner still has the port.
+    assert!(topology.host.enter(|| TcpListener::bind(bound)).is_err());
+    daemon.stop().unwrap();
+}
+
+#[test]
+fn a_lease_serves_a_given_listener_by_ebpf() {
+    a_lease_serves_a_given_listener(Datapath::Auto);
+}
+
+#[test]
+fn a_lease_serves_a_given_listener_in_user_space() {
+    a_lease_serves_a_given_listener(Datapath::Userland);
+}
+
+fn a_backend_is_replaced_without_a_refusal(datapath: Datapath) {
+    let topology = Topology::new().unwrap();
+    let containers = [&topology.backend, &topology.peer];
+    let backends = containers
+        .map(|container| Backend::start(&container.netns, Protocol::Tcp, BACKEND_PORT).unwrap());
+    let spec = spec(&topology.backend, Family::V4, Protocol::Tcp);
+    let daemon = Daemon::start(&topology.host, &[&spec], datapath).unwrap();
+    let frontend = SocketAddr::new(topology.host_address(Family::V4), PORT);
+    let over = AtomicBool::new(false);
+    thread::scope(|scope| {
+        let client = scope.spawn(|| {
+            let mut asked = 0;
+            while !over.load(Relaxed) {
+                ask(&topology.client, Protocol::Tcp, frontend, "hello").unwrap();
+                asked += 1;
+            }
+            asked
+        });
+        for number in (0..10).map(|round| (round + 1) % 2) {
+            let address = containers[number].address(Family::V4);
+            let body = json!([{"address": address, "port": BACKEND_PORT}]).to_string();
+            let answer = api::ask(&daemon, "PUT", "/v1/publishes/1/backends", &body).unwrap();
+            assert_eq!(answer.status, 200, "{answer:?}");
+            let before = backends[number].requests();
+            wait_for("a request to the new backend", || {
+                (backends[number].requests() > before).then_some(())
+            })
+            .unwrap();
+        }
+        over.store(true, Relaxed);
+        assert!(client.join().unwrap() > 0);
+    });
+    assert_eq!(ids(&daemon), [1]);
+    daemon.stop().unwrap();
+}
+
+#[test]
+fn a_backend_is_replaced_without_a_refusal_by_ebpf() {
+    a_backend_is_replaced_without_a_refusal(Datapath::Ebpf);
+}
+
+#[test]
+fn a_backend_is_replaced_without_a_refusal_in_user_space() {
+    a_backend_is_replaced_without_a_refusal(Datapath::Userland);
+}
+
+fn a_connection_outlives_the_replacement_of_its_backend(datapath: Datapath) {
+    let topology = Topology::new().unwrap();
+    let containers = [&topology.backend, &topology.peer];
+    let _backends = containers
+        .map(|container| Backend::start(&container.netns, Protocol::Tcp, BACKEND_PORT).unwrap());
+    let spec = |container| spec(container, Family::V4, Protocol::Tcp);
+    let daemon = Daemon::start(&topology.host, &[&spec(containers[0])], datapath).unwrap();
+    let frontend = SocketAddr::new(topology.host_address(Family::V4), PORT);
+    let clients = [&topology.client, &topology.host];
+    let mut old = clients.map(|netns| Connection::open(netns, frontend).unwrap());
+    for connection in &mut old {
+        connection.ask("before").unwrap();
+    }
+    for number in [1, 0, 1, 0] {
+        let address = containers[number].address(Family::V4);
+        let body = json!([{"address": address, "port": BACKEND_PORT}]).to_string();
+        let answer = api::ask(&daemon, "PUT", "/v1/publishes/1/backends", &body).unwrap();
+        assert_eq!(answer.status, 200, "{answer:?}");
+        for connection in &mut old {
+            connection.ask("after").unwrap();
+        }
+        ask(&topology.client, Protocol::Tcp, frontend, "new").unwrap();
+    }
+    assert!(daemon.entry().unwrap()["flows"].as_u64().unwrap() >= 2);
+    daemon.stop().unwrap();
+}
+
+#[test]
+fn a_connection_outlives_the_replacement_of_its_backend_by_ebpf() {
+    a_connection_outlives_the_replacement_of_its_backend(Datapath::Ebpf);
+}
+
+#[test]
+fn a_connection_outlives_the_replacement_of_its_backend_in_user_space() {
+    a_connection_outlives_the_replacement_of_its_backend(Datapath::Userland);
+}
+
+fn what_drains_goes_on_beside_a_new_publish_of_its_port(datapath: Datapath) {
+    let topology = Topology::new().unwrap();
+    let containers = [&topology.backend, &topology.peer];
+    let _backends = containers
+        .map(|container| Backend::start(&container.netns, Protocol::Tcp, BACKEND_PORT).unwrap());
+    let spec = |container| spec(container, Family::V4, Protocol::Tcp);
+    let daemon = Daemon::start(&topology.host, &[], datapath).unwrap();
+    let frontend = SocketAddr::new(topology.host_address(Family::V4), PORT);
+    daemon.control(&["publish", &spec(containers[0])]).unwrap();
+    let mut old = Connection::open(&topology.client, frontend).unwrap();
+    old.ask("before").unwrap();
+    daemon.control(&["unpublish", "1", "--drain"]).unwrap();
+    assert_eq!(daemon.entry().unwrap()["draining"], true);
+    assert!(ask(&topology.client, Protocol::Tcp, frontend, "to nobody").is_err());
+    old.ask("while it drains").unwrap();
+    daemon.control(&["publish", &spec(containers[1])]).unwrap();
+    let new = ask(&topology.client, Protocol::Tcp, frontend, "to the new one").unwrap();
+    assert!(new.seen.is_ipv4());
+    old.ask("beside the new one").unwrap();
+    assert_eq!(ids(&daemon), [1, 2]);
+    daemon.control(&["unpublish", "2"]).unwrap();
+    old.ask("after the new one").unwrap();
+    old.close().unwrap();
+    wait_for("the end of what drains", || {
+        ids(&daemon).is_empty().then_some(())
+    })
+    .unwrap();
+    daemon.stop().unwrap();
+}
+
+#[test]
+fn what_drains_goes_on_beside_a_new_publish_of_its_port_by_ebpf() {
+    what_drains_goes_on_beside_a_new_publish_of_its_port(Datapath::Ebpf);
+}
+
+#[test]
+fn what_drains_goes_on_beside_a_new_publish_of_its_port_in_user_space() {
+    what_drains_goes_on_beside_a_new_publish_of_its_port(Datapath::Userland);
+}
+
+#[test]
+fn events_tell_what_changes() {
+    let (_topology, daemon) = idle(Datapath::Auto);
+    let mut events = api::open(&daemon, "GET", "/v1/events", "", &[]).unwrap();
+    assert_eq!(events.head().unwrap().0, 200);
+    daemon.control(&["publish", "8080:172.31.0.2:80"]).unwrap();
+    daemon
+        .control(&["unpublish", "8080:172.31.0.2:80"])
+        .unwrap();
+    for name in ["published", "unpublished"] {
+        let event = events.line().unwrap();
+        assert_eq!(event["event"], name, "{event}");
+        assert_eq!(event["publish"]["frontend"]["port"], 8080, "{event}");
+    }
+    daemon.stop().unwrap();
+}
+
+/// A process's resident memory, in MiB.
+fn resident(daemon: &Daemon) -> u64 {
+    let status = std::fs::read_to_string(format!("/proc/{}/status", daemon.pid())).unwrap();
+    let line = status
+        .lines()
+        .find(|line| line.starts_with("VmRSS:"))
+        .unwrap();
+    line.split_whitespace()
+        .nth(1)
+        .unwrap()
+        .parse::<u64>()
+        .unwrap()
+        >> 10
+}
+
+#[test]
+fn clients_that_stop_halfway_take_no_memory_and_hold_nobody_up() {
+    let (_topology, daemon) = idle(Datapath::Userland);
+    let body = " ".repeat(15 << 20);
+    let head = api::text("POST", "/v1/publishes", "").replace(": 0", ": 16000000");
+    let halves: Vec<_> = (0..100)
+        .map(|_| {
+            let mut stream = api::connect(&daemon.socket()).unwrap();
+            stream
+                .set_write_timeout(Some(std::time::Duration::from_millis(50)))
+                .unwrap();
+            let _ = stream.write_all(head.as_bytes());
+            let _ = stream.write_all(body.as_bytes()); // what there is room for
+            stream
+        })
+        .collect();
+    assert!(daemon.list().unwrap().is_empty());
+    daemon.control(&["publish", "8080:172.31.0.2:80"]).unwrap();
+    let resident = resident(&daemon);
+    assert!(resident < 100, "{resident} MiB");
+    drop(halves);
+    daemon.stop().unwrap();
+}
+
+#[test]
+fn readers_that_do_not_read_take_no_memory_and_hold_nobody_up() {
+    let (_topology, daemon) = idle(Datapath::Userland);
+    let specs: Vec<String> = (0..5000)
+        .map(|n| format!("127.0.0.1:{}:172.31.0.2:80", 20_000 + n))
+        .collect();
+    let body = json!(specs).to_string();
+    assert_eq!(
+        api::ask(&daemon, "POST", "/v1/publishes", &body)
+            .unwrap()
+            .status,
+        201
+    );
+    let before = resident(&daemon);
+    let lazy: Vec<_> = (0..50)
+        .map(|_| api::open(&daemon, "GET", "/v1/publishes", "", &[]).unwrap())
+        .collect();
+    assert_eq!(daemon.list().unwrap().len(), 5000);
+    let more = resident(&daemon).saturating_sub(before);
+    assert!(more < 64, "{more} MiB for {} readers", lazy.len());
+    daemon.stop().unwrap();
+}
