@@ -6,11 +6,10 @@ pub mod tables;
 use std::path::PathBuf;
 
 use clap::{Parser, Subcommand};
-use forwarder_common::flow::Timeouts;
 use ipnet::IpNet;
 
 use crate::{
-    config::{Config, DatapathChoice, Timeout, XdpChoice},
+    config::{DatapathChoice, Flags, Timeout, XdpChoice},
     control::api::NamedPublish,
     publish::{Id, Owner, Policy, Publish, Spec, spec::SpecError},
 };
@@ -75,7 +74,11 @@ pub enum Command {
         #[arg(long, value_name = "CIDR")]
         client: Option<IpNet>,
     },
-    /// Remove what an instance left: programs, links, pins.
+    /// Validate a configuration file, and those in `conf.d` beside it.
+    Check { file: PathBuf },
+    /// Have a running instance read its configuration file again.
+    Reload,
+    /// Remove what an instance left: programs, links, pins, state file.
     Down,
     /// Print a completion script for a shell.
     Completions { shell: clap_complete::Shell },
@@ -92,13 +95,18 @@ pub struct Run {
     /// What to publish: `[HOST_ADDR:]HOST_PORT[-END]:BACKEND_ADDR:BACKEND_PORT[-END][/tcp|/udp|/sctp]`.
     #[arg(short, long, value_name = "SPEC")]
     pub publish: Vec<Spec>,
-    /// Who carries the packets; `auto` decides for each publish.
-    #[arg(long, value_enum, default_value_t = DatapathChoice::Auto)]
-    pub datapath: DatapathChoice,
+    /// A configuration file (TOML), to which those in `conf.d` beside it belong; flags come before it. SIGHUP and
+    /// `forwarder reload` read it again.
+    #[arg(long, value_name = "FILE")]
+    pub config: Option<PathBuf>,
+    /// Who carries the packets; `auto`, the default, decides for each publish.
+    #[arg(long, value_enum)]
+    pub datapath: Option<DatapathChoice>,
     /// Whether XDP drops what is refused and carries what has a backend on another machine: in the driver (`native`),
-    /// in the stack's receive path (`generic`), or not at all. `auto`: native on devices that can, but for veths.
-    #[arg(long, value_enum, default_value_t = XdpChoice::Auto)]
-    pub xdp: XdpChoice,
+    /// in the stack's receive path (`generic`), or not at all. `auto`, the default: native on devices that can, but for
+    /// veths.
+    #[arg(long, value_enum)]
+    pub xdp: Option<XdpChoice>,
     /// Let this host's FORWARD rules (DOCKER-USER, ufw, firewalld) decide on the traffic of other machines: it goes
     /// through the stack, slower.
     #[arg(long)]
@@ -133,22 +141,19 @@ pub struct Format {
 
 impl Run {
     /// What these flags say.
-    pub fn config(&self) -> Config {
-        let mut timeouts = Timeouts::default();
-        for timeout in &self.timeout {
-            timeouts.set(timeout.phase, timeout.seconds);
-        }
+    pub fn flags(&self) -> Flags {
         let publishes = self.publish.iter().map(|spec| Publish {
             spec: spec.clone(),
             policy: Policy::default(),
         });
-        Config {
+        Flags {
             publishes: publishes.collect(),
+            file: self.config.clone(),
             datapath: self.datapath,
             xdp: self.xdp,
             respect_firewall: self.respect_firewall,
             allow: self.allow.clone(),
-            timeouts,
+            timeouts: self.timeout.clone(),
             proxy_protocol: self.proxy_protocol,
             keep: self.keep,
             ephemeral: self.ephemeral,

@@ -1,8 +1,14 @@
 //! What an instance is to do: validated, from the flags of `run` and from a configuration file.
 
+pub mod file;
+
+use std::path::PathBuf;
+
 use forwarder_common::flow::{Phase, Timeouts};
 use ipnet::IpNet;
+use serde::Deserialize;
 
+use self::file::{FileConfig, FileError};
 use crate::publish::Publish;
 
 /// Everything that an instance is told at its start, or by a reload.
@@ -10,6 +16,10 @@ use crate::publish::Publish;
 pub struct Config {
     /// Of the flags.
     pub publishes: Vec<Publish>,
+    /// Of the file.
+    pub configured: Vec<Publish>,
+    /// What a reload reads again.
+    pub file: Option<PathBuf>,
     pub datapath: DatapathChoice,
     pub xdp: XdpChoice,
     pub respect_firewall: bool,
@@ -23,19 +33,91 @@ pub struct Config {
     pub ephemeral: bool,
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "lowercase")]
 pub enum DatapathChoice {
     Auto,
     Ebpf,
     Userland,
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "lowercase")]
 pub enum XdpChoice {
     Auto,
     Native,
     Generic,
     Off,
+}
+
+/// What the flags say; what they leave out, the file or a default decides.
+#[derive(Clone, Debug, Default)]
+pub struct Flags {
+    pub publishes: Vec<Publish>,
+    pub file: Option<PathBuf>,
+    pub datapath: Option<DatapathChoice>,
+    pub xdp: Option<XdpChoice>,
+    pub respect_firewall: bool,
+    pub allow: Vec<IpNet>,
+    pub timeouts: Vec<Timeout>,
+    pub proxy_protocol: bool,
+    pub keep: bool,
+    pub ephemeral: bool,
+}
+
+impl Config {
+    /// Reads the file that the flags name, if any, and puts both together: flags come first.
+    ///
+    /// # Errors
+    /// What is wrong in the file.
+    pub fn read(flags: Flags) -> Result<Self, FileError> {
+        let file = match &flags.file {
+            Some(path) => file::read(path)?,
+            None => FileConfig::default(),
+        };
+        let mut timeouts = Timeouts::default();
+        for timeout in file.timeouts.iter().chain(&flags.timeouts) {
+            timeouts.set(timeout.phase, timeout.seconds);
+        }
+        let on = |flag: bool, value: Option<bool>| flag || value.unwrap_or(false);
+        Ok(Self {
+            publishes: flags.publishes,
+            configured: file.publishes,
+            file: flags.file,
+            datapath: flags
+                .datapath
+                .or(file.datapath)
+                .unwrap_or(DatapathChoice::Auto),
+            xdp: flags.xdp.or(file.xdp).unwrap_or(XdpChoice::Auto),
+            respect_firewall: on(flags.respect_firewall, file.respect_firewall),
+            allow: if flags.allow.is_empty() {
+                file.allow.unwrap_or_default()
+            } else {
+                flags.allow
+            },
+            timeouts,
+            proxy_protocol: on(flags.proxy_protocol, file.proxy_protocol),
+            keep: on(flags.keep, file.keep),
+            ephemeral: on(flags.ephemeral, file.ephemeral),
+        })
+    }
+
+    /// What differs that only a restart can change, by its name in the file.
+    pub fn needs_restart(&self, new: &Self) -> Option<&'static str> {
+        [
+            ("datapath", self.datapath != new.datapath),
+            ("xdp", self.xdp != new.xdp),
+            (
+                "respect-firewall",
+                self.respect_firewall != new.respect_firewall,
+            ),
+            ("timeout", self.timeouts != new.timeouts),
+            ("proxy-protocol", self.proxy_protocol != new.proxy_protocol),
+            ("ephemeral", self.ephemeral != new.ephemeral),
+        ]
+        .into_iter()
+        .find_map(|(name, differs)| differs.then_some(name))
+    }
 }
 
 /// A timeout that was chosen.

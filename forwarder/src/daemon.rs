@@ -1,7 +1,12 @@
 //! A running instance: start-up in order, an event loop, stop in reverse. What is wanted is in the registry; kernel and
 //! proxy are made to match it in `daemon/reconcile.rs`, and follow the network in `daemon/network.rs`.
 
-use std::{collections::BTreeMap, io::Write as _, sync::Arc, time::Duration};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    io::Write as _,
+    sync::Arc,
+    time::Duration,
+};
 
 mod fragments;
 mod network;
@@ -32,10 +37,10 @@ use self::{
 };
 use crate::{
     cli::tables,
-    config::{Config, DatapathChoice},
+    config::{Config, DatapathChoice, Flags},
     control::{
         Call, Change, Changed, Lease, Named,
-        api::{Ending, Listed, Problem},
+        api::{Ending, Listed, Problem, Reloaded},
         server::Socket,
     },
     datapath::{self, Datapath, kernel},
@@ -44,7 +49,7 @@ use crate::{
     network::{self as net, Change as NetworkChange},
     plan::Unserved,
     proxy::{BindError, Idle, raise_descriptor_limit},
-    publish::{Conflict, Difference, Id, Owner, Publish, Registry, state::State},
+    publish::{Conflict, Difference, Id, Owner, Publish, Registry, Wanted, state::State},
 };
 
 /// Network changes come in bursts; one reading serves all that come within this time.
@@ -54,8 +59,12 @@ const CONTAINERS: Duration = Duration::from_millis(100);
 /// For these, of each second at most a twentieth is spent, however many containers there are.
 const SHARE: u32 = 20;
 const SWEEP: Duration = Duration::from_secs(2);
+/// Publishes of before whose ports somebody else has are tried again after this time.
+const RETRY: Duration = Duration::from_secs(5);
 
 pub struct Daemon {
+    /// Which a reload puts together with the file again.
+    flags: Flags,
     config: Config,
     /// What is wanted.
     registry: Registry,
@@ -63,6 +72,8 @@ pub struct Daemon {
     state: Option<State>,
     /// What is served of it.
     serving: BTreeMap<Id, Serving>,
+    /// Publishes of before that cannot be served now.
+    waiting: BTreeSet<Id>,
     /// By their places in `PUBLISHES`.
     draining: BTreeMap<u32, Draining>,
     slots: Slots,
@@ -84,14 +95,15 @@ pub struct Daemon {
 ///
 /// # Errors
 /// What could not be begun; everything begun before is undone.
-pub async fn run(instance: Instance, config: Config) -> Result<()> {
+pub async fn run(instance: Instance, flags: Flags) -> Result<()> {
+    let config = Config::read(flags.clone())?;
     // Before anything is made that a signal would have to undo, and long before anybody reads `ready`.
     let mut signals = Signals::new()?;
     let _lock = instance.lock()?;
     let mut socket = Socket::bind(instance.make_socket_path()?)?;
     raise_descriptor_limit();
     let (released, mut leases) = mpsc::unbounded_channel();
-    let mut daemon = Daemon::new(&instance, config, released).await?;
+    let mut daemon = Daemon::new(&instance, flags, config, released).await?;
     let (sender, mut calls) = mpsc::channel(64);
     let begun = daemon.begin(&instance).await.and_then(|events| {
         socket.serve(sender, Arc::new(daemon.view.clone()))?;
@@ -170,6 +182,7 @@ struct Events {
 impl Daemon {
     async fn new(
         instance: &Instance,
+        flags: Flags,
         config: Config,
         released: mpsc::UnboundedSender<Owner>,
     ) -> Result<Self> {
@@ -194,6 +207,7 @@ impl Daemon {
             registry: Registry::new(limits::PUBLISHES as usize - 1, 0),
             state: None,
             serving: BTreeMap::new(),
+            waiting: BTreeSet::new(),
             draining: BTreeMap::new(),
             slots: Slots::new(limits::PUBLISHES),
             view: Arc::new(View::new(seen)),
@@ -205,6 +219,7 @@ impl Daemon {
             tracing: Tracing::new(),
             leases: 0,
             released,
+            flags,
             config,
         };
         if let Err(error) = daemon.network.read().await {
@@ -214,20 +229,26 @@ impl Daemon {
         Ok(daemon)
     }
 
-    /// Publishes what the flags ask for and what an earlier instance was asked for, and takes over its flows.
+    /// Publishes what flags and file ask for and what an earlier instance was asked for, and takes over its flows.
     async fn begin(&mut self, instance: &Instance) -> Result<Events> {
         let events = self.listen()?;
-        if !self.config.ephemeral {
-            let state = State::open(instance.state())?;
+        let state = match self.config.ephemeral {
+            true => None,
+            false => Some(State::open(instance.state())?),
+        };
+        if let Some(state) = &state {
             self.registry = state.registry(limits::PUBLISHES as usize - 1)?;
-            self.state = Some(state);
         }
-        let difference = self.restore()?;
+        let before = state.as_ref().map(State::configured).unwrap_or_default();
+        let (asked, restored) = self.restore(&before)?;
         // Flows of what is wanted no more are not adopted below.
-        let Loose(gone) = self.reconcile(&difference, Ending::Cut, Vec::new()).await?;
+        let Loose(gone) = self.reconcile(&asked, Ending::Cut, Vec::new()).await?;
         self.give_back(&gone.into_iter().collect::<Vec<_>>());
-        for id in &difference.asked {
-            if let Some(row) = self.view.row(*id) {
+        self.serve_or_wait(restored).await;
+        self.state = state;
+        self.record(&Difference::default())?;
+        for wanted in self.registry.iter() {
+            if let Some(row) = self.view.row(wanted.id) {
                 say(&tables::published(&row));
             }
         }
@@ -282,11 +303,15 @@ impl Daemon {
         let mut deaf_until = Instant::now();
         let mut sweep = tokio::time::interval(SWEEP);
         let mut sweeping: Option<sweep::Sweep> = None;
+        let mut retry = tokio::time::interval(RETRY);
         loop {
             tokio::select! {
                 heard = signals.heard() => match heard {
                     Heard::End => break,
-                    Heard::Reload => warn!("SIGHUP: there is no configuration file to read again"),
+                    Heard::Reload => match self.reload().await {
+                        Ok((_, loose)) => drop(tokio::spawn(self.end_flows_of(loose))),
+                        Err(error) => warn!("SIGHUP: nothing is changed: {error:#}"),
+                    },
                 },
                 call = calls.recv() => match call {
                     Some(call) => self.answer(call).await,
@@ -314,6 +339,7 @@ impl Daemon {
                     deaf_until = Instant::now() + CONTAINERS.max(begun.elapsed() * SHARE);
                 }
                 freed = self.slots.freed() => self.give_back(&freed),
+                _ = retry.tick(), if !self.waiting.is_empty() => self.retry().await,
                 _ = sweep.tick() => {
                     sweeping.get_or_insert_default();
                     self.ask_for_neighbours().await;
@@ -365,10 +391,13 @@ impl Daemon {
                     trace.map_err(|error| Problem::new(503, "No trace", &format!("{error:#}"))),
                 );
             }
-            Call::Reload { answer, .. } => {
-                let message = "there is no configuration file; start the instance with --config";
-                let _ = answer.send(Err(Problem::new(409, "No configuration", message)));
-            }
+            Call::Reload { answer, .. } => match self.reload().await {
+                Ok((reloaded, loose)) => {
+                    drop(tokio::spawn(self.end_flows_of(loose)));
+                    let _ = answer.send(Ok(reloaded));
+                }
+                Err(error) => drop(answer.send(Err(explain(error)))),
+            },
         }
     }
 
@@ -471,17 +500,84 @@ impl Daemon {
         self.slots.give_back(places);
     }
 
-    /// What the flags want, and what was published by commands before.
-    fn restore(&self) -> Result<Difference> {
-        let flags = &self.config.publishes;
-        let overlaps =
-            |spec: &crate::publish::Spec| flags.iter().any(|publish| publish.spec.overlaps(spec));
-        let owner = Owner::cli();
-        let before = self.registry.of(&owner);
-        let before = before.filter(|wanted| !overlaps(&wanted.publish.spec));
-        let before = before.map(|wanted| Publish::clone(&wanted.publish));
-        let all = flags.iter().cloned().chain(before).collect();
-        Ok(self.registry.want(&owner, all)?)
+    /// All that is wanted at the start, and not served yet: by flags and file, and by commands of before. Of these, the
+    /// registry has those that flags and file asked for `before`.
+    fn restore(&mut self, before: &BTreeSet<Id>) -> Result<(Difference, Vec<Wanted>)> {
+        let configured = before;
+        let flags = self.config.publishes.clone();
+        let overlaps = |wanted: &&Wanted| {
+            let spec = &wanted.publish.spec;
+            flags.iter().any(|publish| publish.spec.overlaps(spec))
+        };
+        let cli = Owner::cli();
+        let before = self.registry.of(&cli);
+        let before = before.filter(|it| !configured.contains(&it.id) && !overlaps(it));
+        let before: Vec<Publish> = before.map(|it| Publish::clone(&it.publish)).collect();
+        // What another file or flag has asked for before gives way first.
+        for owner in [&cli, &Owner::config()] {
+            let gone = self
+                .registry
+                .of(owner)
+                .filter(|it| configured.contains(&it.id));
+            let gone: BTreeSet<Id> = gone
+                .filter(|it| !self.asks_for(it))
+                .map(|it| it.id)
+                .collect();
+            let difference = self.registry.remove(owner, &gone)?;
+            self.registry.apply(&difference);
+        }
+        let configured = self.config.configured.clone();
+        let all = flags.into_iter().chain(before).collect();
+        for (owner, all) in [(Owner::config(), configured), (cli, all)] {
+            let difference = self.registry.want(&owner, all)?;
+            self.registry.apply(&difference);
+        }
+        let all = self.registry.iter().cloned();
+        let (add, restored) = all.partition(|wanted| self.asks_for(wanted));
+        let asked = Difference {
+            add,
+            ..Difference::default()
+        };
+        Ok((asked, restored))
+    }
+
+    /// Whether a flag or the file asks for a frontend.
+    fn asks_for(&self, wanted: &Wanted) -> bool {
+        let (flags, file) = (&self.config.publishes, &self.config.configured);
+        let mut asked = flags.iter().chain(file);
+        asked.any(|it| it.spec.has_same_frontend(&wanted.publish.spec))
+    }
+
+    /// Reads the file again and puts the difference in force, or changes nothing.
+    async fn reload(&mut self) -> Result<(Reloaded, Loose)> {
+        if self.config.file.is_none() {
+            bail!("there is no configuration file; start the instance with --config");
+        }
+        let new = Config::read(self.flags.clone())?;
+        if let Some(key) = self.config.needs_restart(&new) {
+            bail!("{key} cannot change while the instance runs; restart it");
+        }
+        let difference = self
+            .registry
+            .want(&Owner::config(), new.configured.clone())?;
+        let before = std::mem::replace(&mut self.config, new);
+        let loose = match self.reconcile(&difference, Ending::Cut, Vec::new()).await {
+            Ok(loose) => loose,
+            Err(error) => {
+                self.config = before;
+                return Err(error);
+            }
+        };
+        if before.allow != self.config.allow {
+            self.follow_allow()?;
+        }
+        let reloaded = Reloaded {
+            added: difference.add.len(),
+            changed: difference.change.len(),
+            removed: difference.remove.len(),
+        };
+        info!("configuration: {reloaded}");
+        Ok((reloaded, loose))
     }
 }
 

@@ -9,8 +9,9 @@ use anyhow::{Context as _, Result};
 use clap::{CommandFactory as _, Parser as _};
 use forwarder::{
     cli::{Cli, Command, Format, tables},
+    config,
     control::{
-        api::{Asked, Ending, Listed, ListedFlow, Unpublish},
+        api::{Asked, Ending, Listed, ListedFlow, Reloaded, Unpublish},
         client::Client,
     },
     daemon, doctor,
@@ -51,7 +52,7 @@ fn run(cli: Cli) -> Result<()> {
                 .enable_all()
                 .build()
                 .context("start the runtime")?
-                .block_on(daemon::run(instance, options.config()))
+                .block_on(daemon::run(instance, options.flags()))
         }
         Command::Publish {
             specs,
@@ -107,6 +108,19 @@ fn run(cli: Cli) -> Result<()> {
                 line.map_or(Ok(()), |line| print(&line))?;
                 Ok(true)
             })
+        }
+        Command::Check { file } => {
+            let config = config::file::read(&file)?;
+            let publishes = config.publishes.len();
+            print(&format!(
+                "{}: {publishes} publishes, no mistake",
+                file.display()
+            ))
+        }
+        Command::Reload => {
+            let none: Option<&()> = None;
+            let reloaded: Reloaded = client.ask(&Method::POST, "/v1/reload", none)?;
+            print(&reloaded.to_string())
         }
         Command::Down => {
             let found = daemon::down(&instance)?;

@@ -300,7 +300,7 @@ fn ctrl_c_leaves_nothing_behind() {
     assert_eq!(before.0, during.0, "a sysctl was changed");
     let programs = daemon.programs().unwrap();
     assert!(!programs.is_empty(), "no BPF program is loaded");
-    let pins = format!("/sys/fs/bpf/forwarder/{}", daemon.instance());
+    let pins = daemon.pins().to_string_lossy().into_owned();
     let socket = format!("/run/forwarder/{}.sock", daemon.instance());
     assert!(Path::new(&socket).exists(), "no control socket {socket}");
 

@@ -18,6 +18,7 @@ mod flood;
 mod forged;
 mod fragment;
 mod icmp;
+mod instance;
 mod ipsec;
 mod left;
 mod lifecycle;

@@ -116,7 +116,7 @@ fn what_a_version_with_another_layout_left_is_replaced_and_said() {
     let spec = spec(&topology.backend, Family::V4, Protocol::Tcp);
     let mut daemon = Daemon::start(&topology.host, &[&spec], Datapath::Ebpf).unwrap();
     daemon.kill().unwrap();
-    let pins = PathBuf::from("/sys/fs/bpf/forwarder").join(daemon.instance());
+    let pins = daemon.pins();
     let left = std::fs::read_dir(&pins).unwrap().next().unwrap().unwrap();
     let other = pins.join("other");
     std::fs::rename(left.path(), &other).unwrap();
@@ -161,7 +161,7 @@ fn down_removes_what_a_kill_left() {
     let spec = spec(&topology.backend, Family::V4, Protocol::Tcp);
     let mut daemon = Daemon::start(&topology.host, &[&spec], Datapath::Ebpf).unwrap();
     let left = [
-        PathBuf::from("/sys/fs/bpf/forwarder").join(daemon.instance()),
+        daemon.pins(),
         PathBuf::from("/run/forwarder").join(format!("{}.sock", daemon.instance())),
     ];
     assert!(left.iter().all(|path| path.exists()), "{left:?}");
@@ -198,7 +198,7 @@ fn without_capabilities_it_forwards_in_user_space_and_says_why() {
         &[],
     )
     .unwrap();
-    let pins = PathBuf::from("/sys/fs/bpf/forwarder").join(daemon.instance());
+    let pins = daemon.pins();
     assert!(!pins.exists(), "{pins:?} is of no use");
     for entry in daemon.list().unwrap() {
         assert_eq!(entry["datapath"], "userland");

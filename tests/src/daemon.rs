@@ -114,18 +114,37 @@ impl Daemon {
         datapath: Datapath,
         flags: &[&str],
     ) -> Result<Self> {
+        let flags = [&["--ephemeral"], flags].concat();
+        Self::start_anew(netns, wrapper, specs, datapath, &flags)
+    }
+
+    /// As [`Daemon::start_with`], but what is published at run time survives a restart; until it is dropped.
+    ///
+    /// # Errors
+    /// As [`Daemon::start`].
+    pub fn start_with_state(
+        netns: &Netns,
+        specs: &[&str],
+        datapath: Datapath,
+        flags: &[&str],
+    ) -> Result<Self> {
+        Self::start_anew(netns, &[], specs, datapath, flags)
+    }
+
+    fn start_anew(
+        netns: &Netns,
+        wrapper: &[&str],
+        specs: &[&str],
+        datapath: Datapath,
+        flags: &[&str],
+    ) -> Result<Self> {
         static COUNT: AtomicU32 = AtomicU32::new(0);
         let number = COUNT.fetch_add(1, Ordering::Relaxed);
-        let instance = format!("test-{}-{number}", std::process::id());
+        // A name may have dots, though bpffs takes none.
+        let instance = format!("test-{}.{number}", std::process::id());
         let binary = binary().to_string_lossy().into_owned();
         let mut words: Vec<&str> = wrapper.to_vec();
-        words.extend([
-            binary.as_str(),
-            "run",
-            "--ephemeral",
-            "--instance",
-            &instance,
-        ]);
+        words.extend([binary.as_str(), "run", "--instance", &instance]);
         words.extend(["--datapath", datapath.name()]);
         words.extend(flags);
         words.extend(specs.iter().flat_map(|spec| ["-p", *spec]));
@@ -151,6 +170,30 @@ impl Daemon {
         self.child.kill()?;
         self.child.wait()?;
         Ok(())
+    }
+
+    /// Sends a signal.
+    ///
+    /// # Errors
+    /// It has ended.
+    pub fn signal(&self, signal: Signal) -> Result<()> {
+        Ok(kill(Pid::from_raw(self.child.id().cast_signed()), signal)?)
+    }
+
+    /// Ends it as systemd does, for a [`Daemon::restart`].
+    ///
+    /// # Errors
+    /// It does not end in time.
+    pub fn terminate(&mut self) -> Result<ExitStatus> {
+        self.signal(Signal::SIGTERM)?;
+        let child = &mut self.child;
+        wait_for("the end of forwarder", || child.try_wait().ok().flatten())
+            .with_context(|| self.said())
+    }
+
+    /// Where its programs and maps are pinned.
+    pub fn pins(&self) -> PathBuf {
+        PathBuf::from("/sys/fs/bpf/forwarder").join(self.instance.replace('.', "%"))
     }
 
     /// Starts it again as it was, after [`Daemon::kill`].

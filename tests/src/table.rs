@@ -23,7 +23,7 @@ impl Table {
     /// # Errors
     /// The instance has pinned no such table.
     pub fn open(instance: &str) -> Result<Self> {
-        let folder = Path::new("/sys/fs/bpf/forwarder").join(instance);
+        let folder = Path::new("/sys/fs/bpf/forwarder").join(instance.replace('.', "%"));
         let layouts = std::fs::read_dir(&folder).with_context(|| folder.display().to_string())?;
         let path: PathBuf = layouts
             .flatten()

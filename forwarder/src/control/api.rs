@@ -137,6 +137,17 @@ pub struct Reloaded {
     pub removed: usize,
 }
 
+impl std::fmt::Display for Reloaded {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let Self {
+            added,
+            changed,
+            removed,
+        } = self;
+        write!(f, "{added} added, {changed} changed, {removed} removed")
+    }
+}
+
 /// Why a request was refused (RFC 9457).
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema, thiserror::Error)]
 #[error("{}", self.line())]

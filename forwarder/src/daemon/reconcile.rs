@@ -9,18 +9,18 @@ use forwarder_common::{
     publish::{Publish as PublishEntry, flag},
 };
 use ipnet::IpNet;
-use tracing::{debug, warn};
+use tracing::{debug, info, warn};
 
 use super::{
     Daemon,
     view::{Row, delivery_name},
 };
 use crate::{
-    config::DatapathChoice,
+    config::{Config, DatapathChoice},
     control::api::Ending,
     datapath::Datapath,
     network::Snapshot,
-    plan::{self, Planned},
+    plan::{self, Planned, Unserved},
     proxy::{Held, Options as ProxyOptions, Proxy, Stop, is_wide},
     publish::{Difference, Id, Spec, Wanted, spec::Protocol},
 };
@@ -143,6 +143,45 @@ impl Daemon {
         Ok(loose)
     }
 
+    /// Serves what was published before. What somebody else has the ports of keeps nothing else from being served: it waits.
+    pub(super) async fn serve_or_wait(&mut self, restored: Vec<Wanted>) {
+        let backends: Vec<_> = restored.iter().map(|it| it.publish.spec.backend).collect();
+        self.ask_for_routes(backends).await;
+        for wanted in restored {
+            let begun =
+                tokio::task::block_in_place(|| self.begin_publish(&wanted, &mut Vec::new()));
+            let Err(error) = begun else {
+                if self.waiting.remove(&wanted.id) {
+                    info!("publish {} is served again", wanted.publish.spec);
+                    self.tell("published", wanted.id);
+                }
+                continue;
+            };
+            if self.waiting.insert(wanted.id) {
+                warn!("{error:#}; it is tried again");
+            }
+            self.view.show(&Arc::new(Row {
+                allow: self.allow(&wanted).into(),
+                wanted,
+                index: 0,
+                delivery: None,
+                xdp: None,
+                unserved: Some(Unserved::Waiting(format!("{error:#}"))),
+                draining: false,
+                meter: None,
+                ended: Arc::default(),
+            }));
+        }
+    }
+
+    /// Tries again what waits.
+    pub(super) async fn retry(&mut self) {
+        let waiting = self.waiting.iter().filter_map(|id| self.registry.get(*id));
+        let waiting: Vec<Wanted> = waiting.cloned().collect();
+        self.waiting.retain(|id| self.registry.get(*id).is_some());
+        self.serve_or_wait(waiting).await;
+    }
+
     fn tell(&self, event: &str, id: Id) {
         if self.view.has_listeners()
             && let Some(row) = self.view.row(id)
@@ -219,12 +258,20 @@ impl Daemon {
     }
 
     /// Records a difference that is in force, also on disk.
-    fn record(&mut self, difference: &Difference) -> Result<()> {
+    pub(super) fn record(&mut self, difference: &Difference) -> Result<()> {
         let before = self.state.as_ref().map(|_| self.registry.clone());
         self.registry.apply(difference);
         if let (Some(state), Some(before)) = (&mut self.state, before) {
-            let flags = &self.config.publishes;
-            if let Err(error) = tokio::task::block_in_place(|| state.write(&self.registry, flags)) {
+            let Config {
+                publishes,
+                configured,
+                ..
+            } = &self.config;
+            let is_configured =
+                |it: &Wanted| publishes.contains(&it.publish) || configured.contains(&it.publish);
+            let written =
+                tokio::task::block_in_place(|| state.write(&self.registry, is_configured));
+            if let Err(error) = written {
                 self.registry = before;
                 return Err(error);
             }
@@ -338,6 +385,15 @@ impl Daemon {
         let serving = self.hold(index, &wanted, &mut Vec::new())?;
         self.serving.insert(id, serving);
         self.install(id)
+    }
+
+    /// After the instance's allow-list has changed: publishes without one of their own have the new one.
+    pub(super) fn follow_allow(&mut self) -> Result<()> {
+        let serving = self.serving.values();
+        let wanted: Vec<Wanted> = serving.map(|it| it.row.wanted.clone()).collect();
+        wanted
+            .iter()
+            .try_for_each(|it| self.change_publish(it).map(|_| ()))
     }
 
     fn allow(&self, wanted: &Wanted) -> Vec<IpNet> {
@@ -469,6 +525,8 @@ impl Daemon {
     /// Ends a publish that the kernel has no more, or has it drain; returns the place whose flows are to end.
     async fn end(&mut self, id: Id, ending: Ending) -> Vec<u32> {
         let Some(mut serving) = self.serving.remove(&id) else {
+            self.waiting.remove(&id);
+            self.view.hide(id);
             return Vec::new();
         };
         if let Some(proxy) = serving.proxy.take() {

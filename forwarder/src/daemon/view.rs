@@ -126,10 +126,10 @@ impl View {
     /// Shows a publish as it is now.
     pub(super) fn show(&self, row: &Arc<Row>) {
         let (id, index) = (row.wanted.id, row.index);
-        self.ids
-            .write()
-            .unwrap_or_else(PoisonError::into_inner)
-            .insert(index, id);
+        if index != 0 {
+            let mut ids = self.ids.write().unwrap_or_else(PoisonError::into_inner);
+            ids.insert(index, id);
+        }
         self.rows
             .write()
             .unwrap_or_else(PoisonError::into_inner)

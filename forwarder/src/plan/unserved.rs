@@ -28,9 +28,9 @@ pub enum Unserved {
     FirewallRemote,
     #[error("--respect-firewall: the host does not forward; `sysctl {0}=1` would change that")]
     FirewallForwarding(&'static str),
-    /// The kernel refused an update.
-    #[error("{0}")]
-    Refused(String),
+    /// Neither path serves it: its ports cannot be had, with the words for that.
+    #[error("not served: {0}")]
+    Waiting(String),
 }
 
 impl Unserved {
@@ -48,7 +48,7 @@ impl Unserved {
             Self::Ipsec(_) => "ipsec",
             Self::FirewallRemote => "firewall_remote",
             Self::FirewallForwarding(_) => "firewall_forwarding",
-            Self::Refused(_) => "refused",
+            Self::Waiting(_) => "waiting",
         }
     }
 }

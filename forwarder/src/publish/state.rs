@@ -2,6 +2,7 @@
 //! written as a whole beside the old one, synced, and put in its place.
 
 use std::{
+    collections::BTreeSet,
     fs::{self, File, OpenOptions},
     io::Write as _,
     os::unix::fs::OpenOptionsExt as _,
@@ -68,6 +69,12 @@ impl State {
         Ok(Self { path, stored })
     }
 
+    /// Those that a flag or the configuration asked for.
+    pub fn configured(&self) -> BTreeSet<Id> {
+        let configured = self.stored.publishes.iter().filter(|it| it.configured);
+        configured.map(|it| it.id).collect()
+    }
+
     /// A registry of what is stored. Leases have ended with the connections that held them.
     ///
     /// # Errors
@@ -96,14 +103,18 @@ impl State {
     ///
     /// # Errors
     /// The disk is full, or refuses.
-    pub fn write(&mut self, registry: &Registry, flags: &[Publish]) -> Result<()> {
+    pub fn write(
+        &mut self,
+        registry: &Registry,
+        is_configured: impl Fn(&Wanted) -> bool,
+    ) -> Result<()> {
         let publishes = registry.iter().filter(|wanted| !wanted.owner.is_lease());
         let publishes = publishes.map(|wanted| StoredPublish {
             id: wanted.id,
             owner: wanted.owner.clone(),
             spec: wanted.publish.spec.to_string(),
             allow: wanted.publish.policy.allow.clone(),
-            configured: flags.contains(&wanted.publish),
+            configured: is_configured(wanted),
         });
         let stored = Stored {
             version: VERSION,

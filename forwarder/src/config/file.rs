@@ -1,0 +1,323 @@
+//! The configuration file: TOML, with other files in `conf.d` beside it. What is wrong in it is named with file, line and
+//! column.
+
+use std::{
+    collections::BTreeMap,
+    fs,
+    ops::Range,
+    path::{Path, PathBuf},
+};
+
+use ipnet::IpNet;
+use serde::Deserialize;
+use toml::Spanned;
+
+use super::{DatapathChoice, Timeout, XdpChoice};
+use crate::{control::api::Asked, publish::Publish};
+
+/// What the files say; what they leave out, flags or defaults decide.
+#[derive(Clone, Debug, Default)]
+pub struct FileConfig {
+    pub publishes: Vec<Publish>,
+    pub datapath: Option<DatapathChoice>,
+    pub xdp: Option<XdpChoice>,
+    pub respect_firewall: Option<bool>,
+    pub allow: Option<Vec<IpNet>>,
+    pub timeouts: Vec<Timeout>,
+    pub proxy_protocol: Option<bool>,
+    pub keep: Option<bool>,
+    pub ephemeral: Option<bool>,
+}
+
+/// One file as it is written. The keys are the flags of `run` and `publish`.
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case", default)]
+struct Written {
+    publish: Vec<Spanned<Asked>>,
+    datapath: Option<Spanned<DatapathChoice>>,
+    xdp: Option<Spanned<XdpChoice>>,
+    respect_firewall: Option<Spanned<bool>>,
+    allow: Option<Spanned<Vec<IpNet>>>,
+    timeout: BTreeMap<String, Spanned<Time>>,
+    proxy_protocol: Option<Spanned<bool>>,
+    keep: Option<Spanned<bool>>,
+    ephemeral: Option<Spanned<bool>>,
+}
+
+/// Seconds, or a number with its unit.
+#[derive(Debug, Deserialize)]
+#[serde(untagged)]
+enum Time {
+    Seconds(u32),
+    Text(String),
+}
+
+/// What is wrong, and where.
+#[derive(Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{}{position}: {problem}", file.display())]
+pub struct FileError {
+    file: PathBuf,
+    position: Position,
+    problem: String,
+}
+
+/// Line and column, from 1; none where the file could not be read.
+#[derive(Debug, PartialEq, Eq)]
+struct Position(Option<(usize, usize)>);
+
+impl std::fmt::Display for Position {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self.0 {
+            Some((line, column)) => write!(f, ":{line}:{column}"),
+            None => Ok(()),
+        }
+    }
+}
+
+/// A file that is being read.
+struct Source {
+    file: PathBuf,
+    text: String,
+}
+
+impl Source {
+    fn error(&self, span: Option<Range<usize>>, problem: String) -> FileError {
+        let position = span.map(|span| {
+            let before = &self.text[..span.start.min(self.text.len())];
+            let line = before.matches('\n').count() + 1;
+            let column = before
+                .rsplit('\n')
+                .next()
+                .map_or(0, |line| line.chars().count())
+                + 1;
+            (line, column)
+        });
+        FileError {
+            file: self.file.clone(),
+            position: Position(position),
+            problem,
+        }
+    }
+}
+
+/// Reads a file and those in `conf.d` beside it, in the order of their names.
+///
+/// # Errors
+/// The first thing that is wrong.
+pub fn read(file: &Path) -> Result<FileConfig, FileError> {
+    let mut files = vec![file.to_owned()];
+    let beside = file.parent().unwrap_or(Path::new(".")).join("conf.d");
+    let mut others: Vec<PathBuf> = fs::read_dir(beside)
+        .into_iter()
+        .flatten()
+        .flatten()
+        .map(|entry| entry.path())
+        .filter(|path| {
+            path.extension()
+                .is_some_and(|extension| extension == "toml")
+        })
+        .collect();
+    others.sort();
+    files.extend(others);
+    let mut config = FileConfig::default();
+    for file in files {
+        let unreadable = |error: std::io::Error| FileError {
+            file: file.clone(),
+            position: Position(None),
+            problem: error.to_string(),
+        };
+        let text = fs::read_to_string(&file).map_err(unreadable)?;
+        add(&mut config, &Source { file, text })?;
+    }
+    Ok(config)
+}
+
+fn add(config: &mut FileConfig, source: &Source) -> Result<(), FileError> {
+    let written: Written = toml::from_str(&source.text).map_err(|error| {
+        let problem = error.message().replace('\n', " ");
+        source.error(error.span(), problem)
+    })?;
+    for asked in written.publish {
+        let span = asked.span();
+        let publish = Publish::try_from(asked.into_inner());
+        let publish = publish.map_err(|problem| source.error(Some(span.clone()), problem))?;
+        let other = config
+            .publishes
+            .iter()
+            .find(|other| other.spec.overlaps(&publish.spec));
+        if let Some(other) = other {
+            let problem = format!(
+                "publish {}: overlaps with {}; choose other ports",
+                publish.spec, other.spec
+            );
+            return Err(source.error(Some(span), problem));
+        }
+        config.publishes.push(publish);
+    }
+    for (name, time) in written.timeout {
+        let span = time.span();
+        let timeout = match time.into_inner() {
+            Time::Seconds(seconds) => format!("{name}={seconds}"),
+            Time::Text(text) => format!("{name}={text}"),
+        };
+        let timeout = timeout.parse();
+        let timeout = timeout.map_err(|problem| source.error(Some(span), problem))?;
+        config.timeouts.push(timeout);
+    }
+    once(source, "datapath", written.datapath, &mut config.datapath)?;
+    once(source, "xdp", written.xdp, &mut config.xdp)?;
+    once(
+        source,
+        "respect-firewall",
+        written.respect_firewall,
+        &mut config.respect_firewall,
+    )?;
+    once(source, "allow", written.allow, &mut config.allow)?;
+    once(
+        source,
+        "proxy-protocol",
+        written.proxy_protocol,
+        &mut config.proxy_protocol,
+    )?;
+    once(source, "keep", written.keep, &mut config.keep)?;
+    once(
+        source,
+        "ephemeral",
+        written.ephemeral,
+        &mut config.ephemeral,
+    )
+}
+
+/// Takes a key that only one of the files may have.
+fn once<T>(
+    source: &Source,
+    name: &str,
+    written: Option<Spanned<T>>,
+    value: &mut Option<T>,
+) -> Result<(), FileError> {
+    let Some(written) = written else {
+        return Ok(());
+    };
+    if value.is_some() {
+        let problem = format!("{name} stands in an earlier file; take one of the two away");
+        return Err(source.error(Some(written.span()), problem));
+    }
+    *value = Some(written.into_inner());
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(text: &str) -> Result<FileConfig, String> {
+        let mut config = FileConfig::default();
+        let source = Source {
+            file: "forwarder.toml".into(),
+            text: text.into(),
+        };
+        add(&mut config, &source).map_err(|error| error.to_string())?;
+        Ok(config)
+    }
+
+    #[test]
+    fn every_key_is_understood() {
+        let config = parse(
+            r#"
+            datapath = "auto"
+            xdp = "off"
+            respect-firewall = true
+            allow = ["10.0.0.0/8", "fd00::/8"]
+            proxy-protocol = false
+            keep = true
+            ephemeral = false
+            [timeout]
+            tcp-established = "1h"
+            udp = 45
+            [[publish]]
+            spec = "8080:172.17.0.2:80"
+            allow = []
+            [[publish]]
+            protocol = "udp"
+            frontend = { port = 5353 }
+            backend = { address = "172.17.0.2", port = 53 }
+            "#,
+        )
+        .expect("a good file");
+        assert_eq!(config.publishes[0].policy.allow, Some(Vec::new()));
+        assert_eq!(
+            config.publishes[1].spec.to_string(),
+            "5353:172.17.0.2:53/udp"
+        );
+        assert_eq!(
+            (config.xdp, config.keep),
+            (Some(XdpChoice::Off), Some(true))
+        );
+        assert_eq!(config.timeouts[1].seconds, 45);
+        let short = parse(r#"publish = ["8080:172.17.0.2:80", "8081:172.17.0.2:81"]"#);
+        assert_eq!(short.expect("a list").publishes.len(), 2);
+    }
+
+    #[test]
+    fn what_is_wrong_has_its_line_and_its_column() {
+        for (text, start, part) in [
+            ("xdp = 7", "forwarder.toml:1:7: ", "string"),
+            (
+                "\nxpd = \"off\"",
+                "forwarder.toml:2:1: ",
+                "unknown field `xpd`",
+            ),
+            (
+                "keep = true\nkeep = true",
+                "forwarder.toml:2:1: ",
+                "duplicate key",
+            ),
+            ("publish = [\"80\"]", "forwarder.toml:1:12: ", "HOST_PORT"),
+            (
+                "[[publish]]\nspec = \"80:10.0.0.2:80\"\nalow = []",
+                "forwarder.toml:",
+                "`alow`",
+            ),
+            (
+                "publish = [\"80:10.0.0.2:80\",\n\"80:10.0.0.3:80\"]",
+                "forwarder.toml:2:1: ",
+                "choose other ports",
+            ),
+            (
+                "[timeout]\ntcp = 5",
+                "forwarder.toml:",
+                "there are tcp-syn-sent",
+            ),
+            ("allow = [\"10.0.0.0/33\"]", "forwarder.toml:1:", "invalid"),
+        ] {
+            let error = parse(text).expect_err(text);
+            assert!(
+                error.starts_with(start) && error.contains(part),
+                "{text}: {error}"
+            );
+        }
+    }
+
+    #[test]
+    fn a_key_stands_in_one_file() {
+        let directory =
+            std::env::temp_dir().join(format!("forwarder-config-{}", std::process::id()));
+        fs::create_dir_all(directory.join("conf.d")).expect("a directory");
+        let main = directory.join("forwarder.toml");
+        fs::write(&main, "keep = true\npublish = [\"80:10.0.0.2:80\"]").expect("written");
+        fs::write(
+            directory.join("conf.d/a.toml"),
+            "publish = [\"81:10.0.0.2:81\"]",
+        )
+        .expect("written");
+        let config = read(&main).expect("good files");
+        assert_eq!(config.publishes.len(), 2);
+        fs::write(directory.join("conf.d/b.toml"), "keep = false").expect("written");
+        let error = read(&main).expect_err("twice").to_string();
+        assert!(
+            error.contains("b.toml:1:8: keep stands in an earlier file"),
+            "{error}"
+        );
+        fs::remove_dir_all(directory).expect("removed");
+    }
+}

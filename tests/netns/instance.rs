@@ -1,0 +1,362 @@
+//! An instance as an administrator meets it: its name, its signals, its configuration file, and what outlives it.
+
+use std::{
+    fs,
+    io::{BufRead as _, BufReader},
+    net::{Ipv4Addr, SocketAddr, TcpListener},
+    path::PathBuf,
+    process::{Command, Stdio},
+};
+
+use forwarder_tests::{
+    daemon::{Daemon, Datapath, binary, run_to_failure},
+    deadline::wait_for,
+    topology::{Family, Topology},
+    traffic::{Backend, Protocol, ask},
+};
+use nix::sys::signal::Signal;
+use serde_json::Value;
+
+use crate::scene::{BACKEND_PORT, on_the_fast_path, served_to_the_client, spec};
+
+/// What a restart must not change of a list.
+fn published(daemon: &Daemon) -> Vec<(Value, Value, Value, Value)> {
+    let list = daemon.list().unwrap();
+    let row = |row: &Value| {
+        let field = |name: &str| row[name].clone();
+        (
+            field("id"),
+            field("owner"),
+            field("frontend"),
+            field("allow"),
+        )
+    };
+    list.iter().map(row).collect()
+}
+
+#[test]
+fn what_was_published_survives_a_stop_and_a_kill() {
+    let topology = Topology::new().unwrap();
+    let flags = ["--allow", "198.51.100.0/24"];
+    let spec = spec(&topology.backend, Family::V4, Protocol::Tcp);
+    let mut daemon =
+        Daemon::start_with_state(&topology.host, &[&spec], Datapath::Auto, &flags).unwrap();
+    daemon
+        .control(&["publish", "8081:172.31.0.2:81", "8082:172.31.0.2:82"])
+        .unwrap();
+    daemon
+        .control(&[
+            "publish",
+            "8083:172.31.0.2:83",
+            "--owner",
+            "team",
+            "--allow",
+            "fd00::/8",
+        ])
+        .unwrap();
+    daemon.control(&["unpublish", "2"]).unwrap();
+    let before = published(&daemon);
+    assert_eq!(before.len(), 3);
+    daemon.terminate().unwrap();
+    daemon.restart().unwrap();
+    assert_eq!(published(&daemon), before, "after a stop");
+    daemon.kill().unwrap();
+    daemon.restart().unwrap();
+    assert_eq!(published(&daemon), before, "after a kill");
+    daemon.control(&["publish", "8084:172.31.0.2:84"]).unwrap();
+    let last = daemon.list().unwrap().pop().unwrap();
+    assert_eq!(last["id"], 5, "numbers go on: {last}");
+    daemon.stop().unwrap();
+}
+
+#[test]
+fn what_a_flag_asked_for_once_does_not_come_back() {
+    let topology = Topology::new().unwrap();
+    let daemon = Daemon::start_with_state(
+        &topology.host,
+        &["8080:172.31.0.2:80"],
+        Datapath::Userland,
+        &[],
+    )
+    .unwrap();
+    daemon.control(&["publish", "8081:172.31.0.2:81"]).unwrap();
+    let (instance, binary) = (daemon.instance().to_owned(), binary());
+    daemon.stop().unwrap();
+    // The same name, with another flag.
+    let mut command = topology.host.command(&binary.to_string_lossy());
+    command.args([
+        "run",
+        "--instance",
+        &instance,
+        "--datapath",
+        "userland",
+        "-p",
+        "8090:172.31.0.2:90",
+    ]);
+    let mut child = command.stdout(Stdio::piped()).spawn().unwrap();
+    let lines = BufReader::new(child.stdout.take().unwrap()).lines();
+    let said: Vec<String> = lines
+        .map_while(Result::ok)
+        .take_while(|line| line != "ready")
+        .collect();
+    child.kill().unwrap();
+    child.wait().unwrap();
+    forwarder_tests::daemon::down(&topology.host, &instance).unwrap();
+    let text = said.join("\n");
+    assert!(
+        text.contains("8081:") && text.contains("8090:") && !text.contains("8080:"),
+        "{text}"
+    );
+}
+
+#[test]
+fn a_port_that_somebody_took_meanwhile_keeps_nothing_else_from_being_served() {
+    let topology = Topology::new().unwrap();
+    let _backend = Backend::start(&topology.backend.netns, Protocol::Tcp, BACKEND_PORT).unwrap();
+    let mut daemon = Daemon::start_with_state(&topology.host, &[], Datapath::Auto, &[]).unwrap();
+    let spec = spec(&topology.backend, Family::V4, Protocol::Tcp);
+    daemon.control(&["publish", "8081:172.31.0.2:80"]).unwrap();
+    daemon.control(&["publish", &spec]).unwrap();
+    daemon.terminate().unwrap();
+    let taken = topology
+        .host
+        .enter(|| TcpListener::bind((Ipv4Addr::UNSPECIFIED, 8081)))
+        .unwrap();
+    daemon.restart().unwrap();
+    served_to_the_client(&topology, Protocol::Tcp, "beside it");
+    let row = daemon.list().unwrap().remove(0);
+    assert_eq!(row["reason_code"], "waiting", "{row}");
+    assert!(
+        row["reason"]
+            .as_str()
+            .unwrap()
+            .contains("address already in use"),
+        "{row}"
+    );
+    drop(taken);
+    wait_for("the port is had", || {
+        let row = daemon.list().unwrap().remove(0);
+        (row["reason_code"] != "waiting").then_some(())
+    })
+    .unwrap();
+    let frontend = SocketAddr::new(topology.host_address(Family::V4), 8081);
+    ask(&topology.client, Protocol::Tcp, frontend, "hello").unwrap();
+    daemon.stop().unwrap();
+}
+
+#[test]
+fn whether_it_runs_is_no_matter_of_its_socket() {
+    let topology = Topology::new().unwrap();
+    let _backend = Backend::start(&topology.backend.netns, Protocol::Tcp, BACKEND_PORT).unwrap();
+    let spec = spec(&topology.backend, Family::V4, Protocol::Tcp);
+    let daemon = Daemon::start(&topology.host, &[&spec], Datapath::Ebpf).unwrap();
+    fs::remove_file(daemon.socket()).unwrap();
+    let error = daemon.control(&["down"]).unwrap_err().to_string();
+    assert!(error.contains("is running"), "{error}");
+    let mut command = topology.host.command(&binary().to_string_lossy());
+    let second = command
+        .args(["run", "--ephemeral", "--instance", daemon.instance()])
+        .output()
+        .unwrap();
+    let error = String::from_utf8_lossy(&second.stderr).into_owned();
+    assert!(error.contains("already running"), "{error}");
+    served_to_the_client(&topology, Protocol::Tcp, "hello");
+    daemon.stop().unwrap();
+}
+
+#[test]
+fn signals_that_mean_nothing_end_nothing() {
+    let topology = Topology::new().unwrap();
+    let _backend = Backend::start(&topology.backend.netns, Protocol::Tcp, BACKEND_PORT).unwrap();
+    let spec = spec(&topology.backend, Family::V4, Protocol::Tcp);
+    let daemon = Daemon::start(&topology.host, &[&spec], Datapath::Ebpf).unwrap();
+    for signal in [Signal::SIGHUP, Signal::SIGUSR1, Signal::SIGUSR2] {
+        daemon.signal(signal).unwrap();
+    }
+    on_the_fast_path(&daemon, || {
+        served_to_the_client(&topology, Protocol::Tcp, "hello")
+    });
+    wait_for("a word about SIGHUP", || {
+        daemon.said().contains("SIGHUP").then_some(())
+    })
+    .unwrap();
+    daemon.stop().unwrap();
+}
+
+#[test]
+fn a_reader_of_its_output_may_leave() {
+    let topology = Topology::new().unwrap();
+    let instance = format!("unread-{}", std::process::id());
+    let flags = [
+        "run",
+        "--ephemeral",
+        "--instance",
+        &instance,
+        "-p",
+        "8080:172.31.0.2:80",
+    ];
+    let mut command: Command = topology.host.command(&binary().to_string_lossy());
+    let mut child = command.args(flags).stdout(Stdio::piped()).spawn().unwrap();
+    drop(child.stdout.take());
+    let list = || {
+        let mut command = topology.host.command(&binary().to_string_lossy());
+        let output = command
+            .args(["list", "--instance", &instance])
+            .stderr(Stdio::null())
+            .output();
+        output
+            .is_ok_and(|output| output.status.success())
+            .then_some(())
+    };
+    let served = wait_for("an answer", list);
+    let running = child.try_wait().unwrap().is_none();
+    child.kill().unwrap();
+    child.wait().unwrap();
+    forwarder_tests::daemon::down(&topology.host, &instance).unwrap();
+    served.unwrap();
+    assert!(running);
+}
+
+/// A configuration file in a folder of its own, removed when dropped.
+struct File(PathBuf);
+
+impl File {
+    fn new(text: &str) -> Self {
+        static COUNT: std::sync::atomic::AtomicU32 = std::sync::atomic::AtomicU32::new(0);
+        let number = COUNT.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+        let name = format!("forwarder-test-{}-{number}", std::process::id());
+        let directory = std::env::temp_dir().join(name);
+        fs::create_dir_all(directory.join("conf.d")).unwrap();
+        let file = Self(directory.join("forwarder.toml"));
+        file.write(text);
+        file
+    }
+
+    fn write(&self, text: &str) {
+        fs::write(&self.0, text).unwrap();
+    }
+
+    fn path(&self) -> &str {
+        self.0.to_str().unwrap()
+    }
+}
+
+impl Drop for File {
+    fn drop(&mut self) {
+        let _ = fs::remove_dir_all(self.0.parent().unwrap());
+    }
+}
+
+#[test]
+fn a_configuration_is_read_again_as_a_whole_or_not_at_all() {
+    let topology = Topology::new().unwrap();
+    let file = File::new("publish = [\"8080:172.31.0.2:80\", \"8081:172.31.0.2:81\"]");
+    let flags = ["--config", file.path()];
+    let daemon = Daemon::start_with(
+        &topology.host,
+        &["9090:172.31.0.2:90"],
+        Datapath::Auto,
+        &flags,
+    )
+    .unwrap();
+    daemon.control(&["publish", "8085:172.31.0.2:85"]).unwrap();
+    let owners = |daemon: &Daemon| -> Vec<String> {
+        let list = daemon.list().unwrap();
+        list.iter()
+            .map(|row| {
+                format!(
+                    "{} {}",
+                    row["owner"].as_str().unwrap(),
+                    row["frontend"]["port"]
+                )
+            })
+            .collect()
+    };
+    let mut before = owners(&daemon);
+    before.sort();
+    assert_eq!(
+        before,
+        ["cli 8085", "cli 9090", "config 8080", "config 8081"]
+    );
+    // What is wrong, and what another owner or process has, changes nothing.
+    let _taken = topology
+        .host
+        .enter(|| TcpListener::bind((Ipv4Addr::UNSPECIFIED, 8087)))
+        .unwrap();
+    for (text, part) in [
+        (
+            "publish = [\"8086:172.31.0.2:86\"]\nxpd = 1",
+            "forwarder.toml:2:1",
+        ),
+        (
+            "publish = [\"8086:172.31.0.2:86\", \"8085:172.31.0.2:1\"]",
+            "owner cli",
+        ),
+        (
+            "publish = [\"8086:172.31.0.2:86\", \"8087:172.31.0.2:1\"]",
+            "address already in use",
+        ),
+        ("datapath = \"userland\"", "restart"),
+    ] {
+        file.write(text);
+        let error = daemon.control(&["reload"]).unwrap_err().to_string();
+        assert!(error.contains(part), "{text}: {error}");
+        assert_eq!(daemon.list().unwrap().len(), 4, "after {text}");
+    }
+    file.write(
+        "publish = [\"8081:172.31.0.3:81\", \"8086:172.31.0.2:86\"]\nallow = [\"10.0.0.0/8\"]",
+    );
+    let said = daemon.control(&["reload"]).unwrap();
+    assert_eq!(said.trim(), "1 added, 1 changed, 1 removed");
+    let list = daemon.list().unwrap();
+    assert!(
+        list.iter().all(|row| row["allow"][0] == "10.0.0.0/8"),
+        "{list:?}"
+    );
+    let mut after = owners(&daemon);
+    after.sort();
+    assert_eq!(
+        after,
+        ["cli 8085", "cli 9090", "config 8081", "config 8086"]
+    );
+    file.write("publish = []");
+    daemon.signal(Signal::SIGHUP).unwrap();
+    wait_for("two publishes", || {
+        (daemon.list().unwrap().len() == 2).then_some(())
+    })
+    .unwrap();
+    daemon.stop().unwrap();
+}
+
+#[test]
+fn a_configuration_is_checked_without_being_used() {
+    let topology = Topology::new().unwrap();
+    let file = File::new("publish = [\"8080:172.31.0.2:80\"]");
+    let check = || {
+        let mut command = topology.host.command(&binary().to_string_lossy());
+        command.args(["check", file.path()]).output().unwrap()
+    };
+    let good = check();
+    assert!(good.status.success(), "{good:?}");
+    file.write("publish = [\n  \"8080:172.31.0.2:80\",\n  \"8080\",\n]");
+    let bad = check();
+    assert_eq!(bad.status.code(), Some(1));
+    let error = String::from_utf8_lossy(&bad.stderr).into_owned();
+    assert!(
+        error.contains(&format!("error: {}:3:3: ", file.path())),
+        "{error}"
+    );
+    let (status, error) = run_to_failure(&topology.host, &["--config", file.path()]).unwrap();
+    assert!(!status.success() && error.contains(":3:3: "), "{error}");
+}
+
+#[test]
+fn a_name_with_a_dot_has_the_fast_path_and_pins() {
+    let topology = Topology::new().unwrap();
+    let daemon = Daemon::start(&topology.host, &["8080:172.31.0.2:80"], Datapath::Ebpf).unwrap();
+    assert!(daemon.instance().contains('.'));
+    assert!(daemon.pins().is_dir());
+    let pins = daemon.pins();
+    daemon.stop().unwrap();
+    assert!(!pins.exists());
+}
