@@ -4,19 +4,20 @@ use std::{fmt::Display, io, time::Duration};
 
 use tracing::{debug, warn};
 
-/// How long nobody is accepted when descriptors have run out.
-const BACK_OFF: Duration = Duration::from_millis(100);
+use crate::seldom::Seldom;
 
-/// If descriptors have run out, waits a moment, and says so the first time.
-pub(crate) async fn failed(error: &io::Error, warned: &mut bool, server: impl Display) {
+/// How long nobody is accepted when descriptors have run out.
+pub(crate) const BACK_OFF: Duration = Duration::from_millis(100);
+
+/// If descriptors have run out, waits a moment, and says so once a minute.
+pub(crate) async fn failed(error: &io::Error, warned: &Seldom, server: impl Display) {
     let exhausted = [libc::EMFILE, libc::ENFILE, libc::ENOBUFS, libc::ENOMEM];
     let code = error.raw_os_error();
     if !code.is_some_and(|code| exhausted.contains(&code)) {
         return debug!("accept for {server}: {error}"); // the client has gone already
     }
-    if !*warned {
+    if warned.is_due() {
         warn!("{server} accepts no more for now: {error}");
-        *warned = true;
     }
     tokio::time::sleep(BACK_OFF).await;
 }

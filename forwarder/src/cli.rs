@@ -11,7 +11,7 @@ use ipnet::IpNet;
 use crate::{
     config::{DatapathChoice, Flags, Timeout, XdpChoice},
     control::api::NamedPublish,
-    publish::{Id, Owner, Policy, Publish, Spec, spec::SpecError},
+    publish::{Id, Owner, Policy, ProxyProtocol, Publish, Spec, allow::network, spec::SpecError},
 };
 
 /// Publishes ports of this host and forwards them to backends: in the kernel by eBPF, in user space
@@ -38,8 +38,11 @@ pub enum Command {
         #[arg(required = true, value_name = "SPEC")]
         specs: Vec<Spec>,
         /// Serve only clients of this network; may be given several times.
-        #[arg(long, value_name = "CIDR")]
+        #[arg(long, value_name = "CIDR", value_parser = network)]
         allow: Vec<IpNet>,
+        /// Tell backends of their clients by the PROXY protocol, version 2 unless another is named: by the userland path.
+        #[arg(long, value_enum, value_name = "VERSION", num_args = 0..=1, require_equals = true, default_missing_value = "v2")]
+        proxy_protocol: Option<ProxyProtocol>,
         /// In whose name: an owner changes its own publishes alone.
         #[arg(long, value_name = "NAME", default_value = "cli")]
         owner: Owner,
@@ -71,7 +74,7 @@ pub enum Command {
         /// Only packets of this publish.
         id: Option<Id>,
         /// Only packets from or to this network.
-        #[arg(long, value_name = "CIDR")]
+        #[arg(long, value_name = "CIDR", value_parser = network)]
         client: Option<IpNet>,
     },
     /// Validate a configuration file, and those in `conf.d` beside it.
@@ -112,15 +115,15 @@ pub struct Run {
     #[arg(long)]
     pub respect_firewall: bool,
     /// Serve only clients of this network; may be given several times.
-    #[arg(long, value_name = "CIDR")]
+    #[arg(long, value_name = "CIDR", value_parser = network)]
     pub allow: Vec<IpNet>,
     /// How long a flow may stay silent, such as `tcp-established=1h` or `udp=45s`; may be given several times. Names and
     /// defaults are those of nf_conntrack's sysctls.
     #[arg(long, value_name = "NAME=TIME")]
     pub timeout: Vec<Timeout>,
-    /// Send the PROXY protocol's header (version 2) to TCP backends; userland path only.
-    #[arg(long)]
-    pub proxy_protocol: bool,
+    /// Tell TCP backends of their clients by the PROXY protocol, version 2 unless another is named: by the userland path.
+    #[arg(long, value_enum, value_name = "VERSION", num_args = 0..=1, require_equals = true, default_missing_value = "v2")]
+    pub proxy_protocol: Option<ProxyProtocol>,
     /// Leave the pinned datapath forwarding when this process ends.
     #[arg(long)]
     pub keep: bool,

@@ -9,7 +9,7 @@ use ipnet::IpNet;
 use serde::Deserialize;
 
 use self::file::{FileConfig, FileError};
-use crate::publish::Publish;
+use crate::publish::{ProxyProtocol, Publish};
 
 /// Everything that an instance is told at its start, or by a reload.
 #[derive(Clone, Debug)]
@@ -26,7 +26,8 @@ pub struct Config {
     /// For publishes that have no allow-list of their own; empty for all.
     pub allow: Vec<IpNet>,
     pub timeouts: Timeouts,
-    pub proxy_protocol: bool,
+    /// Of TCP publishes that say nothing themselves.
+    pub proxy_protocol: ProxyProtocol,
     /// The programs go on when this process ends.
     pub keep: bool,
     /// Nothing is written to disk.
@@ -60,7 +61,7 @@ pub struct Flags {
     pub respect_firewall: bool,
     pub allow: Vec<IpNet>,
     pub timeouts: Vec<Timeout>,
-    pub proxy_protocol: bool,
+    pub proxy_protocol: Option<ProxyProtocol>,
     pub keep: bool,
     pub ephemeral: bool,
 }
@@ -96,7 +97,10 @@ impl Config {
                 flags.allow
             },
             timeouts,
-            proxy_protocol: on(flags.proxy_protocol, file.proxy_protocol),
+            proxy_protocol: flags
+                .proxy_protocol
+                .or(file.proxy_protocol)
+                .unwrap_or_default(),
             keep: on(flags.keep, file.keep),
             ephemeral: on(flags.ephemeral, file.ephemeral),
         })

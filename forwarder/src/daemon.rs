@@ -49,7 +49,9 @@ use crate::{
     network::{self as net, Change as NetworkChange},
     plan::Unserved,
     proxy::{BindError, Idle, raise_descriptor_limit},
-    publish::{Conflict, Difference, Id, Owner, Publish, Registry, Wanted, state::State},
+    publish::{
+        Conflict, Difference, Id, Owner, ProxyProtocol, Publish, Registry, Wanted, state::State,
+    },
 };
 
 /// Network changes come in bursts; one reading serves all that come within this time.
@@ -97,6 +99,12 @@ pub struct Daemon {
 /// What could not be begun; everything begun before is undone.
 pub async fn run(instance: Instance, flags: Flags) -> Result<()> {
     let config = Config::read(flags.clone())?;
+    if config.proxy_protocol != ProxyProtocol::Off && config.datapath == DatapathChoice::Ebpf {
+        bail!(
+            "--proxy-protocol --datapath ebpf: the PROXY protocol is spoken in user space; --datapath auto serves TCP \
+             there, and UDP by eBPF"
+        );
+    }
     // Before anything is made that a signal would have to undo, and long before anybody reads `ready`.
     let mut signals = Signals::new()?;
     let _lock = instance.lock()?;
@@ -210,7 +218,7 @@ impl Daemon {
             waiting: BTreeSet::new(),
             draining: BTreeMap::new(),
             slots: Slots::new(limits::PUBLISHES),
-            view: Arc::new(View::new(seen)),
+            view: Arc::new(View::new(seen, idle.clone())),
             idle,
             network: Network::open(datapath.is_some())?,
             datapath,
@@ -470,6 +478,7 @@ impl Daemon {
         let Some(address) = backend.address else {
             bail!("a backend needs an address");
         };
+        let address = (address, backend.zone.clone());
         let spec = before
             .publish
             .spec

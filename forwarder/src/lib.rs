@@ -13,3 +13,4 @@ pub mod network;
 pub mod plan;
 pub mod proxy;
 pub mod publish;
+mod seldom;

@@ -16,6 +16,7 @@ use forwarder::{
     },
     daemon, doctor,
     instance::Instance,
+    publish::Policy,
 };
 use hyper::Method;
 use serde::{Serialize, de::DeserializeOwned};
@@ -57,12 +58,16 @@ fn run(cli: Cli) -> Result<()> {
         Command::Publish {
             specs,
             allow,
+            proxy_protocol,
             owner,
         } => {
-            let allow = (!allow.is_empty()).then_some(allow);
+            let policy = Policy {
+                allow: (!allow.is_empty()).then_some(allow),
+                proxy_protocol,
+            };
             let asked = specs.iter().map(|spec| Asked {
                 spec: Some(spec.to_string()),
-                allow: allow.clone(),
+                policy: policy.clone(),
                 ..Asked::default()
             });
             let asked: Vec<Asked> = asked.collect();

@@ -28,7 +28,7 @@ use crate::{
     plan::locations::{
         container_networks, is_host_route, is_link_local, is_local_bridge, routed, way_to,
     },
-    publish::{Publish, spec::Protocol},
+    publish::{Publish, Spec, spec::Protocol},
 };
 
 /// What the kernel is to have of a publish, and why the fast path does not serve it, if it does not.
@@ -48,6 +48,8 @@ pub struct Standing {
     /// One socket holds all of its ports.
     pub steered: bool,
     pub draining: bool,
+    /// The backend is told of each client.
+    pub proxy_protocol: bool,
     pub respects_firewall: bool,
     /// The place of the publish that had the port before and drains; 0 for none.
     pub previous: u32,
@@ -62,8 +64,9 @@ pub fn publish(
 ) -> Planned {
     let spec = &publish.spec;
     let policy = covering_policy(snapshot, spec);
-    let resolved = match (spec.protocol, policy) {
-        (Protocol::Sctp, _) => Err(Unserved::Sctp),
+    let resolved = match (for_user_space(spec), policy) {
+        (Some(why), _) => Err(why),
+        _ if standing.proxy_protocol => Err(Unserved::ProxyProtocol),
         (_, Some(policy)) => Err(Unserved::Ipsec(policy.to_string())),
         _ => resolve(snapshot, spec.backend),
     };
@@ -118,6 +121,20 @@ pub fn publish(
         installed,
         unserved,
         covered: policy.is_some(),
+    }
+}
+
+/// Why no client of a publish can have the fast path, as far as that alone says so.
+fn for_user_space(spec: &Spec) -> Option<Unserved> {
+    let addresses = [spec.address, Some(spec.backend)];
+    if spec.protocol == Protocol::Sctp {
+        Some(Unserved::Sctp)
+    } else if addresses.into_iter().flatten().any(is_link_local) {
+        Some(Unserved::LinkLocal)
+    } else if (spec.address).is_some_and(|it| it.is_ipv4() != spec.backend.is_ipv4()) {
+        Some(Unserved::OtherFamily)
+    } else {
+        None
     }
 }
 

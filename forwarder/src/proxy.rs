@@ -1,21 +1,25 @@
 //! The userland proxy: holds every published port, and carries what the fast path does not.
 
 mod batch;
+mod budget;
+mod chain;
 mod idle;
 mod protocol_header;
+mod refusal;
 mod sctp;
 mod sockets;
 mod tcp;
 #[cfg(test)]
 mod tests;
 mod udp;
+mod urgent;
 
 use std::{
     io,
     net::{IpAddr, SocketAddr},
     os::fd::RawFd,
     sync::{
-        Arc, Mutex, MutexGuard, OnceLock, PoisonError, RwLock,
+        Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard,
         atomic::{AtomicU64, Ordering::Relaxed},
     },
 };
@@ -23,19 +27,27 @@ use std::{
 use forwarder_common::flow::Timeouts;
 use ipnet::IpNet;
 use tokio::{sync::Notify, task::JoinHandle};
+use tracing::warn;
 
-use self::idle::Socket;
+use self::{
+    budget::{Budget, Exhausted, Permit, Ports, Share},
+    chain::{Chains, Link},
+    idle::Socket,
+    refusal::Refusals,
+};
 pub use self::{
     idle::Idle,
+    protocol_header::ProxyProtocol,
+    refusal::Refusal,
     sockets::{BindError, Held, is_wide, raise_descriptor_limit},
 };
-use crate::publish::spec::Spec;
+use crate::{accept, publish::spec::Spec, seldom::Seldom};
 
 /// How a publish is served in user space.
 #[derive(Clone, Debug, Default)]
 pub struct Options {
-    /// TCP backends get the PROXY protocol's header first.
-    pub proxy_protocol: bool,
+    /// Whether the backend gets the PROXY protocol's header: first in a TCP connection, or in front of each datagram.
+    pub proxy_protocol: ProxyProtocol,
     /// Sources that are served; empty for all.
     pub allow: Vec<IpNet>,
     /// Of UDP's flows.
@@ -60,14 +72,33 @@ pub struct Counters {
     pub flows: u64,
     pub packets: u64,
     pub bytes: u64,
-    /// Connections and datagrams of sources that are not on the allow-list.
-    pub refused: u64,
+    /// Connections and datagrams that were not served, by [`Refusal::ALL`].
+    pub refused: [u64; Refusal::ALL.len()],
+}
+
+/// What all publishes of a runtime share.
+#[derive(Debug)]
+struct Common {
+    budget: Arc<Budget>,
+    chains: Arc<Chains>,
+    refused: Refusals,
+}
+
+impl Common {
+    fn new() -> Self {
+        Self {
+            budget: Arc::new(Budget::of_this_process()),
+            chains: Arc::default(),
+            refused: Refusals::default(),
+        }
+    }
 }
 
 #[derive(Debug)]
 struct Now {
     spec: Arc<Spec>,
     allow: Vec<IpNet>,
+    proxy_protocol: ProxyProtocol,
 }
 
 /// What the tasks of one publish share.
@@ -80,8 +111,12 @@ struct Shared {
     flows: AtomicU64,
     packets: AtomicU64,
     bytes: AtomicU64,
-    refused: AtomicU64,
-    stop: OnceLock<Stop>,
+    common: Arc<Common>,
+    share: Arc<Share>,
+    refused: Refusals,
+    /// By refusal.
+    warned: [Seldom; Refusal::ALL.len()],
+    stop: Mutex<Option<Stop>>,
     stopped: Notify,
     /// The tasks of sockets that somebody has come to.
     serving: Mutex<Vec<JoinHandle<()>>>,
@@ -90,14 +125,37 @@ struct Shared {
 impl Shared {
     /// Resolves when live connections are to end, with how.
     async fn ended(&self) -> Stop {
+        self.told(|how| how != Stop::Drain).await
+    }
+
+    /// Resolves when nobody new is served any more.
+    async fn closed(&self) {
+        self.told(|_| true).await;
+    }
+
+    /// Whether live conversations go on though nobody new is served.
+    fn drains(&self) -> bool {
+        *self.how_stopped() == Some(Stop::Drain)
+    }
+
+    fn stop(&self, how: Stop) {
+        *self.how_stopped() = Some(how);
+        self.stopped.notify_waiters();
+    }
+
+    fn how_stopped(&self) -> MutexGuard<'_, Option<Stop>> {
+        self.stop.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    async fn told(&self, is_meant: impl Fn(Stop) -> bool) -> Stop {
         loop {
             // Asked for before the look, so that none is missed in between.
             let stopped = self.stopped.notified();
-            match self.stop.get() {
-                Some(how @ (Stop::Cut | Stop::Reset)) => return *how,
-                Some(Stop::Drain) => std::future::pending().await,
-                None => stopped.await,
+            match *self.how_stopped() {
+                Some(how) if is_meant(how) => return how,
+                _ => {}
             }
+            stopped.await;
         }
     }
 
@@ -105,20 +163,110 @@ impl Shared {
         self.serving.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    fn now(&self) -> RwLockReadGuard<'_, Now> {
+        self.now.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
     fn allows(&self, source: IpAddr) -> bool {
-        let now = self.now.read().unwrap_or_else(PoisonError::into_inner);
+        let now = self.now();
         let allow = &now.allow;
         let source = source.to_canonical();
         let allowed = allow.is_empty() || allow.iter().any(|network| network.contains(&source));
         if !allowed {
-            self.refused.fetch_add(1, Relaxed);
+            self.refuse(Refusal::NotAllowed);
         }
         allowed
     }
 
-    fn backend(&self, port: u16) -> SocketAddr {
-        let now = self.now.read().unwrap_or_else(PoisonError::into_inner);
-        SocketAddr::new(now.spec.backend, now.spec.backend_port(port))
+    /// Counts that somebody is not served, and warns of what an administrator would want to change.
+    fn refuse(&self, why: Refusal) {
+        self.refused.count(why);
+        self.common.refused.count(why);
+        if why == Refusal::NotAllowed || !self.warned[why as usize].is_due() {
+            return;
+        }
+        let spec = &self.spec;
+        match why {
+            Refusal::NotAllowed => {}
+            Refusal::NoDescriptors => warn!(
+                "{spec} takes no more clients for now: its conversations have {} open files, and the limit of this process \
+                 is {}; LimitNOFILE= in the unit, or `ulimit -n`, raises it",
+                self.share.taken(),
+                self.common.budget.limit()
+            ),
+            Refusal::Loop => warn!(
+                "{spec} leads back to a published port: {} in a row is the most; what reaches {} must not come back",
+                chain::LONGEST,
+                spec.backend
+            ),
+            Refusal::NoSourcePort => warn!(
+                "{spec}: no source port is left towards {}; a wider net.ipv4.ip_local_port_range has more",
+                spec.backend
+            ),
+        }
+    }
+
+    /// How many publishes a client's conversation has passed, counting this one, unless it passes in circles.
+    fn passed(&self, client: SocketAddr, frontend: SocketAddr) -> Option<u8> {
+        let passed = self.common.chains.passed(client, frontend) + 1;
+        if passed > chain::LONGEST {
+            self.refuse(Refusal::Loop);
+            return None;
+        }
+        Some(passed)
+    }
+
+    /// Waits until two descriptors may be taken for a client that was accepted. `None`: it has to go at once.
+    async fn admit(&self, client: RawFd) -> Option<Permit> {
+        let mut waits = false;
+        loop {
+            let exhausted = match self.share.take(2, Some(client)) {
+                Ok(permit) => return Some(permit),
+                Err(exhausted) => exhausted,
+            };
+            if !std::mem::replace(&mut waits, true) {
+                self.refuse(Refusal::NoDescriptors);
+            }
+            if exhausted == Exhausted::Reserve {
+                return None;
+            }
+            tokio::time::sleep(accept::BACK_OFF).await;
+        }
+    }
+
+    /// Begins to connect a new socket to the backend, without waiting; it may still be refused.
+    fn begin(
+        &self,
+        passed: u8,
+        backend: SocketAddr,
+        socket: socket2::Socket,
+    ) -> io::Result<(socket2::Socket, Link)> {
+        let begun = self.common.chains.begin(passed, backend, || {
+            match socket.connect(&backend.into()) {
+                Err(error) if error.raw_os_error() != Some(libc::EINPROGRESS) => return Err(error),
+                _ => {}
+            }
+            let own = socket.local_addr()?.as_socket();
+            Ok((socket, own.ok_or(io::ErrorKind::Unsupported)?))
+        });
+        if let Err(error) = &begun
+            && matches!(
+                error.raw_os_error(),
+                Some(libc::EADDRNOTAVAIL | libc::EAGAIN)
+            )
+        {
+            self.refuse(Refusal::NoSourcePort);
+        }
+        begun
+    }
+
+    /// # Errors
+    /// The backend's device does not exist.
+    fn backend(&self, port: u16) -> io::Result<SocketAddr> {
+        let now = self.now();
+        let spec = &now.spec;
+        let port = spec.backend_port(port);
+        sockets::scoped(spec.backend, spec.backend_zone.as_ref(), port)
     }
 
     fn carried(&self, bytes: usize) {
@@ -157,7 +305,7 @@ impl Meter {
             flows: self.0.flows.load(Relaxed),
             packets: self.0.packets.load(Relaxed),
             bytes: self.0.bytes.load(Relaxed),
-            refused: self.0.refused.load(Relaxed),
+            refused: Refusal::ALL.map(|why| self.0.refused.get(why)),
         }
     }
 }
@@ -169,6 +317,7 @@ pub struct Proxy {
     idle: Idle,
     /// Descriptors of the sockets, while they wait.
     waiting: Vec<RawFd>,
+    ports: Option<Ports>,
 }
 
 impl Proxy {
@@ -180,6 +329,7 @@ impl Proxy {
         let now = Now {
             spec: spec.clone(),
             allow: options.allow.clone(),
+            proxy_protocol: options.proxy_protocol,
         };
         let shared = Arc::new(Shared {
             spec,
@@ -188,8 +338,11 @@ impl Proxy {
             flows: AtomicU64::new(0),
             packets: AtomicU64::new(0),
             bytes: AtomicU64::new(0),
-            refused: AtomicU64::new(0),
-            stop: OnceLock::new(),
+            common: idle.common().clone(),
+            share: Arc::new(Share::of(idle.common().budget.clone())),
+            refused: Refusals::default(),
+            warned: Default::default(),
+            stop: Mutex::default(),
             stopped: Notify::new(),
             serving: Mutex::default(),
         });
@@ -209,6 +362,11 @@ impl Proxy {
             shared: shared.clone(),
             idle: idle.clone(),
             waiting: Vec::with_capacity(tcp.len() + udp.len() + sctp.len()),
+            ports: Some(
+                idle.common()
+                    .budget
+                    .hold(tcp.len() + udp.len() + sctp.len()),
+            ),
         };
         for (port, socket) in tcp.chain(udp).chain(sctp) {
             proxy.waiting.push(idle.add(socket, port, shared.clone())?);
@@ -216,10 +374,20 @@ impl Proxy {
         Ok(proxy)
     }
 
-    /// Sends new clients to another backend, and serves those of other networks; live ones stay where they are.
-    pub fn change(&self, spec: Arc<Spec>, allow: Vec<IpNet>) {
+    /// Sends new clients to another backend, serves those of other networks, or tells of them in another way; live ones stay
+    /// as they are.
+    pub fn change(&self, spec: Arc<Spec>, options: Options) {
         let now = self.shared.now.write();
-        *now.unwrap_or_else(PoisonError::into_inner) = Now { spec, allow };
+        *now.unwrap_or_else(PoisonError::into_inner) = Now {
+            spec,
+            allow: options.allow,
+            proxy_protocol: options.proxy_protocol,
+        };
+    }
+
+    /// Ends the conversations of what drains.
+    pub fn cut(&self) {
+        self.shared.stop(Stop::Reset);
     }
 
     /// What was carried until now.
@@ -232,29 +400,33 @@ impl Proxy {
         Meter(self.shared.clone())
     }
 
-    /// Gives the ports back; on return they are free.
-    pub async fn stop(self, how: Stop) {
-        let _ = self.shared.stop.set(how);
-        self.shared.stopped.notify_waiters();
-        self.close();
+    /// Gives the ports back; on return they are free. What drains can be stopped again.
+    pub async fn stop(&mut self, how: Stop) {
+        self.shared.stop(how);
+        self.remove_waiting();
         let serving = std::mem::take(&mut *self.shared.serving());
         for task in serving {
-            let _ = task.await; // that it was ended
+            let _ = task.await;
         }
+        self.ports = None;
     }
 
-    fn close(&self) {
-        for descriptor in &self.waiting {
-            self.idle.remove(*descriptor, &self.shared);
-        }
-        for task in self.shared.serving().iter() {
-            task.abort();
+    fn remove_waiting(&mut self) {
+        for descriptor in self.waiting.drain(..) {
+            self.idle.remove(descriptor, &self.shared);
         }
     }
 }
 
+/// Without [`Proxy::stop`], everything is cut.
 impl Drop for Proxy {
     fn drop(&mut self) {
-        self.close();
+        if self.shared.how_stopped().is_none() {
+            self.shared.stop(Stop::Cut);
+        }
+        self.remove_waiting();
+        for task in self.shared.serving().iter() {
+            task.abort();
+        }
     }
 }

@@ -1,11 +1,15 @@
 //! What is published: from where to where, under which policy, wanted by whom. Nothing here asks the machine.
 
+pub mod allow;
+pub mod loops;
 pub mod owner;
 pub mod registry;
 pub mod spec;
 pub mod state;
 
 use ipnet::IpNet;
+use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
 
 pub use self::{
     owner::Owner,
@@ -21,8 +25,26 @@ pub struct Publish {
 }
 
 /// Who is served by a publish, and how. What is left out, the instance decides.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(default, rename_all = "snake_case")]
 pub struct Policy {
     /// Networks that clients may come from; empty for all.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<Vec<String>>)]
     pub allow: Option<Vec<IpNet>>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub proxy_protocol: Option<ProxyProtocol>,
+}
+
+/// Whether a backend is told of the client by the PROXY protocol, and how.
+#[derive(
+    Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema, clap::ValueEnum,
+)]
+#[serde(rename_all = "lowercase")]
+pub enum ProxyProtocol {
+    #[default]
+    Off,
+    /// Of TCP alone: text has no datagrams.
+    V1,
+    V2,
 }

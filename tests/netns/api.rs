@@ -60,7 +60,7 @@ fn a_wrong_request_is_a_problem_with_a_remedy_or_a_name() {
             "no publish 7",
         ),
         ("DELETE", "/v1/flows", "", 400, "name a publish"),
-        ("POST", "/v1/reload", "", 409, "--config"),
+        ("POST", "/v1/reload", "", 422, "--config"),
     ] {
         let answer = api::ask(&daemon, method, path, body).unwrap();
         let text = answer.body.to_string();

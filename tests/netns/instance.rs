@@ -17,7 +17,7 @@ use forwarder_tests::{
 use nix::sys::signal::Signal;
 use serde_json::Value;
 
-use crate::scene::{BACKEND_PORT, on_the_fast_path, served_to_the_client, spec};
+use crate::scene::{BACKEND_PORT, PORT, on_the_fast_path, served_to_the_client, spec};
 
 /// What a restart must not change of a list.
 fn published(daemon: &Daemon) -> Vec<(Value, Value, Value, Value)> {
@@ -115,7 +115,8 @@ fn a_port_that_somebody_took_meanwhile_keeps_nothing_else_from_being_served() {
     let _backend = Backend::start(&topology.backend.netns, Protocol::Tcp, BACKEND_PORT).unwrap();
     let mut daemon = Daemon::start_with_state(&topology.host, &[], Datapath::Auto, &[]).unwrap();
     let spec = spec(&topology.backend, Family::V4, Protocol::Tcp);
-    daemon.control(&["publish", "8081:172.31.0.2:80"]).unwrap();
+    let other = spec.replacen(&PORT.to_string(), "8081", 1);
+    daemon.control(&["publish", &other]).unwrap();
     daemon.control(&["publish", &spec]).unwrap();
     daemon.terminate().unwrap();
     let taken = topology
@@ -296,7 +297,7 @@ fn a_configuration_is_read_again_as_a_whole_or_not_at_all() {
             "publish = [\"8086:172.31.0.2:86\", \"8087:172.31.0.2:1\"]",
             "address already in use",
         ),
-        ("datapath = \"userland\"", "restart"),
+        ("respect-firewall = true", "restart"),
     ] {
         file.write(text);
         let error = daemon.control(&["reload"]).unwrap_err().to_string();

@@ -345,7 +345,7 @@ fn each_family_may_have_its_own_publish_of_a_port() {
     let _backends = [&topology.backend, &topology.peer]
         .map(|container| Backend::start(&container.netns, Protocol::Tcp, BACKEND_PORT).unwrap());
     // A backend that has IPv6 alone is published to clients that have it.
-    let v6 = spec(&topology.peer, Family::V6, Protocol::Tcp);
+    let v6 = format!("[::]:{}", spec(&topology.peer, Family::V6, Protocol::Tcp));
     let v4 = format!(
         "0.0.0.0:{}",
         spec(&topology.backend, Family::V4, Protocol::Tcp)

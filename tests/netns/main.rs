@@ -4,7 +4,7 @@
 //! comes and goes, `moved` clients that get another MAC or link, `filters` other people's tc filters, `shaping` their limits, `ipsec` their policies, `rules` their routes, `promises` what must
 //! not be reachable, `timeout` when a flow ends, `fragment` datagrams in parts, `direct` connections past the published port,
 //! `scale` as many flows as there may be, `crowd` as many connections of this host as there are source ports, `selftests`
-//! the scenarios of the kernel's own tests, and `usage` what a mistake is answered with. Every test makes its own machine,
+//! the scenarios of the kernel's own tests, `starved` who takes what others need, `twins` what both paths do alike, and `usage` what a mistake is answered with. Every test makes its own machine,
 //! so they run side by side.
 
 mod api;
@@ -37,10 +37,12 @@ mod scene;
 mod sctp;
 mod selftests;
 mod shaping;
+mod starved;
 mod tagged;
 mod timeout;
 mod topology;
 mod trace;
+mod twins;
 mod usage;
 mod ways;
 mod worlds;

@@ -186,7 +186,7 @@ mod tests {
     }
 
     fn forwarded() -> Traced {
-        Traced::Packet(TracedPacket {
+        Traced::Packet(Box::new(TracedPacket {
             publish: Some(3),
             reason: "forwarded_original".into(),
             device: "eth0".into(),
@@ -199,7 +199,7 @@ mod tests {
                 delivery: "peer".into(),
                 device: "veth0".into(),
             }),
-        })
+        }))
     }
 
     #[test]
@@ -207,7 +207,7 @@ mod tests {
         let text = "eth0     publish 3    tcp 192.0.2.1:4000 -> 198.51.100.2:8080  forwarded_original: \
                     192.0.2.1:4000 -> 172.31.0.2:80 by peer veth0";
         assert_eq!(trace(&forwarded(), None, None).as_deref(), Some(text));
-        let passed = Traced::Packet(TracedPacket {
+        let passed = Traced::Packet(Box::new(TracedPacket {
             publish: None,
             reason: "not_ours".into(),
             device: "lo".into(),
@@ -215,7 +215,7 @@ mod tests {
             source: "[::1]:4000".into(),
             destination: "[fd00::1]:53".into(),
             rewritten: None,
-        });
+        }));
         let text = "lo       publish -    udp [::1]:4000 -> [fd00::1]:53  not_ours";
         assert_eq!(trace(&passed, None, None).as_deref(), Some(text));
         assert_eq!(

@@ -13,7 +13,10 @@ use serde::Deserialize;
 use toml::Spanned;
 
 use super::{DatapathChoice, Timeout, XdpChoice};
-use crate::{control::api::Asked, publish::Publish};
+use crate::{
+    control::api::Asked,
+    publish::{ProxyProtocol, Publish, allow},
+};
 
 /// What the files say; what they leave out, flags or defaults decide.
 #[derive(Clone, Debug, Default)]
@@ -24,7 +27,7 @@ pub struct FileConfig {
     pub respect_firewall: Option<bool>,
     pub allow: Option<Vec<IpNet>>,
     pub timeouts: Vec<Timeout>,
-    pub proxy_protocol: Option<bool>,
+    pub proxy_protocol: Option<ProxyProtocol>,
     pub keep: Option<bool>,
     pub ephemeral: Option<bool>,
 }
@@ -39,7 +42,7 @@ struct Written {
     respect_firewall: Option<Spanned<bool>>,
     allow: Option<Spanned<Vec<IpNet>>>,
     timeout: BTreeMap<String, Spanned<Time>>,
-    proxy_protocol: Option<Spanned<bool>>,
+    proxy_protocol: Option<Spanned<ProxyProtocol>>,
     keep: Option<Spanned<bool>>,
     ephemeral: Option<Spanned<bool>>,
 }
@@ -173,6 +176,9 @@ fn add(config: &mut FileConfig, source: &Source) -> Result<(), FileError> {
         &mut config.respect_firewall,
     )?;
     once(source, "allow", written.allow, &mut config.allow)?;
+    for network in config.allow.iter_mut().flatten() {
+        *network = allow::canonical(*network);
+    }
     once(
         source,
         "proxy-protocol",
@@ -228,7 +234,7 @@ mod tests {
             xdp = "off"
             respect-firewall = true
             allow = ["10.0.0.0/8", "fd00::/8"]
-            proxy-protocol = false
+            proxy-protocol = "v1"
             keep = true
             ephemeral = false
             [timeout]

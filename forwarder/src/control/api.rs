@@ -7,8 +7,8 @@ use serde::{Deserialize, Deserializer, Serialize, de};
 use utoipa::ToSchema;
 
 use crate::publish::{
-    Id, Owner, Policy, Publish, Spec,
-    spec::{Ports, Protocol},
+    Id, Owner, Policy, ProxyProtocol, Publish, Spec, allow,
+    spec::{Ports, Protocol, Zone},
 };
 
 /// A publish as `list` shows it.
@@ -47,6 +47,10 @@ pub struct Listed {
 pub struct Endpoint {
     #[schema(value_type = Option<String>)]
     pub address: Option<IpAddr>,
+    /// The device of a link-local address.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<String>)]
+    pub zone: Option<Zone>,
     pub port: u16,
     pub end_port: u16,
 }
@@ -79,7 +83,7 @@ pub struct Counter {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum Traced {
-    Packet(TracedPacket),
+    Packet(Box<TracedPacket>),
     /// So many lines were lost, because they came faster than they were read.
     Lost(u64),
 }
@@ -195,10 +199,10 @@ pub struct Asked {
     pub frontend: Option<AskedEndpoint>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub backend: Option<AskedEndpoint>,
-    /// Networks that clients may come from; in place of the instance's.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    #[schema(value_type = Option<Vec<String>>)]
-    pub allow: Option<Vec<IpNet>>,
+    /// Its fields stand beside the others.
+    #[serde(flatten)]
+    #[schema(inline)]
+    pub policy: Policy,
 }
 
 /// As [`Endpoint`]; one port if there is no last one.
@@ -208,6 +212,9 @@ pub struct AskedEndpoint {
     #[serde(default)]
     #[schema(value_type = Option<String>)]
     pub address: Option<IpAddr>,
+    #[serde(default)]
+    #[schema(value_type = Option<String>)]
+    pub zone: Option<Zone>,
     pub port: u16,
     #[serde(default)]
     pub end_port: Option<u16>,
@@ -223,6 +230,9 @@ impl<'de> Deserialize<'de> for Asked {
             protocol: Option<Protocol>,
             frontend: Option<AskedEndpoint>,
             backend: Option<AskedEndpoint>,
+            // Those of the policy, by name: what is flattened could not be refused.
+            #[serde(alias = "proxy-protocol")]
+            proxy_protocol: Option<ProxyProtocol>,
             allow: Option<Vec<IpNet>>,
         }
         struct Visitor;
@@ -247,7 +257,10 @@ impl<'de> Deserialize<'de> for Asked {
                     protocol: object.protocol,
                     frontend: object.frontend,
                     backend: object.backend,
-                    allow: object.allow,
+                    policy: Policy {
+                        allow: object.allow.map(canonical),
+                        proxy_protocol: object.proxy_protocol,
+                    },
                 })
             }
         }
@@ -259,7 +272,7 @@ impl From<&Publish> for Asked {
     fn from(publish: &Publish) -> Self {
         Self {
             spec: Some(publish.spec.to_string()),
-            allow: publish.policy.allow.clone(),
+            policy: publish.policy.clone(),
             ..Self::default()
         }
     }
@@ -279,11 +292,12 @@ impl TryFrom<Asked> for Publish {
                     last: endpoint.end_port.unwrap_or(endpoint.port),
                 };
                 let address = backend.address.ok_or("a backend needs an address")?;
+                let (to, from) = (ports(&backend), ports(&frontend));
                 Spec::new(
-                    frontend.address,
-                    ports(&frontend),
-                    address,
-                    ports(&backend),
+                    (frontend.address, frontend.zone),
+                    from,
+                    (address, backend.zone),
+                    to,
                     asked.protocol.unwrap_or(Protocol::Tcp),
                 )?
             }
@@ -291,9 +305,13 @@ impl TryFrom<Asked> for Publish {
         };
         Ok(Self {
             spec,
-            policy: Policy { allow: asked.allow },
+            policy: asked.policy,
         })
     }
+}
+
+fn canonical(allow: Vec<IpNet>) -> Vec<IpNet> {
+    allow.into_iter().map(allow::canonical).collect()
 }
 
 /// What `POST /v1/unpublish` takes back, all or none.

@@ -46,6 +46,7 @@ use super::{
 use crate::{
     accept, memory,
     publish::{Id, Owner, Publish, Spec},
+    seldom::Seldom,
 };
 
 /// Clients at once; more wait to be accepted.
@@ -128,14 +129,13 @@ impl Socket {
         let router = router(calls, observed);
         let clients = Arc::new(Semaphore::new(CLIENTS));
         tokio::spawn(async move {
-            let mut warned = false;
+            let warned = Seldom::default();
             loop {
                 let Ok(place) = clients.clone().acquire_owned().await else {
                     return;
                 };
                 match listener.accept().await {
                     Ok((stream, _)) => {
-                        warned = false;
                         let router = router.clone();
                         tokio::spawn(async move {
                             let _ = client(stream, router).await; // it has gone
@@ -143,7 +143,7 @@ impl Socket {
                             memory::trim();
                         });
                     }
-                    Err(error) => accept::failed(&error, &mut warned, "control socket").await,
+                    Err(error) => accept::failed(&error, &warned, "control socket").await,
                 }
             }
         });

@@ -19,10 +19,10 @@ use crate::{
     config::{Config, DatapathChoice},
     control::api::Ending,
     datapath::Datapath,
-    network::Snapshot,
+    network::{Snapshot, local::is_local},
     plan::{self, Planned, Unserved},
     proxy::{Held, Options as ProxyOptions, Proxy, Stop, is_wide},
-    publish::{Difference, Id, Spec, Wanted, spec::Protocol},
+    publish::{Difference, Id, ProxyProtocol, Publish, Spec, Wanted, loops, spec::Protocol},
 };
 
 /// What serves one publish.
@@ -36,14 +36,22 @@ pub(super) struct Serving {
     pub covered: bool,
     /// The place of the one that had its port before and drains; 0 for none.
     previous: u32,
+    /// The backend is told of each client.
+    proxy_protocol: bool,
 }
 
 /// A publish that begins no flows any more, by its place; its own go on.
 pub(super) struct Draining {
     pub row: Arc<Row>,
     previous: u32,
-    /// It was taken back, and is shown for itself; else it is a backend that was replaced.
-    pub is_shown: bool,
+    /// Of one that was taken back, and is shown for itself. A backend that was replaced has none.
+    proxy: Option<Proxy>,
+}
+
+impl Draining {
+    pub(super) fn is_shown(&self) -> bool {
+        self.proxy.is_some()
+    }
 }
 
 /// For a backend on another machine, how XDP takes part.
@@ -57,7 +65,7 @@ fn xdp_towards(datapath: &Datapath, entry: &PublishEntry) -> Option<&'static str
 impl Serving {
     /// Ends what the proxy has of it; on return its ports are free.
     pub(super) async fn end(self, ending: Ending) {
-        if let Some(proxy) = self.proxy {
+        if let Some(mut proxy) = self.proxy {
             proxy.stop(stop(ending)).await;
         }
     }
@@ -100,6 +108,7 @@ impl Daemon {
         }
         let new = difference.add.iter();
         let new = new.chain(difference.change.iter().map(|(_, after)| after));
+        self.refuse_loops(difference)?;
         let backends: Vec<_> = new.map(|wanted| wanted.publish.spec.backend).collect();
         self.ask_for_routes(backends).await;
         let mut loose = Loose::default();
@@ -143,6 +152,22 @@ impl Daemon {
         Ok(loose)
     }
 
+    /// # Errors
+    /// What is new leads back to itself.
+    fn refuse_loops(&self, difference: &Difference) -> Result<()> {
+        let changed = difference.change.iter().map(|(before, _)| before.id);
+        let gone = difference.remove.iter().map(|it| it.id).chain(changed);
+        let gone: BTreeSet<Id> = gone.collect();
+        let added = difference.add.iter();
+        let new = added.chain(difference.change.iter().map(|(_, after)| after));
+        let new: Vec<Spec> = new.map(|it| it.publish.spec.clone()).collect();
+        let stay = self.registry.iter().filter(|it| !gone.contains(&it.id));
+        let stay = stay.map(|it| &it.publish.spec);
+        Ok(loops::refuse_loops(stay, &new, |address| {
+            is_local(address).unwrap_or(false)
+        })?)
+    }
+
     /// Serves what was published before. What somebody else has the ports of keeps nothing else from being served: it waits.
     pub(super) async fn serve_or_wait(&mut self, restored: Vec<Wanted>) {
         let backends: Vec<_> = restored.iter().map(|it| it.publish.spec.backend).collect();
@@ -161,7 +186,7 @@ impl Daemon {
                 warn!("{error:#}; it is tried again");
             }
             self.view.show(&Arc::new(Row {
-                allow: self.allow(&wanted).into(),
+                allow: self.options(&wanted).allow.into(),
                 wanted,
                 index: 0,
                 delivery: None,
@@ -217,7 +242,7 @@ impl Daemon {
         }
         for id in in_the_way {
             if let Some(serving) = self.serving.get_mut(id)
-                && let Some(proxy) = serving.proxy.take()
+                && let Some(mut proxy) = serving.proxy.take()
             {
                 proxy.stop(Stop::Reset).await;
             }
@@ -319,12 +344,9 @@ impl Daemon {
         } else {
             (Held::bind_or_take(spec, given)?, Vec::new())
         };
-        let allow: Arc<[IpNet]> = self.allow(wanted).into();
-        let options = ProxyOptions {
-            proxy_protocol: self.config.proxy_protocol,
-            allow: allow.to_vec(),
-            timeouts: self.timeouts.clone(),
-        };
+        let options = self.options(wanted);
+        let allow: Arc<[IpNet]> = options.allow.clone().into();
+        let proxy_protocol = options.proxy_protocol != ProxyProtocol::Off;
         let proxy = Proxy::start(held, Arc::new(spec.clone()), options, &self.idle)?;
         let row = Row {
             wanted: wanted.clone(),
@@ -343,6 +365,7 @@ impl Daemon {
             steered,
             covered: false,
             previous: self.drains_on(spec),
+            proxy_protocol,
         })
     }
 
@@ -370,7 +393,7 @@ impl Daemon {
         let shown = self
             .draining
             .iter()
-            .filter(|(_, draining)| draining.is_shown);
+            .filter(|(_, draining)| draining.is_shown());
         let overlaps = shown.filter(|(_, it)| it.row.wanted.publish.spec.overlaps(spec));
         let last = overlaps.max_by_key(|(_, it)| it.row.wanted.id);
         last.map_or(0, |(place, _)| *place)
@@ -396,24 +419,34 @@ impl Daemon {
             .try_for_each(|it| self.change_publish(it).map(|_| ()))
     }
 
-    fn allow(&self, wanted: &Wanted) -> Vec<IpNet> {
-        let own = wanted.publish.policy.allow.as_ref();
-        own.unwrap_or(&self.config.allow).clone()
+    /// What a publish says, and where it says nothing, the instance.
+    fn options(&self, wanted: &Wanted) -> ProxyOptions {
+        let Publish { spec, policy } = &*wanted.publish;
+        let protocol = match spec.protocol {
+            Protocol::Tcp => self.config.proxy_protocol,
+            Protocol::Udp | Protocol::Sctp => ProxyProtocol::Off,
+        };
+        ProxyOptions {
+            proxy_protocol: policy.proxy_protocol.unwrap_or(protocol),
+            allow: policy.allow.as_ref().unwrap_or(&self.config.allow).clone(),
+            timeouts: self.timeouts.clone(),
+        }
     }
 
     /// Gives a publish another backend or policy, in place. TCP connections to another backend go on; the place is returned
     /// whose flows are not to.
     fn change_publish(&mut self, after: &Wanted) -> Result<Option<u32>> {
-        let allow: Arc<[IpNet]> = self.allow(after).into();
+        let options = self.options(after);
         let Some(serving) = self.serving.get_mut(&after.id) else {
             return Ok(None);
         };
         let before = serving.row.clone();
         let row = Arc::make_mut(&mut serving.row);
+        serving.proxy_protocol = options.proxy_protocol != ProxyProtocol::Off;
         row.wanted = after.clone();
-        row.allow = allow;
+        row.allow = options.allow.clone().into();
         if let Some(proxy) = &serving.proxy {
-            proxy.change(Arc::new(after.publish.spec.clone()), row.allow.to_vec());
+            proxy.change(Arc::new(after.publish.spec.clone()), options);
         }
         let moves = before.wanted.publish.spec != after.publish.spec;
         let former = match &mut self.datapath {
@@ -423,7 +456,7 @@ impl Daemon {
                     datapath.steer(row.index, *is_v4, socket)?;
                 }
                 let previous = std::mem::replace(&mut serving.previous, before.index);
-                Some(self.drain(before, previous, false))
+                Some(self.drain(before, previous, None))
             }
             _ => None,
         };
@@ -439,7 +472,7 @@ impl Daemon {
     }
 
     /// Has what was served at a place drain, with what drains on its port already; returns the place.
-    fn drain(&mut self, mut row: Arc<Row>, previous: u32, is_shown: bool) -> u32 {
+    fn drain(&mut self, mut row: Arc<Row>, previous: u32, proxy: Option<Proxy>) -> u32 {
         Arc::make_mut(&mut row).draining = true;
         let place = row.index;
         self.draining.insert(
@@ -447,7 +480,7 @@ impl Daemon {
             Draining {
                 row,
                 previous,
-                is_shown,
+                proxy,
             },
         );
         place
@@ -472,6 +505,7 @@ impl Daemon {
         };
         if let Some(datapath) = &mut self.datapath {
             let standing = plan::Standing {
+                proxy_protocol: serving.proxy_protocol,
                 steered: !serving.steered.is_empty(),
                 previous: serving.previous,
                 ..plan::Standing::default()
@@ -499,7 +533,7 @@ impl Daemon {
             let firewall = self.config.respect_firewall;
             write(datapath, network, firewall, &mut draining.row, standing)?;
         }
-        if draining.is_shown {
+        if draining.is_shown() {
             self.view.show(&draining.row);
         }
         Ok(())
@@ -529,11 +563,12 @@ impl Daemon {
             self.view.hide(id);
             return Vec::new();
         };
-        if let Some(proxy) = serving.proxy.take() {
+        let mut proxy = serving.proxy.take();
+        if let Some(proxy) = &mut proxy {
             proxy.stop(stop(ending)).await;
         }
         if ending == Ending::Drain {
-            let place = self.drain(serving.row, serving.previous, true);
+            let place = self.drain(serving.row, serving.previous, proxy);
             if let Err(error) = self.install_draining(place) {
                 warn!("{error:#}");
             }
@@ -543,7 +578,7 @@ impl Daemon {
         let mut places = vec![serving.row.index];
         // Backends that it had before go with it.
         let mut former = serving.previous;
-        while let Some(draining) = self.draining.get(&former).filter(|it| !it.is_shown) {
+        while let Some(draining) = self.draining.get(&former).filter(|it| !it.is_shown()) {
             let previous = draining.previous;
             places.extend(self.end_draining(former));
             former = previous;
@@ -554,7 +589,8 @@ impl Daemon {
     /// Ends what drains at a place, which is returned if the kernel has it no more.
     pub(super) fn end_draining(&mut self, place: u32) -> Option<u32> {
         let gone = self.draining.remove(&place)?;
-        if gone.is_shown {
+        if let Some(proxy) = &gone.proxy {
+            proxy.cut();
             let id = gone.row.wanted.id;
             if let Some(row) = self.view.row(id) {
                 self.view.tell("drained", row);
@@ -582,12 +618,11 @@ impl Daemon {
                 *other
             })
             .collect();
-        let written = live
+        let live = live.into_iter().try_for_each(|id| self.install(id));
+        let others = others
             .into_iter()
-            .map(|id| self.install(id))
-            .collect::<Result<()>>();
-        let others = others.into_iter().map(|place| self.install_draining(place));
-        let written = written.and(others.collect::<Result<()>>());
+            .try_for_each(|place| self.install_draining(place));
+        let written = live.and(others);
         let gone = match &mut self.datapath {
             Some(datapath) => datapath.maps.uninstall(place),
             None => Ok(()),

@@ -180,7 +180,7 @@ impl Daemon {
     /// What has drained: neither path has a flow of it.
     fn end_all_drained(&mut self, alive: &HashSet<u32>) {
         let is_over = |(place, draining): &(&u32, &Draining)| {
-            let meter = draining.row.meter.as_ref().filter(|_| draining.is_shown);
+            let meter = draining.row.meter.as_ref().filter(|_| draining.is_shown());
             let proxied = meter.map_or(0, |meter| meter.counters().flows);
             !alive.contains(place) && proxied == 0
         };

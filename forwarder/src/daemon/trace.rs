@@ -54,7 +54,7 @@ impl Daemon {
             let (packets, view) = (tracing.packets.clone(), self.view.clone());
             let log = datapath.log(move |line| {
                 if let Some(packet) = parse(&line, &view) {
-                    let _ = packets.send(Traced::Packet(packet)); // nobody may watch any more
+                    let _ = packets.send(Traced::Packet(packet.into())); // nobody may watch any more
                 }
             })?;
             tokio::spawn(log);
@@ -128,9 +128,10 @@ fn device(ifindex: u32) -> String {
 mod tests {
     use super::*;
 
-    #[test]
-    fn a_line_of_the_program_becomes_a_packet() {
-        let view = Arc::new(View::new(None));
+    #[tokio::test]
+    async fn a_line_of_the_program_becomes_a_packet() {
+        let idle = crate::proxy::Idle::start().expect("epoll");
+        let view = Arc::new(View::new(None, idle));
         let line = "3 0 1 6 ::ffff:192.0.2.1 4000 ::ffff:198.51.100.2 8080 \
                     ::ffff:192.0.2.1 4000 ::ffff:172.31.0.2 80 1 99999";
         let packet = parse(line, &view).expect("a packet");

@@ -15,7 +15,6 @@ use std::{
 use anyhow::Result;
 use forwarder_common::{
     flow::{Flow, Phase, delivery, state},
-    reason::Reason,
     tuple::{Address, TCP, Tuple},
 };
 use ipnet::IpNet;
@@ -29,8 +28,11 @@ use crate::{
     },
     datapath::maps::{Counters, FlowTables, Walk},
     plan::Unserved,
-    proxy::Meter,
-    publish::{Id, Wanted},
+    proxy::{Idle, Meter},
+    publish::{
+        Id, Wanted,
+        spec::{Ports, Zone},
+    },
 };
 
 /// Events that a slow observer may be behind.
@@ -56,8 +58,9 @@ pub(super) struct Row {
 impl Row {
     fn listed(&self, live: Sum) -> Listed {
         let spec = &self.wanted.publish.spec;
-        let endpoint = |address, ports: crate::publish::spec::Ports| Endpoint {
+        let endpoint = |address, zone: &Option<Zone>, ports: Ports| Endpoint {
             address,
+            zone: zone.clone(),
             port: ports.first,
             end_port: ports.last,
         };
@@ -67,8 +70,8 @@ impl Row {
             id: self.wanted.id,
             owner: self.wanted.owner.clone(),
             protocol: spec.protocol,
-            frontend: endpoint(spec.address, spec.ports),
-            backend: endpoint(Some(spec.backend), spec.backend_ports),
+            frontend: endpoint(spec.address, &spec.zone, spec.ports),
+            backend: endpoint(Some(spec.backend), &spec.backend_zone, spec.backend_ports),
             datapath: if self.delivery.is_some() {
                 "ebpf".into()
             } else {
@@ -100,6 +103,8 @@ pub(super) struct View {
     rows: RwLock<BTreeMap<Id, Arc<Row>>>,
     ids: RwLock<HashMap<u32, Id>>,
     kernel: Option<Kernel>,
+    /// Counts whom the proxy has refused.
+    idle: Idle,
     events: broadcast::Sender<Event>,
 }
 
@@ -111,8 +116,9 @@ struct Kernel {
 }
 
 impl View {
-    pub(super) fn new(kernel: Option<(FlowTables, Arc<Counters>)>) -> Self {
+    pub(super) fn new(kernel: Option<(FlowTables, Arc<Counters>)>, idle: Idle) -> Self {
         Self {
+            idle,
             rows: RwLock::default(),
             ids: RwLock::default(),
             kernel: kernel.map(|(flows, counters)| Kernel {
@@ -286,14 +292,17 @@ impl Observe for Arc<View> {
     }
 
     fn stats(&self) -> Result<Vec<Counter>> {
-        let Some(kernel) = &self.kernel else {
-            return Ok(Vec::new());
-        };
-        let counter = |(reason, packets): (Reason, u64)| Counter {
-            reason: reason.name().into(),
+        let counter = |(reason, packets): (&str, u64)| Counter {
+            reason: reason.into(),
             packets,
         };
-        Ok(kernel.counters.all()?.into_iter().map(counter).collect())
+        let kernel = match &self.kernel {
+            Some(kernel) => kernel.counters.all()?,
+            None => Vec::new(),
+        };
+        let kernel = kernel.into_iter().map(|(reason, it)| (reason.name(), it));
+        let proxy = self.idle.refused().map(|(why, it)| (why.name(), it));
+        Ok(kernel.chain(proxy).map(counter).collect())
     }
 
     fn events(&self) -> broadcast::Receiver<Event> {

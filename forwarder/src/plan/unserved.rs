@@ -12,6 +12,12 @@ pub enum Unserved {
     NoDatapath(String),
     #[error("SCTP is served in user space")]
     Sctp,
+    #[error("link-local addresses are served in user space")]
+    LinkLocal,
+    #[error("clients and backend of different families meet in user space")]
+    OtherFamily,
+    #[error("the PROXY protocol is spoken in user space")]
+    ProxyProtocol,
     #[error("the backend is this host")]
     ThisHost,
     #[error("no route to {0}")]
@@ -40,6 +46,9 @@ impl Unserved {
             Self::Userland => "userland",
             Self::NoDatapath(_) => "no_datapath",
             Self::Sctp => "sctp",
+            Self::LinkLocal => "link_local",
+            Self::OtherFamily => "other_family",
+            Self::ProxyProtocol => "proxy_protocol",
             Self::ThisHost => "this_host",
             Self::NoRoute(_) => "no_route",
             Self::NoDevice(_) => "no_device",

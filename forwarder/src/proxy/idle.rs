@@ -11,7 +11,7 @@ use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTime
 use tokio::io::{Interest, unix::AsyncFd};
 use tracing::warn;
 
-use super::{Shared, sctp, sockets::Port, tcp, udp};
+use super::{Common, Refusal, Shared, sctp, sockets::Port, tcp, udp};
 
 /// Sockets that are looked at in one go.
 const EVENTS: usize = 64;
@@ -48,22 +48,37 @@ impl Waiting {
             port,
             shared,
         } = self;
-        let task = match socket {
-            Socket::Tcp(listener) => tokio::spawn(tcp::serve(listener, port, shared.clone())),
-            Socket::Udp(socket) => tokio::spawn(udp::serve(socket, port, shared.clone())),
-            Socket::Sctp(listener) => tokio::spawn(sctp::serve(listener, port, shared.clone())),
-        };
+        let own = shared.clone();
+        let task = tokio::spawn(async move {
+            match socket {
+                Socket::Tcp(listener) => {
+                    until(own.closed(), tcp::serve(listener, port, own.clone())).await;
+                }
+                Socket::Udp(socket) => udp::serve(socket, port, own).await,
+                Socket::Sctp(listener) => {
+                    until(own.closed(), sctp::serve(listener, port, own.clone())).await;
+                }
+            }
+        });
         shared.serving().push(task);
     }
 }
 
-/// The sockets of all publishes of one runtime. Clones stand for the same.
+async fn until(end: impl Future<Output = ()>, task: impl Future<Output = ()>) {
+    tokio::select! {
+        () = task => {}
+        () = end => {}
+    }
+}
+
+/// The sockets of all publishes of one runtime, and what they share. Clones stand for the same.
 #[derive(Clone, Debug)]
 pub struct Idle(Arc<Inner>);
 
 #[derive(Debug)]
 struct Inner {
     epoll: Epoll,
+    common: Arc<Common>,
     /// By descriptor.
     waiting: Mutex<HashMap<RawFd, Waiting>>,
 }
@@ -90,6 +105,7 @@ impl Idle {
     pub fn start() -> std::io::Result<Self> {
         let inner = Arc::new(Inner {
             epoll: Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?,
+            common: Arc::new(Common::new()),
             waiting: Mutex::default(),
         });
         // SAFETY: the descriptor is the epoll instance, which lives for as long as `Descriptor` does.
@@ -102,6 +118,15 @@ impl Idle {
             }
         });
         Ok(Self(inner))
+    }
+
+    pub(super) fn common(&self) -> &Arc<Common> {
+        &self.0.common
+    }
+
+    /// How often somebody was not served, since the start, also by publishes that have gone.
+    pub fn refused(&self) -> [(Refusal, u64); Refusal::ALL.len()] {
+        Refusal::ALL.map(|why| (why, self.0.common.refused.get(why)))
     }
 
     /// Keeps a socket until it is asked for, or [`Idle::remove`]d by its descriptor, which is returned.

@@ -4,15 +4,17 @@
 
 use std::{io, mem, net::SocketAddr, os::fd::AsRawFd as _, sync::Arc, time::Duration};
 
-use socket2::{Protocol, SockAddr, SockRef, Socket, Type};
+use socket2::{Protocol, SockRef, Socket, Type};
 use tokio::io::{Interest, unix::AsyncFd};
 use tracing::{debug, warn};
 
 use super::{
     Shared, Stop,
+    budget::Permit,
+    chain::Link,
     sockets::{Port, socket},
 };
-use crate::accept;
+use crate::{accept, seldom::Seldom};
 
 /// For socket(2), which fails on a kernel that has none.
 pub(super) fn protocol() -> Protocol {
@@ -41,7 +43,7 @@ pub(super) async fn serve(listener: Socket, port: Port, shared: Arc<Shared>) {
         Ok(listener) => listener,
         Err(error) => return warn!("serve {spec}: {error}"),
     };
-    let mut warned = false;
+    let warned = Seldom::default();
     loop {
         let accepted = listener.async_io(Interest::READABLE, Socket::accept).await;
         let client = accepted.and_then(|(client, address)| {
@@ -51,27 +53,44 @@ pub(super) async fn serve(listener: Socket, port: Port, shared: Arc<Shared>) {
         });
         match client {
             Ok((client, address)) => {
-                warned = false;
-                tokio::spawn(association(client, address, port, shared.clone()));
+                if !shared.allows(address.ip()) {
+                    abort(&client);
+                    continue;
+                }
+                let passed = client.get_ref().local_addr().ok();
+                let passed = passed.and_then(|local| shared.passed(address, local.as_socket()?));
+                let Some(passed) = passed else {
+                    abort(&client);
+                    continue;
+                };
+                let Some(permit) = shared.admit(client.as_raw_fd()).await else {
+                    abort(&client);
+                    continue;
+                };
+                let task = association(client, address, (port, passed), permit, shared.clone());
+                tokio::spawn(task);
             }
-            Err(error) => accept::failed(&error, &mut warned, spec).await,
+            Err(error) => accept::failed(&error, &warned, spec).await,
         }
     }
 }
 
-async fn association(client: AsyncFd<Socket>, address: SocketAddr, port: u16, shared: Arc<Shared>) {
-    if !shared.allows(address.ip()) {
-        return abort(&client);
-    }
+async fn association(
+    client: AsyncFd<Socket>,
+    address: SocketAddr,
+    (port, passed): (u16, u8),
+    _permit: Permit,
+    shared: Arc<Shared>,
+) {
     let _live = shared.flow();
     let backend = tokio::select! {
-        backend = connect(&client, shared.backend(port)) => backend,
+        backend = connect(&client, port, passed, &shared) => backend,
         _ = shared.ended() => return abort(&client),
     };
-    let backend = match backend {
+    let (backend, _link) = match backend {
         Ok(backend) => backend,
         Err(error) => {
-            debug!("connect to {}: {error}", shared.backend(port));
+            debug!("{}: {error}", shared.spec);
             return abort(&client);
         }
     };
@@ -97,7 +116,13 @@ fn abort(socket: &AsyncFd<Socket>) {
 }
 
 /// Associates with the backend, with as many streams each way as the client has.
-async fn connect(client: &AsyncFd<Socket>, backend: SocketAddr) -> io::Result<AsyncFd<Socket>> {
+async fn connect(
+    client: &AsyncFd<Socket>,
+    port: u16,
+    passed: u8,
+    shared: &Shared,
+) -> io::Result<(AsyncFd<Socket>, Link)> {
+    let backend = shared.backend(port)?;
     let (inbound, outbound) = streams(client.get_ref())?;
     let socket = socket(backend.ip(), Type::STREAM, Some(protocol()))?;
     let streams = libc::sctp_initmsg {
@@ -112,15 +137,12 @@ async fn connect(client: &AsyncFd<Socket>, backend: SocketAddr) -> io::Result<As
         set_option(socket, libc::SCTP_NODELAY, &1_i32)?;
         let _ = socket.set_send_buffer_size(LONGEST);
     }
-    match socket.connect(&SockAddr::from(backend)) {
-        Err(error) if error.raw_os_error() != Some(libc::EINPROGRESS) => return Err(error),
-        _ => {}
-    }
+    let (socket, link) = shared.begin(passed, backend, socket)?;
     let socket = watched(socket)?;
     drop(socket.writable().await?);
     match socket.get_ref().take_error()? {
         Some(error) => Err(error),
-        None => Ok(socket),
+        None => Ok((socket, link)),
     }
 }
 

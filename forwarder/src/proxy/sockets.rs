@@ -2,10 +2,11 @@
 //! the fast path does not take arrives here.
 
 use std::{
-    collections::BTreeSet,
+    collections::{BTreeMap, BTreeSet},
     fs, io,
-    net::{IpAddr, SocketAddr},
+    net::{IpAddr, SocketAddr, SocketAddrV6},
     os::fd::{AsFd as _, AsRawFd as _, BorrowedFd, OwnedFd},
+    sync::{Mutex, MutexGuard, PoisonError},
 };
 
 use forwarder_common::publish::own_priority;
@@ -13,7 +14,7 @@ use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use socket2::{Domain, SockAddr, SockRef, Socket, Type};
 
 use super::{batch, sctp, tcp};
-use crate::publish::spec::{Protocol, Spec};
+use crate::publish::spec::{Protocol, Spec, Zone};
 
 /// Listening sockets of one publish, or bound ones for UDP.
 #[derive(Debug, Default)]
@@ -91,12 +92,14 @@ impl Held {
         let mut held = Self::default();
         for address in frontends {
             for port in spec.ports.first..=spec.ports.last {
-                let wanted = SocketAddr::new(address, port);
-                let added = match taken(given, wanted, spec.protocol) {
-                    Some(socket) => held.add_given(socket, port, spec.protocol),
-                    None => held.add(address, port, spec.protocol, None),
-                };
-                match added {
+                let bound =
+                    scoped(address, spec.zone.as_ref(), port).and_then(|bind| {
+                        match taken(given, bind, spec.protocol) {
+                            Some(socket) => held.add_given(socket, port, spec.protocol),
+                            None => held.add(bind, spec.protocol, None),
+                        }
+                    });
+                match bound {
                     Ok(()) => {}
                     Err(error) if spec.address.is_none() && is_without_ipv6(address, &error) => {}
                     Err(error) => {
@@ -124,13 +127,16 @@ impl Held {
                 protocol: spec.protocol,
                 problem: explain(error, address, port, spec),
             };
-            match held.add(address, spec.ports.first, spec.protocol, Some(mark)) {
+            let bind = |port| scoped(address, spec.zone.as_ref(), port);
+            let first = bind(spec.ports.first);
+            match first.and_then(|first| held.add(first, spec.protocol, Some(mark))) {
                 Err(error) if without(&error) => continue,
                 result => result.map_err(|error| fail(spec.ports.first, &error))?,
             }
             for &port in taken.iter().filter(|port| **port != spec.ports.first) {
                 // The kernel itself says whether this address conflicts.
-                let tried = Self::default().add(address, port, spec.protocol, Some(mark));
+                let tried = bind(port)
+                    .and_then(|bind| Self::default().add(bind, spec.protocol, Some(mark)));
                 tried.map_err(|error| fail(port, &error))?;
             }
         }
@@ -182,12 +188,11 @@ impl Held {
 
     fn add(
         &mut self,
-        address: IpAddr,
-        port: u16,
+        bind: SocketAddr,
         protocol: Protocol,
         steered: Option<u32>,
     ) -> io::Result<()> {
-        let bind = SocketAddr::new(address, port);
+        let (address, port) = (bind.ip(), bind.port());
         let held = steered.map_or(Port::One(port), |mark| Port::Steered { mark });
         match protocol {
             Protocol::Tcp => {
@@ -205,7 +210,7 @@ impl Held {
                     batch::tell_destination(socket.as_fd(), address.is_ipv4())?;
                 }
                 let _ = socket.set_recv_buffer_size(4 << 20);
-                bind_as(&socket, bind, steered)?;
+                bind_datagrams(&socket, bind, steered)?;
                 self.udp.push((held, socket.into()));
             }
             Protocol::Sctp => {
@@ -244,6 +249,21 @@ fn taken(given: &mut Vec<OwnedFd>, wanted: SocketAddr, protocol: Protocol) -> Op
     Some(given.swap_remove(at).into())
 }
 
+/// A socket's address, with the scope of a link-local one.
+///
+/// # Errors
+/// There is no such device.
+pub(super) fn scoped(address: IpAddr, zone: Option<&Zone>, port: u16) -> io::Result<SocketAddr> {
+    let (IpAddr::V6(v6), Some(zone)) = (address, zone) else {
+        return Ok(SocketAddr::new(address, port));
+    };
+    let scope = match zone.as_str().parse() {
+        Ok(index) => index,
+        Err(_) => nix::net::if_::if_nametoindex(zone.as_str())?,
+    };
+    Ok(SocketAddrV6::new(v6, port, 0, scope).into())
+}
+
 /// A socket of an address's family alone, that does not block.
 pub(super) fn socket(
     address: IpAddr,
@@ -279,8 +299,60 @@ pub(super) fn answering(address: SocketAddr, mark: u32) -> io::Result<std::net::
     // Above 6, this takes CAP_NET_ADMIN.
     let priority = own_priority(mark).cast_signed();
     nix::sys::socket::setsockopt(&socket, nix::sys::socket::sockopt::Priority, &priority)?;
-    bind_as(&socket, address, Some(mark))?;
+    bind_datagrams(&socket, address, Some(mark))?;
     Ok(socket.into())
+}
+
+/// Ports that flows of this process go on with after they were given up, with how many do.
+static GIVEN_UP: Mutex<BTreeMap<u16, usize>> = Mutex::new(BTreeMap::new());
+
+fn given_up() -> MutexGuard<'static, BTreeMap<u16, usize>> {
+    GIVEN_UP.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// One flow that goes on, until this is dropped.
+#[derive(Debug)]
+pub(super) struct GivenUp(u16);
+
+impl Drop for GivenUp {
+    fn drop(&mut self) {
+        let mut ports = given_up();
+        match ports.get_mut(&self.0) {
+            Some(count) if *count > 1 => *count -= 1,
+            _ => drop(ports.remove(&self.0)),
+        }
+    }
+}
+
+/// A socket on a port that is given up, for one client alone.
+///
+/// # Errors
+/// Somebody has the port who does not share it.
+pub(super) fn draining(
+    address: SocketAddr,
+    client: SocketAddr,
+    mark: Option<u32>,
+) -> io::Result<(std::net::UdpSocket, GivenUp)> {
+    let socket = socket(address.ip(), Type::DGRAM, None)?;
+    socket.set_reuse_address(true)?;
+    bind_as(&socket, address, mark)?;
+    socket.connect(&client.into())?;
+    *given_up().entry(address.port()).or_default() += 1;
+    Ok((socket.into(), GivenUp(address.port())))
+}
+
+/// Binds a socket that holds a UDP port, or answers from it, beside flows of our own that go on with it: those are connected, and get their
+/// clients' datagrams alone. Others cannot have the port either way, unless they shared it with such a flow before.
+fn bind_datagrams(socket: &Socket, address: SocketAddr, mark: Option<u32>) -> io::Result<()> {
+    match bind_as(socket, address, mark) {
+        Err(error)
+            if error.raw_os_error() == Some(libc::EADDRINUSE)
+                && given_up().contains_key(&address.port()) => {}
+        result => return result,
+    }
+    socket.set_reuse_address(true)?;
+    bind_as(socket, address, mark)?;
+    socket.set_reuse_address(false)
 }
 
 /// Ports of a range that some socket of this network namespace has.
@@ -340,6 +412,10 @@ fn explain(error: &io::Error, address: IpAddr, port: u16, spec: &Spec) -> String
         Some(libc::EMFILE | libc::ENFILE) => {
             "too many open files; raise the limit by `ulimit -n` or publish a narrower range".into()
         }
+        Some(libc::ENODEV) => match &spec.zone {
+            Some(zone) => format!("there is no device {}", zone.as_str()),
+            None => error.to_string(),
+        },
         Some(libc::EPROTONOSUPPORT | libc::ESOCKTNOSUPPORT) => {
             "this kernel has no SCTP (CONFIG_IP_SCTP); `modprobe sctp` may load it".into()
         }

@@ -3,13 +3,16 @@
 use std::{
     io::{ErrorKind, Read, Write},
     net::{Shutdown, SocketAddr, TcpListener, TcpStream, UdpSocket},
+    os::fd::AsRawFd as _,
     sync::LazyLock,
     thread,
     time::Duration,
 };
 
-use super::{Held, Idle, Options, Proxy, Stop};
-use crate::publish::spec::Spec;
+use nix::sys::socket::{MsgFlags, send};
+
+use super::{Held, Idle, Options, Proxy, ProxyProtocol, Refusal, Stop};
+use crate::{proxy::protocol_header::Transport, publish::spec::Spec};
 
 /// Ten seconds, or as many times that as `FORWARDER_TEST_SLACK` says: an emulated machine is slower.
 static DEADLINE: LazyLock<Duration> = LazyLock::new(|| {
@@ -60,10 +63,12 @@ fn serve(address: &str, backend: SocketAddr, protocol: &str, options: Options) -
 }
 
 impl Served {
-    fn stop(self, how: Stop) {
+    fn stop(&mut self, how: Stop) {
         self.runtime.block_on(self.proxy.stop(how));
-        // Tasks that drain need the runtime.
-        std::mem::forget(self.runtime);
+    }
+
+    fn refused(&self, why: Refusal) -> u64 {
+        self.proxy.counters().refused[why as usize]
     }
 }
 
@@ -204,6 +209,72 @@ fn bulk_arrives_whole_in_both_directions_at_once() {
     assert!(served.proxy.counters().bytes >= 2 * SIZE as u64);
 }
 
+/// Reads until the mark, then the urgent octet, as its receiver does by default.
+fn read_to_mark(stream: &mut TcpStream, wanted: usize) -> (Vec<u8>, u8) {
+    let mut before = vec![0; wanted];
+    stream.read_exact(&mut before).expect("what comes before");
+    let mut octet = [0];
+    let start = std::time::Instant::now();
+    while nix::sys::socket::recv(stream.as_raw_fd(), &mut octet, MsgFlags::MSG_OOB).is_err() {
+        assert!(start.elapsed() < *DEADLINE, "the octet is not urgent");
+        thread::yield_now();
+    }
+    (before, octet[0])
+}
+
+#[test]
+fn the_urgent_octet_stays_urgent_and_in_its_place() {
+    let (listener, backend) = listen("127.0.0.1:0");
+    let served = serve("127.0.0.1", backend, "tcp", Options::default());
+    for client_sends in [true, false] {
+        let (client, backend) = pair(&served, &listener);
+        let (mut from, mut to) = if client_sends {
+            (client, backend)
+        } else {
+            (backend, client)
+        };
+        // The last is far more than a pipe's worth, so that it is spliced.
+        for size in [0, 1, 5000, 3 << 20] {
+            let before = vec![b'b'; size];
+            let mut sender = from.try_clone().expect("a second handle");
+            let sending = thread::spawn(move || {
+                sender.write_all(&before).expect("written");
+                let sent = send(sender.as_raw_fd(), b"!", MsgFlags::MSG_OOB);
+                assert_eq!(sent, Ok(1));
+                sender.write_all(b"after").expect("written");
+            });
+            let (before, octet) = read_to_mark(&mut to, size);
+            assert!(before.iter().all(|octet| *octet == b'b'));
+            assert_eq!(octet, b'!', "{size} octets before");
+            let mut after = [0; 5];
+            to.read_exact(&mut after).expect("what comes after");
+            assert_eq!(&after, b"after", "{size} octets before");
+            sending.join().expect("sent");
+        }
+        from.shutdown(Shutdown::Write).expect("half-closed");
+        assert_eq!(read_all(&mut to), b"");
+        to.write_all(b"still there").expect("written");
+        drop(to);
+        assert_eq!(read_all(&mut from), b"still there");
+    }
+}
+
+#[test]
+fn an_urgent_octet_may_be_the_last() {
+    let (listener, backend) = listen("127.0.0.1:0");
+    let served = serve("127.0.0.1", backend, "tcp", Options::default());
+    for size in [3, 3 << 20] {
+        let (mut client, mut backend) = pair(&served, &listener);
+        let sending = thread::spawn(move || {
+            client.write_all(&vec![b'b'; size]).expect("written");
+            assert_eq!(send(client.as_raw_fd(), b"!", MsgFlags::MSG_OOB), Ok(1));
+        });
+        assert_eq!(read_to_mark(&mut backend, size).1, b'!');
+        assert_eq!(read_all(&mut backend), b"");
+        sending.join().expect("sent");
+    }
+}
+
 #[test]
 fn hundreds_of_connections_at_once() {
     let (listener, backend) = listen("127.0.0.1:0");
@@ -244,14 +315,14 @@ fn only_the_allow_list_is_served() {
         listener.accept().expect_err("nobody came").kind(),
         ErrorKind::WouldBlock
     );
-    assert_eq!(served.proxy.counters().refused, 1);
+    assert_eq!(served.refused(Refusal::NotAllowed), 1);
 }
 
 #[test]
 fn the_proxy_protocol_names_the_client() {
     let (listener, backend) = listen("127.0.0.1:0");
     let options = Options {
-        proxy_protocol: true,
+        proxy_protocol: ProxyProtocol::V2,
         ..Options::default()
     };
     let served = serve("127.0.0.1", backend, "tcp", options);
@@ -262,7 +333,7 @@ fn the_proxy_protocol_names_the_client() {
     let got = read_all(&mut backend);
     assert_eq!(
         got[..28],
-        super::protocol_header::tcp(address, served.frontend)[..]
+        ProxyProtocol::V2.header(Transport::Stream, address, served.frontend)[..]
     );
     assert_eq!(&got[28..], b"data");
 }
@@ -272,7 +343,7 @@ fn stopping_frees_the_port_and_ends_connections_as_asked() {
     for how in [Stop::Cut, Stop::Reset, Stop::Drain] {
         let (listener, backend) = listen("127.0.0.1:0");
         // An address that no other test binds, so that nobody takes the port that is given back.
-        let served = serve("127.0.77.1", backend, "tcp", Options::default());
+        let mut served = serve("127.0.77.1", backend, "tcp", Options::default());
         let frontend = served.frontend;
         let (mut client, mut backend) = pair(&served, &listener);
         // Both ends are joined once something has come through.
@@ -292,6 +363,19 @@ fn stopping_frees_the_port_and_ends_connections_as_asked() {
             }
         }
     }
+}
+
+#[test]
+fn what_drains_can_be_reset_later() {
+    let (listener, backend) = listen("127.0.0.1:0");
+    let mut served = serve("127.0.77.2", backend, "tcp", Options::default());
+    let (mut client, mut backend) = pair(&served, &listener);
+    client.write_all(b"x").expect("written");
+    backend.read_exact(&mut [0]).expect("read");
+    served.stop(Stop::Drain);
+    assert_eq!(served.proxy.counters().flows, 1);
+    served.stop(Stop::Reset);
+    assert!(is_reset(&mut client) && is_reset(&mut backend));
 }
 
 fn datagrams(address: &str) -> UdpSocket {
@@ -428,5 +512,109 @@ fn a_datagram_of_a_stranger_is_dropped() {
     stranger.send_to(b"no", frontend).expect("sent");
     let friend = datagrams("127.0.0.2:0");
     assert_eq!(echo(&friend, &backend, frontend, b"yes").0, b"yes");
-    assert_eq!(served.proxy.counters().refused, 1);
+    assert_eq!(served.refused(Refusal::NotAllowed), 1);
+}
+
+/// Publishes the port of another publish, which has been stopped.
+fn serve_again(served: &Served, backend: &UdpSocket) -> Proxy {
+    let _inside = served.runtime.enter();
+    let backend = backend.local_addr().expect("bound");
+    let spec: Spec = format!("{}:{backend}/udp", served.frontend)
+        .parse()
+        .expect("a spec");
+    let held = Held::bind(&spec).expect("the port is free");
+    let idle = Idle::start().expect("epoll");
+    Proxy::start(held, spec.into(), Options::default(), &idle).expect("epoll")
+}
+
+#[test]
+fn a_udp_publish_that_drains_goes_on_beside_a_new_one() {
+    for (address, any) in [("127.0.78.1", "127.0.0.1:0"), ("[::1]", "[::1]:0")] {
+        let old = datagrams("127.0.0.1:0");
+        let to_old = old.local_addr().expect("bound");
+        let mut served = serve(address, to_old, "udp", Options::default());
+        let frontend = served.frontend;
+        let clients: Vec<UdpSocket> = (0..20).map(|_| datagrams(any)).collect();
+        for client in &clients {
+            echo(client, &old, frontend, b"before");
+        }
+        // Some that nobody has read when the publish is taken back.
+        for client in &clients {
+            client.send_to(b"meanwhile", frontend).expect("sent");
+        }
+        served.stop(Stop::Drain);
+        for _ in &clients {
+            let mut buffer = [0; 16];
+            let (length, _) = old.recv_from(&mut buffer).expect("carried");
+            assert_eq!(&buffer[..length], b"meanwhile");
+        }
+        let stranger = datagrams(any);
+        stranger.connect(frontend).expect("connected");
+        stranger.send(b"new").expect("sent");
+        let refused = stranger.recv(&mut [0]).expect_err("nobody is there");
+        assert_eq!(refused.kind(), ErrorKind::ConnectionRefused);
+
+        let new = datagrams("127.0.0.1:0");
+        let again = serve_again(&served, &new);
+        assert_eq!(echo(&datagrams(any), &new, frontend, b"x").0, b"x");
+        for client in &clients {
+            let after = (b"after".to_vec(), frontend);
+            assert_eq!(echo(client, &old, frontend, b"after"), after);
+        }
+        assert_eq!(served.proxy.counters().flows, 20);
+        let taken = UdpSocket::bind(frontend).expect_err("the port is held");
+        assert_eq!(taken.kind(), ErrorKind::AddrInUse);
+        drop(again);
+
+        served.stop(Stop::Cut);
+        let start = std::time::Instant::now();
+        while UdpSocket::bind(frontend).is_err() {
+            assert!(start.elapsed() < *DEADLINE, "the port stays held");
+            thread::yield_now();
+        }
+    }
+}
+
+#[test]
+fn each_datagram_names_its_client_where_asked() {
+    let backend = datagrams("127.0.0.1:0");
+    let options = Options {
+        proxy_protocol: ProxyProtocol::V2,
+        ..Options::default()
+    };
+    let to = backend.local_addr().expect("bound");
+    let served = serve("0.0.0.0", to, "udp", options);
+    let frontend = SocketAddr::from(([127, 0, 0, 5], served.frontend.port()));
+    let client = datagrams("127.0.0.1:0");
+    let own = client.local_addr().expect("bound");
+    let header = ProxyProtocol::V2.header(Transport::Datagram, own, frontend);
+    for data in [&b"first"[..], b"", b"second"] {
+        client.send_to(data, frontend).expect("sent");
+        let mut buffer = [0; 100];
+        let (length, proxy) = backend.recv_from(&mut buffer).expect("carried");
+        assert_eq!(buffer[..length], [&header, data].concat());
+        backend.send_to(data, proxy).expect("sent back");
+        let (length, from) = client.recv_from(&mut buffer).expect("answered");
+        assert_eq!((&buffer[..length], from), (data, frontend));
+    }
+}
+
+#[test]
+fn version_1_of_the_proxy_protocol_is_a_line_first() {
+    let (listener, backend) = listen("127.0.0.1:0");
+    let options = Options {
+        proxy_protocol: ProxyProtocol::V1,
+        ..Options::default()
+    };
+    let served = serve("127.0.0.1", backend, "tcp", options);
+    let (mut client, mut backend) = pair(&served, &listener);
+    client.write_all(b"data").expect("written");
+    let (own, frontend) = (client.local_addr().expect("bound"), served.frontend);
+    drop(client);
+    let line = format!(
+        "PROXY TCP4 127.0.0.1 127.0.0.1 {} {}\r\ndata",
+        own.port(),
+        frontend.port()
+    );
+    assert_eq!(read_all(&mut backend), line.as_bytes());
 }

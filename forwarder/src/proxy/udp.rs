@@ -3,11 +3,11 @@
 
 use std::{
     collections::HashMap,
-    io,
-    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
+    io::{self, IoSlice},
+    net::{IpAddr, SocketAddr, SocketAddrV6},
     os::fd::{AsFd as _, AsRawFd as _},
     sync::{
-        Arc, Weak,
+        Arc, Mutex, MutexGuard, PoisonError, Weak,
         atomic::{AtomicBool, AtomicU64, Ordering::Relaxed},
     },
     time::Duration,
@@ -16,29 +16,48 @@ use std::{
 use forwarder_common::flow::{Phase, Timeouts};
 use nix::{
     errno::Errno,
-    sys::socket::{self, MsgFlags},
+    sys::socket::{self, MsgFlags, SockaddrStorage},
 };
-use tokio::{io::Interest, net::UdpSocket, sync::mpsc, time::Instant};
+use socket2::{SockRef, Type};
+use tokio::{
+    io::Interest,
+    net::UdpSocket,
+    sync::{Notify, mpsc},
+    time::Instant,
+};
 use tracing::{debug, warn};
 
 use super::{
-    LiveFlow, Shared,
+    LiveFlow, Refusal, Shared,
     batch::{self, Local},
-    sockets::{self, Port},
+    budget::Permit,
+    chain::Link,
+    protocol_header::Transport,
+    sockets::{self, GivenUp, Port},
 };
 
 const MAX_FLOWS: usize = 65_536;
 
 type Key = (SocketAddr, Option<Local>);
+/// What a flow's own socket on a port that is given up keeps.
+type Kept = (Permit, GivenUp);
 
 struct Flow {
     backend: UdpSocket,
+    /// The socket that answers leave by: the one that holds the publish, or the flow's own while it drains.
+    frontend: Mutex<Arc<UdpSocket>>,
+    /// Of the PROXY protocol, in front of each datagram.
+    header: Vec<u8>,
     /// Milliseconds since `began` of the newest datagram in either direction.
     seen: AtomicU64,
     began: Instant,
     replied: AtomicBool,
     /// Nothing is read from the backend any more: the next datagram needs another flow.
     over: AtomicBool,
+    /// Ends it before its time.
+    cut: Notify,
+    _link: Link,
+    _permit: Permit,
     _live: LiveFlow,
 }
 
@@ -48,10 +67,31 @@ impl Flow {
         self.seen.store(elapsed, Relaxed);
     }
 
-    /// Not tokio's `try_send`, which waits for an event that a new socket has not had. What does not
-    /// fit into the socket's buffer is lost, as on a network.
+    fn frontend(&self) -> MutexGuard<'_, Arc<UdpSocket>> {
+        self.frontend.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Sends a client's datagram to the backend. What does not fit into the socket's buffer is lost, as on a network.
+    fn carry(&self, data: &[u8], shared: &Shared) {
+        self.touch();
+        // A refusal that an earlier datagram met is reported by the next send, which then was not made.
+        let sent = match self.send(data) {
+            Err(Errno::ECONNREFUSED) => self.send(data),
+            sent => sent,
+        };
+        if sent.is_ok() {
+            shared.carried(data.len());
+        }
+    }
+
+    /// Not tokio's `try_send`, which waits for an event that a new socket has not had.
     fn send(&self, data: &[u8]) -> nix::Result<usize> {
-        socket::send(self.backend.as_raw_fd(), data, MsgFlags::MSG_DONTWAIT)
+        let (socket, flags) = (self.backend.as_raw_fd(), MsgFlags::MSG_DONTWAIT);
+        if self.header.is_empty() {
+            return socket::send(socket, data, flags);
+        }
+        let parts = [IoSlice::new(&self.header), IoSlice::new(data)];
+        socket::sendmsg::<SockaddrStorage>(socket, &parts, &[], flags, None)
     }
 
     fn expires(&self, timeouts: &Timeouts) -> Instant {
@@ -65,54 +105,27 @@ impl Flow {
     }
 }
 
-/// Serves a held port until the task is ended; its flows end with it.
+/// Serves a held port until the publish is stopped. Its flows end with it, or, if it drains, go on by sockets of their own.
 pub(super) async fn serve(socket: std::net::UdpSocket, port: Port, shared: Arc<Shared>) {
-    let spec = &shared.spec;
-    let mut answering = match UdpSocket::from_std(socket) {
-        Ok(socket) => Answering {
+    let answering = UdpSocket::from_std(socket).and_then(|socket| {
+        Ok(Answering {
             port,
+            bound: socket.local_addr()?,
             frontend: Arc::new(socket),
             others: HashMap::new(),
-        },
-        Err(error) => return warn!("serve {spec}: {error}"),
+        })
+    });
+    let answering = match answering {
+        Ok(answering) => answering,
+        Err(error) => return warn!("serve {}: {error}", shared.spec),
     };
     let frontend = answering.frontend.clone();
-    let mut flows: HashMap<Key, Arc<Flow>> = HashMap::new();
     let (gone, mut over) = mpsc::unbounded_channel();
-    let mut warned = false;
-    let mut receive = |data: &[u8], flows: &mut HashMap<Key, Arc<Flow>>, key: Key| {
-        if !shared.allows(key.0.ip()) {
-            return;
-        }
-        if flows.get(&key).is_none_or(|flow| flow.over.load(Relaxed)) {
-            let begun = answering
-                .for_datagram(key.1)
-                .and_then(|(port, answering)| Ok((begin(port, &shared, flows.len())?, answering)));
-            match begun {
-                Ok((flow, answering)) => {
-                    let task = replies(answering, flow.clone(), key, shared.clone(), gone.clone());
-                    tokio::spawn(until_stopped(task, shared.clone()));
-                    flows.insert(key, flow);
-                }
-                Err(error) => {
-                    if !warned {
-                        warn!("{spec} takes no more clients for now: {error}");
-                        warned = true;
-                    }
-                    return;
-                }
-            }
-        }
-        let flow = &flows[&key];
-        flow.touch();
-        // A refusal that an earlier datagram met is reported by the next send, which then was not made.
-        let sent = match flow.send(data) {
-            Err(Errno::ECONNREFUSED) => flow.send(data),
-            sent => sent,
-        };
-        if sent.is_ok() {
-            shared.carried(data.len());
-        }
+    let mut serving = Serving {
+        shared: shared.clone(),
+        answering,
+        flows: HashMap::new(),
+        gone,
     };
     loop {
         tokio::select! {
@@ -121,7 +134,7 @@ pub(super) async fn serve(socket: std::net::UdpSocket, port: Port, shared: Arc<S
                     frontend.try_io(Interest::READABLE, || {
                         let count = batch::receive(frontend.as_fd(), |data, source, local| {
                             if let Some(source) = source {
-                                receive(data, &mut flows, (source, local));
+                                serving.receive(data, (source, local));
                             }
                         })?;
                         unless_emptied(count)
@@ -129,17 +142,150 @@ pub(super) async fn serve(socket: std::net::UdpSocket, port: Port, shared: Arc<S
                 });
                 match received {
                     Err(error) if error.kind() != io::ErrorKind::WouldBlock => {
-                        debug!("receive for {spec}: {error}");
+                        debug!("receive for {}: {error}", shared.spec);
                     }
                     _ => {}
                 }
             }
             Some(key) = over.recv() => {
-                if flows.get(&key).is_some_and(|flow| flow.over.load(Relaxed)) {
-                    flows.remove(&key);
+                if serving.flows.get(&key).is_some_and(|flow| flow.over.load(Relaxed)) {
+                    serving.flows.remove(&key);
+                }
+            }
+            () = shared.closed() => break,
+        }
+    }
+    if shared.drains() {
+        serving.hand_over();
+    }
+}
+
+/// What serves one held socket.
+struct Serving {
+    shared: Arc<Shared>,
+    answering: Answering,
+    flows: HashMap<Key, Arc<Flow>>,
+    /// Tells of flows that are over.
+    gone: mpsc::UnboundedSender<Key>,
+}
+
+impl Serving {
+    /// Carries a client's datagram.
+    fn receive(&mut self, data: &[u8], key: Key) {
+        let shared = &self.shared;
+        if !shared.allows(key.0.ip()) {
+            return;
+        }
+        if self
+            .flows
+            .get(&key)
+            .is_none_or(|flow| flow.over.load(Relaxed))
+        {
+            match self.begin(key) {
+                Ok(Some(flow)) => {
+                    let task = replies(flow.clone(), key, self.shared.clone(), self.gone.clone());
+                    tokio::spawn(until_stopped(task, self.shared.clone()));
+                    self.flows.insert(key, flow);
+                }
+                Ok(None) => return,
+                Err(error) => return debug!("{}: {error}", self.shared.spec),
+            }
+        }
+        self.flows[&key].carry(data, &self.shared);
+    }
+
+    /// A new client's flow, unless it is not served.
+    fn begin(&mut self, (client, local): Key) -> io::Result<Option<Arc<Flow>>> {
+        let shared = &self.shared;
+        let refuse = |why| {
+            shared.refuse(why);
+            Ok(None)
+        };
+        if self.flows.len() >= MAX_FLOWS {
+            return refuse(Refusal::NoDescriptors);
+        }
+        let used = self.answering.address(local);
+        let Some(passed) = shared.passed(client, used) else {
+            return Ok(None);
+        };
+        // One towards the backend, and one that answers from another port of a range.
+        let descriptors = if used.port() == self.answering.bound.port() {
+            1
+        } else {
+            2
+        };
+        let Ok(permit) = shared.share.take(descriptors, None) else {
+            return refuse(Refusal::NoDescriptors);
+        };
+        let (port, frontend) = self.answering.for_datagram(local)?;
+        let backend = shared.backend(port)?;
+        let socket = sockets::socket(backend.ip(), Type::DGRAM, None)?;
+        let (socket, link) = shared.begin(passed, backend, socket)?;
+        let protocol = shared.now().proxy_protocol;
+        Ok(Some(Arc::new(Flow {
+            backend: UdpSocket::from_std(socket.into())?,
+            frontend: Mutex::new(frontend),
+            header: protocol.header(Transport::Datagram, client, used),
+            seen: AtomicU64::new(0),
+            began: Instant::now(),
+            replied: AtomicBool::new(false),
+            over: AtomicBool::new(false),
+            cut: Notify::new(),
+            _link: link,
+            _permit: permit,
+            _live: shared.flow(),
+        })))
+    }
+
+    /// Gives each flow a socket of its own on the port, connected to its client: the kernel prefers it to any that is not
+    /// connected. Then nobody holds the port, and a new publish may have it.
+    fn hand_over(mut self) {
+        let flows: Vec<(Key, Arc<Flow>)> = self.flows.drain().collect();
+        let mut going_on: HashMap<Key, Arc<Flow>> = HashMap::new();
+        for (key, flow) in flows {
+            match self.own_socket(key, &flow) {
+                Ok((socket, kept)) => {
+                    *flow.frontend() = socket.clone();
+                    let task = requests(socket, kept, key.0, flow.clone(), self.shared.clone());
+                    tokio::spawn(until_stopped(task, self.shared.clone()));
+                    going_on.insert(key, flow);
+                }
+                Err(error) => {
+                    debug!("{} of {} ends: {error}", key.0, self.shared.spec);
+                    flow.cut.notify_one();
                 }
             }
         }
+        // What came before the flows had their own.
+        let frontend = self.answering.frontend.as_fd();
+        let (mut count, shared) = (1, &self.shared);
+        while count > 0 {
+            let received = batch::receive(frontend, |data, source, local| {
+                let flow = source.and_then(|source| going_on.get(&(source, local)));
+                if let Some(flow) = flow {
+                    flow.carry(data, shared);
+                }
+            });
+            count = received.unwrap_or(0);
+        }
+    }
+
+    fn own_socket(&self, key: Key, flow: &Flow) -> io::Result<(Arc<UdpSocket>, Kept)> {
+        if flow.over.load(Relaxed) {
+            return Err(io::ErrorKind::NotConnected.into());
+        }
+        let permit = self.shared.share.take(1, None);
+        let permit = permit.map_err(|_| io::Error::from_raw_os_error(libc::EMFILE))?;
+        // Both sockets have to agree that they share the port.
+        let present = flow.frontend().clone();
+        SockRef::from(&*present).set_reuse_address(true)?;
+        let mark = match self.answering.port {
+            Port::One(_) => None,
+            Port::Steered { mark } => Some(mark),
+        };
+        let address = self.answering.address(key.1);
+        let (socket, given_up) = sockets::draining(address, key.0, mark)?;
+        Ok((Arc::new(UdpSocket::from_std(socket)?), (permit, given_up)))
     }
 }
 
@@ -162,6 +308,8 @@ async fn until_stopped(task: impl Future<Output = ()>, shared: Arc<Shared>) {
 /// The sockets that replies leave by.
 struct Answering {
     port: Port,
+    /// The address of `frontend`.
+    bound: SocketAddr,
     /// The one that holds the publish.
     frontend: Arc<UdpSocket>,
     /// Those of other ports of a range, while they have flows.
@@ -169,14 +317,30 @@ struct Answering {
 }
 
 impl Answering {
+    /// The address and port that a datagram was sent to.
+    fn address(&self, local: Option<Local>) -> SocketAddr {
+        let Some(local) = local else {
+            return self.bound;
+        };
+        let port = match self.port {
+            Port::Steered { .. } if local.port != 0 => local.port,
+            _ => self.bound.port(),
+        };
+        match local.address {
+            IpAddr::V6(v6) if v6.is_unicast_link_local() => {
+                SocketAddrV6::new(v6, port, 0, local.ifindex).into()
+            }
+            address => SocketAddr::new(address, port),
+        }
+    }
+
     /// The port that a datagram was sent to, and the socket that its answers leave by.
     fn for_datagram(&mut self, local: Option<Local>) -> io::Result<(u16, Arc<UdpSocket>)> {
         let mark = match self.port {
             Port::One(port) => return Ok((port, self.frontend.clone())),
             Port::Steered { mark } => mark,
         };
-        let bound = self.frontend.local_addr()?;
-        let port = local.map_or(bound.port(), |local| local.port);
+        let (bound, port) = (self.bound, self.address(local).port());
         if port == bound.port() {
             return Ok((port, self.frontend.clone()));
         }
@@ -184,43 +348,21 @@ impl Answering {
             return Ok((port, socket));
         }
         self.others.retain(|_, socket| socket.strong_count() > 0);
-        let socket = sockets::answering(SocketAddr::new(bound.ip(), port), mark)?;
+        let socket = sockets::answering(at(bound, port), mark)?;
         let socket = Arc::new(UdpSocket::from_std(socket)?);
         self.others.insert(port, Arc::downgrade(&socket));
         Ok((port, socket))
     }
 }
 
-fn begin(port: u16, shared: &Arc<Shared>, flows: usize) -> io::Result<Arc<Flow>> {
-    if flows >= MAX_FLOWS {
-        return Err(io::Error::other(format!("{MAX_FLOWS} flows")));
-    }
-    let backend = shared.backend(port);
-    let any: IpAddr = match backend {
-        SocketAddr::V4(_) => Ipv4Addr::UNSPECIFIED.into(),
-        SocketAddr::V6(_) => Ipv6Addr::UNSPECIFIED.into(),
-    };
-    let socket = std::net::UdpSocket::bind((any, 0))?;
-    socket.set_nonblocking(true)?;
-    socket.connect(backend)?;
-    Ok(Arc::new(Flow {
-        backend: UdpSocket::from_std(socket)?,
-        seen: AtomicU64::new(0),
-        began: Instant::now(),
-        replied: AtomicBool::new(false),
-        over: AtomicBool::new(false),
-        _live: shared.flow(),
-    }))
+fn at(address: SocketAddr, port: u16) -> SocketAddr {
+    let mut address = address;
+    address.set_port(port);
+    address
 }
 
 /// Brings the backend's datagrams to the client, until both have been silent for the timeout.
-async fn replies(
-    frontend: Arc<UdpSocket>,
-    flow: Arc<Flow>,
-    key: Key,
-    shared: Arc<Shared>,
-    gone: mpsc::UnboundedSender<Key>,
-) {
+async fn replies(flow: Arc<Flow>, key: Key, shared: Arc<Shared>, gone: mpsc::UnboundedSender<Key>) {
     let (client, local) = key;
     let timeouts = &shared.options.timeouts;
     loop {
@@ -228,6 +370,7 @@ async fn replies(
             ready = flow.backend.readable() => {
                 let answered = ready.and_then(|()| {
                     flow.backend.try_io(Interest::READABLE, || {
+                        let frontend = flow.frontend();
                         let (backend, frontend) = (flow.backend.as_fd(), frontend.as_fd());
                         let (datagrams, bytes) = batch::answer(backend, frontend, client, local)?;
                         flow.touch();
@@ -249,8 +392,48 @@ async fn replies(
                     break;
                 }
             }
+            () = flow.cut.notified() => break,
         }
     }
     flow.over.store(true, Relaxed);
     let _ = gone.send(key);
+}
+
+/// Brings the client's datagrams to the backend by a socket of the flow's own, for as long as the flow lasts.
+async fn requests(
+    socket: Arc<UdpSocket>,
+    _kept: Kept,
+    client: SocketAddr,
+    flow: Arc<Flow>,
+    shared: Arc<Shared>,
+) {
+    let timeouts = &shared.options.timeouts;
+    while !flow.over.load(Relaxed) {
+        tokio::select! {
+            ready = socket.readable() => {
+                let received = ready.and_then(|()| {
+                    socket.try_io(Interest::READABLE, || {
+                        let count = batch::receive(socket.as_fd(), |data, source, _| {
+                            // Another client's may have come before the socket was connected.
+                            if source == Some(client) {
+                                flow.carry(data, &shared);
+                            }
+                        })?;
+                        unless_emptied(count)
+                    })
+                });
+                match received {
+                    Err(error) if error.kind() != io::ErrorKind::WouldBlock => {
+                        debug!("{client}: {error}");
+                    }
+                    _ => {}
+                }
+            }
+            () = tokio::time::sleep_until(flow.expires(timeouts)) => {
+                if flow.expires(timeouts) <= Instant::now() {
+                    break;
+                }
+            }
+        }
+    }
 }

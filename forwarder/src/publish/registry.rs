@@ -9,7 +9,7 @@ use std::{
 
 use super::{
     Owner, Publish,
-    spec::{Ports, Protocol, Spec},
+    spec::{Ports, Protocol, Spec, Zone},
 };
 
 /// The number of a publish. It is never given to another one, also not after a restart.
@@ -46,22 +46,32 @@ pub enum Conflict {
         "publish {new}: overlaps with {other} of owner {owner}; unpublish that or choose other ports"
     )]
     Overlap {
-        new: Spec,
-        other: Spec,
+        new: Box<Spec>,
+        other: Box<Spec>,
         owner: Owner,
     },
     #[error("publish {id} ({spec}) belongs to {owner}; `--owner {owner}` would change it")]
-    NotYours { id: Id, spec: Spec, owner: Owner },
+    NotYours {
+        id: Id,
+        spec: Box<Spec>,
+        owner: Owner,
+    },
     #[error("no publish {0}; `forwarder list` shows them")]
     NoId(Id),
     #[error("no publish {0}; `forwarder list` shows them")]
-    NoSpec(Spec),
+    NoSpec(Box<Spec>),
     #[error("{wanted} publishes are more than the {most} that there is room for")]
     TooMany { wanted: usize, most: usize },
 }
 
-/// A place that only one publish may have: every address of a family is the unspecified one.
-type Place = (Protocol, IpAddr);
+/// A place that only one publish may have: every address of a family is the unspecified one, and a link-local address may be
+/// on several devices.
+type Place = (Protocol, IpAddr, Option<Zone>);
+
+fn at(spec: &Spec, address: IpAddr) -> Place {
+    let zone = spec.zone.clone().filter(|_| !address.is_unspecified());
+    (spec.protocol, address, zone)
+}
 
 /// Frontends by place and first port. Those of one place never overlap.
 #[derive(Clone, Debug, Default)]
@@ -70,17 +80,18 @@ struct Frontends(HashMap<Place, BTreeMap<u16, (u16, Id)>>);
 impl Frontends {
     fn insert(&mut self, spec: &Spec, id: Id) {
         for address in spec.frontends() {
-            let place = self.0.entry((spec.protocol, address)).or_default();
+            let place = self.0.entry(at(spec, address)).or_default();
             place.insert(spec.ports.first, (spec.ports.last, id));
         }
     }
 
     fn remove(&mut self, spec: &Spec) {
         for address in spec.frontends() {
-            if let Some(place) = self.0.get_mut(&(spec.protocol, address)) {
+            let key = at(spec, address);
+            if let Some(place) = self.0.get_mut(&key) {
                 place.remove(&spec.ports.first);
                 if place.is_empty() {
-                    self.0.remove(&(spec.protocol, address));
+                    self.0.remove(&key);
                 }
             }
         }
@@ -99,7 +110,7 @@ impl Frontends {
         };
         for address in spec.frontends() {
             let found = if address.is_unspecified() {
-                let family = self.0.iter().filter(|((protocol, other), _)| {
+                let family = self.0.iter().filter(|((protocol, other, _), _)| {
                     *protocol == spec.protocol && other.is_ipv4() == address.is_ipv4()
                 });
                 family.filter_map(|(_, place)| has(place)).min()
@@ -110,7 +121,7 @@ impl Frontends {
                 };
                 [address, every]
                     .iter()
-                    .find_map(|address| self.0.get(&(spec.protocol, *address)).and_then(has))
+                    .find_map(|address| self.0.get(&at(spec, *address)).and_then(has))
             };
             if found.is_some() {
                 return found;
@@ -203,7 +214,7 @@ impl Registry {
         let before = self.get(id).ok_or(Conflict::NoId(id))?;
         self.is_of(before, owner)?;
         if !before.publish.spec.has_same_frontend(&publish.spec) {
-            return Err(Conflict::NoSpec(publish.spec));
+            return Err(Conflict::NoSpec(publish.spec.into()));
         }
         self.compare(owner, vec![publish], &BTreeSet::from([id]))
     }
@@ -217,7 +228,7 @@ impl Registry {
         let found = found.and_then(|id| self.get(id));
         match found {
             Some(wanted) if wanted.publish.spec == *spec => Ok(wanted.id),
-            _ => Err(Conflict::NoSpec(spec.clone())),
+            _ => Err(Conflict::NoSpec(spec.clone().into())),
         }
     }
 
@@ -227,7 +238,7 @@ impl Registry {
         }
         Err(Conflict::NotYours {
             id: wanted.id,
-            spec: wanted.publish.spec.clone(),
+            spec: wanted.publish.spec.clone().into(),
             owner: wanted.owner.clone(),
         })
     }
@@ -263,8 +274,8 @@ impl Registry {
             });
             if let Some((other, owner)) = other {
                 return Err(Conflict::Overlap {
-                    new: publish.spec,
-                    other,
+                    new: publish.spec.into(),
+                    other: other.into(),
                     owner,
                 });
             }
@@ -316,8 +327,8 @@ impl Registry {
         let other = self.frontends.overlap(spec, &BTreeSet::new());
         if let Some(other) = other.and_then(|id| self.get(id)) {
             return Err(Conflict::Overlap {
-                new: spec.clone(),
-                other: other.publish.spec.clone(),
+                new: spec.clone().into(),
+                other: other.publish.spec.clone().into(),
                 owner: other.owner.clone(),
             });
         }

@@ -1,7 +1,11 @@
 //! SPEC: what to publish, as typed on the command line: parsing, printing, and what follows from it
 //! without asking the machine.
 
-use std::{fmt, net::IpAddr, str::FromStr};
+use std::{
+    fmt,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr},
+    str::FromStr,
+};
 
 use serde::{Deserialize, Serialize};
 
@@ -62,13 +66,37 @@ impl fmt::Display for Ports {
     }
 }
 
+/// The device that a link-local address is on (RFC 4007): its name, or its index in digits.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(try_from = "String")]
+pub struct Zone(String);
+
+impl TryFrom<String> for Zone {
+    type Error = String;
+
+    fn try_from(text: String) -> Result<Self, String> {
+        parse_zone(&text)
+    }
+}
+
+impl Zone {
+    /// As it was typed.
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
 /// `[HOST_ADDR:]HOST_PORT[-END]:BACKEND_ADDR:BACKEND_PORT[-END][/PROTOCOL]`
 #[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize)]
 pub struct Spec {
     /// `None`: every local address. Unspecified: every local address of that family.
     pub address: Option<IpAddr>,
+    /// Of a link-local `address`.
+    pub zone: Option<Zone>,
     pub ports: Ports,
     pub backend: IpAddr,
+    /// Of a link-local `backend`.
+    pub backend_zone: Option<Zone>,
     /// As many as `ports`, or one for all of them.
     pub backend_ports: Ports,
     pub protocol: Protocol,
@@ -104,17 +132,21 @@ fn parse(text: &str) -> Result<Spec, String> {
         Some((_, other)) => return Err(format!("protocol {other:?} is not tcp, udp or sctp")),
     };
     let fields = split(rest)?;
-    let (address, ports, backend, backend_ports) = match fields.as_slice() {
-        [ports, backend, backend_ports] => (None, ports, backend, backend_ports),
+    let ((address, zone), ports, backend, backend_ports) = match fields.as_slice() {
+        [ports, backend, backend_ports] => ((None, None), ports, backend, backend_ports),
         [address, ports, backend, backend_ports] => {
-            (Some(parse_address(address)?), ports, backend, backend_ports)
+            let (address, zone) = parse_address(address)?;
+            ((Some(address), zone), ports, backend, backend_ports)
         }
         _ => return Err(format!("expected {GRAMMAR}")),
     };
+    let (backend, backend_zone) = parse_address(backend)?;
     let spec = Spec {
         address,
+        zone,
         ports: parse_ports(ports)?,
-        backend: parse_address(backend)?,
+        backend,
+        backend_zone,
         backend_ports: parse_ports(backend_ports)?,
         protocol,
     };
@@ -140,10 +172,27 @@ fn split(text: &str) -> Result<Vec<&str>, String> {
     }
 }
 
-fn parse_address(text: &str) -> Result<IpAddr, String> {
-    text.parse::<IpAddr>()
+/// An address, with its zone if it has one.
+fn parse_address(text: &str) -> Result<(IpAddr, Option<Zone>), String> {
+    let (address, zone) = match text.split_once('%') {
+        Some((address, zone)) => (address, Some(parse_zone(zone)?)),
+        None => (text, None),
+    };
+    let address = address
+        .parse::<IpAddr>()
         .map(|address| address.to_canonical())
-        .map_err(|_| format!("{text:?} is not an IP address; expected {GRAMMAR}"))
+        .map_err(|_| format!("{address:?} is not an IP address; expected {GRAMMAR}"))?;
+    Ok((address, zone))
+}
+
+/// A device's name as the kernel takes it (`dev_valid_name`), or its index; what would not be read again when printed is
+/// no name here.
+fn parse_zone(text: &str) -> Result<Zone, String> {
+    let possible = |c: char| c.is_ascii_graphic() && !"/%[]:".contains(c);
+    if text.is_empty() || text.len() > 15 || !text.chars().all(possible) {
+        return Err(format!("{text:?} is not the name of a device"));
+    }
+    Ok(Zone(text.into()))
 }
 
 fn parse_ports(text: &str) -> Result<Ports, String> {
@@ -181,48 +230,75 @@ fn validate(spec: &Spec) -> Result<(), String> {
             backend_ports.count()
         ));
     }
-    if backend.is_unspecified() || backend.is_multicast() {
-        return Err(format!("backend {backend} is not the address of one host"));
+    if let Some(what) = no_host(*backend) {
+        return Err(format!(
+            "backend {backend} is {what}, not the address of one host"
+        ));
     }
     if address.is_some_and(|address| address.is_multicast()) {
         return Err("a multicast address cannot be published".into());
     }
-    if address.is_some_and(|address| address.is_ipv4()) && backend.is_ipv6() {
-        return Err(format!(
-            "IPv4 clients cannot be sent to the IPv6 backend {backend}; leave the host address out \
-             or give an IPv6 one"
-        ));
+    for (address, zone) in [(*address, &spec.zone), (Some(*backend), &spec.backend_zone)] {
+        let link_local = address.is_some_and(is_link_local);
+        match (address, zone) {
+            (Some(address), None) if link_local => {
+                return Err(format!(
+                    "{address} is on every link; name the device, as in [{address}%eth0]"
+                ));
+            }
+            (Some(address), Some(zone)) if !link_local => {
+                return Err(format!(
+                    "{address}%{}: only addresses of fe80::/10 take a device",
+                    zone.0
+                ));
+            }
+            _ => {}
+        }
     }
     Ok(())
+}
+
+/// What an address is that no single host has.
+fn no_host(address: IpAddr) -> Option<&'static str> {
+    match address {
+        _ if address.is_unspecified() => Some("every address"),
+        _ if address.is_multicast() => Some("a group"),
+        IpAddr::V4(v4) if v4.is_broadcast() => Some("every host of a network"),
+        // RFC 1122, section 3.2.1.3, and RFC 1112, section 4.
+        IpAddr::V4(v4) if v4.octets()[0] == 0 => Some("of 0.0.0.0/8"),
+        IpAddr::V4(v4) if v4.octets()[0] >= 240 => Some("of the reserved 240.0.0.0/4"),
+        _ => None,
+    }
+}
+
+fn is_link_local(address: IpAddr) -> bool {
+    matches!(address, IpAddr::V6(v6) if v6.is_unicast_link_local())
 }
 
 impl fmt::Display for Spec {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         if let Some(address) = self.address {
-            write!(f, "{}:", Bracketed(address))?;
+            write!(f, "{}:", Bracketed(address, self.zone.as_ref()))?;
         }
         let Self {
             ports,
-            backend,
             backend_ports,
             protocol,
             ..
         } = self;
-        write!(
-            f,
-            "{ports}:{}:{backend_ports}/{protocol}",
-            Bracketed(*backend)
-        )
+        let backend = Bracketed(self.backend, self.backend_zone.as_ref());
+        write!(f, "{ports}:{backend}:{backend_ports}/{protocol}")
     }
 }
 
-struct Bracketed(IpAddr);
+struct Bracketed<'a>(IpAddr, Option<&'a Zone>);
 
-impl fmt::Display for Bracketed {
+impl fmt::Display for Bracketed<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self.0 {
-            IpAddr::V4(v4) => write!(f, "{v4}"),
-            IpAddr::V6(v6) => write!(f, "[{v6}]"),
+        match (self.0, self.1) {
+            (IpAddr::V4(v4), _) => write!(f, "{v4}"),
+            (IpAddr::V6(v6), None) => write!(f, "[{v6}]"),
+            (IpAddr::V6(v6), Some(zone)) => write!(f, "[{v6}%{}]", zone.0),
         }
     }
 }
@@ -233,9 +309,9 @@ impl Spec {
     /// # Errors
     /// Why there can be none such, in words.
     pub fn new(
-        address: Option<IpAddr>,
+        (address, zone): (Option<IpAddr>, Option<Zone>),
         ports: Ports,
-        backend: IpAddr,
+        (backend, backend_zone): (IpAddr, Option<Zone>),
         backend_ports: Ports,
         protocol: Protocol,
     ) -> Result<Self, String> {
@@ -252,8 +328,10 @@ impl Spec {
         }
         let spec = Self {
             address: address.map(|address| address.to_canonical()),
+            zone,
             ports,
             backend: backend.to_canonical(),
+            backend_zone,
             backend_ports,
             protocol,
         };
@@ -265,36 +343,54 @@ impl Spec {
     ///
     /// # Errors
     /// As [`Spec::new`].
-    pub fn to_backend(&self, backend: IpAddr, port: u16, end: Option<u16>) -> Result<Self, String> {
+    pub fn to_backend(
+        &self,
+        backend: (IpAddr, Option<Zone>),
+        port: u16,
+        end: Option<u16>,
+    ) -> Result<Self, String> {
+        let frontend = (self.address, self.zone.clone());
         let ports = Ports {
             first: port,
             last: end.unwrap_or(port),
         };
-        Self::new(self.address, self.ports, backend, ports, self.protocol)
+        Self::new(frontend, self.ports, backend, ports, self.protocol)
     }
 
     /// Whether clients of both come to the same addresses and ports.
     pub fn has_same_frontend(&self, other: &Self) -> bool {
-        (self.protocol, self.ports, self.address) == (other.protocol, other.ports, other.address)
-            && self.frontends() == other.frontends()
+        (self.protocol, self.ports, self.address, &self.zone)
+            == (other.protocol, other.ports, other.address, &other.zone)
     }
 
-    /// The addresses that sockets are bound to. Every local address means both families, as far as
-    /// the backend can be reached from them.
+    /// The addresses that sockets are bound to. Every local address means both families: the proxy serves clients of the
+    /// one that the backend does not have.
     pub fn frontends(&self) -> Vec<IpAddr> {
-        let v4 = IpAddr::V4(std::net::Ipv4Addr::UNSPECIFIED);
-        let v6 = IpAddr::V6(std::net::Ipv6Addr::UNSPECIFIED);
         match self.address {
             Some(address) => vec![address],
-            None if self.backend.is_ipv6() => vec![v6],
-            None => vec![v4, v6],
+            None => vec![
+                IpAddr::V4(Ipv4Addr::UNSPECIFIED),
+                IpAddr::V6(Ipv6Addr::UNSPECIFIED),
+            ],
         }
+    }
+
+    /// Whether clients of this address and port are this publish's.
+    pub fn claims(&self, address: IpAddr, port: u16) -> bool {
+        let covers = |frontend: &IpAddr| {
+            let whole_family = frontend.is_unspecified() && frontend.is_ipv4() == address.is_ipv4();
+            *frontend == address || whole_family
+        };
+        (self.ports.first..=self.ports.last).contains(&port) && self.frontends().iter().any(covers)
     }
 
     /// Whether both claim some address and port.
     pub fn overlaps(&self, other: &Self) -> bool {
+        // The same link-local address may be on several devices.
+        let elsewhere = matches!((&self.zone, &other.zone), (Some(a), Some(b)) if a != b);
         let conflict = |a: &IpAddr, b: &IpAddr| {
-            a.is_ipv4() == b.is_ipv4() && (a == b || a.is_unspecified() || b.is_unspecified())
+            let same = a == b && !elsewhere;
+            a.is_ipv4() == b.is_ipv4() && (same || a.is_unspecified() || b.is_unspecified())
         };
         let others = other.frontends();
         self.protocol == other.protocol
@@ -345,6 +441,8 @@ mod tests {
             "[2001:db8::1]:443:[fd00::2]:8443/tcp",
             "10000-59999:172.17.0.2:10000-59999/udp",
             "20000-50000:172.17.0.2:443/udp",
+            "[fe80::1%eth0]:53:[fe80::2%4]:53/udp",
+            "0.0.0.0:80:[fd00::2]:80/tcp",
         ] {
             assert_eq!(spec(text).to_string(), text);
         }
@@ -368,8 +466,26 @@ mod tests {
             ),
             ("80:container:80", "\"container\" is not an IP address"),
             ("[::1:80:172.17.0.2:80", "'['"),
-            ("80:0.0.0.0:80", "not the address of one host"),
-            ("0.0.0.0:80:[fd00::2]:80", "IPv4 clients"),
+            (
+                "80:0.0.0.0:80",
+                "every address, not the address of one host",
+            ),
+            ("80:[::]:80", "every address"),
+            ("80:0.1.2.3:80", "0.0.0.0/8"),
+            ("80:255.255.255.255:80", "every host"),
+            ("80:250.0.0.1:80", "240.0.0.0/4"),
+            ("80:[::ffff:250.0.0.1]:80", "240.0.0.0/4"),
+            ("80:224.0.0.251:80/udp", "a group"),
+            ("80:[ff02::fb]:80/udp", "a group"),
+            ("80:[fe80::2]:80", "[fe80::2%eth0]"),
+            ("[fe80::1]:80:172.17.0.2:80", "[fe80::1%eth0]"),
+            ("80:[fd00::2%eth0]:80", "only addresses of fe80::/10"),
+            (
+                "127.0.0.1%lo:80:172.17.0.2:80",
+                "only addresses of fe80::/10",
+            ),
+            ("80:[fe80::2%]:80", "name of a device"),
+            ("80:[fe80::2%a-name-of-16-oct]:80", "name of a device"),
         ] {
             assert!(problem(text).contains(part), "{text}: {}", problem(text));
         }
@@ -396,21 +512,37 @@ mod tests {
             "127.0.1.3:80:10.0.0.3:80"
         ));
         assert!(!overlap("0.0.0.0:80:10.0.0.2:80", "[::]:80:[fd00::2]:80"));
-        assert!(!overlap("0.0.0.0:80:10.0.0.2:80", "80:[fd00::2]:80"));
+        assert!(overlap("0.0.0.0:80:10.0.0.2:80", "80:[fd00::2]:80"));
+        let on = |device| format!("[fe80::1%{device}]:80:10.0.0.2:80");
+        assert!(!overlap(&on("eth0"), &on("eth1")));
+        assert!(overlap(&on("eth0"), &on("eth0")));
+        assert!(overlap(&on("eth0"), "80:10.0.0.2:80"));
     }
 
     proptest! {
         #[test]
         fn printing_and_parsing_are_inverse(
             address in proptest::option::of(any::<IpAddr>()), first in 1_u16.., length in 0_u16..100,
-            backend in any::<IpAddr>(), to in 1_u16..60_000, single: bool, udp: bool,
+            backend in any::<IpAddr>(), to in 1_u16..60_000, single: bool, udp: bool, link_local: bool,
+            device in "[!-$&-.0-9;-Z^-~\\\\]{1,15}",
         ) {
+            // Hardly any address is link-local by chance.
+            let link = |address: IpAddr| match address {
+                IpAddr::V6(v6) if link_local => {
+                    IpAddr::V6(Ipv6Addr::from_bits(v6.to_bits() >> 10 | 0xfe80 << 112))
+                }
+                other => other.to_canonical(),
+            };
+            let zone = |address: IpAddr| is_link_local(address).then(|| Zone(device.clone()));
+            let (address, backend) = (address.map(link), link(backend));
             let last = first.saturating_add(length);
             let backend_last = if single { to } else { to + (last - first) };
             let built = Spec {
-                address: address.map(|a| a.to_canonical()),
+                address,
+                zone: address.and_then(zone),
                 ports: Ports { first, last },
-                backend: backend.to_canonical(),
+                backend,
+                backend_zone: zone(backend),
                 backend_ports: Ports { first: to, last: backend_last },
                 protocol: if udp { Protocol::Udp } else { Protocol::Tcp },
             };
@@ -419,7 +551,7 @@ mod tests {
         }
 
         #[test]
-        fn no_text_makes_the_parser_panic(text in "[0-9a-f:.\\[\\]/tcpudp-]{0,40}") {
+        fn no_text_makes_the_parser_panic(text in "[0-9a-f:.%\\[\\]/tcpudp-]{0,40}") {
             let _ = text.parse::<Spec>();
         }
     }

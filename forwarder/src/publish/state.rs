@@ -11,7 +11,6 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, bail};
-use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 
 use super::{Id, Owner, Policy, Publish, Registry, Wanted};
@@ -37,8 +36,8 @@ struct StoredPublish {
     id: Id,
     owner: Owner,
     spec: String,
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    allow: Option<Vec<IpNet>>,
+    #[serde(flatten)]
+    policy: Policy,
     /// A flag or the configuration asks for it: only its number is kept.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     configured: bool,
@@ -85,9 +84,7 @@ impl State {
             let spec = stored.spec.parse();
             let publish = Publish {
                 spec: spec.with_context(|| format!("in {}", self.path.display()))?,
-                policy: Policy {
-                    allow: stored.allow.clone(),
-                },
+                policy: stored.policy.clone(),
             };
             let restored = registry.restore(Wanted {
                 id: stored.id,
@@ -113,7 +110,7 @@ impl State {
             id: wanted.id,
             owner: wanted.owner.clone(),
             spec: wanted.publish.spec.to_string(),
-            allow: wanted.publish.policy.allow.clone(),
+            policy: wanted.publish.policy.clone(),
             configured: is_configured(wanted),
         });
         let stored = Stored {

@@ -1,0 +1,49 @@
+//! Why the proxy did not serve somebody, counted: for each publish, and for all of a runtime since its start.
+
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+
+/// A reason not to serve a connection or a datagram.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Refusal {
+    /// Its source is not on the allow-list.
+    NotAllowed,
+    /// No descriptors are left for the publish. A connection waits for some, a datagram is dropped.
+    NoDescriptors,
+    /// It has come by too many of our own publishes.
+    Loop,
+    /// No source port is left towards the backend.
+    NoSourcePort,
+}
+
+impl Refusal {
+    pub const ALL: [Self; 4] = [
+        Self::NotAllowed,
+        Self::NoDescriptors,
+        Self::Loop,
+        Self::NoSourcePort,
+    ];
+
+    /// As `stats` shows it, beside the reasons of the eBPF program.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::NotAllowed => "userland_not_allowed",
+            Self::NoDescriptors => "userland_no_descriptors",
+            Self::Loop => "userland_loop",
+            Self::NoSourcePort => "userland_no_source_port",
+        }
+    }
+}
+
+/// How often each was met.
+#[derive(Debug, Default)]
+pub(super) struct Refusals([AtomicU64; Refusal::ALL.len()]);
+
+impl Refusals {
+    pub(super) fn count(&self, why: Refusal) {
+        self.0[why as usize].fetch_add(1, Relaxed);
+    }
+
+    pub(super) fn get(&self, why: Refusal) -> u64 {
+        self.0[why as usize].load(Relaxed)
+    }
+}

@@ -1,0 +1,48 @@
+//! Networks of an allow-list, as both paths understand them.
+
+use std::net::IpAddr;
+
+use ipnet::{IpNet, Ipv4Net};
+
+/// Reads a network; an IPv4 one may be written in IPv6 (RFC 4291, section 2.5.5.2).
+///
+/// # Errors
+/// What is wrong with it, in words.
+pub fn network(text: &str) -> Result<IpNet, String> {
+    let network = text.parse::<IpNet>().map(canonical);
+    network.map_err(|_| format!("{text:?} is not a network such as 198.51.100.0/24"))
+}
+
+/// The IPv4 network that `::ffff:a.b.c.d/96` and longer ones name; others as they are.
+pub fn canonical(network: IpNet) -> IpNet {
+    let IpNet::V6(v6) = network else {
+        return network;
+    };
+    match v6.addr().to_ipv4_mapped() {
+        Some(address) if IpAddr::V6(v6.network()).to_canonical().is_ipv4() => {
+            let prefix = v6.prefix_len().saturating_sub(96);
+            Ipv4Net::new(address, prefix).map_or(network, IpNet::V4)
+        }
+        _ => network,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_ipv4_network_may_be_written_in_ipv6() {
+        for (written, meant) in [
+            ("::ffff:198.51.100.0/120", "198.51.100.0/24"),
+            ("::ffff:0.0.0.0/96", "0.0.0.0/0"),
+            ("::ffff:192.0.2.7/128", "192.0.2.7/32"),
+            ("::ffff:192.0.2.7/95", "::ffff:192.0.2.7/95"),
+            ("2001:db8::/32", "2001:db8::/32"),
+            ("10.0.0.0/8", "10.0.0.0/8"),
+        ] {
+            assert_eq!(network(written), Ok(meant.parse().expect(meant)));
+        }
+        assert!(network("198.51.100.0/33").is_err_and(|error| error.contains("/33")));
+    }
+}

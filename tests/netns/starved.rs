@@ -1,0 +1,288 @@
+//! Nobody is starved by others: loops are refused, and what one publish's clients can take leaves enough for all others, and
+//! for whoever asks the instance.
+
+use std::{
+    io::{Read as _, Write as _},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpStream, UdpSocket},
+    time::Instant,
+};
+
+use forwarder_tests::{
+    daemon::{Daemon, Datapath, run_to_failure},
+    deadline::{slack, wait_for},
+    topology::{Family, Topology},
+    traffic::{Backend, Connection, Protocol, ask},
+};
+
+use crate::scene::{BACKEND_PORT, PORT, suffix};
+
+/// At most so many open files.
+fn limited(files: u32) -> [String; 3] {
+    let words = format!("ulimit -n {files}; exec \"$0\" \"$@\"");
+    ["sh".into(), "-c".into(), words]
+}
+
+/// A publish whose clients want more files than there are, and another one of the same protocol.
+struct Scene {
+    topology: Topology,
+    daemon: Daemon,
+    _backend: Backend,
+}
+
+const OTHER: u16 = PORT + 1;
+
+impl Scene {
+    fn new(files: u32, protocol: Protocol) -> Self {
+        let topology = Topology::new().unwrap();
+        let _backend = Backend::start(&topology.backend.netns, protocol, BACKEND_PORT).unwrap();
+        let backend = SocketAddr::new(topology.backend.address(Family::V4), BACKEND_PORT);
+        let spec = |port| format!("{port}:{backend}{}", suffix(protocol));
+        let limit = limited(files);
+        let daemon = Daemon::start_wrapped(
+            &topology.host,
+            &limit.each_ref().map(String::as_str),
+            &[&spec(PORT), &spec(OTHER)],
+            Datapath::Userland,
+            &[],
+        );
+        Self {
+            topology,
+            daemon: daemon.unwrap(),
+            _backend,
+        }
+    }
+
+    fn frontend(&self, port: u16) -> SocketAddr {
+        SocketAddr::new(self.topology.host_address(Family::V4), port)
+    }
+
+    /// The other publish serves a new client, and the instance answers, at once.
+    #[track_caller]
+    fn everybody_else_is_served(&self, protocol: Protocol) {
+        let begun = Instant::now();
+        ask(
+            &self.topology.client,
+            protocol,
+            self.frontend(OTHER),
+            "hello",
+        )
+        .unwrap();
+        assert_eq!(self.daemon.list().unwrap().len(), 2);
+        let took = begun.elapsed();
+        assert!(took < slack() * 2, "{took:?}\n{}", self.daemon.said());
+    }
+
+    /// What was warned of, once and with its remedy.
+    #[track_caller]
+    fn said_once(&self) {
+        wait_for("no files are left for the publish", || {
+            let counted = self.daemon.counted("userland_no_descriptors").ok()?;
+            (counted > 0 && self.daemon.said().contains("LimitNOFILE")).then_some(())
+        })
+        .unwrap();
+        let said = self.daemon.said();
+        let mut lines = said.lines().filter(|line| line.contains("LimitNOFILE"));
+        let line = lines.next().unwrap_or_default();
+        assert!(line.contains(&format!("{PORT}:")), "{line}");
+        assert_eq!(lines.next(), None, "more than one warning: {said}");
+    }
+}
+
+/// Each source port is a flow of its own.
+fn source_ports(files: u32, count: u16) {
+    let scene = Scene::new(files, Protocol::Udp);
+    let (client, frontend) = (&scene.topology.client, scene.frontend(PORT));
+    // What waits for the first answer of ARP is lost.
+    ask(client, Protocol::Udp, frontend, "first").unwrap();
+    client.enter(|| {
+        for port in 20_000..20_000 + count {
+            let socket = UdpSocket::bind((Ipv4Addr::UNSPECIFIED, port)).unwrap();
+            socket.send_to(b"hello", frontend).unwrap();
+        }
+    });
+    scene.said_once();
+    scene.everybody_else_is_served(Protocol::Udp);
+    scene.daemon.stop().unwrap();
+}
+
+#[test]
+fn a_thousand_source_ports_leave_files_for_others() {
+    source_ports(1_000, 1_200);
+}
+
+#[test]
+fn five_thousand_source_ports_leave_files_for_others() {
+    source_ports(4_096, 5_000);
+}
+
+#[test]
+fn connections_leave_files_for_others_and_are_served_in_turn() {
+    let scene = Scene::new(400, Protocol::Tcp);
+    let (client, frontend) = (&scene.topology.client, scene.frontend(PORT));
+    let mut connections: Vec<Connection> = Vec::new();
+    for _ in 0..300 {
+        connections.push(Connection::open(client, frontend).unwrap());
+    }
+    scene.said_once();
+    scene.everybody_else_is_served(Protocol::Tcp);
+    // Who waits is served when others have gone.
+    let mut last = connections.pop().unwrap();
+    drop(connections);
+    last.ask("at last").unwrap();
+    scene.daemon.stop().unwrap();
+}
+
+#[test]
+fn what_leads_to_itself_is_refused_by_its_name() {
+    let topology = Topology::new().unwrap();
+    let host = topology.host_address(Family::V6);
+    for datapath in ["auto", "userland"] {
+        let itself = format!("{PORT}:[{host}]:{PORT}");
+        for (specs, named) in [
+            (vec!["8080:127.0.0.1:8080"], "8080:127.0.0.1:8080/tcp"),
+            (vec!["8080:[::1]:8080/udp"], "8080:[::1]:8080/udp"),
+            (vec![itself.as_str()], "8080/tcp: it leads back to itself"),
+            (
+                vec!["81:127.0.0.1:82", "82:[::1]:81"],
+                "81:127.0.0.1:82/tcp",
+            ),
+        ] {
+            let mut flags = vec!["--datapath", datapath];
+            flags.extend(specs.iter().flat_map(|spec| ["-p", *spec]));
+            let (status, errors) = run_to_failure(&topology.host, &flags).unwrap();
+            assert_eq!(status.code(), Some(1), "{specs:?}: {errors}");
+            assert!(errors.contains("leads back to itself"), "{errors}");
+            assert!(errors.contains(named), "{named} is not named: {errors}");
+        }
+    }
+}
+
+/// A backend that becomes an address of this host: what is sent there comes back.
+fn a_loop_that_comes_later(protocol: Protocol) {
+    let topology = Topology::new().unwrap();
+    let specs = [
+        format!("81:203.0.113.7:82{}", suffix(protocol)),
+        format!("82:203.0.113.7:81{}", suffix(protocol)),
+    ];
+    let specs = specs.each_ref().map(String::as_str);
+    let limit = limited(1_000);
+    let limit = limit.each_ref().map(String::as_str);
+    let userland = Datapath::Userland;
+    let daemon = Daemon::start_wrapped(&topology.host, &limit, &specs, userland, &[]).unwrap();
+    topology.host.ip("addr add 203.0.113.7/32 dev lo").unwrap();
+    topology.host.enter(|| {
+        let frontend = SocketAddr::from((Ipv4Addr::LOCALHOST, 81));
+        match protocol {
+            Protocol::Tcp => {
+                let mut stream = TcpStream::connect_timeout(&frontend, slack() * 10).unwrap();
+                stream.set_read_timeout(Some(slack() * 10)).unwrap();
+                let _ = stream.write_all(b"hello");
+                let ended = stream.read(&mut [0; 16]);
+                let timed_out = ended.is_err_and(|e| e.kind() == std::io::ErrorKind::WouldBlock);
+                assert!(!timed_out, "the client hears nothing");
+            }
+            Protocol::Udp => {
+                let socket = UdpSocket::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
+                socket.send_to(b"hello", frontend).unwrap();
+            }
+        }
+    });
+    wait_for("the loop is seen", || {
+        (daemon.counted("userland_loop").ok()? > 0).then_some(())
+    })
+    .unwrap();
+    let files = std::fs::read_dir(format!("/proc/{}/fd", daemon.pid())).unwrap();
+    let files = files.count();
+    assert!(files < 100, "{files} open files");
+    assert!(daemon.said().contains("leads back"), "{}", daemon.said());
+    daemon.stop().unwrap();
+}
+
+#[test]
+fn a_connection_that_comes_back_ends() {
+    a_loop_that_comes_later(Protocol::Tcp);
+}
+
+#[test]
+fn a_datagram_that_comes_back_ends() {
+    a_loop_that_comes_later(Protocol::Udp);
+}
+
+#[test]
+fn publishes_may_lead_to_each_other_in_a_row() {
+    let topology = Topology::new().unwrap();
+    let _backend = Backend::start(&topology.backend.netns, Protocol::Tcp, BACKEND_PORT).unwrap();
+    let backend = SocketAddr::new(topology.backend.address(Family::V4), BACKEND_PORT);
+    let last = format!("83:{backend}");
+    let specs = ["81:127.0.0.1:82", "82:[::1]:83", &last];
+    let daemon = Daemon::start(&topology.host, &specs, Datapath::Auto).unwrap();
+    for host in [
+        IpAddr::from(Ipv4Addr::LOCALHOST),
+        Ipv6Addr::LOCALHOST.into(),
+    ] {
+        let frontend = SocketAddr::new(host, 81);
+        ask(&topology.host, Protocol::Tcp, frontend, "hello").unwrap();
+    }
+    daemon.stop().unwrap();
+}
+
+/// A backend that all source ports of this host are in use towards.
+fn without_source_ports(protocol: Protocol, family: Family) {
+    let topology = Topology::new().unwrap();
+    let _backend = Backend::start(&topology.backend.netns, protocol, BACKEND_PORT).unwrap();
+    topology
+        .host
+        .set("ipv4/ip_local_port_range", "32000 32005")
+        .unwrap();
+    let backend = SocketAddr::new(topology.backend.address(family), BACKEND_PORT);
+    let spec = format!("{PORT}:{backend}{}", suffix(protocol));
+    let daemon = Daemon::start(&topology.host, &[&spec], Datapath::Userland).unwrap();
+    let frontend = SocketAddr::new(topology.host_address(family), PORT);
+    ask(&topology.client, protocol, frontend, "first").unwrap();
+    let sockets: Vec<Box<dyn Send>> = topology.client.enter(|| {
+        let any: IpAddr = match family {
+            Family::V4 => Ipv4Addr::UNSPECIFIED.into(),
+            Family::V6 => Ipv6Addr::UNSPECIFIED.into(),
+        };
+        let begin = |_| -> Box<dyn Send> {
+            match protocol {
+                Protocol::Tcp => Box::new(TcpStream::connect(frontend).unwrap()),
+                Protocol::Udp => {
+                    let socket = UdpSocket::bind((any, 0)).unwrap();
+                    socket.send_to(b"hello", frontend).unwrap();
+                    Box::new(socket)
+                }
+            }
+        };
+        (0..10).map(begin).collect()
+    });
+    wait_for("no source port is left", || {
+        (daemon.counted("userland_no_source_port").ok()? > 1).then_some(())
+    })
+    .unwrap();
+    let said = daemon.said();
+    let warnings = said.matches("net.ipv4.ip_local_port_range").count();
+    assert_eq!(warnings, 1, "{said}");
+    drop(sockets);
+    daemon.stop().unwrap();
+}
+
+#[test]
+fn a_want_of_source_ports_for_tcp_is_said_once() {
+    without_source_ports(Protocol::Tcp, Family::V4);
+}
+
+#[test]
+fn a_want_of_source_ports_for_tcp_over_ipv6_is_said_once() {
+    without_source_ports(Protocol::Tcp, Family::V6);
+}
+
+#[test]
+fn a_want_of_source_ports_for_udp_is_said_once() {
+    without_source_ports(Protocol::Udp, Family::V4);
+}
+
+#[test]
+fn a_want_of_source_ports_for_udp_over_ipv6_is_said_once() {
+    without_source_ports(Protocol::Udp, Family::V6);
+}
