@@ -81,6 +81,15 @@ pub enum Command {
     Check { file: PathBuf },
     /// Have a running instance read its configuration file again.
     Reload,
+    /// Be Docker's `userland-proxy-path`, also under the name docker-proxy: serves a port by the instance that
+    /// FORWARDER_INSTANCE names (default), or by itself while there is none.
+    #[command(disable_help_flag = true)]
+    DockerProxy {
+        /// As dockerd has them, such as `-proto tcp -host-ip 0.0.0.0 -host-port 8080 -container-ip 172.17.0.2
+        /// -container-port 80`.
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        arguments: Vec<String>,
+    },
     /// Remove what an instance left: programs, links, pins, state file.
     Down,
     /// Print a completion script for a shell.

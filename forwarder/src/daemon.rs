@@ -23,7 +23,7 @@ use futures_util::StreamExt as _;
 use tokio::{
     signal::unix::{SignalKind, signal},
     sync::{mpsc, oneshot},
-    time::{Instant, sleep_until},
+    time::{Instant, sleep_until, timeout_at},
 };
 use tracing::{info, warn};
 
@@ -50,7 +50,8 @@ use crate::{
     plan::Unserved,
     proxy::{BindError, Idle, raise_descriptor_limit},
     publish::{
-        Conflict, Difference, Id, Owner, ProxyProtocol, Publish, Registry, Wanted, state::State,
+        Conflict, Difference, Id, Owner, ProxyProtocol, Publish, Registry, Spec, Wanted,
+        state::State,
     },
 };
 
@@ -61,6 +62,8 @@ const CONTAINERS: Duration = Duration::from_millis(100);
 /// For these, of each second at most a twentieth is spent, however many containers there are.
 const SHARE: u32 = 20;
 const SWEEP: Duration = Duration::from_secs(2);
+/// Who held leases with an earlier instance asks for them within this time.
+const LEASES: Duration = Duration::from_secs(2);
 /// Publishes of before whose ports somebody else has are tried again after this time.
 const RETRY: Duration = Duration::from_secs(5);
 
@@ -113,10 +116,10 @@ pub async fn run(instance: Instance, flags: Flags) -> Result<()> {
     let (released, mut leases) = mpsc::unbounded_channel();
     let mut daemon = Daemon::new(&instance, flags, config, released).await?;
     let (sender, mut calls) = mpsc::channel(64);
-    let begun = daemon.begin(&instance).await.and_then(|events| {
-        socket.serve(sender, Arc::new(daemon.view.clone()))?;
-        Ok(events)
-    });
+    let begun = match socket.serve(sender, Arc::new(daemon.view.clone())) {
+        Ok(()) => daemon.begin(&instance, &mut calls).await,
+        Err(error) => Err(error),
+    };
     let mut events = match begun {
         Ok(events) => events,
         Err(error) => {
@@ -238,7 +241,11 @@ impl Daemon {
     }
 
     /// Publishes what flags and file ask for and what an earlier instance was asked for, and takes over its flows.
-    async fn begin(&mut self, instance: &Instance) -> Result<Events> {
+    async fn begin(
+        &mut self,
+        instance: &Instance,
+        calls: &mut mpsc::Receiver<Call>,
+    ) -> Result<Events> {
         let events = self.listen()?;
         let state = match self.config.ephemeral {
             true => None,
@@ -253,6 +260,7 @@ impl Daemon {
         let Loose(gone) = self.reconcile(&asked, Ending::Cut, Vec::new()).await?;
         self.give_back(&gone.into_iter().collect::<Vec<_>>());
         self.serve_or_wait(restored).await;
+        let leased = state.as_ref().map(State::leases).unwrap_or_default();
         self.state = state;
         self.record(&Difference::default())?;
         for wanted in self.registry.iter() {
@@ -260,6 +268,7 @@ impl Daemon {
                 say(&tables::published(&row));
             }
         }
+        self.await_leases(&leased, calls).await;
         // An earlier instance's programs know its publishes until these take over.
         self.reconcile_devices()?;
         if let Some(datapath) = &self.datapath {
@@ -267,6 +276,18 @@ impl Daemon {
         }
         self.adopt();
         Ok(events)
+    }
+
+    /// Gives those a moment who held leases with an earlier instance: until these programs take over, its own go on with
+    /// their flows.
+    async fn await_leases(&mut self, leased: &[Spec], calls: &mut mpsc::Receiver<Call>) {
+        let deadline = Instant::now() + LEASES;
+        while leased.iter().any(|spec| self.registry.find(spec).is_err()) {
+            match timeout_at(deadline, calls.recv()).await {
+                Ok(Some(call)) => self.answer(call).await,
+                Ok(None) | Err(_) => return,
+            }
+        }
     }
 
     fn listen(&mut self) -> Result<Events> {

@@ -7,6 +7,7 @@ pub mod control;
 pub mod daemon;
 pub mod datapath;
 pub mod doctor;
+pub mod engines;
 pub mod instance;
 mod memory;
 pub mod network;

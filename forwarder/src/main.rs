@@ -2,10 +2,11 @@
 
 use std::{
     io::{IsTerminal as _, Write as _},
+    path::Path,
     process::ExitCode,
 };
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, bail};
 use clap::{CommandFactory as _, Parser as _};
 use forwarder::{
     cli::{Cli, Command, Format, tables},
@@ -15,6 +16,7 @@ use forwarder::{
         client::Client,
     },
     daemon, doctor,
+    engines::docker_proxy,
     instance::Instance,
     publish::Policy,
 };
@@ -22,6 +24,18 @@ use hyper::Method;
 use serde::{Serialize, de::DeserializeOwned};
 
 fn main() -> ExitCode {
+    // Docker starts one process for each port: before anything else is begun.
+    let words: Vec<String> = std::env::args().collect();
+    let name = words.first().map(Path::new).and_then(Path::file_name);
+    match &words[..] {
+        [_, arguments @ ..] if name.is_some_and(|name| name == "docker-proxy") => {
+            return docker_proxy::run(arguments);
+        }
+        [_, command, arguments @ ..] if command == "docker-proxy" => {
+            return docker_proxy::run(arguments);
+        }
+        _ => {}
+    }
     let cli = Cli::parse();
     match run(cli) {
         Ok(()) => ExitCode::SUCCESS,
@@ -126,6 +140,13 @@ fn run(cli: Cli) -> Result<()> {
             let none: Option<&()> = None;
             let reloaded: Reloaded = client.ask(&Method::POST, "/v1/reload", none)?;
             print(&reloaded.to_string())
+        }
+        Command::DockerProxy { arguments } => {
+            // `main` has taken it, unless options came before it.
+            bail!(
+                "docker-proxy comes first: forwarder docker-proxy {}",
+                arguments.join(" ")
+            )
         }
         Command::Down => {
             let found = daemon::down(&instance)?;

@@ -11,6 +11,7 @@ mod api;
 mod bulk;
 mod crowd;
 mod direct;
+mod docker_proxy;
 mod doctor;
 mod filters;
 mod firewall;

@@ -143,6 +143,14 @@ impl Held {
         Ok(held)
     }
 
+    /// The sockets alone, for another process to serve.
+    pub fn into_sockets(self) -> Vec<OwnedFd> {
+        let tcp = self.tcp.into_iter().map(|(_, socket)| socket.into());
+        let udp = self.udp.into_iter().map(|(_, socket)| socket.into());
+        let sctp = self.sctp.into_iter().map(|(_, socket)| socket.into());
+        tcp.chain(udp).chain(sctp).collect()
+    }
+
     /// Hands each socket to `each`, with whether it is for IPv4.
     ///
     /// # Errors

@@ -13,7 +13,7 @@ use std::{
 use anyhow::{Context as _, Result, bail};
 use serde::{Deserialize, Serialize};
 
-use super::{Id, Owner, Policy, Publish, Registry, Wanted};
+use super::{Id, Owner, Policy, Publish, Registry, Spec, Wanted};
 use crate::instance::make_private;
 
 const VERSION: u32 = 1;
@@ -29,6 +29,9 @@ struct Stored {
     version: u32,
     last_id: Id,
     publishes: Vec<StoredPublish>,
+    /// SPECs of leases, whose holders come back.
+    #[serde(default)]
+    leases: Vec<String>,
 }
 
 #[derive(Debug, Serialize, Deserialize)]
@@ -74,6 +77,12 @@ impl State {
         configured.map(|it| it.id).collect()
     }
 
+    /// What was leased. Whoever held the leases asks for them again.
+    pub fn leases(&self) -> Vec<Spec> {
+        let leases = self.stored.leases.iter();
+        leases.filter_map(|spec| spec.parse().ok()).collect()
+    }
+
     /// A registry of what is stored. Leases have ended with the connections that held them.
     ///
     /// # Errors
@@ -113,7 +122,9 @@ impl State {
             policy: wanted.publish.policy.clone(),
             configured: is_configured(wanted),
         });
+        let leases = registry.iter().filter(|wanted| wanted.owner.is_lease());
         let stored = Stored {
+            leases: leases.map(|it| it.publish.spec.to_string()).collect(),
             version: VERSION,
             last_id: registry.last_id(),
             publishes: publishes.collect(),

@@ -1,0 +1,505 @@
+//! Docker's `userland-proxy-path`: the process that dockerd starts for each published port. It takes the port, hands it to the
+//! instance by a lease, and waits for its end; without an instance it forwards by itself until there is one.
+//!
+//! The contract is that of cmd/docker-proxy in moby: descriptor 3 is told `0\n`, or `1\n` and why; descriptor 4 is the bound
+//! socket where `-use-listen-fd` says so; SIGINT ends it with status 0.
+
+use std::{
+    fs::File,
+    io::{self, BufRead as _, BufReader, IoSlice, Read as _, Write as _},
+    net::{IpAddr, Ipv4Addr},
+    os::{
+        fd::{AsFd as _, AsRawFd as _, BorrowedFd, FromRawFd as _, OwnedFd},
+        unix::net::UnixStream,
+    },
+    process::ExitCode,
+    sync::Arc,
+    thread,
+    time::Duration,
+};
+
+use anyhow::{Context as _, Result, bail};
+use nix::{
+    poll::{PollFd, PollFlags, PollTimeout, poll},
+    sys::{
+        signal::{SigSet, Signal},
+        signalfd::{SfdFlags, SignalFd},
+        socket::{ControlMessage, MsgFlags, sendmsg},
+    },
+};
+use serde_json::Value;
+use socket2::SockRef;
+
+use crate::{
+    instance::Instance,
+    proxy::{Held, Idle, Options, Proxy, Stop},
+    publish::{
+        Spec,
+        spec::{Ports, Protocol},
+    },
+};
+
+/// Where dockerd listens for the outcome.
+const STATUS: i32 = 3;
+/// The socket that dockerd has bound.
+const LISTENER: i32 = 4;
+/// An instance that is lost is asked for again after this time.
+const RETRY: Duration = Duration::from_millis(200);
+/// What an instance may take for an answer. dockerd waits for 16 s.
+const PATIENCE: Duration = Duration::from_secs(10);
+/// A port that another lease had is free when its end has been noticed.
+const CONFLICTS: u32 = 10;
+
+/// What the command line says.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Arguments {
+    protocol: String,
+    host: (IpAddr, u16),
+    container: (IpAddr, u16),
+    use_listener: bool,
+}
+
+/// What the command line asks for.
+#[derive(Debug, PartialEq, Eq)]
+enum Asked {
+    Proxy(Arguments),
+    Version,
+    Help,
+}
+
+/// Runs as Docker's proxy, with the arguments after the name.
+pub fn run(arguments: &[String]) -> ExitCode {
+    let asked = match parse(arguments) {
+        Ok(Asked::Proxy(asked)) => asked,
+        Ok(Asked::Version) => {
+            println!(
+                "docker-proxy (commit forwarder) version {}",
+                env!("CARGO_PKG_VERSION")
+            );
+            return ExitCode::SUCCESS;
+        }
+        Ok(Asked::Help) => {
+            eprintln!("{USAGE}");
+            return ExitCode::SUCCESS;
+        }
+        Err(error) => {
+            eprintln!("error: {error}\n{USAGE}");
+            return ExitCode::from(2);
+        }
+    };
+    // Before dockerd may send any.
+    let signals = signals();
+    let status = Status::take();
+    let begun = signals.and_then(|signals| Ok((signals, Port::take(&asked)?)));
+    let (signals, mut port) = match begun {
+        Ok(begun) => begun,
+        Err(error) => return status.failed(&error),
+    };
+    let serving = match port.serve() {
+        Ok(serving) => serving,
+        Err(error) => return status.failed(&error),
+    };
+    status.done();
+    port.wait(&signals, serving);
+    ExitCode::SUCCESS
+}
+
+const USAGE: &str = "usage: docker-proxy -proto tcp|udp|sctp -host-ip ADDR -host-port PORT -container-ip ADDR \
+                     -container-port PORT [-use-listen-fd]";
+
+/// Flags as Go's package flag reads them.
+fn parse(arguments: &[String]) -> Result<Asked, String> {
+    let mut asked = Arguments {
+        protocol: "tcp".into(),
+        host: (Ipv4Addr::UNSPECIFIED.into(), 0),
+        container: (Ipv4Addr::UNSPECIFIED.into(), 0),
+        use_listener: false,
+    };
+    let mut words = arguments.iter();
+    while let Some(word) = words.next() {
+        let Some(flag) = word.strip_prefix('-') else {
+            return Err(format!("unexpected {word:?}"));
+        };
+        let flag = flag.strip_prefix('-').unwrap_or(flag);
+        let (name, given) = match flag.split_once('=') {
+            Some((name, value)) => (name, Some(value.to_owned())),
+            None => (flag, None),
+        };
+        match name {
+            "v" | "version" => return Ok(Asked::Version),
+            "h" | "help" => return Ok(Asked::Help),
+            "use-listen-fd" => {
+                asked.use_listener = match given.as_deref() {
+                    None | Some("1" | "t" | "T" | "true" | "TRUE" | "True") => true,
+                    Some("0" | "f" | "F" | "false" | "FALSE" | "False") => false,
+                    Some(other) => return Err(format!("-use-listen-fd: {other:?} is no boolean")),
+                };
+                continue;
+            }
+            _ => {}
+        }
+        let mut value = || {
+            let value = given.clone().or_else(|| words.next().cloned());
+            value.ok_or_else(|| format!("-{name} needs a value"))
+        };
+        let address = |text: String| {
+            let address = text.parse::<IpAddr>();
+            address.map_err(|_| format!("-{name}: {text:?} is no address"))
+        };
+        let port = |text: String| {
+            let port = text.parse::<u16>();
+            port.map_err(|_| format!("-{name}: {text:?} is no port"))
+        };
+        match name {
+            "proto" => asked.protocol = value()?,
+            "host-ip" => asked.host.0 = address(value()?)?,
+            "host-port" => asked.host.1 = port(value()?)?,
+            "container-ip" => asked.container.0 = address(value()?)?,
+            "container-port" => asked.container.1 = port(value()?)?,
+            _ => return Err(format!("unknown flag -{name}")),
+        }
+    }
+    Ok(Asked::Proxy(asked))
+}
+
+/// The signals that end it, held back until [`Port::wait`] reads them.
+fn signals() -> Result<SignalFd> {
+    let mut ends = SigSet::empty();
+    for signal in [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP] {
+        ends.add(signal);
+    }
+    let mut blocked = ends;
+    for signal in [Signal::SIGUSR1, Signal::SIGUSR2] {
+        blocked.add(signal);
+    }
+    blocked.thread_block()?;
+    Ok(SignalFd::with_flags(&ends, SfdFlags::SFD_CLOEXEC)?)
+}
+
+/// Takes one of the descriptors that dockerd has passed.
+fn passed(descriptor: i32) -> Option<OwnedFd> {
+    use nix::fcntl::{FcntlArg, FdFlag, fcntl};
+    // SAFETY: the number is looked at alone; whether it is open, the call below says.
+    let borrowed = unsafe { BorrowedFd::borrow_raw(descriptor) };
+    fcntl(borrowed, FcntlArg::F_SETFD(FdFlag::FD_CLOEXEC)).ok()?;
+    // SAFETY: it is open, and nothing else of this process has opened it: nothing has run before.
+    Some(unsafe { OwnedFd::from_raw_fd(descriptor) })
+}
+
+/// Where the outcome is told; standard error if nobody listens there.
+struct Status(Option<File>);
+
+impl Status {
+    fn take() -> Self {
+        Self(passed(STATUS).map(File::from))
+    }
+
+    /// In one write: dockerd reads once.
+    fn done(self) {
+        if let Some(mut pipe) = self.0 {
+            let _ = pipe.write_all(b"0\n"); // dockerd may have gone
+        }
+    }
+
+    fn failed(self, error: &anyhow::Error) -> ExitCode {
+        match self.0 {
+            Some(mut pipe) => drop(pipe.write_all(format!("1\n{error:#}").as_bytes())),
+            None => eprintln!("error: {error:#}"),
+        }
+        ExitCode::FAILURE
+    }
+}
+
+/// The published port: it is this process's for as long as that lives.
+struct Port {
+    spec: Spec,
+    socket: OwnedFd,
+    instance: Instance,
+}
+
+/// Who serves it.
+enum Serving {
+    /// The instance, until the connection ends.
+    Lease {
+        connection: UnixStream,
+        owner: String,
+    },
+    /// This process. When this is dropped, what it has begun goes on and nothing new begins.
+    Own(std::sync::mpsc::Sender<()>),
+}
+
+impl Port {
+    fn take(asked: &Arguments) -> Result<Self> {
+        let protocol = match asked.protocol.as_str() {
+            "tcp" => Protocol::Tcp,
+            "udp" => Protocol::Udp,
+            "sctp" => Protocol::Sctp,
+            other => bail!("unsupported protocol {other}"),
+        };
+        let given = match asked.use_listener {
+            true => Some(passed(LISTENER).context("-use-listen-fd, but descriptor 4 is not open")?),
+            false => None,
+        };
+        let (address, port) = match &given {
+            Some(given) => {
+                let local = SockRef::from(given).local_addr().context("descriptor 4")?;
+                let local = local
+                    .as_socket()
+                    .context("descriptor 4 is no socket of IP")?;
+                (local.ip(), local.port())
+            }
+            None => asked.host,
+        };
+        let one = |port| Ports {
+            first: port,
+            last: port,
+        };
+        let spec = Spec::new(
+            (Some(address), None),
+            one(port),
+            (asked.container.0, None),
+            one(asked.container.1),
+            protocol,
+        );
+        let spec = spec.map_err(|problem| anyhow::anyhow!(problem))?;
+        let socket = match given {
+            Some(given) => given,
+            None => Held::bind(&spec)?
+                .into_sockets()
+                .pop()
+                .context("no socket was bound")?,
+        };
+        let name = std::env::var("FORWARDER_INSTANCE").unwrap_or_else(|_| "default".into());
+        Ok(Self {
+            spec,
+            socket,
+            instance: Instance { name, socket: None },
+        })
+    }
+
+    /// Has the instance serve the port, or does so itself.
+    fn serve(&mut self) -> Result<Serving> {
+        match self.lease()? {
+            Some(lease) => Ok(lease),
+            None => self.serve_alone(),
+        }
+    }
+
+    /// A lease; `None` if there is no instance.
+    ///
+    /// # Errors
+    /// The instance refuses.
+    fn lease(&self) -> Result<Option<Serving>> {
+        for attempt in 0.. {
+            let Some(stream) = self.connect() else {
+                return Ok(None);
+            };
+            let body = serde_json::to_string(&[self.spec.to_string()])?;
+            let Ok((status, line)) =
+                request(&stream, "POST", "/v1/leases", &body, Some(&self.socket))
+            else {
+                return Ok(None); // it has just ended
+            };
+            if status == 201 {
+                let owner = line[0]["owner"].as_str().unwrap_or_default().to_owned();
+                return Ok(Some(Serving::Lease {
+                    connection: stream,
+                    owner,
+                }));
+            }
+            let detail = line["detail"].as_str().unwrap_or("no reason given");
+            let is_ending = status == 409 && detail.contains("of owner lease:");
+            if status == 503 {
+                return Ok(None);
+            }
+            if !is_ending || attempt == CONFLICTS {
+                bail!("{detail}");
+            }
+            thread::sleep(RETRY);
+        }
+        Ok(None)
+    }
+
+    fn connect(&self) -> Option<UnixStream> {
+        let paths = self.instance.socket_paths();
+        let stream = paths
+            .iter()
+            .find_map(|path| UnixStream::connect(path).ok())?;
+        stream.set_read_timeout(Some(PATIENCE)).ok()?;
+        stream.set_write_timeout(Some(PATIENCE)).ok()?;
+        Some(stream)
+    }
+
+    /// Forwards in user space, by threads that begin only now.
+    fn serve_alone(&self) -> Result<Serving> {
+        let mut sockets = vec![self.socket.try_clone()?];
+        let held = Held::bind_or_take(&self.spec, &mut sockets)?;
+        let spec = Arc::new(self.spec.clone());
+        let (end, ended) = std::sync::mpsc::channel();
+        let (begun, result) = std::sync::mpsc::channel();
+        thread::spawn(move || {
+            let runtime = tokio::runtime::Builder::new_current_thread()
+                .enable_all()
+                .build();
+            let served = runtime.map(|runtime| {
+                runtime.block_on(async {
+                    let started = Idle::start()
+                        .and_then(|idle| Proxy::start(held, spec, Options::default(), &idle));
+                    let mut proxy = match started {
+                        Ok(proxy) => proxy,
+                        Err(error) => return drop(begun.send(Err(error))),
+                    };
+                    let _ = begun.send(Ok(()));
+                    let waits = tokio::task::spawn_blocking(move || ended.recv());
+                    let _ = waits.await; // closed is what it waits for
+                    proxy.stop(Stop::Drain).await;
+                    while proxy.counters().flows > 0 {
+                        tokio::time::sleep(RETRY).await;
+                    }
+                });
+            });
+            drop(served);
+        });
+        result.recv().context("forward in user space")??;
+        Ok(Serving::Own(end))
+    }
+
+    /// Waits for the end, and follows the instance as it goes and comes.
+    fn wait(&mut self, signals: &SignalFd, mut serving: Serving) {
+        loop {
+            let mut watched = vec![PollFd::new(signals.as_fd(), PollFlags::POLLIN)];
+            let timeout = match &serving {
+                Serving::Lease { connection, .. } => {
+                    watched.push(PollFd::new(connection.as_fd(), PollFlags::POLLIN));
+                    PollTimeout::NONE
+                }
+                Serving::Own(_) => PollTimeout::try_from(RETRY).unwrap_or(PollTimeout::NONE),
+            };
+            if poll(&mut watched, timeout).is_err() {
+                continue; // EINTR
+            }
+            let is_ready = |at: usize| watched.get(at).and_then(PollFd::any).unwrap_or(false);
+            if is_ready(0) {
+                return self.end(serving);
+            }
+            serving = match serving {
+                Serving::Lease {
+                    mut connection,
+                    owner,
+                } if is_ready(1) => {
+                    let mut octets = [0; 4096];
+                    match connection.read(&mut octets) {
+                        Ok(count) if count > 0 => Serving::Lease { connection, owner },
+                        _ => match self.serve() {
+                            Ok(serving) => serving,
+                            Err(_) => {
+                                thread::sleep(RETRY);
+                                Serving::Lease { connection, owner } // is read again
+                            }
+                        },
+                    }
+                }
+                Serving::Own(end) => match self.lease() {
+                    Ok(Some(lease)) => lease,
+                    _ => Serving::Own(end),
+                },
+                lease => lease,
+            };
+        }
+    }
+
+    /// Gives the port back: on return another container may have it.
+    fn end(&self, serving: Serving) {
+        if let Serving::Lease { owner, .. } = &serving
+            && let Some(stream) = self.connect()
+        {
+            let path = format!("/v1/owners/{owner}");
+            let _ = request(&stream, "DELETE", &path, "", None); // it ends with the connection at the latest
+        }
+    }
+}
+
+/// Sends one request, with a descriptor, and reads the status and the first line of the answer. A runtime for this would
+/// take more memory than all the rest.
+fn request(
+    stream: &UnixStream,
+    method: &str,
+    path: &str,
+    body: &str,
+    descriptor: Option<&OwnedFd>,
+) -> io::Result<(u16, Value)> {
+    let length = body.len();
+    // In HTTP/1.0 a body has no chunks.
+    let text = format!(
+        "{method} {path} HTTP/1.0\r\nHost: forwarder\r\nContent-Type: application/json\r\nContent-Length: {length}\r\n\r\n{body}"
+    );
+    let descriptors: Vec<i32> = descriptor.iter().map(|it| it.as_raw_fd()).collect();
+    let rights = [ControlMessage::ScmRights(&descriptors)];
+    let rights = if descriptor.is_some() {
+        &rights[..]
+    } else {
+        &[]
+    };
+    let slices = [IoSlice::new(text.as_bytes())];
+    let flags = MsgFlags::MSG_NOSIGNAL;
+    let sent = sendmsg::<()>(stream.as_raw_fd(), &slices, rights, flags, None)?;
+    let mut writer = stream;
+    writer.write_all(&text.as_bytes()[sent..])?;
+    let mut reader = BufReader::new(stream);
+    let mut line = String::new();
+    reader.read_line(&mut line)?;
+    let status = line.split(' ').nth(1).and_then(|word| word.parse().ok());
+    let status = status.ok_or_else(|| io::Error::other(format!("no status in {line:?}")))?;
+    loop {
+        line.clear();
+        if reader.read_line(&mut line)? == 0 || line.trim_end().is_empty() {
+            break;
+        }
+    }
+    line.clear();
+    reader.read_line(&mut line)?;
+    Ok((status, serde_json::from_str(&line).unwrap_or(Value::Null)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn words(text: &str) -> Result<Asked, String> {
+        let words: Vec<String> = text.split_whitespace().map(Into::into).collect();
+        parse(&words)
+    }
+
+    #[test]
+    fn dockerds_arguments_are_understood() {
+        let text = "-proto udp -host-ip :: -host-port 5353 -container-ip 172.17.0.2 -container-port 53 -use-listen-fd";
+        let expected = Arguments {
+            protocol: "udp".into(),
+            host: ("::".parse().expect("an address"), 5353),
+            container: ("172.17.0.2".parse().expect("an address"), 53),
+            use_listener: true,
+        };
+        assert_eq!(words(text), Ok(Asked::Proxy(expected)));
+        let Ok(Asked::Proxy(asked)) = words("--host-port=80 -use-listen-fd=false") else {
+            panic!("Go's other forms");
+        };
+        assert_eq!((asked.host.1, asked.use_listener), (80, false));
+        assert_eq!(words("-v"), Ok(Asked::Version));
+        assert_eq!(words("--version"), Ok(Asked::Version));
+        assert_eq!(words("-h"), Ok(Asked::Help));
+    }
+
+    #[test]
+    fn what_it_does_not_know_is_wrong_usage() {
+        for text in [
+            "-frontend 1",
+            "-host-ip nonsense",
+            "-host-port 70000",
+            "-proto",
+            "80",
+            "-use-listen-fd=x",
+        ] {
+            assert!(words(text).is_err(), "{text}");
+        }
+    }
+}

@@ -1,0 +1,321 @@
+//! The program as dockerd starts it for a published port: its descriptors, its words, its end; with an instance, without
+//! one, and while that goes and comes.
+
+use std::{
+    fs::File,
+    io::Read as _,
+    net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, UdpSocket},
+    os::{fd::OwnedFd, unix::process::CommandExt as _},
+    process::{Child, Stdio},
+};
+
+use forwarder_tests::{
+    daemon::{Daemon, Datapath, binary},
+    deadline::wait_for,
+    netns::Netns,
+    topology::{Family, Topology},
+    traffic::{Backend, Connection, Protocol, ask},
+};
+use nix::{
+    fcntl::OFlag,
+    sys::signal::{Signal, kill},
+    unistd::{Pid, dup2_raw, pipe2},
+};
+
+use crate::scene::{BACKEND_PORT, PORT};
+
+/// A running one; killed when dropped.
+struct Shim {
+    child: Child,
+    status: File,
+}
+
+impl Shim {
+    /// Started as dockerd does: nothing on the standard streams, a pipe as descriptor 3, and a bound socket as 4 if there
+    /// is one.
+    fn start(netns: &Netns, instance: &str, flags: &[&str], listener: Option<OwnedFd>) -> Self {
+        let (status, write) = pipe2(OFlag::O_CLOEXEC).unwrap();
+        let mut command = netns.command(&binary().to_string_lossy());
+        command
+            .arg0("docker-proxy")
+            .args(flags)
+            .env("FORWARDER_INSTANCE", instance);
+        command
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::null());
+        // SAFETY: two system calls between fork and exec, which take no lock.
+        unsafe {
+            command.pre_exec(move || {
+                std::mem::forget(dup2_raw(&write, 3)?);
+                if let Some(listener) = &listener {
+                    std::mem::forget(dup2_raw(listener, 4)?);
+                }
+                Ok(())
+            });
+        }
+        let child = command.spawn().unwrap();
+        drop(command); // and with it our end of the pipe
+        Self {
+            child,
+            status: status.into(),
+        }
+    }
+
+    /// All that it says until it closes the pipe.
+    fn said(&mut self) -> String {
+        let mut said = String::new();
+        self.status.read_to_string(&mut said).unwrap();
+        said
+    }
+
+    /// Ends it by a signal, and returns its status.
+    fn end(mut self, signal: Signal) -> Option<i32> {
+        kill(Pid::from_raw(self.child.id().cast_signed()), signal).unwrap();
+        let ended = wait_for("the end of the proxy", || self.child.try_wait().unwrap());
+        ended.unwrap().code()
+    }
+}
+
+impl Drop for Shim {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+fn flags(topology: &Topology, protocol: &str, host: &str) -> Vec<String> {
+    let container = topology.backend.address(Family::V4).to_string();
+    let (port, backend) = (PORT.to_string(), BACKEND_PORT.to_string());
+    let words = [
+        "-proto",
+        protocol,
+        "-host-ip",
+        host,
+        "-host-port",
+        &port,
+        "-container-ip",
+        &container,
+        "-container-port",
+        &backend,
+    ];
+    words.map(Into::into).to_vec()
+}
+
+fn start(topology: &Topology, instance: &str, protocol: &str, host: &str) -> Shim {
+    let flags = flags(topology, protocol, host);
+    let flags: Vec<&str> = flags.iter().map(String::as_str).collect();
+    Shim::start(&topology.host, instance, &flags, None)
+}
+
+fn frontends(topology: &Topology) -> [(&Netns, SocketAddr); 2] {
+    [
+        (
+            &topology.client,
+            SocketAddr::new(topology.host_address(Family::V4), PORT),
+        ),
+        (
+            &topology.host,
+            SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), PORT),
+        ),
+    ]
+}
+
+fn a_container_is_published_until_its_end(datapath: Datapath, protocol: Protocol, name: &str) {
+    let topology = Topology::new().unwrap();
+    let _backend = Backend::start(&topology.backend.netns, protocol, BACKEND_PORT).unwrap();
+    let daemon = Daemon::start(&topology.host, &[], datapath).unwrap();
+    let mut v4 = start(&topology, daemon.instance(), name, "0.0.0.0");
+    assert_eq!(v4.said(), "0\n");
+    let mut v6 = start(&topology, daemon.instance(), name, "::");
+    assert_eq!(v6.said(), "0\n");
+    assert_eq!(daemon.list().unwrap().len(), 2);
+    for (netns, frontend) in frontends(&topology) {
+        ask(netns, protocol, frontend, "hello").unwrap();
+    }
+    let six = SocketAddr::new(IpAddr::V6(std::net::Ipv6Addr::LOCALHOST), PORT);
+    ask(&topology.host, protocol, six, "by IPv6").unwrap();
+    assert_eq!(v4.end(Signal::SIGINT), Some(0));
+    assert_eq!(daemon.list().unwrap().len(), 1, "at the time of its end");
+    // The port is free for the next container at once.
+    let mut again = start(&topology, daemon.instance(), name, "0.0.0.0");
+    assert_eq!(again.said(), "0\n");
+    assert_eq!(again.end(Signal::SIGTERM), Some(0));
+    assert_eq!(v6.end(Signal::SIGINT), Some(0));
+    assert!(daemon.list().unwrap().is_empty());
+    daemon.stop().unwrap();
+}
+
+#[test]
+fn a_container_is_published_until_its_end_by_tcp() {
+    a_container_is_published_until_its_end(Datapath::Auto, Protocol::Tcp, "tcp");
+}
+
+#[test]
+fn a_container_is_published_until_its_end_by_udp() {
+    a_container_is_published_until_its_end(Datapath::Auto, Protocol::Udp, "udp");
+}
+
+#[test]
+fn a_container_is_published_until_its_end_in_user_space() {
+    a_container_is_published_until_its_end(Datapath::Userland, Protocol::Tcp, "tcp");
+}
+
+#[test]
+fn the_socket_that_dockerd_has_bound_is_used() {
+    let topology = Topology::new().unwrap();
+    let daemon = Daemon::start(&topology.host, &[], Datapath::Auto).unwrap();
+    let bound = (Ipv4Addr::UNSPECIFIED, PORT);
+    for protocol in [Protocol::Tcp, Protocol::Udp] {
+        let _backend = Backend::start(&topology.backend.netns, protocol, BACKEND_PORT).unwrap();
+        let (name, listener): (_, OwnedFd) = match protocol {
+            Protocol::Tcp => (
+                "tcp",
+                topology
+                    .host
+                    .enter(|| TcpListener::bind(bound))
+                    .unwrap()
+                    .into(),
+            ),
+            Protocol::Udp => (
+                "udp",
+                topology
+                    .host
+                    .enter(|| UdpSocket::bind(bound))
+                    .unwrap()
+                    .into(),
+            ),
+        };
+        let container = topology.backend.address(Family::V4).to_string();
+        let backend = BACKEND_PORT.to_string();
+        // The host's address and port are those of the socket.
+        let flags = [
+            "-proto",
+            name,
+            "-host-ip",
+            "192.0.2.1",
+            "-host-port",
+            "1",
+            "-container-ip",
+            &container,
+            "-container-port",
+            &backend,
+            "-use-listen-fd",
+        ];
+        let mut shim = Shim::start(&topology.host, daemon.instance(), &flags, Some(listener));
+        assert_eq!(shim.said(), "0\n");
+        for (netns, frontend) in frontends(&topology) {
+            ask(netns, protocol, frontend, "hello").unwrap();
+        }
+        assert_eq!(daemon.entry().unwrap()["frontend"]["port"], PORT);
+        assert_eq!(shim.end(Signal::SIGINT), Some(0));
+    }
+    daemon.stop().unwrap();
+}
+
+#[test]
+fn a_port_that_is_taken_is_said_as_docker_says_it() {
+    let topology = Topology::new().unwrap();
+    let daemon = Daemon::start(&topology.host, &[], Datapath::Auto).unwrap();
+    let _taken = topology
+        .host
+        .enter(|| TcpListener::bind((Ipv4Addr::UNSPECIFIED, PORT)))
+        .unwrap();
+    let mut shim = start(&topology, daemon.instance(), "tcp", "0.0.0.0");
+    let said = shim.said();
+    assert!(
+        said.starts_with("1\n") && said.contains("address already in use"),
+        "{said:?}"
+    );
+    let status = wait_for("the end of the proxy", || shim.child.try_wait().unwrap()).unwrap();
+    assert_eq!(status.code(), Some(1));
+    daemon
+        .control(&["publish", &format!("0.0.0.0:{}:172.31.0.2:80", PORT + 1)])
+        .unwrap();
+    daemon.stop().unwrap();
+}
+
+#[test]
+fn wrong_words_are_refused_with_an_empty_pipe() {
+    let topology = Topology::new().unwrap();
+    for (flags, code, said) in [
+        (&["-nonsense"][..], 2, ""),
+        (&["-host-ip", "nonsense"], 2, ""),
+        (
+            &["-proto", "icmp", "-host-port", "1"],
+            1,
+            "1\nunsupported protocol icmp",
+        ),
+        (&["-v"], 0, ""),
+    ] {
+        let mut shim = Shim::start(&topology.host, "none", flags, None);
+        assert_eq!(shim.said(), said, "{flags:?}");
+        let status = wait_for("the end of the proxy", || shim.child.try_wait().unwrap()).unwrap();
+        assert_eq!(status.code(), Some(code), "{flags:?}");
+    }
+}
+
+#[test]
+fn without_an_instance_it_forwards_by_itself_until_there_is_one() {
+    let topology = Topology::new().unwrap();
+    let _backend = Backend::start(&topology.backend.netns, Protocol::Tcp, BACKEND_PORT).unwrap();
+    let mut daemon = Daemon::start(&topology.host, &[], Datapath::Auto).unwrap();
+    daemon.terminate().unwrap();
+    let mut shim = start(&topology, daemon.instance(), "tcp", "0.0.0.0");
+    assert_eq!(shim.said(), "0\n");
+    for (netns, frontend) in frontends(&topology) {
+        ask(netns, Protocol::Tcp, frontend, "by itself").unwrap();
+    }
+    let mut old = Connection::open(&topology.client, frontends(&topology)[0].1).unwrap();
+    old.ask("before").unwrap();
+    daemon.restart().unwrap();
+    wait_for("the lease", || {
+        (daemon.list().unwrap().len() == 1).then_some(())
+    })
+    .unwrap();
+    for (netns, frontend) in frontends(&topology) {
+        ask(netns, Protocol::Tcp, frontend, "by the instance").unwrap();
+    }
+    old.ask("what it had begun goes on").unwrap();
+    assert_eq!(shim.end(Signal::SIGINT), Some(0));
+    daemon.stop().unwrap();
+}
+
+#[test]
+fn connections_outlive_the_death_of_the_instance() {
+    let topology = Topology::new().unwrap();
+    let _backend = Backend::start(&topology.backend.netns, Protocol::Tcp, BACKEND_PORT).unwrap();
+    let mut daemon = Daemon::start_with_state(&topology.host, &[], Datapath::Ebpf, &[]).unwrap();
+    let mut shim = start(&topology, daemon.instance(), "tcp", "0.0.0.0");
+    assert_eq!(shim.said(), "0\n");
+    let mut connections = frontends(&topology).map(|(netns, frontend)| {
+        let mut connection = Connection::open(netns, frontend).unwrap();
+        connection.ask("before").unwrap();
+        connection
+    });
+    daemon.kill().unwrap();
+    for connection in &mut connections {
+        connection.ask("while it is dead").unwrap();
+    }
+    daemon.restart().unwrap();
+    for connection in &mut connections {
+        connection.ask("after").unwrap();
+    }
+    assert_eq!(daemon.list().unwrap().len(), 1);
+    assert_eq!(shim.end(Signal::SIGINT), Some(0));
+    daemon.stop().unwrap();
+}
+
+#[test]
+fn a_killed_one_takes_its_port_with_it() {
+    let topology = Topology::new().unwrap();
+    let daemon = Daemon::start(&topology.host, &[], Datapath::Auto).unwrap();
+    let mut shim = start(&topology, daemon.instance(), "tcp", "0.0.0.0");
+    assert_eq!(shim.said(), "0\n");
+    shim.child.kill().unwrap();
+    shim.child.wait().unwrap();
+    let mut next = start(&topology, daemon.instance(), "tcp", "0.0.0.0");
+    assert_eq!(next.said(), "0\n");
+    assert_eq!(next.end(Signal::SIGINT), Some(0));
+    daemon.stop().unwrap();
+}
