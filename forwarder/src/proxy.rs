@@ -3,6 +3,7 @@
 mod batch;
 mod budget;
 mod chain;
+mod control;
 mod idle;
 mod protocol_header;
 mod refusal;

@@ -13,7 +13,7 @@ use forwarder_common::publish::own_priority;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use socket2::{Domain, SockAddr, SockRef, Socket, Type};
 
-use super::{batch, sctp, tcp};
+use super::{control, sctp, tcp};
 use crate::publish::spec::{Protocol, Spec, Zone};
 
 /// Listening sockets of one publish, or bound ones for UDP.
@@ -215,8 +215,9 @@ impl Held {
                 let socket = socket(address, Type::DGRAM, None)?;
                 tell_address(&socket)?;
                 if steered.is_some() {
-                    batch::tell_destination(socket.as_fd(), address.is_ipv4())?;
+                    control::tell_destination(socket.as_fd(), address.is_ipv4())?;
                 }
+                control::tell_more(socket.as_fd(), address.is_ipv4());
                 let _ = socket.set_recv_buffer_size(4 << 20);
                 bind_datagrams(&socket, bind, steered)?;
                 self.udp.push((held, socket.into()));
@@ -345,6 +346,7 @@ pub(super) fn draining(
     socket.set_reuse_address(true)?;
     bind_as(&socket, address, mark)?;
     socket.connect(&client.into())?;
+    control::tell_more(socket.as_fd(), address.is_ipv4());
     *given_up().entry(address.port()).or_default() += 1;
     Ok((socket.into(), GivenUp(address.port())))
 }

@@ -16,7 +16,7 @@ use std::{
 use forwarder_common::flow::{Phase, Timeouts};
 use nix::{
     errno::Errno,
-    sys::socket::{self, MsgFlags, SockaddrStorage},
+    sys::socket::{self, ControlMessage, MsgFlags, SockaddrStorage},
 };
 use socket2::{SockRef, Type};
 use tokio::{
@@ -28,10 +28,10 @@ use tokio::{
 use tracing::{debug, warn};
 
 use super::{
-    LiveFlow, Refusal, Shared,
-    batch::{self, Local},
+    LiveFlow, Refusal, Shared, batch,
     budget::Permit,
     chain::Link,
+    control::{self, About, Local},
     protocol_header::Transport,
     sockets::{self, GivenUp, Port},
 };
@@ -44,10 +44,14 @@ type Kept = (Permit, GivenUp);
 
 struct Flow {
     backend: UdpSocket,
+    /// Whether that is for IPv4.
+    is_v4: bool,
     /// The socket that answers leave by: the one that holds the publish, or the flow's own while it drains.
     frontend: Mutex<Arc<UdpSocket>>,
     /// Of the PROXY protocol, in front of each datagram.
     header: Vec<u8>,
+    /// Whether the kernel makes several datagrams of one buffer: to the backend, to the client.
+    segments: [AtomicBool; 2],
     /// Milliseconds since `began` of the newest datagram in either direction.
     seen: AtomicU64,
     began: Instant,
@@ -71,27 +75,62 @@ impl Flow {
         self.frontend.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Sends a client's datagram to the backend. What does not fit into the socket's buffer is lost, as on a network.
-    fn carry(&self, data: &[u8], shared: &Shared) {
+    /// Sends a client's datagrams to the backend. What does not fit into the socket's buffer is lost, as on a network.
+    fn carry(&self, data: &[u8], about: About, shared: &Shared) {
         self.touch();
-        // A refusal that an earlier datagram met is reported by the next send, which then was not made.
-        let sent = match self.send(data) {
-            Err(Errno::ECONNREFUSED) => self.send(data),
-            sent => sent,
+        let size = usize::from(about.segment);
+        let segments = &self.segments[0];
+        if size == 0 || self.header.is_empty() && segments.load(Relaxed) {
+            match self.send(data, about) {
+                Ok(_) => {
+                    return shared.carried_many(about.datagrams(data.len()), data.len());
+                }
+                Err(error) if size > 0 && batch::is_about_segments(&error.into()) => {
+                    segments.store(false, Relaxed);
+                }
+                Err(_) => return,
+            }
+        }
+        let alone = About {
+            segment: 0,
+            ..about
         };
-        if sent.is_ok() {
-            shared.carried(data.len());
+        for datagram in data.chunks(size) {
+            if self.send(datagram, alone).is_ok() {
+                shared.carried(datagram.len());
+            }
+        }
+    }
+
+    fn send(&self, data: &[u8], about: About) -> nix::Result<usize> {
+        // A refusal that an earlier datagram met is reported by the next send, which then was not made.
+        match self.try_send(data, about) {
+            Err(Errno::ECONNREFUSED) => self.try_send(data, about),
+            sent => sent,
         }
     }
 
     /// Not tokio's `try_send`, which waits for an event that a new socket has not had.
-    fn send(&self, data: &[u8]) -> nix::Result<usize> {
+    fn try_send(&self, data: &[u8], about: About) -> nix::Result<usize> {
         let (socket, flags) = (self.backend.as_raw_fd(), MsgFlags::MSG_DONTWAIT);
-        if self.header.is_empty() {
+        if self.header.is_empty() && about.ecn == 0 && about.segment == 0 {
             return socket::send(socket, data, flags);
         }
+        let (tos, class) = (about.ecn, about.ecn.into());
+        let ecn = if self.is_v4 {
+            ControlMessage::Ipv4Tos(&tos)
+        } else {
+            ControlMessage::Ipv6TClass(&class)
+        };
+        let all = [ControlMessage::UdpGsoSegments(&about.segment), ecn];
+        let control = match (about.segment, about.ecn) {
+            (0, 0) => &[],
+            (0, _) => &all[1..],
+            (_, 0) => &all[..1],
+            _ => &all[..],
+        };
         let parts = [IoSlice::new(&self.header), IoSlice::new(data)];
-        socket::sendmsg::<SockaddrStorage>(socket, &parts, &[], flags, None)
+        socket::sendmsg::<SockaddrStorage>(socket, &parts, control, flags, None)
     }
 
     fn expires(&self, timeouts: &Timeouts) -> Instant {
@@ -132,9 +171,9 @@ pub(super) async fn serve(socket: std::net::UdpSocket, port: Port, shared: Arc<S
             ready = frontend.readable() => {
                 let received = ready.and_then(|()| {
                     frontend.try_io(Interest::READABLE, || {
-                        let count = batch::receive(frontend.as_fd(), |data, source, local| {
+                        let count = batch::receive(frontend.as_fd(), |data, source, about| {
                             if let Some(source) = source {
-                                serving.receive(data, (source, local));
+                                serving.receive(data, source, about);
                             }
                         })?;
                         unless_emptied(count)
@@ -170,9 +209,9 @@ struct Serving {
 }
 
 impl Serving {
-    /// Carries a client's datagram.
-    fn receive(&mut self, data: &[u8], key: Key) {
-        let shared = &self.shared;
+    /// Carries a client's datagrams.
+    fn receive(&mut self, data: &[u8], client: SocketAddr, about: About) {
+        let (shared, key) = (&self.shared, (client, about.local));
         if !shared.allows(key.0.ip()) {
             return;
         }
@@ -191,7 +230,7 @@ impl Serving {
                 Err(error) => return debug!("{}: {error}", self.shared.spec),
             }
         }
-        self.flows[&key].carry(data, &self.shared);
+        self.flows[&key].carry(data, about, &self.shared);
     }
 
     /// A new client's flow, unless it is not served.
@@ -220,12 +259,15 @@ impl Serving {
         let (port, frontend) = self.answering.for_datagram(local)?;
         let backend = shared.backend(port)?;
         let socket = sockets::socket(backend.ip(), Type::DGRAM, None)?;
+        control::tell_more(socket.as_fd(), backend.is_ipv4());
         let (socket, link) = shared.begin(passed, backend, socket)?;
         let protocol = shared.now().proxy_protocol;
         Ok(Some(Arc::new(Flow {
             backend: UdpSocket::from_std(socket.into())?,
+            is_v4: backend.is_ipv4(),
             frontend: Mutex::new(frontend),
             header: protocol.header(Transport::Datagram, client, used),
+            segments: [AtomicBool::new(true), AtomicBool::new(true)],
             seen: AtomicU64::new(0),
             began: Instant::now(),
             replied: AtomicBool::new(false),
@@ -260,10 +302,10 @@ impl Serving {
         let frontend = self.answering.frontend.as_fd();
         let (mut count, shared) = (1, &self.shared);
         while count > 0 {
-            let received = batch::receive(frontend, |data, source, local| {
-                let flow = source.and_then(|source| going_on.get(&(source, local)));
+            let received = batch::receive(frontend, |data, source, about| {
+                let flow = source.and_then(|source| going_on.get(&(source, about.local)));
                 if let Some(flow) = flow {
-                    flow.carry(data, shared);
+                    flow.carry(data, about, shared);
                 }
             });
             count = received.unwrap_or(0);
@@ -291,8 +333,8 @@ impl Serving {
 
 /// For `try_io`: `WouldBlock` after a read that has emptied the socket saves another that would only say so. The
 /// kernel reports what has come since anew (EPOLLET, epoll(7)).
-fn unless_emptied(datagrams: usize) -> io::Result<()> {
-    if batch::was_all(datagrams) {
+fn unless_emptied(buffers: usize) -> io::Result<()> {
+    if batch::was_all(buffers) {
         return Err(io::ErrorKind::WouldBlock.into());
     }
     Ok(())
@@ -372,11 +414,12 @@ async fn replies(flow: Arc<Flow>, key: Key, shared: Arc<Shared>, gone: mpsc::Unb
                     flow.backend.try_io(Interest::READABLE, || {
                         let frontend = flow.frontend();
                         let (backend, frontend) = (flow.backend.as_fd(), frontend.as_fd());
-                        let (datagrams, bytes) = batch::answer(backend, frontend, client, local)?;
+                        let segments = &flow.segments[1];
+                        let carried = batch::answer(backend, frontend, client, local, segments)?;
                         flow.touch();
                         flow.replied.store(true, Relaxed);
-                        shared.carried_many(datagrams, bytes);
-                        unless_emptied(datagrams)
+                        shared.carried_many(carried.datagrams, carried.bytes);
+                        unless_emptied(carried.buffers)
                     })
                 });
                 match answered {
@@ -413,10 +456,10 @@ async fn requests(
             ready = socket.readable() => {
                 let received = ready.and_then(|()| {
                     socket.try_io(Interest::READABLE, || {
-                        let count = batch::receive(socket.as_fd(), |data, source, _| {
+                        let count = batch::receive(socket.as_fd(), |data, source, about| {
                             // Another client's may have come before the socket was connected.
                             if source == Some(client) {
-                                flow.carry(data, &shared);
+                                flow.carry(data, about, &shared);
                             }
                         })?;
                         unless_emptied(count)

@@ -1,0 +1,101 @@
+//! Datagrams that come in one buffer, as QUIC sends them, through the proxy: to a backend behind a link with a small MTU they go
+//! one by one, and each arrives whole.
+
+use std::{
+    io::IoSlice,
+    net::{IpAddr, SocketAddr, UdpSocket},
+    os::fd::AsRawFd as _,
+};
+
+use forwarder_tests::{
+    daemon::{Daemon, Datapath},
+    deadline::patience,
+    netns::Netns,
+    topology::{Family, Topology},
+};
+use nix::sys::socket::{ControlMessage, MsgFlags, SockaddrStorage, sendmsg};
+
+use crate::scene::{BACKEND_PORT, PORT};
+
+const SIZE: u16 = 1400;
+const COUNT: usize = 10;
+
+fn socket(netns: &Netns, address: SocketAddr) -> UdpSocket {
+    let socket = netns.enter(|| UdpSocket::bind(address)).unwrap();
+    socket.set_read_timeout(Some(patience())).unwrap();
+    socket
+}
+
+fn send_together(socket: &UdpSocket, to: SocketAddr) {
+    let data = vec![7; usize::from(SIZE) * COUNT];
+    let control = [ControlMessage::UdpGsoSegments(&SIZE)];
+    let to = SockaddrStorage::from(to);
+    let none = MsgFlags::empty();
+    let parts = [IoSlice::new(&data)];
+    let sent = sendmsg(socket.as_raw_fd(), &parts, &control, none, Some(&to));
+    assert_eq!(sent, Ok(data.len()));
+}
+
+/// Receives all of them, and returns the sender.
+fn receive(socket: &UdpSocket) -> SocketAddr {
+    let mut buffer = [0; 4096];
+    let mut from = None;
+    for _ in 0..COUNT {
+        let (length, sender) = socket.recv_from(&mut buffer).unwrap();
+        assert_eq!(length, usize::from(SIZE));
+        from = Some(sender);
+    }
+    from.unwrap()
+}
+
+/// Both ways, with an MTU of the container's link that may be too small for them.
+fn conversation(family: Family, mtu: u32) {
+    let topology = Topology::new().unwrap();
+    let container = &topology.backend;
+    topology
+        .host
+        .ip(&format!("link set br0 mtu {mtu}"))
+        .unwrap();
+    let port = BACKEND_PORT;
+    let backend = SocketAddr::new(container.address(family), port);
+    let server = socket(&container.netns, backend);
+    let spec = format!("{PORT}:{backend}/udp");
+    let daemon = Daemon::start(&topology.host, &[&spec], Datapath::Userland).unwrap();
+    let frontend = SocketAddr::new(topology.host_address(family), PORT);
+    let any: IpAddr = topology.client_address(family);
+    let client = socket(&topology.client, SocketAddr::new(any, 0));
+    // What waits for the first answer of ARP is lost.
+    client.send_to(b"first", frontend).unwrap();
+    let (_, proxy) = server.recv_from(&mut [0; 16]).unwrap();
+    server.send_to(b"first", proxy).unwrap();
+    client.recv_from(&mut [0; 16]).unwrap();
+    for _ in 0..3 {
+        send_together(&client, frontend);
+        assert_eq!(receive(&server), proxy);
+    }
+    if mtu >= 1500 {
+        send_together(&server, proxy);
+        assert_eq!(receive(&client), frontend);
+    }
+    daemon.stop().unwrap();
+}
+
+#[test]
+fn datagrams_in_one_buffer_pass_both_ways() {
+    conversation(Family::V4, 1500);
+}
+
+#[test]
+fn datagrams_in_one_buffer_pass_both_ways_over_ipv6() {
+    conversation(Family::V6, 1500);
+}
+
+#[test]
+fn datagrams_in_one_buffer_arrive_behind_a_small_mtu() {
+    conversation(Family::V4, 1280);
+}
+
+#[test]
+fn datagrams_in_one_buffer_arrive_behind_a_small_mtu_over_ipv6() {
+    conversation(Family::V6, 1280);
+}
