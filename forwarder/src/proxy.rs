@@ -195,6 +195,10 @@ impl Shared {
                 self.share.taken(),
                 self.common.budget.limit()
             ),
+            Refusal::TooManyFlows => warn!(
+                "{spec} takes no more clients for now: one of its ports has {} UDP flows, which is the most",
+                udp::MAX_FLOWS
+            ),
             Refusal::Loop => warn!(
                 "{spec} leads back to a published port: {} in a row is the most; what reaches {} must not come back",
                 chain::LONGEST,

@@ -163,7 +163,7 @@ pub(super) fn answer(
             ..Carried::default()
         };
         let mut sizes = [0; BATCH];
-        for at in 0..count {
+        for (at, size) in sizes[..count].iter_mut().enumerate() {
             let length = batch.datagram(at).len();
             let about = About {
                 local,
@@ -171,7 +171,7 @@ pub(super) fn answer(
             };
             carried.datagrams += about.datagrams(length);
             carried.bytes += length;
-            sizes[at] = usize::from(about.segment);
+            *size = usize::from(about.segment);
             batch.prepare(at, length, about, &name);
         }
         let mut sent = 0;

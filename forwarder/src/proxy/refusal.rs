@@ -9,6 +9,8 @@ pub enum Refusal {
     NotAllowed,
     /// No descriptors are left for the publish. A connection waits for some, a datagram is dropped.
     NoDescriptors,
+    /// The publish has as many UDP flows as it may have.
+    TooManyFlows,
     /// It has come by too many of our own publishes.
     Loop,
     /// No source port is left towards the backend.
@@ -16,9 +18,10 @@ pub enum Refusal {
 }
 
 impl Refusal {
-    pub const ALL: [Self; 4] = [
+    pub const ALL: [Self; 5] = [
         Self::NotAllowed,
         Self::NoDescriptors,
+        Self::TooManyFlows,
         Self::Loop,
         Self::NoSourcePort,
     ];
@@ -28,6 +31,7 @@ impl Refusal {
         match self {
             Self::NotAllowed => "userland_not_allowed",
             Self::NoDescriptors => "userland_no_descriptors",
+            Self::TooManyFlows => "userland_too_many_flows",
             Self::Loop => "userland_loop",
             Self::NoSourcePort => "userland_no_source_port",
         }

@@ -36,7 +36,8 @@ use super::{
     sockets::{self, GivenUp, Port},
 };
 
-const MAX_FLOWS: usize = 65_536;
+/// Of one socket.
+pub(super) const MAX_FLOWS: usize = 65_536;
 
 type Key = (SocketAddr, Option<Local>);
 /// What a flow's own socket on a port that is given up keeps.
@@ -241,7 +242,7 @@ impl Serving {
             Ok(None)
         };
         if self.flows.len() >= MAX_FLOWS {
-            return refuse(Refusal::NoDescriptors);
+            return refuse(Refusal::TooManyFlows);
         }
         let used = self.answering.address(local);
         let Some(passed) = shared.passed(client, used) else {
