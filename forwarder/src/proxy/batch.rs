@@ -162,23 +162,22 @@ pub(super) fn answer(
             buffers: count,
             ..Carried::default()
         };
-        let mut sizes = [0; BATCH];
-        for (at, size) in sizes[..count].iter_mut().enumerate() {
+        let mut abouts = [About::default(); BATCH];
+        for (at, about) in abouts[..count].iter_mut().enumerate() {
             let length = batch.datagram(at).len();
-            let about = About {
+            *about = About {
                 local,
                 ..batch.about(at)
             };
             carried.datagrams += about.datagrams(length);
             carried.bytes += length;
-            *size = usize::from(about.segment);
-            batch.prepare(at, length, about, &name);
+            batch.prepare(at, length, *about, &name);
         }
         let mut sent = 0;
         while sent < count {
-            let cut = sizes[sent] > 0 && !segments.load(Relaxed);
-            if cut {
-                batch.cut_up(to, sent, sizes[sent], local, &name);
+            let several = abouts[sent].segment > 0;
+            if several && !segments.load(Relaxed) {
+                batch.cut_up(to, sent, abouts[sent], &name);
                 sent += 1;
                 continue;
             }
@@ -188,7 +187,7 @@ pub(super) fn answer(
             match more {
                 Ok(more) => sent += more.max(1),
                 // An error is about the first that was not sent.
-                Err(error) if sizes[sent] > 0 && is_about_segments(&error) => {
+                Err(error) if several && is_about_segments(&error) => {
                     segments.store(false, Relaxed);
                 }
                 Err(_) => sent += 1,
@@ -219,21 +218,15 @@ impl Batch {
     }
 
     /// Sends the datagrams of a buffer one by one.
-    fn cut_up(
-        &mut self,
-        to: BorrowedFd<'_>,
-        at: usize,
-        size: usize,
-        local: Option<Local>,
-        name: &SockAddr,
-    ) {
+    fn cut_up(&mut self, to: BorrowedFd<'_>, at: usize, about: About, name: &SockAddr) {
         let whole = self.vectors[at];
-        let about = About {
-            local,
-            ..About::default()
+        let size = usize::from(about.segment);
+        let alone = About {
+            segment: 0,
+            ..about
         };
         for start in (0..whole.iov_len).step_by(size) {
-            self.prepare(at, size.min(whole.iov_len - start), about, name);
+            self.prepare(at, size.min(whole.iov_len - start), alone, name);
             self.vectors[at].iov_base = self.data[at * DATAGRAM + start..].as_mut_ptr().cast();
             // SAFETY: as for a whole batch; the vector leads to a part of this message's own bytes.
             let _ = unsafe { call(libc::SYS_sendmmsg, to, &mut self.messages[at..=at]) };

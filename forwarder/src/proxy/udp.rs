@@ -47,8 +47,9 @@ struct Flow {
     backend: UdpSocket,
     /// Whether that is for IPv4.
     is_v4: bool,
-    /// The socket that answers leave by: the one that holds the publish, or the flow's own while it drains.
-    frontend: Mutex<Arc<UdpSocket>>,
+    /// The socket that answers leave by: the one that holds the publish, or the flow's own while it drains. None once the port
+    /// was taken from the flow.
+    frontend: Mutex<Option<Arc<UdpSocket>>>,
     /// Of the PROXY protocol, in front of each datagram.
     header: Vec<u8>,
     /// Whether the kernel makes several datagrams of one buffer: to the backend, to the client.
@@ -72,7 +73,7 @@ impl Flow {
         self.seen.store(elapsed, Relaxed);
     }
 
-    fn frontend(&self) -> MutexGuard<'_, Arc<UdpSocket>> {
+    fn frontend(&self) -> MutexGuard<'_, Option<Arc<UdpSocket>>> {
         self.frontend.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -197,6 +198,12 @@ pub(super) async fn serve(socket: std::net::UdpSocket, port: Port, shared: Arc<S
     }
     if shared.drains() {
         serving.hand_over();
+    } else {
+        // The flows' tasks may end later than the port is free.
+        serving
+            .flows
+            .values()
+            .for_each(|flow| *flow.frontend() = None);
     }
 }
 
@@ -266,7 +273,7 @@ impl Serving {
         Ok(Some(Arc::new(Flow {
             backend: UdpSocket::from_std(socket.into())?,
             is_v4: backend.is_ipv4(),
-            frontend: Mutex::new(frontend),
+            frontend: Mutex::new(Some(frontend)),
             header: protocol.header(Transport::Datagram, client, used),
             segments: [AtomicBool::new(true), AtomicBool::new(true)],
             seen: AtomicU64::new(0),
@@ -288,13 +295,14 @@ impl Serving {
         for (key, flow) in flows {
             match self.own_socket(key, &flow) {
                 Ok((socket, kept)) => {
-                    *flow.frontend() = socket.clone();
+                    *flow.frontend() = Some(socket.clone());
                     let task = requests(socket, kept, key.0, flow.clone(), self.shared.clone());
                     tokio::spawn(until_stopped(task, self.shared.clone()));
                     going_on.insert(key, flow);
                 }
                 Err(error) => {
                     debug!("{} of {} ends: {error}", key.0, self.shared.spec);
+                    *flow.frontend() = None;
                     flow.cut.notify_one();
                 }
             }
@@ -320,8 +328,9 @@ impl Serving {
         let permit = self.shared.share.take(1, None);
         let permit = permit.map_err(|_| io::Error::from_raw_os_error(libc::EMFILE))?;
         // Both sockets have to agree that they share the port.
-        let present = flow.frontend().clone();
-        SockRef::from(&*present).set_reuse_address(true)?;
+        if let Some(present) = &*flow.frontend() {
+            SockRef::from(&**present).set_reuse_address(true)?;
+        }
         let mark = match self.answering.port {
             Port::One(_) => None,
             Port::Steered { mark } => Some(mark),
@@ -414,6 +423,9 @@ async fn replies(flow: Arc<Flow>, key: Key, shared: Arc<Shared>, gone: mpsc::Unb
                 let answered = ready.and_then(|()| {
                     flow.backend.try_io(Interest::READABLE, || {
                         let frontend = flow.frontend();
+                        let Some(frontend) = frontend.as_ref() else {
+                            return Err(io::ErrorKind::WouldBlock.into());
+                        };
                         let (backend, frontend) = (flow.backend.as_fd(), frontend.as_fd());
                         let segments = &flow.segments[1];
                         let carried = batch::answer(backend, frontend, client, local, segments)?;
