@@ -29,6 +29,22 @@ pub struct Instance {
 #[derive(Debug)]
 pub struct Lock {
     _file: Flock<File>,
+    path: PathBuf,
+}
+
+/// Whether a path leads to this very file.
+fn is_at(file: &File, path: &Path) -> bool {
+    let identity = |about: fs::Metadata| (about.dev(), about.ino());
+    let found = fs::symlink_metadata(path).map(identity);
+    let own = file.metadata().map(identity);
+    matches!((found, own), (Ok(found), Ok(own)) if found == own)
+}
+
+impl Drop for Lock {
+    fn drop(&mut self) {
+        let _ = fs::remove_file(&self.path);
+        let _ = self.path.parent().map(fs::remove_dir); // stays while another instance runs
+    }
 }
 
 impl Instance {
@@ -86,16 +102,25 @@ impl Instance {
         let mut options = OpenOptions::new();
         options.create(true).truncate(false).write(true);
         options.mode(0o600).custom_flags(libc::O_NOFOLLOW);
-        let file = options
-            .open(&path)
-            .with_context(|| format!("open {}", path.display()))?;
-        match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
-            Ok(file) => Ok(Lock { _file: file }),
-            Err((_, nix::errno::Errno::EWOULDBLOCK)) => bail!(
-                "instance {} is already running; choose another name by --instance",
-                self.name
-            ),
-            Err((_, error)) => Err(error).with_context(|| format!("lock {}", path.display())),
+        loop {
+            let file = options
+                .open(&path)
+                .with_context(|| format!("open {}", path.display()))?;
+            match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
+                Ok(file) => {
+                    // One that ends just now has removed what was opened.
+                    if is_at(&file, &path) {
+                        return Ok(Lock { _file: file, path });
+                    }
+                }
+                Err((_, nix::errno::Errno::EWOULDBLOCK)) => bail!(
+                    "instance {} is already running; choose another name by --instance",
+                    self.name
+                ),
+                Err((_, error)) => {
+                    return Err(error).with_context(|| format!("lock {}", path.display()));
+                }
+            }
         }
     }
 

@@ -30,6 +30,8 @@ pub(crate) struct Layout<'a> {
     pub(crate) prefix: &'a Path,
     /// The file with the unit's flags; absolute.
     pub(crate) defaults: PathBuf,
+    /// The configuration file; absolute.
+    pub(crate) configuration: PathBuf,
 }
 
 impl<'a> Layout<'a> {
@@ -43,7 +45,22 @@ impl<'a> Layout<'a> {
         Self {
             prefix,
             defaults: etc.join("default/forwarder"),
+            configuration: etc.join("forwarder/forwarder.toml"),
         }
+    }
+
+    /// What people write themselves, and as what it is shipped.
+    fn written(&self) -> [(&Path, &'static str); 2] {
+        [
+            (&self.defaults, "forwarder.default"),
+            (&self.configuration, "forwarder.toml"),
+        ]
+    }
+
+    /// As what a file that people write themselves is shipped.
+    fn shipped_as(&self, path: &Path) -> Option<&'static str> {
+        let mut written = self.written().into_iter();
+        written.find_map(|(file, name)| (file == path).then_some(name))
     }
 
     /// The list of what was installed, with which it is removed.
@@ -97,7 +114,7 @@ pub(crate) fn install(options: &Options) -> Result<()> {
     write(&tree.join(&list), 0o644, listed.as_bytes())?;
     for path in files.iter().chain([&list]) {
         let to = Path::new("/").join(path);
-        if to == layout.defaults && to.exists() {
+        if layout.shipped_as(&to).is_some() && to.exists() {
             step(&format!("{} stays as it is", to.display()));
             continue;
         }
@@ -108,9 +125,9 @@ pub(crate) fn install(options: &Options) -> Result<()> {
         exec::run(copy.arg(tree.join(path)).arg(to))?;
     }
     step(&format!(
-        "installed: {}; its flags as a service, after `systemctl daemon-reload`: {}",
+        "installed: {}; its configuration as a service, after `systemctl daemon-reload`: {}",
         prefix.join("bin/forwarder").display(),
-        layout.defaults.display()
+        layout.configuration.display()
     ));
     Ok(())
 }
@@ -138,9 +155,13 @@ fn remove(layout: &Layout) -> Result<()> {
         !(is_enabled && is_this),
         "forwarder.service is enabled: `systemctl disable --now forwarder` first"
     );
-    let shipped = fs::read(exec::workspace().join("forwarder/packaging/forwarder.default"))?;
+    let packaging = exec::workspace().join("forwarder/packaging");
     for path in listed.lines().map(Path::new).chain([list.as_path()]) {
-        if path == layout.defaults && fs::read(path).is_ok_and(|content| content != shipped) {
+        let shipped = layout
+            .shipped_as(path)
+            .map(|name| fs::read(packaging.join(name)));
+        let shipped = shipped.transpose()?;
+        if shipped.is_some_and(|shipped| fs::read(path).is_ok_and(|content| content != shipped)) {
             step(&format!(
                 "{} was written by somebody and stays",
                 path.display()
@@ -149,8 +170,9 @@ fn remove(layout: &Layout) -> Result<()> {
         }
         exec::run(changing(path, "rm")?.arg("--force").arg(path))?;
     }
-    for own in ["share/forwarder", "share/doc/forwarder"] {
-        let folder = layout.prefix.join(own);
+    let own = ["share/forwarder", "share/doc/forwarder"].map(|own| layout.prefix.join(own));
+    let configuration = layout.configuration.parent().map(Path::to_owned);
+    for folder in own.into_iter().chain(configuration) {
         if folder.exists() {
             let mut rmdir = changing(&folder, "rmdir")?;
             exec::run(rmdir.arg("--ignore-fail-on-non-empty").arg(&folder))?;
@@ -200,12 +222,17 @@ pub(crate) fn stage(tree: &Path, layout: &Layout, binary: &Path, runs: &Path) ->
         write(&prefix.join(path), 0o644, text.as_bytes())?;
     }
     let documents = prefix.join("share/doc/forwarder");
-    for name in ["README.md", "CHANGELOG.md", "LICENSE-APACHE", "LICENSE-MIT"] {
-        write(
-            &documents.join(name),
-            0o644,
-            &fs::read(exec::workspace().join(name))?,
-        )?;
+    for name in [
+        "README.md",
+        "CHANGELOG.md",
+        "LICENSE-APACHE",
+        "LICENSE-MIT",
+        "docs/configuration.md",
+        "docs/reference.md",
+    ] {
+        let file = Path::new(name).file_name().context("a name")?;
+        let content = fs::read(exec::workspace().join(name))?;
+        write(&documents.join(file), 0o644, &content)?;
     }
 
     let packaging = exec::workspace().join("forwarder/packaging");
@@ -213,6 +240,7 @@ pub(crate) fn stage(tree: &Path, layout: &Layout, binary: &Path, runs: &Path) ->
     for (place, path) in [
         ("@BINARY@", layout.prefix.join("bin/forwarder")),
         ("@DEFAULTS@", layout.defaults.clone()),
+        ("@CONFIGURATION@", layout.configuration.clone()),
     ] {
         ensure!(unit.contains(place), "forwarder.service has no {place}");
         unit = unit.replace(place, &path.display().to_string());
@@ -222,11 +250,9 @@ pub(crate) fn stage(tree: &Path, layout: &Layout, binary: &Path, runs: &Path) ->
         0o644,
         unit.as_bytes(),
     )?;
-    write(
-        &below(&layout.defaults),
-        0o644,
-        &fs::read(packaging.join("forwarder.default"))?,
-    )?;
+    for (path, name) in layout.written() {
+        write(&below(path), 0o644, &fs::read(packaging.join(name))?)?;
+    }
     // Whatever the umask is.
     exec::run(Command::new("chmod").args(["-R", "u=rwX,go=rX"]).arg(tree))
 }

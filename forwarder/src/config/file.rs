@@ -305,6 +305,26 @@ mod tests {
     }
 
     #[test]
+    fn the_documents_examples_are_good() {
+        let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/../docs");
+        let installed = include_str!("../../packaging/forwarder.toml").to_owned();
+        let mut examples = vec![installed];
+        for entry in fs::read_dir(folder).expect("docs").flatten() {
+            let path = entry.path();
+            if path.extension().is_some_and(|extension| extension == "md") {
+                let text = fs::read_to_string(&path).expect("readable");
+                let blocks = text.split("```toml\n").skip(1);
+                let blocks = blocks.filter_map(|block| block.split("```").next());
+                examples.extend(blocks.map(Into::into));
+            }
+        }
+        assert!(examples.len() > 2, "{} examples", examples.len());
+        for example in examples {
+            parse(&example).unwrap_or_else(|error| panic!("{error}\n{example}"));
+        }
+    }
+
+    #[test]
     fn a_key_stands_in_one_file() {
         let directory =
             std::env::temp_dir().join(format!("forwarder-config-{}", std::process::id()));

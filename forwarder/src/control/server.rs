@@ -34,12 +34,13 @@ use tokio::{
     sync::{Semaphore, broadcast, mpsc, oneshot},
     time::timeout,
 };
+use utoipa::OpenApi as _;
 
 use super::{
     Call, Change, Changed, Lease, Named, Peer, Trace,
     api::{
         Asked, AskedEndpoint, Counter, Ending, Event, Listed, ListedFlow, NamedPublish, Problem,
-        Reloaded, Unpublish,
+        Reloaded, Traced, Unpublish,
     },
     stream::{Received, Stream},
 };
@@ -219,6 +220,10 @@ fn router(calls: mpsc::Sender<Call>, observed: Arc<dyn Observe>) -> Router {
         .route("/v1/events", get(events))
         .route("/v1/trace", get(trace))
         .route("/v1/reload", post(reload))
+        .route(
+            "/v1/openapi.json",
+            get(async || extract::Json(Api::openapi())),
+        )
         .fallback(async || {
             problem(
                 404,
@@ -376,10 +381,12 @@ fn lines<T: Serialize>(rows: impl futures_util::Stream<Item = T> + Send + 'stati
     ([(header::CONTENT_TYPE, "application/x-ndjson")], body).into_response()
 }
 
+#[utoipa::path(get, path = "/v1/publishes", summary = "All publishes, also those that drain", responses((status = 200, body = Vec<Listed>)))]
 async fn list(State(shared): State<Shared>) -> Response {
     Shared::array(move || shared.observed.list(None))
 }
 
+#[utoipa::path(get, path = "/v1/publishes/{id}", summary = "One publish", params(("id" = u64, Path)), responses((status = 200, body = Listed), (status = 404, body = Problem)))]
 async fn one(
     State(shared): State<Shared>,
     extract::Path(id): extract::Path<Id>,
@@ -398,6 +405,7 @@ fn publishes(asked: Vec<Asked>) -> Result<Vec<Publish>, Problem> {
     publishes.map_err(|error| problem(422, "Bad publish", &error))
 }
 
+#[utoipa::path(post, path = "/v1/publishes", summary = "Publishes these beside what the owner has, all or none", params(("owner" = Option<String>, Query, description = "cli if it is left out")), request_body = Vec<Asked>, responses((status = 201, body = Vec<Listed>), (status = "4XX", body = Problem)))]
 async fn add(
     State(shared): State<Shared>,
     Extension(by): Extension<Peer>,
@@ -409,6 +417,7 @@ async fn add(
     Ok((StatusCode::CREATED, extract::Json(changed.publishes)))
 }
 
+#[utoipa::path(put, path = "/v1/owners/{owner}", summary = "Makes these all that the owner has: the difference is put in force, or nothing of it", params(("owner" = String, Path)), request_body = Vec<Asked>, responses((status = 200, body = Vec<Listed>), (status = "4XX", body = Problem)))]
 async fn want(
     State(shared): State<Shared>,
     Extension(by): Extension<Peer>,
@@ -426,6 +435,7 @@ fn named_owner(text: &str) -> Result<Owner, Problem> {
         .map_err(|error| problem(422, "Bad owner", &error.to_string()))
 }
 
+#[utoipa::path(delete, path = "/v1/owners/{owner}", summary = "Takes back all that the owner has", params(("owner" = String, Path), ("ending" = Option<Ending>, Query)), responses((status = 204), (status = "4XX", body = Problem)))]
 async fn remove_all(
     State(shared): State<Shared>,
     Extension(by): Extension<Peer>,
@@ -440,6 +450,7 @@ async fn remove_all(
     Ok(StatusCode::NO_CONTENT)
 }
 
+#[utoipa::path(delete, path = "/v1/publishes/{id}", summary = "Takes a publish back", params(("id" = u64, Path), ("owner" = Option<String>, Query), ("ending" = Option<Ending>, Query)), responses((status = 204), (status = "4XX", body = Problem)))]
 async fn remove(
     State(shared): State<Shared>,
     Extension(by): Extension<Peer>,
@@ -452,6 +463,7 @@ async fn remove(
     Ok(StatusCode::NO_CONTENT)
 }
 
+#[utoipa::path(post, path = "/v1/unpublish", summary = "Takes publishes back by number or SPEC, all or none", params(("owner" = Option<String>, Query)), request_body = Unpublish, responses((status = 204), (status = "4XX", body = Problem)))]
 async fn unpublish(
     State(shared): State<Shared>,
     Extension(by): Extension<Peer>,
@@ -473,6 +485,7 @@ async fn unpublish(
     Ok(StatusCode::NO_CONTENT)
 }
 
+#[utoipa::path(put, path = "/v1/publishes/{id}/backends", summary = "Gives a publish another backend in place: its port is never closed, and live connections stay where they are", params(("id" = u64, Path), ("owner" = Option<String>, Query)), request_body = Vec<AskedEndpoint>, responses((status = 200, body = Vec<Listed>), (status = "4XX", body = Problem)))]
 async fn replace(
     State(shared): State<Shared>,
     Extension(by): Extension<Peer>,
@@ -491,6 +504,7 @@ async fn replace(
 }
 
 /// The publishes, and then nothing until either side closes.
+#[utoipa::path(post, path = "/v1/leases", summary = "Publishes these for as long as the connection lasts. Sockets that are bound to their ports already may come with the request (SCM_RIGHTS). The answer is a line with the publishes, and ends with the lease", request_body = Vec<Asked>, responses((status = 201, body = Vec<Listed>, content_type = "application/x-ndjson"), (status = "4XX", body = Problem)))]
 async fn lease(
     State(shared): State<Shared>,
     Extension(by): Extension<Peer>,
@@ -511,17 +525,19 @@ async fn lease(
     Ok(response)
 }
 
+#[utoipa::path(get, path = "/v1/flows", summary = "Live flows of the fast path", params(("publish" = Option<u64>, Query), ("client" = Option<String>, Query, description = "a network")), responses((status = 200, body = Vec<ListedFlow>)))]
 async fn flows(State(shared): State<Shared>, request: Request) -> Result<Response, Problem> {
     let of: FlowFilter = query(&request)?;
     Ok(Shared::array(move || shared.observed.flows(&of)))
 }
 
 /// How many flows were ended.
-#[derive(Serialize)]
+#[derive(Serialize, utoipa::ToSchema)]
 struct Ended {
     ended: u64,
 }
 
+#[utoipa::path(delete, path = "/v1/flows", summary = "Ends flows of a publish or of clients", params(("publish" = Option<u64>, Query), ("client" = Option<String>, Query, description = "a network")), responses((status = 200, body = Ended), (status = 400, body = Problem)))]
 async fn end_flows(
     State(shared): State<Shared>,
     request: Request,
@@ -536,10 +552,12 @@ async fn end_flows(
     Ok(extract::Json(Ended { ended }))
 }
 
+#[utoipa::path(get, path = "/v1/stats", summary = "Packet counters by reason", responses((status = 200, body = Vec<Counter>)))]
 async fn stats(State(shared): State<Shared>) -> Result<extract::Json<Vec<Counter>>, Problem> {
     Ok(extract::Json(shared.observed.stats()?))
 }
 
+#[utoipa::path(get, path = "/v1/events", summary = "What changes, a line each, until either side closes", responses((status = 200, body = Event, content_type = "application/x-ndjson")))]
 async fn events(State(shared): State<Shared>) -> Response {
     lines(received(shared.observed.events()))
 }
@@ -559,6 +577,7 @@ fn received<T: Clone + Send + 'static>(
     })
 }
 
+#[utoipa::path(get, path = "/v1/trace", summary = "What happens to each packet, a line each, until either side closes", responses((status = 200, body = Traced, content_type = "application/x-ndjson"), (status = 503, body = Problem)))]
 async fn trace(State(shared): State<Shared>) -> Result<Response, Problem> {
     let (answer, answered) = oneshot::channel();
     let Trace { packets, ended } = shared.call(Call::Trace { answer }, answered).await?;
@@ -568,6 +587,7 @@ async fn trace(State(shared): State<Shared>) -> Result<Response, Problem> {
     })))
 }
 
+#[utoipa::path(post, path = "/v1/reload", summary = "Reads the configuration file again", responses((status = 200, body = Reloaded), (status = "4XX", body = Problem)))]
 async fn reload(
     State(shared): State<Shared>,
     Extension(by): Extension<Peer>,
@@ -575,4 +595,38 @@ async fn reload(
     let (answer, answered) = oneshot::channel();
     let reloaded = shared.call(Call::Reload { by, answer }, answered).await?;
     Ok(extract::Json(reloaded))
+}
+
+/// The API's description, as docs/openapi.json has it.
+#[derive(utoipa::OpenApi)]
+#[openapi(
+    info(
+        title = "forwarder",
+        description = "The control socket of an instance: HTTP/1.1 on a unix socket. Errors are problems (RFC 9457)."
+    ),
+    servers((url = "/", description = "unix:/run/forwarder/default.sock")),
+    paths(
+        list, one, add, remove, replace, unpublish, want, remove_all, lease, flows, end_flows, stats, events, trace, reload
+    )
+)]
+struct Api;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_description_is_of_this_server() {
+        let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/openapi.json");
+        let mut text = Api::openapi().to_pretty_json().expect("JSON");
+        text.push('\n');
+        if std::env::var_os("FORWARDER_RENEW").is_some() {
+            fs::write(path, &text).expect("written");
+        }
+        let there = fs::read_to_string(path).unwrap_or_default();
+        assert!(
+            there == text,
+            "docs/openapi.json is out of date: `FORWARDER_RENEW=1 cargo test -p forwarder the_description` renews it"
+        );
+    }
 }
