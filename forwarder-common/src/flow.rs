@@ -69,6 +69,9 @@ pub mod state {
     /// TCP: begun in the midst of the connection, and settled when this is `ESTABLISHED`.
     pub const PICKED_UP: u32 = 1 << 14;
 
+    /// Cut off, for both sides to hear: the program answers a segment of either by a reset, and carries nothing on.
+    pub const CUT: u32 = 1 << 15;
+
     pub const BOTH_FIN: u32 = FIN_ORIGINAL | FIN_REPLY;
     pub const BOTH_ACKNOWLEDGED: u32 = FIN_ORIGINAL_ACKNOWLEDGED | FIN_REPLY_ACKNOWLEDGED;
     pub const BOTH_SPOKE: u32 = SPOKE_ORIGINAL | SPOKE_REPLY;

@@ -20,6 +20,14 @@ pub const FLOWS: u32 = 1_048_576;
 pub const HALF_OPEN: u32 = 65_536;
 /// Prefixes of all allow-lists.
 pub const ALLOW: u32 = 65_536;
+/// Counters of what publishes have refused, one for each publish and reason. Entries are made as they are needed.
+pub const REFUSED: u32 = 65_536;
+/// Addresses that are banned. Entries are allocated as they are needed, 16 MiB for the table itself at once.
+pub const BANNED: u32 = 1_000_000;
+/// Networks that are banned.
+pub const BANNED_NETWORKS: u32 = 131_072;
+/// Sources whose new flows are counted, each for a publish; the oldest is forgotten for a new one.
+pub const SOURCES: u32 = 32_768;
 /// Source ports tried for a new SNAT flow before it is left to the slow path: where 19 of 20 are taken, one of 700 flows is.
 pub const SNAT_TRIES: u32 = 128;
 /// So many are tried before one whose flow is over is taken.

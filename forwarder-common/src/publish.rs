@@ -69,6 +69,8 @@ pub mod flag {
     pub const STEERED: u16 = 1 << 4;
     /// Packets of other machines go through this host's stack, for its firewall to see them.
     pub const STACK: u16 = 1 << 5;
+    /// `LIMITS` has an entry of it.
+    pub const LIMITED: u16 = 1 << 6;
 }
 
 /// An element of `PUBLISHES`: one publish and how its backend is reached now.
@@ -113,6 +115,23 @@ pub struct Allowed {
     /// Index in `PUBLISHES`, wire order.
     pub publish: u32,
     pub source: Address,
+}
+
+/// Values of `ALLOW`.
+pub mod allow {
+    pub const YES: u32 = 1;
+    /// All of IPv4, which is mapped, where a wider network is allowed that means IPv6 alone.
+    pub const NO: u32 = 2;
+}
+
+/// Bits of the element of `BANS`.
+pub mod ban {
+    /// `BANNED` has an entry.
+    pub const ADDRESSES: u32 = 1;
+    /// `BANNED_NETWORKS` has one.
+    pub const NETWORKS: u32 = 1 << 1;
+    /// The value of a ban without an end.
+    pub const FOR_EVER: u64 = u64::MAX;
 }
 
 /// An element of `INTERFACES`: how packets leave by a device.

@@ -66,6 +66,8 @@ reasons! {
     Expired = "ttl_expired",
     /// Answered: longer than the way's MTU, as the sender is told.
     TooBig = "too_big",
+    /// Answered by a reset: a segment of a flow that was cut off. What cannot be answered so is dropped.
+    Cut = "cut",
     /// Dropped: the TTL has ended or the packet is too long, but its sender must not be told: it is an ICMP error,
     /// a later fragment or a frame to everybody, or too many were told just now.
     Untold = "untold",
@@ -80,6 +82,18 @@ reasons! {
     Martian = "martian_source",
     /// Dropped: the source is not on the allow-list.
     NotAllowed = "not_allowed",
+    /// Dropped: the source is banned.
+    Banned = "banned",
+    /// Dropped: the client does not come by the device that the publish serves.
+    OtherInterface = "other_interface",
+    /// Dropped: the publish has as many flows as it may have.
+    TooManyFlows = "too_many_flows",
+    /// Dropped: as many flows have begun just now as may.
+    RateLimited = "rate_limited",
+    /// Dropped: the same of this source.
+    SourceRateLimited = "source_rate_limited",
+    /// Dropped: the publish has carried as much in this direction as it may.
+    BandwidthExceeded = "bandwidth_exceeded",
     /// Passed: this host has no source ports to give, or a TCP client finds all towards this backend in use; the userland proxy
     /// has ports of its own.
     NoFreePort = "no_free_port",
@@ -106,10 +120,17 @@ impl Reason {
             self,
             Self::Martian
                 | Self::NotAllowed
+                | Self::Banned
+                | Self::OtherInterface
+                | Self::TooManyFlows
+                | Self::RateLimited
+                | Self::SourceRateLimited
+                | Self::BandwidthExceeded
                 | Self::NoSourcePort
                 | Self::NoWayBack
                 | Self::OutOfOrder
                 | Self::Untold
+                | Self::Cut
                 | Self::Unwritable
         )
     }

@@ -15,12 +15,12 @@ use forwarder_common::{
 };
 
 use crate::{
-    flow,
+    admit, flow,
     frame::Frame as _,
-    ingress, left,
+    ingress, left, limit,
     maps::count,
     parse::{self, Packet, Part},
-    publish,
+    publish::{self, Published},
     rewrite::{self, Complete},
     route::{self, Route},
 };
@@ -56,15 +56,18 @@ fn go_on(ctx: &XdpContext) -> Result<u32, Reason> {
         && let Some((published, flow)) = ingress::original(packet, published)
         && published.publish.flags & flag::REMOTE != 0
     {
+        if flow.state & state::CUT != 0 {
+            return Err(Reason::NotOurs);
+        }
         if !parse::is_to(ctx, &flow.back.source_mac) && !publish::is_to_device(ctx, packet) {
             return Err(Reason::NotOurs);
         }
         ingress::is_from_client(packet, flow)?;
-        return to_backend(ctx, packet, flow, &published.publish.hop);
+        return to_backend(ctx, packet, flow, &published);
     }
     if !opens && let Some(flow) = flow::get_by_reply(packet) {
-        publish::is_from_backend(packet, flow.publish)?;
-        return to_client(ctx, packet, flow);
+        let flags = publish::is_from_backend(packet, flow.publish)?;
+        return to_client(ctx, packet, flow, flags);
     }
     let published = published.ok_or(Reason::NotOurs)?;
     if packet.is_error() || packet.protocol == TCP && !packet.opens() {
@@ -76,7 +79,7 @@ fn go_on(ctx: &XdpContext) -> Result<u32, Reason> {
     publish::arrived(packet)?;
     left::is_no_answer(packet)?;
     if publish::is_to_device(ctx, packet) {
-        publish::permitted(packet, &published)?;
+        admit::permitted(packet, &published)?;
     }
     Err(Reason::NotOurs)
 }
@@ -86,22 +89,30 @@ fn to_backend(
     ctx: &XdpContext,
     packet: &Packet,
     flow: &mut Flow,
-    hop: &Hop,
+    published: &Published,
 ) -> Result<u32, Reason> {
-    let route = route(ctx, packet, hop)?;
+    let publish = published.publish;
+    let route = route(ctx, packet, &publish.hop)?;
+    limit::carry(packet, publish.flags, published.index, ORIGINAL)?;
     flow::update(ctx, flow, packet, ORIGINAL);
-    flow::keep(packet, flow);
+    flow::keep(packet, flow)?;
     send(ctx, packet, route)
 }
 
 /// Replies of other backends come by devices without this program.
 #[inline(always)]
-fn to_client(ctx: &XdpContext, packet: &mut Packet, flow: &mut Flow) -> Result<u32, Reason> {
-    if flow.state & state::LOCAL_CLIENT != 0 {
+fn to_client(
+    ctx: &XdpContext,
+    packet: &mut Packet,
+    flow: &mut Flow,
+    flags: u16,
+) -> Result<u32, Reason> {
+    if flow.state & (state::LOCAL_CLIENT | state::CUT) != 0 {
         return Err(Reason::NotOurs);
     }
     flow::answer(flow, packet);
     let route = route(ctx, packet, &flow.back)?;
+    limit::carry(packet, flags, flow.publish, REPLY)?;
     if !flow::update(ctx, flow, packet, REPLY) {
         return Err(Reason::NotOurs);
     }

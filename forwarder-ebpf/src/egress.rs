@@ -3,12 +3,15 @@
 //! rewritten at ingress and the source here, as netfilter's own NAT does it in PREROUTING and POSTROUTING.
 
 use aya_ebpf::programs::TcContext;
-use forwarder_common::{flow::delivery, reason::Reason};
+use forwarder_common::{
+    flow::{REPLY, delivery},
+    reason::Reason,
+};
 
 use crate::{
-    flow, fragment, ingress, left,
+    flow, fragment, ingress, left, limit,
     parse::{self, Packet},
-    setting,
+    publish, setting,
     trace::Trail,
     verdict::Verdict,
 };
@@ -43,6 +46,8 @@ fn reply(ctx: &TcContext, trail: &mut Trail) -> Verdict {
 fn rewritten(ctx: &TcContext, packet: &mut Packet, trail: &mut Trail) -> Verdict {
     match flow::get_by_reply(packet) {
         Some(flow) if flow.back.delivery == delivery::STACK => {
+            let flags = publish::flags(flow.publish);
+            limit::carry(packet, flags, flow.publish, REPLY)?;
             ingress::to_client(ctx, packet, flow, trail)
         }
         _ => Err(Reason::NotOurs),

@@ -14,11 +14,12 @@ use forwarder_common::{
 use crate::{
     clock,
     frame::Frame,
+    limit,
     maps::{CLAIMS, DIRECT, DRAFT, Draft, FLOWS, HALF_OPEN, count},
     parse::{self, Packet},
     publish, setting,
     source_port::Ports,
-    steer,
+    steer, usage,
     words::{copy_address, reverse},
 };
 
@@ -146,12 +147,19 @@ fn is_direct(packet: &Packet) -> bool {
 /// Puts a flow that is proven where no new one takes its place. Called with a packet of the original direction, which has its
 /// new tuple. What `HALF_OPEN` has of it goes when it is the oldest: to remove it now would give its element to another
 /// flow while a reply on another CPU still reads it.
+///
+/// # Errors
+/// `TooManyFlows`: as with a full backlog, the client tries again until there is room.
 #[inline(always)]
-pub fn keep(packet: &Packet, flow: &mut Flow) {
+pub fn keep(packet: &Packet, flow: &mut Flow) -> Result<(), Reason> {
     const BITS: u32 = state::ESTABLISHED | state::RESET | state::KEPT;
     if flow.state & BITS == state::ESTABLISHED {
+        if !limit::has_room(flow.publish) {
+            return Err(usage::refused(flow.publish, Reason::TooManyFlows));
+        }
         keep_now(packet, flow);
     }
+    Ok(())
 }
 
 // VERIFIER: a function of its own, for its share of the stack.
@@ -162,7 +170,8 @@ fn keep_now(packet: &Packet, flow: &mut Flow) {
     // RACE: two CPUs at once: the first's entry stays, both packets go on. What another CPU writes
     // during the copy is a counter, or a state that the next packet's follows.
     match FLOWS.insert(key, &*flow, BPF_NOEXIST as u64) {
-        Ok(()) | Err(EEXIST) => {}
+        Ok(()) => usage::kept(flow.publish),
+        Err(EEXIST) => {}
         Err(_) => {
             flow.state &= !state::KEPT;
             count(Reason::FlowsFull);
@@ -170,11 +179,14 @@ fn keep_now(packet: &Packet, flow: &mut Flow) {
         }
     }
     // RACE: the element may have become another flow's while it was copied.
-    let kept = FLOWS.get_ptr(key);
-    // SAFETY: an element's memory stays readable until the program ends.
-    if kept.is_some_and(|kept| unsafe { !is_original(&*kept, packet) }) {
-        let _ = FLOWS.remove(key);
-        return;
+    if let Some(kept) = FLOWS.get_ptr(key) {
+        // SAFETY: an element's memory stays readable until the program ends.
+        let kept = unsafe { &*kept };
+        if !is_original(kept, packet) {
+            usage::ended(kept);
+            let _ = FLOWS.remove(key);
+            return;
+        }
     }
     if key.source_port != packet.tuple.source_port
         && let Some(alias) = HALF_OPEN.get_ptr(&packet.tuple)
@@ -437,7 +449,14 @@ fn take_over(draft: &mut Draft) -> bool {
             draft.other.source_port = flow.client_port;
             draft.other.destination_port = flow.frontend_port;
             draft.other.protocol = draft.key.protocol;
-            replace(draft)
+            let (publish, was_kept) = (flow.publish, flow.state & state::KEPT != 0);
+            // Before its memory is another's.
+            usage::ended(flow);
+            let replaced = replace(draft);
+            if !replaced && was_kept {
+                usage::kept(publish); // it stays
+            }
+            replaced
         }
     };
     let _ = CLAIMS.remove(&draft.key);

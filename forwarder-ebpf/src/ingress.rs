@@ -11,16 +11,17 @@ use forwarder_common::{
 };
 
 use crate::{
-    deliver,
+    admit, deliver,
     flow::{self, Begun},
     fragment, icmp,
     icmp::Obstacle,
-    left,
+    left, limit,
     maps::{PUBLISHES, count},
-    parse::{self, Packet},
+    parse::{self, Packet, Part},
     publish::{self, Published},
     rewrite, route, setting, steer,
     trace::Trail,
+    usage,
     verdict::{Forwarded, Verdict},
     words::{copy_address, copy_tuple, zero},
 };
@@ -71,19 +72,27 @@ fn forward(
         && let Some((published, flow)) = original(packet, published)
     {
         is_from_client(packet, flow)?;
+        if flow.state & state::CUT != 0 {
+            return reset(ctx, packet);
+        }
         if let Some(obstacle) = before_backend(ctx, packet, &published)? {
             return tell(ctx, packet, obstacle, 0);
         }
+        limit::carry(packet, published.publish.flags, published.index, ORIGINAL)?;
         flow::update(ctx, flow, packet, ORIGINAL);
         follow_client(ctx, packet, &mut flow.back);
-        flow::keep(packet, flow);
+        flow::keep(packet, flow)?;
         return to_backend(ctx, packet, &published, trail);
     }
     if let Some(flow) = flow::get_by_reply(packet) {
-        publish::is_from_backend(packet, flow.publish)?;
+        let flags = publish::is_from_backend(packet, flow.publish)?;
+        if flow.state & state::CUT != 0 {
+            return reset(ctx, packet);
+        }
         if is_stack(&flow.back) {
             return Err(Reason::NotOurs); // until it leaves
         }
+        limit::carry(packet, flags, flow.publish, REPLY)?;
         if fragment::is_late(packet) {
             flow::update(ctx, flow, packet, REPLY);
             fragment::hand_over(ctx.skb.skb);
@@ -118,6 +127,7 @@ fn forward(
     };
     if is_new {
         count(Reason::NewFlow);
+        usage::begun(published.index, is_snat);
     }
     to_backend(ctx, packet, &published, trail)
 }
@@ -143,9 +153,13 @@ fn may_begin(
     steer::give_way(ctx, packet, published)?;
     left::is_no_answer(packet)?;
     if goes_on(packet) && !may_go_on(ctx, packet, published) {
+        // A socket of this host, such as the proxy's, has its own word on whom it hears.
+        if !steer::is_connected(skb, packet) {
+            admit::is_not_banned(packet, index)?;
+        }
         return Err(Reason::NotSyn);
     }
-    publish::admit(packet, publish, index)?;
+    admit::admit(packet, publish, index)?;
     route::came_back(ctx, packet)
 }
 
@@ -241,7 +255,11 @@ fn former(packet: &mut Packet, mut index: u32) -> u32 {
         let Some(publish) = PUBLISHES.get(index) else {
             return 0;
         };
-        if flow_of(packet, publish).is_some() {
+        // A SYN that is sent again is of the flow that it began. A new one is not, though its client had the same port.
+        let opens = packet.opens();
+        if let Some(flow) = flow_of(packet, publish)
+            && (!opens || flow.state & (state::UNSETTLED | state::CUT) == 0)
+        {
             return index;
         }
         index = publish.previous.into();
@@ -429,6 +447,27 @@ fn tell(ctx: &TcContext, packet: &Packet, obstacle: Obstacle, publish: u32) -> V
     Ok(Forwarded {
         action,
         reason: obstacle.reason,
+    })
+}
+
+/// Turns a segment of a flow that was cut off round, as the reset that its sender believes.
+#[inline(always)]
+fn reset(ctx: &TcContext, packet: &Packet) -> Verdict {
+    let answerable = packet.protocol == TCP
+        && packet.part == Part::Whole
+        && packet.flags & RST == 0
+        && packet.flags & (SYN | ACK) != 0;
+    if !answerable {
+        return Err(Reason::Cut);
+    }
+    rewrite::into_reset(ctx, packet)?;
+    let action = send_back(ctx.skb.skb);
+    if action < 0 {
+        return Err(Reason::NoWayBack);
+    }
+    Ok(Forwarded {
+        action,
+        reason: Reason::Cut,
     })
 }
 

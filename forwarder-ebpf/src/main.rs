@@ -2,6 +2,15 @@
 //!
 //! Built for the host, this is an empty `main`, so that its lints and types are checked there too.
 #![cfg_attr(target_arch = "bpf", no_std, no_main)]
+// Of the pinned toolchain: an atomic addition, which the target's types do not offer.
+#![cfg_attr(
+    target_arch = "bpf",
+    feature(core_intrinsics),
+    allow(
+        internal_features,
+        reason = "there is no other door to the instruction"
+    )
+)]
 #![cfg_attr(
     not(target_arch = "bpf"),
     allow(dead_code, reason = "hooks are called by the kernel")
@@ -12,6 +21,7 @@
 )]
 #![allow(unreachable_pub, reason = "a binary crate: modules compose each other")]
 
+mod admit;
 mod clock;
 mod deliver;
 mod early;
@@ -23,6 +33,7 @@ mod icmp;
 mod ingress;
 mod l3;
 mod left;
+mod limit;
 mod maps;
 mod parse;
 mod publish;
@@ -31,6 +42,7 @@ mod route;
 mod source_port;
 mod steer;
 mod trace;
+mod usage;
 mod verdict;
 mod words;
 

@@ -1,20 +1,25 @@
 //! The maps, and nothing else. Types and sizes come from `forwarder_common`; user space fills all but
-//! `FLOWS`, `HALF_OPEN`, `CLAIMS`, `DRAFT`, `FRAGMENTS`, `HANDOVER`, `NETNS`, `LOOKING`, `ROUTES`, `STATS`, `CLOCK`, `TOLD` and `TRAIL`.
+//! `FLOWS`, `HALF_OPEN`, `CLAIMS`, `DRAFT`, `FRAGMENTS`, `HANDOVER`, `NETNS`, `LOOKING`, `ROUTES`, `STATS`, `USAGE`, `REFUSED`, `SOURCES`, `CLOCK`, `TOLD` and `TRAIL`.
 
 use aya_ebpf::{
-    bindings::BPF_F_NO_PREALLOC,
+    bindings::{BPF_F_MMAPABLE, BPF_F_NO_PREALLOC},
     macros::map,
-    maps::{Array, HashMap, LpmTrie, LruHashMap, PerCpuArray, ProgramArray, RingBuf, SockHash},
+    maps::{
+        Array, HashMap, LpmTrie, LruHashMap, PerCpuArray, PerCpuHashMap, ProgramArray, RingBuf,
+        SockHash,
+    },
 };
 use forwarder_common::{
     flow::Flow,
     handover, limits,
+    policy::Policy,
     publish::{
         Allowed, FILTER_WORDS, Frontend, Interface, Location, PORTS_PER_PROTOCOL, PROTOCOLS, Port,
         Publish,
     },
     reason::Reason,
     tuple::{Address, Tuple},
+    usage::{Refused, Usage},
 };
 
 use crate::{
@@ -32,6 +37,16 @@ pub static FRONTENDS: HashMap<Frontend, u32> =
 
 #[map]
 pub static PUBLISHES: Array<Publish> = Array::with_max_entries(limits::PUBLISHES, 0);
+
+/// What publishes are used for, by their index. Of one value for all CPUs, as flows end on others than they begin, and user
+/// space adds to it as well.
+#[map]
+pub static USAGE: Array<Usage> = Array::with_max_entries(limits::PUBLISHES, BPF_F_MMAPABLE);
+
+/// Packets that a publish's policy has refused. For each CPU, as a flood of them must not wait for other CPUs.
+#[map]
+pub static REFUSED: PerCpuHashMap<Refused, u64> =
+    PerCpuHashMap::with_max_entries(limits::REFUSED, BPF_F_NO_PREALLOC);
 
 /// The addresses of backends, and how many publishes lead there.
 #[map]
@@ -61,6 +76,29 @@ pub static LOCAL_FILTER: Array<u64> = Array::with_max_entries(FILTER_WORDS, 0);
 #[map]
 pub static ALLOW: LpmTrie<Allowed, u32> =
     LpmTrie::with_max_entries(limits::ALLOW, BPF_F_NO_PREALLOC);
+
+/// Which of the next two tables has any entry, as the bits of [`forwarder_common::publish::ban`].
+#[map]
+pub static BANS: Array<u32> = Array::with_max_entries(1, 0);
+
+/// Addresses from which nothing gets to a published port, until so many nanoseconds of `CLOCK_BOOTTIME`.
+#[map]
+pub static BANNED: HashMap<Address, u64> =
+    HashMap::with_max_entries(limits::BANNED, BPF_F_NO_PREALLOC);
+
+/// The same of networks. The value of one that is part of another is the later one of both.
+#[map]
+pub static BANNED_NETWORKS: LpmTrie<Address, u64> =
+    LpmTrie::with_max_entries(limits::BANNED_NETWORKS, BPF_F_NO_PREALLOC);
+
+/// Limits of publishes that have any, by their index.
+#[map]
+pub static LIMITS: HashMap<u32, Policy> =
+    HashMap::with_max_entries(limits::PUBLISHES, BPF_F_NO_PREALLOC);
+
+/// When the next new flow of a source would be due, of publishes that limit that.
+#[map]
+pub static SOURCES: LruHashMap<Allowed, u64> = LruHashMap::with_max_entries(limits::SOURCES, 0);
 
 /// Flows that both sides have taken part in, by the tuple after NAT, from the client's side.
 #[map]

@@ -3,14 +3,14 @@
 use aya_ebpf::maps::lpm_trie::Key;
 use forwarder_common::{
     flow::{Hop, delivery},
-    publish::{Allowed, Frontend, Interface, Location, Publish, filter_bit, flag, port_index},
+    publish::{Frontend, Interface, Location, Publish, filter_bit, flag, port_index},
     reason::Reason,
     tuple::Address,
 };
 
 use crate::{
     frame::{Frame, SentTo},
-    maps::{ALLOW, BACKENDS, FRONTENDS, INTERFACES, LOCAL_FILTER, LOCATIONS, PORTS, PUBLISHES},
+    maps::{BACKENDS, FRONTENDS, INTERFACES, LOCAL_FILTER, LOCATIONS, PORTS, PUBLISHES},
     parse::{self, Packet},
     words::copy_address,
 };
@@ -119,46 +119,6 @@ pub fn arrived(packet: &Packet) -> Result<(), Reason> {
     }
 }
 
-/// Whether a new flow may begin with this packet, which has [`arrived`].
-///
-/// # Errors
-/// The reason against it.
-#[inline(never)]
-pub fn admit(packet: &Packet, publish: &'static Publish, index: u32) -> Result<(), Reason> {
-    let (tuple, published) = (&packet.tuple, &Published { publish, index });
-    permitted(packet, published)?;
-    if tuple.source.is_link_local() {
-        return Err(Reason::LinkLocal);
-    }
-    if publish.backend.is_v4() != packet.is_v4 {
-        return Err(Reason::OtherFamily);
-    }
-    if publish.flags & flag::DRAINING != 0 {
-        return Err(Reason::Draining);
-    }
-    if publish.hop.delivery == delivery::NONE {
-        return Err(Reason::Unresolved);
-    }
-    Ok(())
-}
-
-/// Whether the packet's source may ask at all.
-///
-/// # Errors
-/// `Martian` or `NotAllowed`.
-#[inline(always)]
-pub fn permitted(packet: &Packet, published: &Published) -> Result<(), Reason> {
-    let source = packet.tuple.source;
-    let from_outside = !packet.is_from_this_host();
-    if from_outside && (!source.is_unicast() || source.is_loopback() || !belongs(packet)) {
-        return Err(Reason::Martian);
-    }
-    if published.publish.flags & flag::ALLOW_LIST != 0 && !allowed(published.index, source) {
-        return Err(Reason::NotAllowed);
-    }
-    Ok(())
-}
-
 /// Whether the packet came in by the device that its source is behind, as far as this host and container networks are
 /// concerned: a container cannot speak for another container, another network or another machine, no other machine for a
 /// container, and nobody outside for this host.
@@ -191,23 +151,29 @@ pub fn moved(packet: &Packet, way: &Hop) -> bool {
     (network(packet.ifindex) == 0 || !exists(way.ifindex)) && belongs(packet)
 }
 
+/// The bits of a publish.
+#[inline(always)]
+pub fn flags(publish: u32) -> u16 {
+    PUBLISHES.get(publish).map_or(0, |publish| publish.flags)
+}
+
 /// Whether the packet, whose source is the backend of a publish, came from there: from the backend's own device, or where
-/// that is not known, from its network. A remote backend's may come by any uplink.
+/// that is not known, from its network. A remote backend's may come by any uplink. Returns the publish's bits.
 ///
 /// # Errors
 /// `Martian`, or `Unresolved` while the backend's device is not known or has gone.
 #[inline(always)]
-pub fn is_from_backend(packet: &Packet, publish: u32) -> Result<(), Reason> {
+pub fn is_from_backend(packet: &Packet, publish: u32) -> Result<u16, Reason> {
     if packet.is_error() {
-        return Ok(()); // any router on the way may send one
+        return Ok(0); // any router on the way may send one
     }
     let publish = PUBLISHES.get(publish).ok_or(Reason::Unresolved)?;
     let (device, known) = (publish.hop.ifindex, publish.hop.delivery);
     if device == packet.ifindex {
-        return Ok(());
+        return Ok(publish.flags);
     }
     if known == delivery::NEIGHBOUR && network(device) == network(packet.ifindex) {
-        return Ok(());
+        return Ok(publish.flags);
     }
     if known == delivery::NONE || !exists(device) {
         return Err(Reason::Unresolved);
@@ -219,19 +185,6 @@ pub fn is_from_backend(packet: &Packet, publish: u32) -> Result<(), Reason> {
 #[inline(always)]
 pub fn is_backend(address: &Address) -> bool {
     BACKENDS.get_ptr(address).is_some()
-}
-
-#[inline(always)]
-fn allowed(publish: u32, source: Address) -> bool {
-    ALLOW
-        .get(Key::new(
-            32 + 128,
-            Allowed {
-                publish: publish.to_be(),
-                source,
-            },
-        ))
-        .is_some()
 }
 
 /// By which device replies leave to the client of this packet, and how. Straight to a container whose address is known to be

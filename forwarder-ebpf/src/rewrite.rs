@@ -4,6 +4,7 @@ mod answer;
 mod complete;
 mod icmp;
 mod mss;
+mod reset;
 
 use aya_ebpf::{
     bindings::{BPF_F_MARK_MANGLED_0, BPF_F_PSEUDO_HDR},
@@ -19,6 +20,7 @@ use forwarder_common::{
 pub use answer::into_error;
 pub use complete::{Complete, complete};
 pub use mss::clamp;
+pub use reset::into_reset;
 
 use crate::{
     frame::{Frame, header},

@@ -2,7 +2,7 @@
 //! proxy are made to match it in `daemon/reconcile.rs`, and follow the network in `daemon/network.rs`.
 
 use std::{
-    collections::{BTreeMap, BTreeSet},
+    collections::{BTreeMap, BTreeSet, HashMap},
     io::Write as _,
     sync::Arc,
     time::Duration,
@@ -23,7 +23,7 @@ use futures_util::StreamExt as _;
 use tokio::{
     signal::unix::{SignalKind, signal},
     sync::{mpsc, oneshot},
-    time::{Instant, sleep_until, timeout_at},
+    time::{Instant, sleep, sleep_until, timeout_at},
 };
 use tracing::{info, warn};
 
@@ -33,7 +33,7 @@ use self::{
     reconcile::{Draining, Loose, Serving},
     slots::Slots,
     trace::Tracing,
-    view::View,
+    view::{Kernel, View},
 };
 use crate::{
     cli::tables,
@@ -43,7 +43,7 @@ use crate::{
         api::{Ending, Listed, Problem, Reloaded},
         server::Socket,
     },
-    datapath::{self, Datapath, kernel},
+    datapath::{self, Datapath, kernel, resets},
     instance::Instance,
     memory,
     network::{self as net, Change as NetworkChange},
@@ -82,6 +82,8 @@ pub struct Daemon {
     /// By their places in `PUBLISHES`.
     draining: BTreeMap<u32, Draining>,
     slots: Slots,
+    /// Where an earlier instance had publishes, until this one serves.
+    places: HashMap<Id, u32>,
     view: Arc<View>,
     /// Held ports that nobody has come to by the slow path.
     idle: Idle,
@@ -211,7 +213,11 @@ impl Daemon {
         };
         let seen = datapath.as_ref().map(|datapath| {
             let maps = &datapath.maps;
-            Ok::<_, anyhow::Error>((maps.flows.try_clone()?, maps.counters()))
+            Ok::<_, anyhow::Error>(Kernel::new(
+                maps.flows.try_clone()?,
+                maps.counters(),
+                maps.mapped_usage(),
+            ))
         });
         let seen = seen.transpose().context("open the tables of flows")?;
         let mut daemon = Self {
@@ -221,6 +227,7 @@ impl Daemon {
             waiting: BTreeSet::new(),
             draining: BTreeMap::new(),
             slots: Slots::new(limits::PUBLISHES),
+            places: HashMap::new(),
             view: Arc::new(View::new(seen, idle.clone())),
             idle,
             network: Network::open(datapath.is_some())?,
@@ -254,10 +261,11 @@ impl Daemon {
         if let Some(state) = &state {
             self.registry = state.registry(limits::PUBLISHES as usize - 1)?;
         }
+        self.places = state.as_ref().map(State::places).unwrap_or_default();
         let before = state.as_ref().map(State::configured).unwrap_or_default();
         let (asked, restored) = self.restore(&before)?;
         // Flows of what is wanted no more are not adopted below.
-        let Loose(gone) = self.reconcile(&asked, Ending::Cut, Vec::new()).await?;
+        let Loose { gone, .. } = self.reconcile(&asked, Ending::Cut, Vec::new()).await?;
         self.give_back(&gone.into_iter().collect::<Vec<_>>());
         self.serve_or_wait(restored).await;
         let leased = state.as_ref().map(State::leases).unwrap_or_default();
@@ -275,6 +283,7 @@ impl Daemon {
             datapath.forget_others();
         }
         self.adopt();
+        self.places = HashMap::new();
         Ok(events)
     }
 
@@ -367,7 +376,7 @@ impl Daemon {
                     };
                     deaf_until = Instant::now() + CONTAINERS.max(begun.elapsed() * SHARE);
                 }
-                freed = self.slots.freed() => self.give_back(&freed),
+                freed = self.slots.freed() => self.freed(freed),
                 _ = retry.tick(), if !self.waiting.is_empty() => self.retry().await,
                 _ = sweep.tick() => {
                     sweeping.get_or_insert_default();
@@ -388,8 +397,17 @@ impl Daemon {
 
     /// Undoes everything, or with `keep` leaves the pinned programs forwarding.
     async fn stop(mut self, keep: bool) {
-        for serving in std::mem::take(&mut self.serving).into_values() {
-            serving.end(Ending::Cut).await;
+        if keep {
+            for serving in std::mem::take(&mut self.serving).into_values() {
+                serving.end(Ending::Cut).await;
+            }
+        } else {
+            let loose = self.end_all().await;
+            let is_cut = !loose.cut.is_empty();
+            self.end_flows_of(loose).await;
+            if is_cut {
+                sleep(resets::PATIENCE).await;
+            }
         }
         match self.datapath.take() {
             Some(datapath) if !keep => datapath.remove(),
@@ -526,6 +544,11 @@ impl Daemon {
     fn give_back(&mut self, places: &[u32]) {
         for place in places {
             self.view.free(*place);
+            if let Some(datapath) = &mut self.datapath
+                && let Err(error) = datapath.maps.clear_usage(*place)
+            {
+                warn!("{error:#}");
+            }
         }
         self.slots.give_back(places);
     }

@@ -4,6 +4,7 @@ pub mod clsact;
 pub mod devices;
 pub mod kernel;
 pub mod maps;
+pub mod resets;
 mod steering;
 pub mod xdp;
 
@@ -38,12 +39,20 @@ use crate::{
 static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/forwarder.o"));
 
 /// Part of the pins' path: the layout of what is pinned. Another layout is not adopted.
-const LAYOUT: &str = "v5";
+const LAYOUT: &str = "v6";
 /// Folder of the marks of qdiscs.
 const QDISCS: &str = "qdiscs";
 /// The maps that a later instance takes over, so that established flows survive a restart. The kernel empties
 /// `PIPELINE` when neither a process nor a pin has it.
-const ADOPTED: [&str; 6] = ["FLOWS", "HALF_OPEN", "LEFT", "DIRECT", "KEYS", "PIPELINE"];
+const ADOPTED: [&str; 7] = [
+    "FLOWS",
+    "HALF_OPEN",
+    "USAGE",
+    "LEFT",
+    "DIRECT",
+    "KEYS",
+    "PIPELINE",
+];
 
 /// What the kernel is asked at load.
 #[derive(Clone, Debug)]

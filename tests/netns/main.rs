@@ -1,6 +1,6 @@
 //! Tier 2: real sockets in network namespaces, through the daemon as a user starts it.
 //!
-//! `matrix` has every kind of client, `firewall` what a firewall does meanwhile, `flood` what a flood does, `forged` what says it comes from somebody else, `lifecycle` what
+//! `matrix` has every kind of client, `firewall` what a firewall does meanwhile, `flood` what a flood does, `forged` what says it comes from somebody else, `cut` who hears that a publish is no more, `lifecycle` what
 //! comes and goes, `moved` clients that get another MAC or link, `filters` other people's tc filters, `shaping` their limits, `ipsec` their policies, `rules` their routes, `promises` what must
 //! not be reachable, `timeout` when a flow ends, `fragment` datagrams in parts, `direct` connections past the published port,
 //! `scale` as many flows as there may be, `coalesced` datagrams that come in one buffer, `crowd` as many connections of this host as there are source ports, `selftests`
@@ -11,6 +11,7 @@ mod api;
 mod bulk;
 mod coalesced;
 mod crowd;
+mod cut;
 mod direct;
 mod docker_proxy;
 mod doctor;

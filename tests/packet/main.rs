@@ -2,7 +2,9 @@
 //! of what comes out is compared, checksums are recomputed, and the counted reason is named.
 
 mod arbitrary;
+mod ban;
 mod bench;
+mod cut;
 mod differential;
 mod early;
 mod flood;
@@ -11,6 +13,7 @@ mod fragment;
 mod icmp;
 mod install;
 mod left;
+mod limit;
 mod local;
 mod obstacle;
 mod pass;
@@ -21,3 +24,4 @@ mod route;
 mod selftests;
 mod source_port;
 mod state;
+mod usage;

@@ -5,6 +5,7 @@ use std::net::UdpSocket;
 use forwarder::{datapath::Options, datapath::kernel::kernel};
 use forwarder_common::{
     flow::{Hop, delivery},
+    policy::Limits,
     publish::{Interface, flag},
     reason::Reason,
 };
@@ -31,6 +32,18 @@ fn proven(bench: &Bench, port: u16) -> Outcome {
     let arrived = bench.send(&frame, bench.uplink).forwarded();
     bench.send(&arrived.reply(), bench.container).forwarded();
     bench.send(&frame.with_flags(ACK), bench.uplink)
+}
+
+fn tcp_from(port: u16) -> Frame {
+    let mut frame = first(Protocol::Tcp);
+    frame.source.set_port(port);
+    frame
+}
+
+/// Publishes the port with limits.
+fn limited(bench: &mut Bench, limits: Limits) {
+    bench.datapath.maps.set_limits(1, &limits).unwrap();
+    publish(bench, Protocol::Tcp, |_| {});
 }
 
 /// Publishes the port with an entry that `change` has made another.
@@ -216,6 +229,60 @@ fn scenario(reason: Reason, bench: &mut Bench) -> Option<Outcome> {
                 entry.flags |= flag::ALLOW_LIST
             });
             bench.send(&tcp, uplink)
+        }
+        Reason::Cut => {
+            publish(bench, Protocol::Tcp, |_| {});
+            proven(bench, 4000);
+            let (key, _) = bench.flow();
+            let maps = &mut bench.datapath.maps;
+            maps.flows.cut(&key, |_| true).unwrap();
+            bench.send(&tcp.with_flags(ACK), uplink)
+        }
+        Reason::Banned => {
+            publish(bench, Protocol::Tcp, |_| {});
+            let client = tcp.source.ip().into();
+            bench.datapath.maps.ban(client, None).unwrap();
+            bench.send(&tcp, uplink)
+        }
+        Reason::OtherInterface => {
+            let limits = Limits {
+                ifindex: LO,
+                ..Limits::default()
+            };
+            limited(bench, limits);
+            bench.send(&tcp, uplink)
+        }
+        Reason::TooManyFlows => {
+            let limits = Limits {
+                flows: 1,
+                ..Limits::default()
+            };
+            limited(bench, limits);
+            proven(bench, 4000);
+            bench.send(&tcp_from(4001), uplink)
+        }
+        Reason::RateLimited | Reason::SourceRateLimited => {
+            let by_source = reason == Reason::SourceRateLimited;
+            let limits = Limits {
+                new_flows: u32::from(!by_source),
+                new_flows_by_source: u32::from(by_source),
+                ..Limits::default()
+            };
+            limited(bench, limits);
+            (4000..4005).for_each(|port| drop(bench.send(&tcp_from(port), uplink)));
+            bench.send(&tcp_from(4005), uplink)
+        }
+        Reason::BandwidthExceeded => {
+            let limits = Limits {
+                bits: [1, 0],
+                ..Limits::default()
+            };
+            limited(bench, limits);
+            proven(bench, 4000);
+            let mut segment = tcp.with_flags(ACK);
+            segment.payload = vec![0; 1400];
+            (0..100).for_each(|_| drop(bench.send(&segment, uplink)));
+            bench.send(&segment, uplink)
         }
         Reason::NoFreePort => {
             publish(bench, Protocol::Tcp, |_| {});

@@ -30,8 +30,8 @@ const EXPIRED_V6: (u8, u8) = (3, 0);
 const TOO_BIG_V6: (u8, u8) = (2, 0);
 /// As other routers send them: internetwork control, do not fragment.
 const TOS: u8 = 0xc0;
-const DONT_FRAGMENT: u16 = 0x4000_u16.to_be();
-const TTL: u8 = 64;
+pub(super) const DONT_FRAGMENT: u16 = 0x4000_u16.to_be();
+pub(super) const TTL: u8 = 64;
 
 /// Makes the packet an error to its sender, from `from` or the address that the packet was sent to: too big for
 /// `mtu`, or time exceeded if that is 0.
@@ -186,7 +186,7 @@ fn cut(ctx: &TcContext, declared: usize, most: usize) -> Result<usize, Reason> {
 }
 
 #[inline(always)]
-fn set_length(ctx: &TcContext, length: usize) -> Result<(), Reason> {
+pub(super) fn set_length(ctx: &TcContext, length: usize) -> Result<(), Reason> {
     // SAFETY: a valid context.
     let result = unsafe { bpf_skb_change_tail(ctx.skb.skb, length as u32, 0) };
     if result == 0 {
@@ -199,7 +199,7 @@ fn set_length(ctx: &TcContext, length: usize) -> Result<(), Reason> {
 /// Whether the packet's own checksum is still to be completed by a device (CHECKSUM_PARTIAL), perhaps when it is
 /// an error's quotation. A program is not told, but then the helper does not touch the field.
 #[inline(always)]
-fn is_partial(ctx: &TcContext, l4: usize, tcp: bool) -> Result<bool, Reason> {
+pub(super) fn is_partial(ctx: &TcContext, l4: usize, tcp: bool) -> Result<bool, Reason> {
     let offset = l4 + if tcp { TCP_CHECKSUM } else { UDP_CHECKSUM };
     let field = header::<u16>(ctx, offset).ok_or(Reason::Unwritable)?;
     // SAFETY: `header` checked the bounds; fields are at even offsets of the frame.
@@ -235,7 +235,7 @@ fn sum_of_partial<const IP: usize>(ctx: &TcContext, tcp: bool) -> Result<u32, Re
 
 /// The sum of the first `length` octets of a header or of two that follow each other.
 #[inline(always)]
-fn octets<T>(from: *const T, length: usize) -> u32 {
+pub(super) fn octets<T>(from: *const T, length: usize) -> u32 {
     /// What the helper takes at once before 6.13: its scratch space (net/core/filter.c).
     const AT_ONCE: usize = 512;
     let mut sum = 0;

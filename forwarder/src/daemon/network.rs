@@ -131,7 +131,11 @@ impl Daemon {
         }
         let newly: BTreeSet<u32> = &self.covered() - &before;
         if !newly.is_empty() {
-            drop(tokio::spawn(self.end_flows_of(Loose(newly))));
+            let loose = Loose {
+                stays: newly,
+                ..Loose::default()
+            };
+            drop(tokio::spawn(self.end_flows_of(loose)));
         }
         self.follow_xdp()?;
         self.ask_for_neighbours().await;

@@ -38,6 +38,8 @@ pub(super) struct Serving {
     previous: u32,
     /// The backend is told of each client.
     proxy_protocol: bool,
+    /// It takes no new flows, and both ends of those that it has are about to be told.
+    closing: bool,
 }
 
 /// A publish that begins no flows any more, by its place; its own go on.
@@ -46,6 +48,8 @@ pub(super) struct Draining {
     previous: u32,
     /// Of one that was taken back, and is shown for itself. A backend that was replaced has none.
     proxy: Option<Proxy>,
+    /// Its flows were cut off. It stays until both ends have had time to hear of it.
+    pub is_cut: bool,
 }
 
 impl Draining {
@@ -81,15 +85,30 @@ const fn stop(ending: Ending) -> Stop {
 /// Places in `PUBLISHES` whose flows have to be ended.
 #[derive(Debug, Default)]
 #[must_use]
-pub(super) struct Loose(pub BTreeSet<u32>);
+pub(super) struct Loose {
+    /// The kernel has the publish no more, and its place is free then.
+    pub gone: BTreeSet<u32>,
+    /// Both ends are told, for which the kernel keeps the publish for a moment.
+    pub cut: BTreeSet<u32>,
+    /// The publish stays.
+    pub stays: BTreeSet<u32>,
+}
+
+impl Loose {
+    fn add(&mut self, other: Self) {
+        self.gone.extend(other.gone);
+        self.cut.extend(other.cut);
+        self.stays.extend(other.stays);
+    }
+}
 
 /// A step that was done, and how it is undone.
 enum Done {
     Begun(Id),
     /// With what was wanted before.
     Changed(Wanted),
-    /// Taken from the kernel alone.
-    Uninstalled(Id),
+    /// It takes no new flows any more.
+    Closed(Id),
 }
 
 impl Daemon {
@@ -143,7 +162,7 @@ impl Daemon {
             } else {
                 ending
             };
-            loose.0.extend(self.end(wanted.id, ending).await);
+            loose.add(self.end(wanted.id, ending).await);
         }
         if let Err(error) = self.follow_xdp() {
             warn!("{error:#}");
@@ -236,8 +255,8 @@ impl Daemon {
         for wanted in &difference.remove {
             // One that drains keeps its ports.
             if ending != Ending::Drain || in_the_way.contains(&wanted.id) {
-                self.uninstall_publish(wanted.id)?;
-                done.push(Done::Uninstalled(wanted.id));
+                self.close(wanted.id)?;
+                done.push(Done::Closed(wanted.id));
             }
         }
         for id in in_the_way {
@@ -254,7 +273,7 @@ impl Daemon {
             }
             for (before, after) in &difference.change {
                 done.push(Done::Changed(before.clone()));
-                loose.0.extend(self.change_publish(after)?);
+                loose.gone.extend(self.change_publish(after)?);
             }
             Ok(())
         })
@@ -266,15 +285,13 @@ impl Daemon {
             let undone = match step {
                 Done::Begun(id) => {
                     let undone = self.uninstall_publish(id);
-                    let places = self.end(id, Ending::Cut).await;
-                    drop(tokio::spawn(
-                        self.end_flows_of(Loose(places.into_iter().collect())),
-                    ));
+                    let loose = self.end(id, Ending::Cut).await;
+                    drop(tokio::spawn(self.end_flows_of(loose)));
                     undone
                 }
                 Done::Changed(before) => self.change_publish(&before).map(|_| ()),
-                Done::Uninstalled(id) if in_the_way.contains(&id) => self.hold_again(id),
-                Done::Uninstalled(id) => self.install(id),
+                Done::Closed(id) if in_the_way.contains(&id) => self.hold_again(id),
+                Done::Closed(id) => self.open(id),
             };
             if let Err(error) = undone {
                 warn!("what failed is not all undone: {error:#}");
@@ -294,8 +311,10 @@ impl Daemon {
             } = &self.config;
             let is_configured =
                 |it: &Wanted| publishes.contains(&it.publish) || configured.contains(&it.publish);
+            let serving = &self.serving;
+            let place = |it: &Wanted| serving.get(&it.id).map_or(0, |it| it.row.index);
             let written =
-                tokio::task::block_in_place(|| state.write(&self.registry, is_configured));
+                tokio::task::block_in_place(|| state.write(&self.registry, is_configured, place));
             if let Err(error) = written {
                 self.registry = before;
                 return Err(error);
@@ -307,9 +326,10 @@ impl Daemon {
     /// Holds a publish's ports, and has kernel and proxy serve it.
     fn begin_publish(&mut self, wanted: &Wanted, given: &mut Vec<OwnedFd>) -> Result<()> {
         let spec = &wanted.publish.spec;
-        let index = self.slots.take().context(
-            "all places for publishes are taken by flows that end; try again in a moment",
-        )?;
+        let before = self.places.get(&wanted.id).copied();
+        let before = before.filter(|place| self.slots.take_this(*place));
+        let index = before.or_else(|| self.slots.take());
+        let index = index.context(NO_PLACE)?;
         let begun = self.hold(index, wanted, given).and_then(|serving| {
             let id = wanted.id;
             self.serving.insert(id, serving);
@@ -366,6 +386,7 @@ impl Daemon {
             covered: false,
             previous: self.drains_on(spec),
             proxy_protocol,
+            closing: false,
         })
     }
 
@@ -388,15 +409,17 @@ impl Daemon {
         Ok((held, steered))
     }
 
-    /// The place of the publish that drains on ports of this one; 0 for none. Of several, the last has them.
+    /// The place of the publish that drains, or is cut off, on ports of this one; 0 for none. Of several, the last has them.
     fn drains_on(&self, spec: &Spec) -> u32 {
-        let shown = self
-            .draining
-            .iter()
-            .filter(|(_, draining)| draining.is_shown());
-        let overlaps = shown.filter(|(_, it)| it.row.wanted.publish.spec.overlaps(spec));
-        let last = overlaps.max_by_key(|(_, it)| it.row.wanted.id);
-        last.map_or(0, |(place, _)| *place)
+        let over = self.draining.values();
+        let over = over
+            .filter(|it| it.is_shown() || it.is_cut)
+            .map(|it| &it.row);
+        let closing = self.serving.values().filter(|it| it.closing);
+        let rows = over.chain(closing.map(|it| &it.row));
+        let overlaps = rows.filter(|row| row.wanted.publish.spec.overlaps(spec));
+        let last = overlaps.max_by_key(|row| row.wanted.id);
+        last.map_or(0, |row| row.index)
     }
 
     /// After a failed change: has the ports again that were given back for it.
@@ -473,6 +496,7 @@ impl Daemon {
 
     /// Has what was served at a place drain, with what drains on its port already; returns the place.
     fn drain(&mut self, mut row: Arc<Row>, previous: u32, proxy: Option<Proxy>) -> u32 {
+        let is_cut = false;
         Arc::make_mut(&mut row).draining = true;
         let place = row.index;
         self.draining.insert(
@@ -481,6 +505,7 @@ impl Daemon {
                 row,
                 previous,
                 proxy,
+                is_cut,
             },
         );
         place
@@ -507,6 +532,7 @@ impl Daemon {
             let standing = plan::Standing {
                 proxy_protocol: serving.proxy_protocol,
                 steered: !serving.steered.is_empty(),
+                draining: serving.closing,
                 previous: serving.previous,
                 ..plan::Standing::default()
             };
@@ -556,12 +582,34 @@ impl Daemon {
         Ok(())
     }
 
-    /// Ends a publish that the kernel has no more, or has it drain; returns the place whose flows are to end.
-    async fn end(&mut self, id: Id, ending: Ending) -> Vec<u32> {
+    /// Has a publish take no new flows. One that has none is taken from the kernel at once.
+    fn close(&mut self, id: Id) -> Result<()> {
+        let Some(serving) = self.serving.get_mut(&id) else {
+            return Ok(());
+        };
+        let usage = self.datapath.as_ref().map(|it| it.maps.mapped_usage());
+        if usage.is_some_and(|usage| usage.flows(serving.row.index) > 0) {
+            serving.closing = true;
+            return self.install(id);
+        }
+        self.uninstall_publish(id)
+    }
+
+    /// The opposite.
+    fn open(&mut self, id: Id) -> Result<()> {
+        if let Some(serving) = self.serving.get_mut(&id) {
+            serving.closing = false;
+        }
+        self.install(id)
+    }
+
+    /// Ends a publish that is closed, or has it drain; returns whose flows are to end.
+    async fn end(&mut self, id: Id, ending: Ending) -> Loose {
+        let mut loose = Loose::default();
         let Some(mut serving) = self.serving.remove(&id) else {
             self.waiting.remove(&id);
             self.view.hide(id);
-            return Vec::new();
+            return loose;
         };
         let mut proxy = serving.proxy.take();
         if let Some(proxy) = &mut proxy {
@@ -572,18 +620,44 @@ impl Daemon {
             if let Err(error) = self.install_draining(place) {
                 warn!("{error:#}");
             }
-            return self.bound_chain(place).into_iter().collect();
+            loose.gone.extend(self.bound_chain(place));
+            return loose;
         }
         self.view.hide(id);
-        let mut places = vec![serving.row.index];
         // Backends that it had before go with it.
         let mut former = serving.previous;
         while let Some(draining) = self.draining.get(&former).filter(|it| !it.is_shown()) {
             let previous = draining.previous;
-            places.extend(self.end_draining(former));
+            if !draining.is_cut {
+                loose.gone.extend(self.end_draining(former));
+            }
             former = previous;
         }
-        places
+        if serving.closing {
+            let place = self.drain(serving.row, serving.previous, None);
+            if let Some(draining) = self.draining.get_mut(&place) {
+                draining.is_cut = true;
+            }
+            loose.cut.insert(place);
+        } else {
+            loose.gone.insert(serving.row.index);
+        }
+        loose
+    }
+
+    /// Cuts off everything, before the instance stops. Returns whose flows are to end.
+    pub(super) async fn end_all(&mut self) -> Loose {
+        let mut loose = Loose::default();
+        for place in self.draining.keys().copied().collect::<Vec<_>>() {
+            loose.cut.insert(place);
+        }
+        for id in self.serving.keys().copied().collect::<Vec<_>>() {
+            if let Err(error) = self.close(id) {
+                warn!("{error:#}");
+            }
+            loose.add(self.end(id, Ending::Cut).await);
+        }
+        loose
     }
 
     /// Ends what drains at a place, which is returned if the kernel has it no more.

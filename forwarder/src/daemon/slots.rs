@@ -2,13 +2,22 @@
 
 use tokio::sync::mpsc;
 
+/// What has come to its end meanwhile.
+#[derive(Debug)]
+pub(super) enum Freed {
+    /// Places without flows, to be given again.
+    Places(Vec<u32>),
+    /// Places whose flows were cut off, and which have had their time.
+    Cut(Vec<u32>),
+}
+
 #[derive(Debug)]
 pub(super) struct Slots {
     taken: Vec<bool>,
     /// The last that was given, so that the next one is another.
     last: usize,
-    freeing: mpsc::UnboundedSender<Vec<u32>>,
-    freed: mpsc::UnboundedReceiver<Vec<u32>>,
+    freeing: mpsc::UnboundedSender<Freed>,
+    freed: mpsc::UnboundedReceiver<Freed>,
 }
 
 impl Slots {
@@ -41,14 +50,26 @@ impl Slots {
         }
     }
 
+    /// Takes this place, if it is free.
+    pub(super) fn take_this(&mut self, index: u32) -> bool {
+        match self.taken.get_mut(index as usize) {
+            Some(taken) if index != 0 && !*taken => {
+                *taken = true;
+                true
+            }
+            _ => false,
+        }
+    }
+
     /// Where places are sent whose flows have ended.
-    pub(super) fn freeing(&self) -> mpsc::UnboundedSender<Vec<u32>> {
+    pub(super) fn freeing(&self) -> mpsc::UnboundedSender<Freed> {
         self.freeing.clone()
     }
 
-    /// The next ones that came.
-    pub(super) async fn freed(&mut self) -> Vec<u32> {
-        self.freed.recv().await.unwrap_or_default() // there is always a sender
+    /// The next that came.
+    pub(super) async fn freed(&mut self) -> Freed {
+        let freed = self.freed.recv().await;
+        freed.unwrap_or(Freed::Places(Vec::new())) // there is always a sender
     }
 }
 

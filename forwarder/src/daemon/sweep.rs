@@ -3,7 +3,6 @@
 
 use std::{
     collections::{BTreeSet, HashMap, HashSet},
-    sync::{Arc, atomic::Ordering::Relaxed},
     time::Duration,
 };
 
@@ -12,15 +11,18 @@ use forwarder_common::{
     flow::{Flow, Phase, delivery, state},
     tuple::{Address, Tuple},
 };
-use tracing::{info, warn};
+use tracing::{debug, info, warn};
 
 use super::{
     Daemon,
     reconcile::{Draining, Loose},
-    view::Row,
+    slots::Freed,
 };
 use crate::{
-    datapath::maps::{FlowTables, Walk},
+    datapath::{
+        maps::{FlowTables, Walk},
+        resets::{self, Resets},
+    },
     publish::{Spec, Wanted},
 };
 
@@ -30,32 +32,61 @@ pub(super) struct Sweep {
     walk: Walk,
     /// Publishes that still have flows, by their places.
     alive: HashSet<u32>,
-    rows: HashMap<u32, Arc<Row>>,
 }
 
 impl Daemon {
-    /// Ends the flows of places in `PUBLISHES`, beside the daemon's other work, and then gives the places back.
+    /// Ends flows, beside the daemon's other work, and then gives places back. Who is cut off has heard of it on return, if
+    /// the other end listens.
     pub(super) fn end_flows_of(&self, loose: Loose) -> impl Future<Output = ()> + Send + use<> {
         let freeing = self.slots.freeing();
-        let tables = match (&self.datapath, loose.0.is_empty()) {
-            (Some(datapath), false) => Some(datapath.maps.flows.try_clone()),
+        let Loose { gone, cut, stays } = loose;
+        let is_empty = gone.is_empty() && cut.is_empty() && stays.is_empty();
+        let tables = match &self.datapath {
+            Some(datapath) if !is_empty => Some(datapath.maps.flows.try_clone()),
             _ => None,
         };
         async move {
-            let ended = match tables {
+            let ended: BTreeSet<u32> = gone.union(&stays).copied().collect();
+            let told = cut.clone();
+            let walked = match tables {
                 Some(Ok(mut tables)) => {
-                    let places = loose.0.clone();
-                    let walk = move || end_all(&mut tables, &places);
+                    let walk = move || {
+                        let cut = cut_all(&mut tables, &told);
+                        end_all(&mut tables, &ended).and(cut)
+                    };
                     tokio::task::spawn_blocking(walk).await.map_err(Into::into)
                 }
                 Some(Err(error)) => Ok(Err(error)),
                 None => Ok(Ok(())),
             };
-            if let Err(error) = ended.and_then(|ended| ended) {
+            if let Err(error) = walked.and_then(|walked| walked) {
                 warn!("flows of what was unpublished are left until they expire: {error:#}");
             }
-            let _ = freeing.send(loose.0.into_iter().collect()); // the daemon ends
+            // The daemon may have ended.
+            let _ = freeing.send(Freed::Places(gone.into_iter().collect()));
+            if !cut.is_empty() {
+                tokio::spawn(async move {
+                    tokio::time::sleep(resets::PATIENCE).await;
+                    let _ = freeing.send(Freed::Cut(cut.into_iter().collect()));
+                });
+            }
         }
+    }
+
+    /// Ends those that were cut off, or gives places back.
+    pub(super) fn freed(&mut self, freed: Freed) {
+        let places = match freed {
+            Freed::Places(places) => return self.give_back(&places),
+            Freed::Cut(places) => places,
+        };
+        let gone = places
+            .into_iter()
+            .filter_map(|place| self.end_draining(place));
+        let loose = Loose {
+            gone: gone.collect(),
+            ..Loose::default()
+        };
+        drop(tokio::spawn(self.end_flows_of(loose)));
     }
 
     /// Flows of an earlier instance go on if they are of a publish that is there again, under its place. Not if an IPsec
@@ -79,8 +110,9 @@ impl Daemon {
             } else {
                 (*key, *flow)
             };
-            // Nothing would rewrite the answers of one that goes through the stack.
-            let lost = flow.back.delivery == delivery::STACK && !respects_firewall;
+            // Nothing would rewrite the answers of one that goes through the stack; one that was cut off is over.
+            let lost = flow.back.delivery == delivery::STACK && !respects_firewall
+                || flow.state & state::CUT != 0;
             let possible = owners.get(&(told.protocol, told.destination_port, told.destination));
             let mut possible = possible.into_iter().flatten();
             let owner =
@@ -133,11 +165,6 @@ impl Daemon {
         let Some(datapath) = &mut self.datapath else {
             return Ok(false);
         };
-        if sweep.rows.is_empty() {
-            let live = self.serving.values().map(|it| &it.row);
-            let rows = live.chain(self.draining.values().map(|it| &it.row));
-            sweep.rows = rows.map(|row| (row.index, row.clone())).collect();
-        }
         let Some(slice) = datapath.maps.flows.slice(&mut sweep.walk)? else {
             return Ok(false);
         };
@@ -164,14 +191,8 @@ impl Daemon {
             }
             // RACE: a packet since the slice was read is heeded; one between this and the removal begins a new flow.
             let ended = datapath.maps.flows.end(&key, |flow| expired(&key, flow))?;
-            let Some(flow) = ended else {
+            if ended.is_none() {
                 sweep.alive.insert(flow.publish);
-                continue;
-            };
-            if let Some(row) = sweep.rows.get(&flow.publish) {
-                let [packets, bytes] = &*row.ended;
-                packets.fetch_add(flow.packets[0] + flow.packets[1], Relaxed);
-                bytes.fetch_add(flow.bytes[0] + flow.bytes[1], Relaxed);
             }
         }
         Ok(true)
@@ -182,7 +203,7 @@ impl Daemon {
         let is_over = |(place, draining): &(&u32, &Draining)| {
             let meter = draining.row.meter.as_ref().filter(|_| draining.is_shown());
             let proxied = meter.map_or(0, |meter| meter.counters().flows);
-            !alive.contains(place) && proxied == 0
+            !alive.contains(place) && proxied == 0 && !draining.is_cut
         };
         let over = self.draining.iter().filter(is_over);
         let over: Vec<u32> = over.map(|(place, _)| *place).collect();
@@ -190,14 +211,45 @@ impl Daemon {
             if let Some(draining) = self.draining.get(&place) {
                 info!("publish {} has drained", draining.row.wanted.id);
             }
-            let free = self.end_draining(place).into_iter().collect();
-            drop(tokio::spawn(self.end_flows_of(Loose(free))));
+            let loose = Loose {
+                gone: self.end_draining(place).into_iter().collect(),
+                ..Loose::default()
+            };
+            drop(tokio::spawn(self.end_flows_of(loose)));
         }
     }
 }
 
+/// Cuts off every flow of these places, and tells both of its ends.
+fn cut_all(tables: &mut FlowTables, places: &BTreeSet<u32>) -> Result<()> {
+    if places.is_empty() {
+        return Ok(());
+    }
+    let resets = Resets::open()?;
+    let mut walk = Walk::default();
+    while let Some(slice) = tables.slice(&mut walk)? {
+        for (key, flow) in slice.filter(|(_, flow)| places.contains(&flow.publish)) {
+            // An alias goes with its flow.
+            if flow.state & state::ALIAS != 0 {
+                continue;
+            }
+            if !resets::is_open(&key, &flow) {
+                tables.remove(&key, &flow)?;
+            } else if let Some(flow) = tables.cut(&key, |there| places.contains(&there.publish))?
+                && let Err(error) = resets.send(&key, &flow)
+            {
+                debug!("{error:#}");
+            }
+        }
+    }
+    Ok(())
+}
+
 /// Ends every flow of these places.
 fn end_all(tables: &mut FlowTables, places: &BTreeSet<u32>) -> Result<()> {
+    if places.is_empty() {
+        return Ok(());
+    }
     let mut walk = Walk::default();
     while let Some(slice) = tables.slice(&mut walk)? {
         for (key, flow) in slice.filter(|(_, flow)| places.contains(&flow.publish)) {

@@ -26,7 +26,7 @@ use crate::{
         api::{Counter, Endpoint, Event, Listed, ListedFlow},
         server::{FlowFilter, Observe, Rows},
     },
-    datapath::maps::{Counters, FlowTables, Walk},
+    datapath::maps::{Counters, FlowTables, Mapped, Walk},
     plan::Unserved,
     proxy::{Idle, Meter},
     publish::{
@@ -51,7 +51,7 @@ pub(super) struct Row {
     pub allow: Arc<[IpNet]>,
     pub draining: bool,
     pub meter: Option<Meter>,
-    /// Packets and bytes of flows that have ended.
+    /// Packets and bytes of flows to backends that it had before.
     pub ended: Arc<[AtomicU64; 2]>,
 }
 
@@ -110,21 +110,29 @@ pub(super) struct View {
 
 /// What is read of the kernel. One walk at a time: more would only take longer.
 #[derive(Debug)]
-struct Kernel {
+pub(super) struct Kernel {
     flows: Mutex<FlowTables>,
     counters: Arc<Counters>,
+    usage: Arc<Mapped>,
+}
+
+impl Kernel {
+    pub(super) fn new(flows: FlowTables, counters: Arc<Counters>, usage: Arc<Mapped>) -> Self {
+        Self {
+            flows: Mutex::new(flows),
+            counters,
+            usage,
+        }
+    }
 }
 
 impl View {
-    pub(super) fn new(kernel: Option<(FlowTables, Arc<Counters>)>, idle: Idle) -> Self {
+    pub(super) fn new(kernel: Option<Kernel>, idle: Idle) -> Self {
         Self {
             idle,
             rows: RwLock::default(),
             ids: RwLock::default(),
-            kernel: kernel.map(|(flows, counters)| Kernel {
-                flows: Mutex::new(flows),
-                counters,
-            }),
+            kernel,
             events: broadcast::channel(EVENTS).0,
         }
     }
@@ -149,10 +157,17 @@ impl View {
             .remove(&id);
     }
 
-    /// Forgets whose a place was.
+    /// Forgets whose a place was. What was carried there, the publish has carried.
     pub(super) fn free(&self, index: u32) {
         let mut ids = self.ids.write().unwrap_or_else(PoisonError::into_inner);
-        ids.remove(&index);
+        let id = ids.remove(&index);
+        drop(ids);
+        let row = id.and_then(|id| self.rows(Some(id)).pop());
+        if let (Some(row), Some(kernel)) = (row, &self.kernel) {
+            let (packets, bytes) = kernel.usage.carried(index);
+            row.ended[0].fetch_add(packets, Relaxed);
+            row.ended[1].fetch_add(bytes, Relaxed);
+        }
     }
 
     /// The publish that has a place in `PUBLISHES`, or had it before it got another backend.
@@ -192,7 +207,7 @@ impl View {
         }
     }
 
-    /// What live flows have carried, also those to backends that a publish had before.
+    /// What flows have carried, live and ended ones, also those to backends that a publish had before.
     fn sums(&self) -> Result<HashMap<Id, Sum>> {
         let mut sums: HashMap<Id, Sum> = HashMap::new();
         let ids = self
@@ -201,9 +216,18 @@ impl View {
             .unwrap_or_else(PoisonError::into_inner)
             .clone();
         if let Some(kernel) = &self.kernel {
+            for (index, id) in &ids {
+                let (packets, bytes) = kernel.usage.carried(*index);
+                let sum = sums.entry(*id).or_default();
+                sum.packets += packets;
+                sum.bytes += bytes;
+            }
             let flows = kernel.flows.lock().unwrap_or_else(PoisonError::into_inner);
             for flow in flows.all() {
                 let (_, flow) = flow?;
+                if flow.state & state::CUT != 0 {
+                    continue; // it is over, and stays for its ends to hear that
+                }
                 let Some(id) = ids.get(&flow.publish) else {
                     continue;
                 };
@@ -231,7 +255,8 @@ impl View {
         Box::new(slices.flat_map(|slice| -> Rows<(Tuple, Flow)> {
             match slice {
                 Ok(entries) => {
-                    let flows = entries.filter(|(_, flow)| flow.state & state::ALIAS == 0);
+                    let flows =
+                        entries.filter(|(_, flow)| flow.state & (state::ALIAS | state::CUT) == 0);
                     // Made into a list, which holds no more than a slice.
                     Box::new(flows.map(Ok).collect::<Vec<_>>().into_iter())
                 }

@@ -1,9 +1,12 @@
 //! The BPF maps seen from user space: typed access, and nothing decided. Together with `datapath.rs`
 //! the only user of `aya`.
 
+mod bans;
 mod flows;
 mod install;
+mod limits;
 mod mirror;
+mod usage;
 
 use std::{collections::BTreeMap, os::fd::RawFd, sync::Arc};
 
@@ -11,42 +14,48 @@ use anyhow::{Context as _, Result};
 use aya::{
     Ebpf,
     maps::{
-        Array, HashMap, LpmTrie, MapData, MapError, PerCpuArray, ProgramArray, SockHash,
+        Array, HashMap, LpmTrie, MapData, MapError, PerCpuArray, PerCpuHashMap, ProgramArray,
+        SockHash,
         lpm_trie::{Key, LpmTrie as Trie},
     },
     programs::ProgramFd,
 };
 use forwarder_common::{
-    limits,
+    limits as sizes,
+    policy::Policy,
     publish::{Allowed, FILTER_WORDS, Frontend, Interface, Location, Port, Publish, filter_bit},
     reason::Reason,
     tuple::Address,
+    usage::Refused,
 };
 use ipnet::IpNet;
 
-pub use self::{
-    flows::{FlowTables, Walk},
-    install::Installed,
-};
 use self::{
+    bans::Bans,
     install::{Network, Wanted},
     mirror::{Mirror, Table},
+};
+pub use self::{
+    bans::{boot_time, covers},
+    flows::{FlowTables, Walk},
+    install::Installed,
+    usage::{Mapped, Usage},
 };
 
 const SOCKETS: Table = Table {
     name: "SOCKETS",
     holds: "sockets of wide ranges",
-    size: limits::SOCKETS,
+    size: sizes::SOCKETS,
 };
 const INTERFACES: Table = Table {
     name: "INTERFACES",
     holds: "devices",
-    size: limits::INTERFACES,
+    size: sizes::INTERFACES,
 };
 const LOCATIONS: Table = Table {
     name: "LOCATIONS",
     holds: "addresses of this host and of containers",
-    size: limits::LOCATIONS,
+    size: sizes::LOCATIONS,
 };
 
 /// All maps that user space touches.
@@ -56,6 +65,8 @@ pub struct Maps {
     publishes: Mirror<Array<MapData, Publish>, u32, Publish>,
     backends: Mirror<HashMap<MapData, Address, u32>, Address, u32>,
     allow: Mirror<Trie<MapData, Allowed, u32>, Network, u32>,
+    limits: Mirror<HashMap<MapData, u32, Policy>, u32, Policy>,
+    bans: Bans,
     installed: BTreeMap<u32, Installed>,
     /// Those whose ports could not be taken from them.
     leaving: BTreeMap<u32, Installed>,
@@ -71,6 +82,8 @@ pub struct Maps {
     keys: Array<MapData, [u64; 5]>,
     pipeline: ProgramArray<MapData>,
     stats: Arc<Counters>,
+    usage: Arc<Mapped>,
+    refused: PerCpuHashMap<MapData, Refused, u64>,
 }
 
 impl std::fmt::Debug for Maps {
@@ -89,12 +102,23 @@ impl Maps {
             ebpf.take_map(name)
                 .with_context(|| format!("the eBPF object has no map {name}"))
         };
+        let usage = Arc::new(Mapped::new(Array::try_from(map("USAGE")?)?)?);
         Ok(Self {
             ports: Mirror::new(install::PORTS, Array::try_from(map("PORTS")?)?),
             frontends: Mirror::new(install::FRONTENDS, HashMap::try_from(map("FRONTENDS")?)?),
             publishes: Mirror::new(install::PUBLISHES, Array::try_from(map("PUBLISHES")?)?),
             backends: Mirror::new(install::BACKENDS, HashMap::try_from(map("BACKENDS")?)?),
             allow: Mirror::new(install::ALLOW, LpmTrie::try_from(map("ALLOW")?)?),
+            limits: Mirror::new(limits::LIMITS, HashMap::try_from(map("LIMITS")?)?),
+            bans: Bans {
+                kinds: Array::try_from(map("BANS")?)?,
+                addresses: HashMap::try_from(map("BANNED")?)?,
+                networks: Mirror::new(
+                    bans::BANNED_NETWORKS,
+                    LpmTrie::try_from(map("BANNED_NETWORKS")?)?,
+                ),
+                wanted: BTreeMap::new(),
+            },
             installed: BTreeMap::new(),
             leaving: BTreeMap::new(),
             interfaces: HashMap::try_from(map("INTERFACES")?)?,
@@ -107,11 +131,14 @@ impl Maps {
                 flows: HashMap::try_from(map("FLOWS")?)?,
                 half_open: HashMap::try_from(map("HALF_OPEN")?)?,
                 claims: HashMap::try_from(map("CLAIMS")?)?,
+                usage: usage.clone(),
             },
             sockets: SockHash::try_from(map("SOCKETS")?)?,
             keys: Array::try_from(map("KEYS")?)?,
             pipeline: ProgramArray::try_from(map("PIPELINE")?)?,
             stats: Arc::new(Counters(PerCpuArray::try_from(map("STATS")?)?)),
+            usage,
+            refused: PerCpuHashMap::try_from(map("REFUSED")?)?,
         })
     }
 

@@ -2,7 +2,7 @@
 //! written as a whole beside the old one, synced, and put in its place.
 
 use std::{
-    collections::BTreeSet,
+    collections::{BTreeSet, HashMap},
     fs::{self, File, OpenOptions},
     io::Write as _,
     os::unix::fs::OpenOptionsExt as _,
@@ -41,6 +41,9 @@ struct StoredPublish {
     spec: String,
     #[serde(flatten)]
     policy: Policy,
+    /// Its place in the kernel's tables, where its counters and flows are.
+    #[serde(default)]
+    place: u32,
     /// A flag or the configuration asks for it: only its number is kept.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     configured: bool,
@@ -75,6 +78,12 @@ impl State {
     pub fn configured(&self) -> BTreeSet<Id> {
         let configured = self.stored.publishes.iter().filter(|it| it.configured);
         configured.map(|it| it.id).collect()
+    }
+
+    /// Where publishes were in the kernel's tables.
+    pub fn places(&self) -> HashMap<Id, u32> {
+        let publishes = self.stored.publishes.iter();
+        publishes.map(|it| (it.id, it.place)).collect()
     }
 
     /// What was leased. Whoever held the leases asks for them again.
@@ -113,6 +122,7 @@ impl State {
         &mut self,
         registry: &Registry,
         is_configured: impl Fn(&Wanted) -> bool,
+        place: impl Fn(&Wanted) -> u32,
     ) -> Result<()> {
         let publishes = registry.iter().filter(|wanted| !wanted.owner.is_lease());
         let publishes = publishes.map(|wanted| StoredPublish {
@@ -121,6 +131,7 @@ impl State {
             spec: wanted.publish.spec.to_string(),
             policy: wanted.publish.policy.clone(),
             configured: is_configured(wanted),
+            place: place(wanted),
         });
         let leases = registry.iter().filter(|wanted| wanted.owner.is_lease());
         let stored = Stored {

@@ -3,6 +3,7 @@
 use std::{
     io,
     os::fd::{AsFd as _, AsRawFd as _},
+    sync::Arc,
 };
 
 use anyhow::{Context as _, Result};
@@ -12,7 +13,7 @@ use forwarder_common::{
     tuple::Tuple,
 };
 
-use super::ignore_missing;
+use super::{ignore_missing, usage::Mapped};
 
 /// Entries read by one system call: about a millisecond. No bucket has as many, which
 /// the kernel would refuse.
@@ -35,6 +36,7 @@ pub struct FlowTables {
     pub(super) flows: HashMap<MapData, Tuple, Flow>,
     pub(super) half_open: HashMap<MapData, Tuple, Flow>,
     pub(super) claims: HashMap<MapData, Tuple, u32>,
+    pub(super) usage: Arc<Mapped>,
 }
 
 impl std::fmt::Debug for FlowTables {
@@ -51,14 +53,14 @@ impl FlowTables {
             table: &HashMap<MapData, K, V>,
         ) -> Result<HashMap<MapData, K, V>> {
             let descriptor = table.map().fd().as_fd().try_clone_to_owned()?;
-            Ok(HashMap::try_from(aya::maps::Map::HashMap(
-                MapData::from_fd(descriptor)?,
-            ))?)
+            let map = aya::maps::Map::HashMap(MapData::from_fd(descriptor)?);
+            Ok(HashMap::try_from(map)?)
         }
         Ok(Self {
             flows: clone(&self.flows)?,
             half_open: clone(&self.half_open)?,
             claims: clone(&self.claims)?,
+            usage: self.usage.clone(),
         })
     }
 
@@ -123,10 +125,31 @@ impl FlowTables {
     /// The kernel refuses the update.
     pub fn set(&mut self, key: &Tuple, flow: &Flow) -> Result<()> {
         const BPF_EXIST: u64 = 2;
-        for table in [&mut self.half_open, &mut self.flows] {
-            ignore_missing(table.insert(key, flow, BPF_EXIST)).context("write the flows")?;
+        ignore_missing(self.half_open.insert(key, flow, BPF_EXIST)).context("write the flows")?;
+        let before = self.flows.get(key, 0);
+        ignore_missing(self.flows.insert(key, flow, BPF_EXIST)).context("write the flows")?;
+        if let Ok(before) = before
+            && before.publish != flow.publish
+            && flow.state & state::ALIAS == 0
+        {
+            self.usage.moved(before.publish, flow.publish);
         }
         Ok(())
+    }
+
+    /// Cuts a flow off, of which that is true: from now on nothing of it is carried, and the program answers TCP's segments by resets,
+    /// until it is deleted. Returns the flow as it was.
+    ///
+    /// # Errors
+    /// The kernel refuses the update.
+    pub fn cut(&mut self, key: &Tuple, if_so: impl Fn(&Flow) -> bool) -> Result<Option<Flow>> {
+        let flow = self.get(key)?.filter(if_so);
+        if let Some(flow) = &flow {
+            // RACE: what it carries at this moment it forgets to have carried; the numbers lag.
+            let state = flow.state | state::CUT;
+            self.set(key, &Flow { state, ..*flow })?;
+        }
+        Ok(flow)
     }
 
     /// Deletes a flow, and its alias if it has one; or an alias.
@@ -143,15 +166,26 @@ impl FlowTables {
         {
             self.remove_one(&other)?;
         }
-        self.remove_one(key)
-    }
-
-    fn remove_one(&mut self, key: &Tuple) -> Result<()> {
-        // In this order: what is left of a kept flow in HALF_OPEN must not come to life again.
-        for table in [&mut self.half_open, &mut self.flows] {
-            ignore_missing(table.remove(key)).context("write the flows")?;
+        let [was_half_open, was_kept] = self.remove_one(key)?;
+        if was_half_open || was_kept {
+            self.usage.ended(flow, was_kept);
         }
         Ok(())
+    }
+
+    /// Deletes a key from `HALF_OPEN` and from `FLOWS`; returns which of them had it.
+    fn remove_one(&mut self, key: &Tuple) -> Result<[bool; 2]> {
+        // In this order: what is left of a kept flow in HALF_OPEN must not come to life again.
+        let mut removed = [false; 2];
+        for (table, removed) in [&mut self.half_open, &mut self.flows]
+            .into_iter()
+            .zip(&mut removed)
+        {
+            let result = table.remove(key);
+            *removed = result.is_ok();
+            ignore_missing(result).context("write the flows")?;
+        }
+        Ok(removed)
     }
 
     /// Deletes a flow of which that is still true, and returns it. The program puts no other in its place meanwhile.

@@ -1,7 +1,7 @@
 //! The one door into the kernel for a publish: everything that the tables have of it, written in an order in which no packet meets
 //! half of it, and undone in reverse.
 
-use std::net::IpAddr;
+use std::{collections::BTreeMap, net::IpAddr};
 
 use anyhow::{Result, bail};
 use aya::maps::{
@@ -10,13 +10,15 @@ use aya::maps::{
 };
 use forwarder_common::{
     limits,
-    publish::{Allowed, Frontend, Port, Publish, port_index},
+    publish::{Allowed, Frontend, Port, Publish, allow, port_index},
     tuple::Address,
 };
-use ipnet::IpNet;
+use ipnet::{IpNet, Ipv4Net};
 
 use super::{
-    Maps, ignore_missing, key_length,
+    Maps,
+    bans::{has_mapped, plain},
+    ignore_missing, key_length,
     mirror::{Store, Table, TableError},
 };
 
@@ -117,9 +119,9 @@ impl Store<u32, Publish> for Array<MapData, Publish> {
     }
 }
 
-impl<K: aya::Pod> Store<K, u32> for HashMap<MapData, K, u32> {
-    fn write(&mut self, key: &K, value: &u32) -> Result<(), MapError> {
-        if *value == 0 {
+impl<K: aya::Pod, V: aya::Pod + Default + PartialEq> Store<K, V> for HashMap<MapData, K, V> {
+    fn write(&mut self, key: &K, value: &V) -> Result<(), MapError> {
+        if *value == V::default() {
             ignore_missing(self.remove(key))
         } else {
             self.insert(key, value, 0)
@@ -170,7 +172,8 @@ impl Maps {
         self.installed.insert(index, new.clone());
         if let Some(old) = old {
             // What of this fails is written by a later change; no packet meets it but with the new entry.
-            let _ = self.take_back(index, &old, Some(new), new.entry);
+            let entry = self.publishes.get(&index);
+            let _ = self.take_back(index, &old, Some(new), entry);
         }
         Ok(())
     }
@@ -183,15 +186,20 @@ impl Maps {
     pub fn uninstall(&mut self, index: u32) -> Result<()> {
         let installed = self.installed.remove(&index);
         let Some(gone) = installed.or_else(|| self.leaving.remove(&index)) else {
-            return Ok(());
+            return Ok(self.unlimit(index)?);
         };
         match self.take_back(index, &gone, None, Publish::default()) {
-            Ok(result) => Ok(result?),
+            Ok(result) => Ok(result.and(self.unlimit(index))?),
             Err(error) => {
                 self.leaving.insert(index, gone);
                 Err(error.into())
             }
         }
+    }
+
+    /// What the kernel has of a publish.
+    pub fn installed(&self, index: u32) -> Option<&Installed> {
+        self.installed.get(&index)
     }
 
     /// Has the ports that two publishes share lead to the second of them, until the first is written again.
@@ -213,27 +221,24 @@ impl Maps {
         Ok(self.frontends.flush().and(self.ports.flush())?)
     }
 
-    /// What the kernel has of a publish.
-    pub fn installed(&self, index: u32) -> Option<&Installed> {
-        self.installed.get(&index)
-    }
-
     /// Writes a publish's entry alone.
     ///
     /// # Errors
     /// The kernel refuses the update.
     pub fn set_publish(&mut self, index: u32, entry: &Publish) -> Result<()> {
-        self.publishes.change(index, |there| *there = *entry);
+        let entry = self.marked(index, entry);
+        self.publishes.change(index, |there| *there = entry);
         Ok(self.publishes.flush()?)
     }
 
     fn put(&mut self, index: u32, new: &Installed) -> Result<(), TableError> {
         self.count(new, |count| *count += 1);
-        for network in &new.allow {
-            self.allow.change((index, network.trunc()), |it| *it = 1);
+        for (network, value) in allowed(&new.allow) {
+            self.allow.change((index, network), |it| *it = value);
         }
         self.allow.flush()?;
-        self.publishes.change(index, |there| *there = new.entry);
+        let entry = self.marked(index, &new.entry);
+        self.publishes.change(index, |there| *there = entry);
         self.publishes.flush()?;
         self.backends.flush()?;
         self.ports.flush()?;
@@ -272,10 +277,10 @@ impl Maps {
         let backends = self.backends.flush();
         self.publishes.change(index, |there| *there = entry);
         let publishes = self.publishes.flush();
-        for network in &gone.allow {
-            if !stays.is_some_and(|stays| stays.allow.contains(network)) {
-                self.allow.change((index, network.trunc()), |it| *it = 0);
-            }
+        let stay = stays.map_or_else(BTreeMap::new, |stays| allowed(&stays.allow));
+        for network in allowed(&gone.allow).into_keys() {
+            let value = stay.get(&network).copied().unwrap_or_default();
+            self.allow.change((index, network), |it| *it = value);
         }
         let allow = self.allow.flush();
         Ok(ports.and(backends).and(publishes).and(allow))
@@ -333,4 +338,13 @@ impl Maps {
             _ => {}
         });
     }
+}
+
+/// What the trie has of an allow-list: its networks, and if one of them would have all of IPv4 in it, that this is not meant.
+fn allowed(list: &[IpNet]) -> BTreeMap<IpNet, u32> {
+    let all_v4 = IpNet::from(Ipv4Net::default());
+    let exception = list.iter().any(|network| has_mapped(*network));
+    let exception = exception.then_some((all_v4, allow::NO));
+    let networks = list.iter().map(|network| (plain(*network), allow::YES));
+    exception.into_iter().chain(networks).collect()
 }

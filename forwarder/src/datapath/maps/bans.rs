@@ -1,0 +1,289 @@
+//! Bans: addresses in a hash table, networks in a trie. Which bans are wanted, and until when, is decided elsewhere.
+
+use std::{
+    collections::BTreeMap,
+    io,
+    net::IpAddr,
+    os::fd::{AsFd as _, AsRawFd as _},
+};
+
+use anyhow::{Context as _, Result};
+use aya::maps::{
+    Array, HashMap, IterableMap as _, MapData, MapError,
+    lpm_trie::{Key, LpmTrie},
+};
+use forwarder_common::{limits, publish::ban, tuple::Address};
+use ipnet::{IpNet, Ipv4Net};
+
+use super::{
+    Maps, ignore_missing, key_length,
+    mirror::{Mirror, Store, Table},
+};
+
+const BANNED: Table = Table {
+    name: "BANNED",
+    holds: "banned addresses",
+    size: limits::BANNED,
+};
+pub(super) const BANNED_NETWORKS: Table = Table {
+    name: "BANNED_NETWORKS",
+    holds: "banned networks",
+    size: limits::BANNED_NETWORKS,
+};
+
+/// Entries written by one system call: about a millisecond.
+const SLICE: usize = 4096;
+
+/// A value that is in the past: no ban.
+const OVER: u64 = 1;
+
+/// The tables, and what networks are wanted there.
+pub(super) struct Bans {
+    pub(super) kinds: Array<MapData, u32>,
+    pub(super) addresses: HashMap<MapData, Address, u64>,
+    pub(super) networks: Mirror<LpmTrie<MapData, Address, u64>, IpNet, u64>,
+    pub(super) wanted: BTreeMap<IpNet, u64>,
+}
+
+impl Store<IpNet, u64> for LpmTrie<MapData, Address, u64> {
+    fn write(&mut self, network: &IpNet, value: &u64) -> Result<(), MapError> {
+        let key = Key::new(key_length(*network), network.network().into());
+        if *value == 0 {
+            ignore_missing(self.remove(&key))
+        } else {
+            self.insert(&key, value, 0)
+        }
+    }
+}
+
+/// Every IPv4 address.
+fn all_v4() -> IpNet {
+    Ipv4Net::default().into()
+}
+
+/// Whether the tables' keys of this network, among which IPv4 addresses are mapped, have all of IPv4 among them: `::/0` is
+/// IPv6 alone.
+pub(super) fn has_mapped(network: IpNet) -> bool {
+    let mapped = std::net::Ipv4Addr::UNSPECIFIED.to_ipv6_mapped();
+    matches!(network, IpNet::V6(v6) if v6.prefix_len() < 96 && v6.contains(&mapped))
+}
+
+/// The network that is meant, without bits behind the prefix, and IPv4 where it is written as mapped.
+pub(super) fn plain(network: IpNet) -> IpNet {
+    if let IpNet::V6(v6) = network
+        && let Some(length) = v6.prefix_len().checked_sub(96)
+        && let Some(v4) = v6.network().to_ipv4_mapped()
+        && let Ok(v4) = Ipv4Net::new(v4, length)
+    {
+        return v4.into();
+    }
+    network.trunc()
+}
+
+fn is_address(network: IpNet) -> bool {
+    network.prefix_len() == network.max_prefix_len()
+}
+
+impl Bans {
+    /// What the trie must say of a network that is in it: the latest end of all that it is part of.
+    fn until(&self, network: IpNet) -> u64 {
+        let parents = (0..=network.prefix_len()).filter_map(|length| {
+            let parent = IpNet::new(network.addr(), length).ok()?.trunc();
+            self.wanted.get(&parent).copied()
+        });
+        parents.max().unwrap_or_default()
+    }
+
+    /// Brings the trie up to date where a ban of a network has changed.
+    fn follow(&mut self, network: IpNet) {
+        let range = IpNet::new_assert(network.network(), 0)
+            ..=IpNet::new_assert(network.broadcast(), network.max_prefix_len());
+        let inside: Vec<IpNet> = self
+            .wanted
+            .range(range)
+            .map(|(inside, _)| *inside)
+            .filter(|inside| network.contains(inside))
+            .chain([network])
+            .collect();
+        for network in inside {
+            let until = if self.wanted.contains_key(&network) {
+                self.until(network)
+            } else {
+                0
+            };
+            self.networks.change(network, |value| *value = until);
+        }
+        if has_mapped(network) || network == all_v4() {
+            let mut until = self.until(all_v4());
+            if until == 0 && self.wanted.keys().any(|&network| has_mapped(network)) {
+                until = OVER;
+            }
+            self.networks.change(all_v4(), |value| *value = until);
+        }
+    }
+
+    fn write_kinds(&mut self) -> Result<()> {
+        let has_addresses = self.addresses.keys().next().is_some();
+        let mut kinds = 0;
+        if has_addresses {
+            kinds |= ban::ADDRESSES;
+        }
+        if !self.wanted.is_empty() {
+            kinds |= ban::NETWORKS;
+        }
+        self.kinds.set(0, kinds, 0).context("write BANS")
+    }
+}
+
+impl Maps {
+    /// Bans an address or a network until that time of [`boot_time`], or for ever: a packet of it to a published port
+    /// begins no flow and gets to no socket. Flows that it has go on until somebody ends them.
+    ///
+    /// # Errors
+    /// The table is full, or the kernel refuses the update.
+    pub fn ban(&mut self, network: IpNet, until: Option<u64>) -> Result<()> {
+        self.ban_all(&[(network, until)])
+    }
+
+    /// The same of many, in as few system calls as there are ways to. What was there already gets its new end.
+    ///
+    /// # Errors
+    /// As [`Self::ban`]. What was written before that stays until it is unbanned.
+    pub fn ban_all(&mut self, bans: &[(IpNet, Option<u64>)]) -> Result<()> {
+        let mut addresses = Vec::new();
+        let mut ends = Vec::new();
+        for &(network, until) in bans {
+            let (network, until) = (plain(network), until.unwrap_or(ban::FOR_EVER).max(OVER));
+            if is_address(network) {
+                addresses.push(Address::from(network.addr()));
+                ends.push(until);
+            } else {
+                self.bans.wanted.insert(network, until);
+                self.bans.follow(network);
+            }
+        }
+        let mut written = Ok(());
+        for (addresses, ends) in addresses.chunks(SLICE).zip(ends.chunks(SLICE)) {
+            written = BANNED.wrote(update_batch(&self.bans.addresses, addresses, ends));
+            if written.is_err() {
+                break;
+            }
+        }
+        let networks = self.bans.networks.flush();
+        // Last, and for what was written, too.
+        self.bans.write_kinds()?;
+        Ok(written.and(networks)?)
+    }
+
+    /// Takes a ban back.
+    ///
+    /// # Errors
+    /// The kernel refuses the update.
+    pub fn unban(&mut self, network: IpNet) -> Result<()> {
+        self.unban_all(&[network])
+    }
+
+    /// The same of many.
+    ///
+    /// # Errors
+    /// The first one; the others are taken back all the same.
+    pub fn unban_all(&mut self, networks: &[IpNet]) -> Result<()> {
+        let mut first = Ok(());
+        for &network in networks {
+            let network = plain(network);
+            if is_address(network) {
+                let removed = self.bans.addresses.remove(&network.addr().into());
+                first = first.and(BANNED.wrote(ignore_missing(removed)));
+            } else if self.bans.wanted.remove(&network).is_some() {
+                self.bans.follow(network);
+            }
+        }
+        let flushed = self.bans.networks.flush();
+        self.bans.write_kinds()?;
+        Ok(first.and(flushed)?)
+    }
+}
+
+/// CLOCK_BOOTTIME in nanoseconds, by which bans end: it goes on while the machine sleeps.
+pub fn boot_time() -> u64 {
+    nix::time::clock_gettime(nix::time::ClockId::CLOCK_BOOTTIME)
+        .map(|time| {
+            let nanoseconds = std::time::Duration::from(time).as_nanos();
+            u64::try_from(nanoseconds).unwrap_or(u64::MAX)
+        })
+        .unwrap_or(0)
+}
+
+/// Whether a network of bans has an address; for those who decide on flows that exist.
+pub fn covers(network: IpNet, address: IpAddr) -> bool {
+    plain(network).contains(&address.to_canonical())
+}
+
+/// BPF_MAP_UPDATE_BATCH (5.6 and later), which aya does not have: one system call for all of them.
+fn update_batch(
+    table: &HashMap<MapData, Address, u64>,
+    keys: &[Address],
+    values: &[u64],
+) -> Result<(), MapError> {
+    /// A command of bpf(2) and the fields of `union bpf_attr` that it reads (include/uapi/linux/bpf.h).
+    const BPF_MAP_UPDATE_BATCH: libc::c_long = 26;
+    #[repr(C)]
+    struct Batch {
+        in_batch: u64,
+        out_batch: u64,
+        keys: u64,
+        values: u64,
+        count: u32,
+        map_fd: u32,
+        elem_flags: u64,
+        flags: u64,
+    }
+    let count = keys.len().min(values.len());
+    let mut batch = Batch {
+        in_batch: 0,
+        out_batch: 0,
+        keys: keys.as_ptr() as u64,
+        values: values.as_ptr() as u64,
+        count: count as u32,
+        map_fd: table.map().fd().as_fd().as_raw_fd() as u32,
+        elem_flags: 0,
+        flags: 0,
+    };
+    // SAFETY: the kernel reads `count` keys and values of the table's types, which live until it returns.
+    let result = unsafe {
+        libc::syscall(
+            libc::SYS_bpf,
+            BPF_MAP_UPDATE_BATCH,
+            &raw mut batch,
+            size_of::<Batch>(),
+        )
+    };
+    if result == 0 {
+        return Ok(());
+    }
+    Err(aya::sys::SyscallError {
+        call: "bpf_map_update_batch",
+        io_error: io::Error::last_os_error(),
+    }
+    .into())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn mapped_networks_are_the_ipv4_ones_that_they_name() {
+        for (written, meant) in [
+            ("::ffff:198.51.100.7/120", "198.51.100.0/24"),
+            ("::ffff:198.51.100.7/128", "198.51.100.7/32"),
+            ("::ffff:0:0/96", "0.0.0.0/0"),
+            ("198.51.100.7/24", "198.51.100.0/24"),
+            ("2001:db8::7/64", "2001:db8::/64"),
+            ("::/0", "::/0"),
+        ] {
+            let network = |text: &str| text.parse::<IpNet>().unwrap();
+            assert_eq!(plain(network(written)), network(meant), "{written}");
+        }
+    }
+}

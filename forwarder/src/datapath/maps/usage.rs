@@ -1,0 +1,233 @@
+//! What publishes are used for: read from the program's counters, and added to where user space ends a flow.
+
+use std::{
+    collections::BTreeMap,
+    io,
+    os::fd::{AsFd as _, AsRawFd as _},
+    ptr::NonNull,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering::Relaxed},
+    },
+};
+
+use anyhow::{Context as _, Result};
+use aya::maps::{Array, IterableMap as _, MapData, MapError};
+use forwarder_common::{
+    flow::{Flow, state},
+    limits,
+    reason::Reason,
+    usage::{Refused, Usage as Element},
+};
+
+use super::{Maps, ignore_missing, mirror::Table};
+
+/// What a publish has been used for.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Usage {
+    /// Flows that are there now and are proven, or have a source port of this host. Those that are not proven are not counted:
+    /// whoever invents senders makes as many as they like, and the kernel forgets the oldest without a word.
+    pub flows: u64,
+    /// Flows that have begun, proven or not.
+    pub begun: u64,
+    /// Packets of flows that have ended, original and reply direction. What those that are there have carried is in them.
+    pub packets: [u64; 2],
+    /// Their bytes.
+    pub bytes: [u64; 2],
+    /// Packets that were refused, by reason.
+    pub refused: BTreeMap<&'static str, u64>,
+}
+
+/// [`Element`], as the processor adds to it.
+#[repr(C)]
+struct Counters {
+    begun: AtomicU64,
+    kept: AtomicU64,
+    ended: AtomicU64,
+    packets: [AtomicU64; 2],
+    bytes: [AtomicU64; 2],
+    reserved: AtomicU64,
+}
+
+const _: () = assert!(size_of::<Counters>() == size_of::<Element>());
+
+/// `USAGE`, mapped: the program and user space add to the same memory.
+pub struct Mapped {
+    at: NonNull<Counters>,
+    /// Programs are loaded by its descriptor.
+    _map: Array<MapData, Element>,
+}
+
+// SAFETY: shared memory of atomic counters, which belongs to no thread.
+unsafe impl Send for Mapped {}
+// SAFETY: as above.
+unsafe impl Sync for Mapped {}
+
+const LENGTH: usize = limits::PUBLISHES as usize * size_of::<Counters>();
+
+impl Mapped {
+    pub(super) fn new(map: Array<MapData, Element>) -> Result<Self> {
+        // SAFETY: a new mapping of a map that has been made to be mapped, as long as its elements are.
+        let at = unsafe {
+            libc::mmap(
+                std::ptr::null_mut(),
+                LENGTH,
+                libc::PROT_READ | libc::PROT_WRITE,
+                libc::MAP_SHARED,
+                map.map().fd().as_fd().as_raw_fd(),
+                0,
+            )
+        };
+        if at == libc::MAP_FAILED {
+            return Err(io::Error::last_os_error()).context("map USAGE into memory");
+        }
+        let at = NonNull::new(at.cast()).context("map USAGE into memory")?;
+        Ok(Self { at, _map: map })
+    }
+
+    /// Flows that are there and are proven.
+    pub fn flows(&self, index: u32) -> u64 {
+        self.get(index).map_or(0, |counters| {
+            let ended = counters.ended.load(Relaxed); // first: what ends meanwhile was there
+            counters.kept.load(Relaxed).saturating_sub(ended)
+        })
+    }
+
+    /// Packets and bytes of flows that have ended, in both directions together.
+    pub fn carried(&self, index: u32) -> (u64, u64) {
+        let sum = |counters: &[AtomicU64; 2]| counters.iter().map(|it| it.load(Relaxed)).sum();
+        self.get(index)
+            .map_or((0, 0), |it| (sum(&it.packets), sum(&it.bytes)))
+    }
+
+    fn get(&self, index: u32) -> Option<&Counters> {
+        // SAFETY: the mapping has so many elements and lives as long as this.
+        (index < limits::PUBLISHES).then(|| unsafe { self.at.add(index as usize).as_ref() })
+    }
+
+    /// A flow is there no more. It was in `FLOWS` or not.
+    pub(super) fn ended(&self, flow: &Flow, was_kept: bool) {
+        if flow.state & state::ALIAS != 0 {
+            return;
+        }
+        let Some(counters) = self.get(flow.publish) else {
+            return;
+        };
+        if was_kept {
+            counters.ended.fetch_add(1, Relaxed);
+        }
+        for direction in 0..2 {
+            counters.packets[direction].fetch_add(flow.packets[direction], Relaxed);
+            counters.bytes[direction].fetch_add(flow.bytes[direction], Relaxed);
+        }
+    }
+
+    /// A flow of `FLOWS` is of another publish now.
+    pub(super) fn moved(&self, from: u32, to: u32) {
+        for (index, count) in [
+            (from, |counters: &Counters| &counters.ended),
+            (to, |counters: &Counters| &counters.kept),
+        ] as [(u32, fn(&Counters) -> &AtomicU64); 2]
+        {
+            if let Some(counters) = self.get(index) {
+                count(counters).fetch_add(1, Relaxed);
+            }
+        }
+    }
+}
+
+impl std::fmt::Debug for Mapped {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("USAGE")
+    }
+}
+
+impl Drop for Mapped {
+    fn drop(&mut self) {
+        // SAFETY: the mapping that `new` has made, which nobody has a reference into any more.
+        unsafe { libc::munmap(self.at.as_ptr().cast(), LENGTH) };
+    }
+}
+
+/// What is counted apart for each publish.
+pub(super) const REFUSALS: &[Reason] = &[
+    Reason::Banned,
+    Reason::NotAllowed,
+    Reason::OtherInterface,
+    Reason::TooManyFlows,
+    Reason::RateLimited,
+    Reason::SourceRateLimited,
+    Reason::BandwidthExceeded,
+];
+
+const REFUSED: Table = Table {
+    name: "REFUSED",
+    holds: "counters of refusals",
+    size: limits::REFUSED,
+};
+
+impl Maps {
+    /// The counters of all publishes, for whoever reads them at any time.
+    pub fn mapped_usage(&self) -> Arc<Mapped> {
+        self.usage.clone()
+    }
+
+    /// What a publish has been used for, over all CPUs.
+    ///
+    /// # Errors
+    /// The kernel refuses the read.
+    pub fn usage(&self, index: u32) -> Result<Usage> {
+        let Some(counters) = self.usage.get(index) else {
+            return Ok(Usage::default());
+        };
+        let read = |counter: &AtomicU64| counter.load(Relaxed);
+        let ended = read(&counters.ended); // first: what ends meanwhile was there
+        let kept = read(&counters.kept);
+        let mut usage = Usage {
+            flows: kept.saturating_sub(ended),
+            begun: read(&counters.begun),
+            packets: counters.packets.each_ref().map(read),
+            bytes: counters.bytes.each_ref().map(read),
+            refused: BTreeMap::new(),
+        };
+        for &reason in REFUSALS {
+            match self.refused.get(&refusal(index, reason), 0) {
+                Ok(counts) => {
+                    let sum = counts.iter().sum();
+                    usage.refused.insert(reason.name(), sum);
+                }
+                Err(MapError::KeyNotFound) => {}
+                Err(error) => return Err(error).context("read REFUSED"),
+            }
+        }
+        Ok(usage)
+    }
+
+    /// Forgets what a publish has been used for, of which no flow is there any more.
+    ///
+    /// # Errors
+    /// The kernel refuses the update.
+    pub fn clear_usage(&mut self, index: u32) -> Result<()> {
+        if let Some(counters) = self.usage.get(index) {
+            for counter in [&counters.kept, &counters.ended, &counters.begun]
+                .into_iter()
+                .chain(&counters.packets)
+                .chain(&counters.bytes)
+            {
+                counter.store(0, Relaxed);
+            }
+        }
+        for &reason in REFUSALS {
+            let removed = self.refused.remove(&refusal(index, reason));
+            REFUSED.wrote(ignore_missing(removed))?;
+        }
+        Ok(())
+    }
+}
+
+fn refusal(publish: u32, reason: Reason) -> Refused {
+    Refused {
+        publish,
+        reason: reason as u32,
+    }
+}

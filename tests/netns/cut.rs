@@ -1,0 +1,205 @@
+//! A publish that is taken back, or an instance that stops: both ends of every connection hear it, whatever they are doing.
+
+use std::{
+    io::{ErrorKind, Read as _, Write as _},
+    net::{SocketAddr, TcpListener, TcpStream},
+    sync::mpsc,
+};
+
+use forwarder_tests::{
+    daemon::{Daemon, Datapath},
+    deadline::{patience, slack},
+    netns::Netns,
+    topology::{Family, Topology},
+    traffic::Protocol,
+};
+
+use crate::scene::{BACKEND_PORT, PORT, spec};
+
+/// Connections of a test, half of which are busy in both directions.
+const CONNECTIONS: usize = 18;
+
+/// Who connects.
+#[derive(Clone, Copy, Debug)]
+enum Client {
+    /// Another machine.
+    Outside,
+    /// The host, by its loopback address.
+    Here,
+    /// A container on the backend's bridge, and one behind another bridge.
+    Peer,
+    Other,
+}
+
+impl Client {
+    fn netns(self, topology: &Topology) -> &Netns {
+        match self {
+            Self::Outside => &topology.client,
+            Self::Here => &topology.host,
+            Self::Peer => &topology.peer.netns,
+            Self::Other => &topology.other.netns,
+        }
+    }
+
+    fn frontend(self, topology: &Topology, family: Family) -> SocketAddr {
+        let address = match (self, family) {
+            (Self::Outside, _) => topology.host_address(family),
+            (Self::Here, Family::V4) => [127, 0, 0, 1].into(),
+            (Self::Here, Family::V6) => "::1".parse().unwrap(),
+            (Self::Peer, _) => topology.peer.gateway(family),
+            (Self::Other, _) => topology.other.gateway(family),
+        };
+        SocketAddr::new(address, PORT)
+    }
+}
+
+/// An end of a connection, whose thread says how it ended. A busy one sends all the time.
+struct End(mpsc::Receiver<ErrorKind>);
+
+impl End {
+    fn of(stream: TcpStream, is_busy: bool) -> Self {
+        let (sender, ends) = mpsc::channel();
+        let mut reader = stream.try_clone().unwrap();
+        let says = sender.clone();
+        std::thread::spawn(move || {
+            let mut octets = [0; 4096];
+            let how = loop {
+                match reader.read(&mut octets) {
+                    Ok(0) => break ErrorKind::UnexpectedEof,
+                    Ok(_) => {}
+                    Err(error) => break error.kind(),
+                }
+            };
+            let _ = says.send(how);
+        });
+        if is_busy {
+            let mut writer = stream;
+            std::thread::spawn(move || {
+                let how = loop {
+                    if let Err(error) = writer.write_all(&[7; 4096]) {
+                        break error.kind();
+                    }
+                };
+                let _ = sender.send(how);
+            });
+        }
+        Self(ends)
+    }
+
+    /// Whether it hears that the connection was reset. The socket says so once, to whoever asks first.
+    fn is_reset(&self) -> bool {
+        let heard = |_: usize| self.0.recv_timeout(2 * slack());
+        (0..2)
+            .map(heard)
+            .any(|how| how == Ok(ErrorKind::ConnectionReset))
+    }
+}
+
+/// Opens the connections; both ends of each.
+fn open(topology: &Topology, client: Client, family: Family) -> Vec<[End; 2]> {
+    let address = SocketAddr::new(topology.backend.address(family), BACKEND_PORT);
+    let listener = topology
+        .backend
+        .netns
+        .enter(|| TcpListener::bind(address).unwrap());
+    let frontend = client.frontend(topology, family);
+    (0..CONNECTIONS)
+        .map(|number| {
+            let connected = client
+                .netns(topology)
+                .enter(|| TcpStream::connect_timeout(&frontend, patience()).unwrap());
+            let (accepted, _) = listener.accept().unwrap();
+            for (mut from, mut to) in [(&connected, &accepted), (&accepted, &connected)] {
+                from.write_all(b"hello").unwrap();
+                to.read_exact(&mut [0; 5]).unwrap();
+            }
+            [connected, accepted].map(|stream| End::of(stream, number % 2 == 0))
+        })
+        .collect()
+}
+
+fn both_ends_hear(client: Client, flags: &[&str], ends: impl Fn(Daemon, &str) -> Option<Daemon>) {
+    for family in [Family::V4, Family::V6] {
+        let topology = Topology::new().unwrap();
+        let spec = spec(&topology.backend, family, Protocol::Tcp);
+        let daemon = Daemon::start_with(&topology.host, &[&spec], Datapath::Ebpf, flags).unwrap();
+        let connections = open(&topology, client, family);
+        let flows = daemon.control(&["flows", "--json"]).unwrap();
+        let flows: Vec<serde_json::Value> = serde_json::from_str(&flows).unwrap();
+        assert_eq!(flows.len(), CONNECTIONS, "on the fast path");
+        let daemon = ends(daemon, &spec);
+        for (number, [client_end, backend_end]) in connections.iter().enumerate() {
+            let heard = (client_end.is_reset(), backend_end.is_reset());
+            let said = daemon.as_ref().map(Daemon::said);
+            assert_eq!(
+                heard,
+                (true, true),
+                "{client:?}, {family:?}, connection {number}: {said:?}"
+            );
+        }
+        if let Some(daemon) = daemon {
+            daemon.stop().unwrap();
+        }
+    }
+}
+
+/// Also publishes the port again at once.
+fn unpublished(daemon: Daemon, spec: &str) -> Option<Daemon> {
+    daemon.control(&["unpublish", spec]).unwrap();
+    assert_eq!(daemon.list().unwrap(), [] as [serde_json::Value; 0]);
+    daemon.control(&["unpublish", spec]).unwrap_err();
+    Some(daemon)
+}
+
+fn stopped(daemon: Daemon, _: &str) -> Option<Daemon> {
+    daemon.stop().unwrap();
+    None
+}
+
+#[test]
+fn other_machines_and_their_backend_hear_that_a_publish_was_taken_back() {
+    both_ends_hear(Client::Outside, &[], unpublished);
+}
+
+#[test]
+fn this_hosts_clients_and_their_backend_hear_it() {
+    both_ends_hear(Client::Here, &[], unpublished);
+}
+
+#[test]
+fn containers_and_their_backend_hear_it() {
+    both_ends_hear(Client::Peer, &[], unpublished);
+    both_ends_hear(Client::Other, &[], unpublished);
+}
+
+#[test]
+fn those_who_pass_the_firewall_hear_it() {
+    both_ends_hear(Client::Outside, &["--respect-firewall"], unpublished);
+}
+
+#[test]
+fn all_hear_that_the_instance_stops() {
+    both_ends_hear(Client::Outside, &[], stopped);
+    both_ends_hear(Client::Here, &[], stopped);
+}
+
+/// The port is free at once, though the old connections are still being told.
+#[test]
+fn a_port_that_was_taken_back_is_published_anew_at_once() {
+    let topology = Topology::new().unwrap();
+    let old = spec(&topology.backend, Family::V4, Protocol::Tcp);
+    let new = spec(&topology.peer, Family::V4, Protocol::Tcp);
+    let daemon = Daemon::start(&topology.host, &[&old], Datapath::Ebpf).unwrap();
+    let connections = open(&topology, Client::Outside, Family::V4);
+    daemon.control(&["unpublish", &old]).unwrap();
+    daemon.control(&["publish", &new]).unwrap();
+    let _backend =
+        forwarder_tests::traffic::Backend::start(&topology.peer.netns, Protocol::Tcp, BACKEND_PORT)
+            .unwrap();
+    crate::scene::served_to_the_client(&topology, Protocol::Tcp, "new");
+    // Their resets were on the way; who was busy meets the new backend, which does not know the connection either.
+    for [client, _] in &connections {
+        assert!(client.is_reset());
+    }
+    daemon.stop().unwrap();
+}
