@@ -3,15 +3,20 @@
 
 pub mod tables;
 
-use std::path::PathBuf;
+use std::{path::PathBuf, time::Duration};
 
 use clap::{Parser, Subcommand};
 use ipnet::IpNet;
 
 use crate::{
-    config::{DatapathChoice, Flags, Timeout, XdpChoice},
+    config::{DatapathChoice, Flags, Timeout, XdpChoice, seconds},
     control::api::NamedPublish,
-    publish::{Id, Owner, Policy, ProxyProtocol, Publish, Spec, allow::network, spec::SpecError},
+    publish::{
+        Id, Limits, Owner, Policy, ProxyProtocol, Publish, Spec,
+        allow::{network, source},
+        limits::{Bandwidth, Rate},
+        spec::SpecError,
+    },
 };
 
 /// Publishes ports of this host and forwards them to backends: in the kernel by eBPF, in user space
@@ -43,6 +48,8 @@ pub enum Command {
         /// Tell backends of their clients by the PROXY protocol, version 2 unless another is named: by the userland path.
         #[arg(long, value_enum, value_name = "VERSION", num_args = 0..=1, require_equals = true, default_missing_value = "v2")]
         proxy_protocol: Option<ProxyProtocol>,
+        #[command(flatten)]
+        limits: LimitFlags,
         /// In whose name: an owner changes its own publishes alone.
         #[arg(long, value_name = "NAME", default_value = "cli")]
         owner: Owner,
@@ -61,6 +68,24 @@ pub enum Command {
         #[arg(long, value_name = "NAME", default_value = "cli")]
         owner: Owner,
     },
+    /// Let nothing of these sources get into any published port; their flows end now.
+    Ban {
+        #[arg(required_unless_present = "file", value_name = "CIDR", value_parser = source)]
+        sources: Vec<IpNet>,
+        /// How long, such as `90s`, `30m`, `4h` or `7d`; without, for ever.
+        #[arg(long = "for", value_name = "TIME", value_parser = time)]
+        lasts: Option<Duration>,
+        /// Take further sources from this file, one a line; `-` is standard input.
+        #[arg(long, value_name = "FILE")]
+        file: Option<PathBuf>,
+    },
+    /// Take bans back.
+    Unban {
+        #[arg(required = true, value_name = "CIDR", value_parser = source)]
+        sources: Vec<IpNet>,
+    },
+    /// Show what is banned, and until when.
+    Bans(Format),
     /// Show what is published, and how.
     List(Format),
     /// Show live flows of the fast path.
@@ -144,6 +169,38 @@ pub struct Run {
     pub log: String,
 }
 
+/// What a publish may be used for at most.
+#[derive(Clone, Debug, Default, clap::Args)]
+pub struct LimitFlags {
+    /// Serve so many flows at once.
+    #[arg(long, value_name = "N")]
+    pub max_flows: Option<u64>,
+    /// Let so many flows begin, such as `1000/s`.
+    #[arg(long, value_name = "N/s")]
+    pub rate: Option<Rate>,
+    /// Let so many flows of one source begin: of an IPv4 address, or an IPv6 network of 64 bits.
+    #[arg(long, value_name = "N/s")]
+    pub rate_per_source: Option<Rate>,
+    /// Carry so much in each direction, such as `100Mbit`.
+    #[arg(long, value_name = "RATE")]
+    pub bandwidth: Option<Bandwidth>,
+    /// Serve only clients that come by this interface.
+    #[arg(long, value_name = "IFACE")]
+    pub on: Option<String>,
+}
+
+impl From<LimitFlags> for Limits {
+    fn from(flags: LimitFlags) -> Self {
+        Self {
+            max_flows: flags.max_flows,
+            rate: flags.rate,
+            rate_per_source: flags.rate_per_source,
+            bandwidth: flags.bandwidth,
+            on: flags.on,
+        }
+    }
+}
+
 #[derive(Clone, Copy, Debug, clap::Args)]
 pub struct Format {
     /// One JSON document instead of a table.
@@ -171,6 +228,11 @@ impl Run {
             ephemeral: self.ephemeral,
         }
     }
+}
+
+/// A time with its unit; seconds without.
+fn time(text: &str) -> Result<Duration, String> {
+    seconds(text).map(Duration::from_secs)
 }
 
 /// A publish, by its number or its SPEC.

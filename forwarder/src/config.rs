@@ -151,20 +151,28 @@ impl std::str::FromStr for Timeout {
             let names: Vec<&str> = Phase::ALL.iter().map(|phase| phase.name()).collect();
             format!("no timeout {name}; there are {}", names.join(", "))
         })?;
-        let (number, unit) = match time.char_indices().last() {
-            Some((at, 's')) => (&time[..at], 1),
-            Some((at, 'm')) => (&time[..at], 60),
-            Some((at, 'h')) => (&time[..at], 3600),
-            Some((at, 'd')) => (&time[..at], 86_400),
-            _ => (time, 1),
-        };
-        match number.parse::<u32>() {
-            Ok(number) if number > 0 => Ok(Self {
-                phase,
-                seconds: u64::from(number) * unit,
-            }),
-            _ => Err(format!("{time} is no time; 90, 90s, 5m, 1h and 5d are")),
-        }
+        Ok(Self {
+            phase,
+            seconds: seconds(time)?,
+        })
+    }
+}
+
+/// A time with a unit, or in seconds.
+///
+/// # Errors
+/// It is none, in words.
+pub fn seconds(time: &str) -> Result<u64, String> {
+    let (number, unit) = match time.char_indices().last() {
+        Some((at, 's')) => (&time[..at], 1),
+        Some((at, 'm')) => (&time[..at], 60),
+        Some((at, 'h')) => (&time[..at], 3600),
+        Some((at, 'd')) => (&time[..at], 86_400),
+        _ => (time, 1),
+    };
+    match number.parse::<u32>() {
+        Ok(number) if number > 0 => Ok(u64::from(number) * unit),
+        _ => Err(format!("{time} is no time; 90, 90s, 5m, 1h and 5d are")),
     }
 }
 

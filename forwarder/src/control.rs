@@ -8,6 +8,7 @@ mod stream;
 
 use std::os::fd::OwnedFd;
 
+use ipnet::IpNet;
 use tokio::sync::{broadcast, mpsc, oneshot};
 
 use self::api::{Ending, Listed, Problem, Reloaded, Traced};
@@ -40,6 +41,10 @@ pub enum Change {
     Remove(Vec<Named>, Ending),
     /// Takes back all that the owner has.
     RemoveAll(Ending),
+    /// Bans these sources, beside those that are, or if so asked in their place.
+    Ban { bans: Vec<api::Ban>, all: bool },
+    /// Takes bans back.
+    Unban(Vec<IpNet>),
     /// Another backend for a publish, in place.
     Replace(Id, api::AskedEndpoint),
 }

@@ -8,6 +8,7 @@ use std::{
     time::Duration,
 };
 
+mod ban;
 mod fragments;
 mod network;
 mod notify;
@@ -50,8 +51,8 @@ use crate::{
     plan::Unserved,
     proxy::{BindError, Idle, raise_descriptor_limit},
     publish::{
-        Conflict, Difference, Id, Owner, ProxyProtocol, Publish, Registry, Spec, Wanted,
-        state::State,
+        Bans, Conflict, Difference, Id, Owner, ProxyProtocol, Publish, Registry, Spec, Wanted,
+        bans::BansFile, state::State,
     },
 };
 
@@ -64,6 +65,8 @@ const SHARE: u32 = 20;
 const SWEEP: Duration = Duration::from_secs(2);
 /// Who held leases with an earlier instance asks for them within this time.
 const LEASES: Duration = Duration::from_secs(2);
+/// Bans that are over are taken away after this time at the latest.
+const EXPIRE: Duration = Duration::from_secs(60);
 /// Publishes of before whose ports somebody else has are tried again after this time.
 const RETRY: Duration = Duration::from_secs(5);
 
@@ -75,10 +78,14 @@ pub struct Daemon {
     registry: Registry,
     /// Where that survives a restart.
     state: Option<State>,
+    bans: Bans,
+    bans_file: Option<BansFile>,
     /// What is served of it.
     serving: BTreeMap<Id, Serving>,
     /// Publishes of before that cannot be served now.
     waiting: BTreeSet<Id>,
+    /// Those that take no new flows, and both ends of whose flows are about to be told.
+    closing: BTreeSet<Id>,
     /// By their places in `PUBLISHES`.
     draining: BTreeMap<u32, Draining>,
     slots: Slots,
@@ -223,8 +230,11 @@ impl Daemon {
         let mut daemon = Self {
             registry: Registry::new(limits::PUBLISHES as usize - 1, 0),
             state: None,
+            bans: Bans::default(),
+            bans_file: None,
             serving: BTreeMap::new(),
             waiting: BTreeSet::new(),
+            closing: BTreeSet::new(),
             draining: BTreeMap::new(),
             slots: Slots::new(limits::PUBLISHES),
             places: HashMap::new(),
@@ -258,6 +268,9 @@ impl Daemon {
             true => None,
             false => Some(State::open(instance.state())?),
         };
+        if state.is_some() {
+            self.begin_bans(BansFile::beside(&instance.state()))?;
+        }
         if let Some(state) = &state {
             self.registry = state.registry(limits::PUBLISHES as usize - 1)?;
         }
@@ -342,6 +355,7 @@ impl Daemon {
         let mut sweep = tokio::time::interval(SWEEP);
         let mut sweeping: Option<sweep::Sweep> = None;
         let mut retry = tokio::time::interval(RETRY);
+        let mut expire = tokio::time::interval(EXPIRE);
         loop {
             tokio::select! {
                 heard = signals.heard() => match heard {
@@ -377,6 +391,7 @@ impl Daemon {
                     deaf_until = Instant::now() + CONTAINERS.max(begun.elapsed() * SHARE);
                 }
                 freed = self.slots.freed() => self.freed(freed),
+                _ = expire.tick() => self.expire_bans(),
                 _ = retry.tick(), if !self.waiting.is_empty() => self.retry().await,
                 _ = sweep.tick() => {
                     sweeping.get_or_insert_default();
@@ -478,6 +493,14 @@ impl Daemon {
                     ended: self.released.clone(),
                 });
                 (self.registry.want(&owner, publishes)?, Ending::Cut)
+            }
+            Change::Ban { bans, all } => {
+                self.ban(bans, all)?;
+                return Ok(Default::default());
+            }
+            Change::Unban(networks) => {
+                self.unban(&networks)?;
+                return Ok(Default::default());
             }
             Change::Remove(named, ending) => {
                 let ids = named.iter().map(|named| self.find(named));
@@ -688,7 +711,9 @@ pub fn down(instance: &Instance) -> Result<bool> {
             instance.name
         );
     }
-    let state = std::fs::remove_file(instance.state()).is_ok();
+    let state = instance.state();
+    let _ = std::fs::remove_file(state.with_extension("bans"));
+    let state = std::fs::remove_file(state).is_ok();
     let files = instance.remove_files();
     Ok(datapath::remove_left(&instance.name, &instance.pins())? || files || state)
 }

@@ -4,6 +4,7 @@ use std::{
     io::{IsTerminal as _, Write as _},
     path::Path,
     process::ExitCode,
+    time::{SystemTime, UNIX_EPOCH},
 };
 
 use anyhow::{Context as _, Result, bail};
@@ -12,15 +13,16 @@ use forwarder::{
     cli::{Cli, Command, Format, tables},
     config,
     control::{
-        api::{Asked, Ending, Listed, ListedFlow, Reloaded, Unpublish},
+        api::{Asked, Ban, Ending, Listed, ListedFlow, Reloaded, Unpublish},
         client::Client,
     },
     daemon, doctor,
     engines::docker_proxy,
     instance::Instance,
-    publish::Policy,
+    publish::{Policy, allow},
 };
 use hyper::Method;
+use ipnet::IpNet;
 use serde::{Serialize, de::DeserializeOwned};
 
 fn main() -> ExitCode {
@@ -73,11 +75,13 @@ fn run(cli: Cli) -> Result<()> {
             specs,
             allow,
             proxy_protocol,
+            limits,
             owner,
         } => {
             let policy = Policy {
                 allow: (!allow.is_empty()).then_some(allow),
                 proxy_protocol,
+                limits: limits.into(),
             };
             let asked = specs.iter().map(|spec| Asked {
                 spec: Some(spec.to_string()),
@@ -105,6 +109,26 @@ fn run(cli: Cli) -> Result<()> {
             let path = format!("/v1/unpublish?owner={owner}");
             client.ask(&Method::POST, &path, Some(&asked))
         }
+        Command::Ban {
+            sources,
+            lasts,
+            file,
+        } => {
+            let until = lasts.map(|lasts| SystemTime::now() + lasts);
+            let until = until.and_then(|until| until.duration_since(UNIX_EPOCH).ok());
+            let until = until.map(|until| until.as_secs());
+            let listed = file.as_deref().map(listed_sources).transpose()?;
+            let all = sources.into_iter().chain(listed.into_iter().flatten());
+            let bans: Vec<Ban> = all.map(|network| Ban { network, until }).collect();
+            client.ask(&Method::POST, "/v1/bans", Some(&bans))
+        }
+        Command::Unban { sources } => sources.iter().try_for_each(|network| {
+            let none: Option<&()> = None;
+            client.ask(&Method::DELETE, &format!("/v1/bans/{network}"), none)
+        }),
+        Command::Bans(format) => show(&client, "/v1/bans", format, |rows: &Vec<_>| {
+            tables::bans(rows)
+        }),
         Command::List(format) => show(&client, "/v1/publishes", format, |rows: &Vec<_>| {
             tables::list(rows)
         }),
@@ -167,6 +191,27 @@ fn run(cli: Cli) -> Result<()> {
         Command::Man { to: Some(folder) } => clap_mangen::generate_to(Cli::command(), &folder)
             .with_context(|| folder.display().to_string()),
     }
+}
+
+/// Sources, one a line, of a file or of standard input. Empty lines and what follows a `#` are passed over.
+fn listed_sources(file: &Path) -> Result<Vec<IpNet>> {
+    let text = if file == Path::new("-") {
+        std::io::read_to_string(std::io::stdin())
+    } else {
+        std::fs::read_to_string(file)
+    };
+    let text = text.with_context(|| file.display().to_string())?;
+    let lines = text.lines().zip(1..).map(|(line, number)| {
+        let plain = line.split('#').next().unwrap_or_default().trim();
+        (plain, number)
+    });
+    let sources = lines
+        .filter(|(line, _)| !line.is_empty())
+        .map(|(line, number)| {
+            let source = allow::source(line);
+            source.map_err(|error| anyhow::anyhow!("{}:{number}: {error}", file.display()))
+        });
+    sources.collect()
 }
 
 fn get<T: DeserializeOwned>(client: &Client, path: &str) -> Result<T> {

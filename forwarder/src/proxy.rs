@@ -1,5 +1,6 @@
 //! The userland proxy: holds every published port, and carries what the fast path does not.
 
+mod admit;
 mod batch;
 mod budget;
 mod chain;
@@ -25,12 +26,13 @@ use std::{
     },
 };
 
-use forwarder_common::flow::Timeouts;
+use forwarder_common::{flow::Timeouts, policy::Limits};
 use ipnet::IpNet;
 use tokio::{sync::Notify, task::JoinHandle};
 use tracing::warn;
 
 use self::{
+    admit::Account,
     budget::{Budget, Exhausted, Permit, Ports, Share},
     chain::{Chains, Link},
     idle::Socket,
@@ -42,7 +44,11 @@ pub use self::{
     refusal::Refusal,
     sockets::{BindError, Held, is_wide, raise_descriptor_limit},
 };
-use crate::{accept, publish::spec::Spec, seldom::Seldom};
+use crate::{
+    accept,
+    publish::{Bans, spec::Spec},
+    seldom::Seldom,
+};
 
 /// How a publish is served in user space.
 #[derive(Clone, Debug, Default)]
@@ -53,6 +59,8 @@ pub struct Options {
     pub allow: Vec<IpNet>,
     /// Of UDP's flows.
     pub timeouts: Arc<Timeouts>,
+    /// The device is the sockets' business.
+    pub limits: Limits,
 }
 
 /// What becomes of live connections.
@@ -83,6 +91,9 @@ struct Common {
     budget: Arc<Budget>,
     chains: Arc<Chains>,
     refused: Refusals,
+    bans: RwLock<Bans>,
+    /// Bans have changed.
+    banned: Notify,
 }
 
 impl Common {
@@ -91,7 +102,14 @@ impl Common {
             budget: Arc::new(Budget::of_this_process()),
             chains: Arc::default(),
             refused: Refusals::default(),
+            bans: RwLock::default(),
+            banned: Notify::new(),
         }
+    }
+
+    fn is_banned(&self, source: IpAddr) -> bool {
+        let bans = self.bans.read().unwrap_or_else(PoisonError::into_inner);
+        !bans.is_empty() && bans.has(source)
     }
 }
 
@@ -100,6 +118,7 @@ struct Now {
     spec: Arc<Spec>,
     allow: Vec<IpNet>,
     proxy_protocol: ProxyProtocol,
+    limits: Limits,
 }
 
 /// What the tasks of one publish share.
@@ -109,6 +128,7 @@ struct Shared {
     options: Options,
     /// Where new clients are sent and which are served, both of which may change.
     now: RwLock<Now>,
+    account: Account,
     flows: AtomicU64,
     packets: AtomicU64,
     bytes: AtomicU64,
@@ -127,6 +147,24 @@ impl Shared {
     /// Resolves when live connections are to end, with how.
     async fn ended(&self) -> Stop {
         self.told(|how| how != Stop::Drain).await
+    }
+
+    /// The same of one client's, which may be banned.
+    async fn ended_for(&self, source: IpAddr) -> Stop {
+        let banned = async {
+            loop {
+                // Asked for before the look, so that none is missed in between.
+                let changed = self.common.banned.notified();
+                if self.common.is_banned(source) {
+                    return Stop::Reset;
+                }
+                changed.await;
+            }
+        };
+        tokio::select! {
+            how = self.ended() => how,
+            how = banned => how,
+        }
     }
 
     /// Resolves when nobody new is served any more.
@@ -168,27 +206,30 @@ impl Shared {
         self.now.read().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn allows(&self, source: IpAddr) -> bool {
-        let now = self.now();
-        let allow = &now.allow;
-        let source = source.to_canonical();
-        let allowed = allow.is_empty() || allow.iter().any(|network| network.contains(&source));
-        if !allowed {
-            self.refuse(Refusal::NotAllowed);
-        }
-        allowed
-    }
-
     /// Counts that somebody is not served, and warns of what an administrator would want to change.
     fn refuse(&self, why: Refusal) {
         self.refused.count(why);
         self.common.refused.count(why);
-        if why == Refusal::NotAllowed || !self.warned[why as usize].is_due() {
+        let is_wanted = matches!(
+            why,
+            Refusal::NotAllowed
+                | Refusal::Banned
+                | Refusal::FlowLimit
+                | Refusal::RateLimited
+                | Refusal::SourceRateLimited
+                | Refusal::BandwidthExceeded
+        );
+        if is_wanted || !self.warned[why as usize].is_due() {
             return;
         }
         let spec = &self.spec;
         match why {
-            Refusal::NotAllowed => {}
+            Refusal::NotAllowed
+            | Refusal::Banned
+            | Refusal::FlowLimit
+            | Refusal::RateLimited
+            | Refusal::SourceRateLimited
+            | Refusal::BandwidthExceeded => {}
             Refusal::NoDescriptors => warn!(
                 "{spec} takes no more clients for now: its conversations have {} open files, and the limit of this process \
                  is {}; LimitNOFILE= in the unit, or `ulimit -n`, raises it",
@@ -335,11 +376,13 @@ impl Proxy {
             spec: spec.clone(),
             allow: options.allow.clone(),
             proxy_protocol: options.proxy_protocol,
+            limits: options.limits,
         };
         let shared = Arc::new(Shared {
             spec,
             options,
             now: RwLock::new(now),
+            account: Account::default(),
             flows: AtomicU64::new(0),
             packets: AtomicU64::new(0),
             bytes: AtomicU64::new(0),
@@ -387,6 +430,7 @@ impl Proxy {
             spec,
             allow: options.allow,
             proxy_protocol: options.proxy_protocol,
+            limits: options.limits,
         };
     }
 

@@ -1,6 +1,8 @@
 //! What is published: from where to where, under which policy, wanted by whom. Nothing here asks the machine.
 
 pub mod allow;
+pub mod bans;
+pub mod limits;
 pub mod loops;
 pub mod owner;
 pub mod registry;
@@ -12,20 +14,22 @@ use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
 pub use self::{
+    bans::Bans,
+    limits::Limits,
     owner::Owner,
     registry::{Conflict, Difference, Id, Registry, Wanted},
     spec::Spec,
 };
 
 /// A published port or range, as its owner wants it.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Publish {
     pub spec: Spec,
     pub policy: Policy,
 }
 
 /// Who is served by a publish, and how. What is left out, the instance decides.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize, ToSchema)]
 #[serde(default, rename_all = "snake_case")]
 pub struct Policy {
     /// Networks that clients may come from; empty for all.
@@ -34,11 +38,23 @@ pub struct Policy {
     pub allow: Option<Vec<IpNet>>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub proxy_protocol: Option<ProxyProtocol>,
+    #[serde(flatten)]
+    pub limits: Limits,
 }
 
 /// Whether a backend is told of the client by the PROXY protocol, and how.
 #[derive(
-    Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema, clap::ValueEnum,
+    Clone,
+    Copy,
+    Debug,
+    Default,
+    PartialEq,
+    Eq,
+    Hash,
+    Serialize,
+    Deserialize,
+    ToSchema,
+    clap::ValueEnum,
 )]
 #[serde(rename_all = "lowercase")]
 pub enum ProxyProtocol {

@@ -28,6 +28,7 @@ mod lifecycle;
 mod machine;
 mod matrix;
 mod moved;
+mod policy;
 mod promises;
 mod range;
 mod remote;

@@ -1,11 +1,15 @@
 //! What commands print: tables for people. JSON comes as it is.
 
-use std::{fmt::Write as _, net::SocketAddr};
+use std::{
+    fmt::Write as _,
+    net::SocketAddr,
+    time::{SystemTime, UNIX_EPOCH},
+};
 
 use ipnet::IpNet;
 
 use crate::{
-    control::api::{Counter, Endpoint, Listed, ListedFlow, Traced},
+    control::api::{Ban, Counter, Endpoint, Listed, ListedFlow, Traced},
     publish::Id,
 };
 
@@ -70,6 +74,21 @@ pub fn list(publishes: &[Listed]) -> String {
         ],
         &rows,
     )
+}
+
+/// `forwarder bans`: what is left of each.
+pub fn bans(bans: &[Ban]) -> String {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH);
+    let now = now.unwrap_or_default().as_secs();
+    let left = |ban: &Ban| match ban.until {
+        Some(until) => format!("{} s", until.saturating_sub(now)),
+        None => "for ever".into(),
+    };
+    let rows: Vec<[String; 2]> = bans
+        .iter()
+        .map(|ban| [ban.network.to_string(), left(ban)])
+        .collect();
+    table(["SOURCE", "LEFT"], &rows)
 }
 
 /// `forwarder flows`.

@@ -7,7 +7,8 @@ use serde::{Deserialize, Deserializer, Serialize, de};
 use utoipa::ToSchema;
 
 use crate::publish::{
-    Id, Owner, Policy, ProxyProtocol, Publish, Spec, allow,
+    Id, Limits, Owner, Policy, ProxyProtocol, Publish, Spec, allow,
+    limits::{Bandwidth, Rate},
     spec::{Ports, Protocol, Zone},
 };
 
@@ -34,6 +35,8 @@ pub struct Listed {
     pub reason_code: Option<String>,
     #[schema(value_type = Vec<String>)]
     pub allow: Vec<IpNet>,
+    #[serde(flatten)]
+    pub limits: Limits,
     /// It was taken back, and its flows may end in peace.
     #[serde(default)]
     pub draining: bool,
@@ -131,6 +134,17 @@ pub struct Event {
     /// `published`, `changed`, `unpublished`, `drained` or `path`.
     pub event: String,
     pub publish: Listed,
+}
+
+/// A source of which nothing gets into any published port.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Ban {
+    #[schema(value_type = String)]
+    pub network: IpNet,
+    /// Seconds since the epoch; without, for ever.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub until: Option<u64>,
 }
 
 /// What a reload has changed.
@@ -234,6 +248,13 @@ impl<'de> Deserialize<'de> for Asked {
             #[serde(alias = "proxy-protocol")]
             proxy_protocol: Option<ProxyProtocol>,
             allow: Option<Vec<IpNet>>,
+            #[serde(alias = "max-flows")]
+            max_flows: Option<u64>,
+            rate: Option<Rate>,
+            #[serde(alias = "rate-per-source")]
+            rate_per_source: Option<Rate>,
+            bandwidth: Option<Bandwidth>,
+            on: Option<String>,
         }
         struct Visitor;
         impl<'de> de::Visitor<'de> for Visitor {
@@ -260,6 +281,13 @@ impl<'de> Deserialize<'de> for Asked {
                     policy: Policy {
                         allow: object.allow.map(canonical),
                         proxy_protocol: object.proxy_protocol,
+                        limits: Limits {
+                            max_flows: object.max_flows,
+                            rate: object.rate,
+                            rate_per_source: object.rate_per_source,
+                            bandwidth: object.bandwidth,
+                            on: object.on,
+                        },
                     },
                 })
             }

@@ -15,7 +15,10 @@ use forwarder_common::{
 use tokio::time::Instant;
 use tracing::{debug, info, warn};
 
-use super::{Daemon, reconcile::Loose};
+use super::{
+    Daemon,
+    reconcile::{Loose, Serving},
+};
 use crate::{
     config::XdpChoice,
     datapath::devices::{Hook, Place},
@@ -137,7 +140,8 @@ impl Daemon {
             };
             drop(tokio::spawn(self.end_flows_of(loose)));
         }
-        self.follow_xdp()?;
+        let all: Vec<Id> = self.serving.keys().copied().collect();
+        self.follow_xdp(&all)?;
         self.ask_for_neighbours().await;
         Ok(())
     }
@@ -174,12 +178,20 @@ impl Daemon {
     /// container is back with another MAC, where the kernel would try the old one for seconds. The fast
     /// path goes round the bridge, so nothing else would teach it the port.
     pub(super) async fn ask_for_neighbours(&mut self) {
+        let all: Vec<Id> = self.serving.keys().copied().collect();
+        let waiting = self.ask_for_neighbours_of(&all).await;
+        self.network.asked.retain(|key, _| waiting.contains(key));
+    }
+
+    /// The same for some publishes; returns the backends that are not known.
+    pub(super) async fn ask_for_neighbours_of(&mut self, ids: &[Id]) -> HashSet<(u32, IpAddr)> {
         let (Some(reader), Some(datapath)) = (&self.network.reader, &self.datapath) else {
-            return;
+            return HashSet::new();
         };
         let now = Instant::now();
         // Backends that are reached by the kernel's own resolution for now.
-        let unresolved = self.serving.values().filter_map(|serving| {
+        let unresolved = ids.iter().filter_map(|id| {
+            let serving = self.serving.get(id)?;
             let entry = &datapath.maps.installed(serving.row.index)?.entry;
             let is_local = entry.flags & flag::REMOTE == 0;
             let waits = entry.hop.delivery == delivery::NEIGHBOUR && is_local;
@@ -187,8 +199,7 @@ impl Daemon {
             waits.then_some((entry.hop.ifindex, backend))
         });
         let unresolved: HashSet<(u32, IpAddr)> = unresolved.collect();
-        self.network.asked.retain(|key, _| unresolved.contains(key));
-        for key in unresolved {
+        for &key in &unresolved {
             let before = self.network.asked.get(&key);
             if before.is_some_and(|asked| now < *asked + ASK_AGAIN) {
                 continue;
@@ -204,6 +215,7 @@ impl Daemon {
                 None => reader.ask_neighbour(key.0, key.1).await,
             }
         }
+        unresolved
     }
 
     pub(super) fn reconcile_devices(&mut self) -> Result<()> {
@@ -216,7 +228,7 @@ impl Daemon {
             .maps
             .set_locations(&locations::locations(&self.network.snapshot))?;
         self.forget_xdp();
-        self.attach_xdp();
+        self.attach_xdp(None);
         self.write_interfaces()?;
         self.reconcile_hooks();
         Ok(())
@@ -254,8 +266,8 @@ impl Daemon {
     }
 
     /// After publishes have changed: some may be the first that XDP has to do with.
-    pub(super) fn follow_xdp(&mut self) -> Result<()> {
-        if self.attach_xdp() {
+    pub(super) fn follow_xdp(&mut self, changed: &[Id]) -> Result<()> {
+        if self.attach_xdp(Some(changed)) {
             self.write_interfaces()?;
             // They say how XDP takes part.
             for id in self.serving.keys().copied().collect::<Vec<_>>() {
@@ -266,18 +278,23 @@ impl Daemon {
     }
 
     /// The XDP program on the devices that it belongs on; whether it is on more than before.
-    fn attach_xdp(&mut self) -> bool {
+    fn attach_xdp(&mut self, changed: Option<&[Id]>) -> bool {
         let Some(datapath) = &mut self.datapath else {
             return false;
         };
-        let serving = self.serving.values();
-        let mut entries = serving.filter_map(|it| datapath.maps.installed(it.row.index));
         // Attaching it stops some devices for a moment: an allow-list alone is no reason that nobody has given.
         let works_on = match self.config.xdp {
             XdpChoice::Auto => flag::REMOTE,
             _ => flag::REMOTE | flag::ALLOW_LIST,
         };
-        let has_work = entries.any(|it| it.entry.flags & works_on != 0);
+        let work = |it: &Serving| {
+            let installed = datapath.maps.installed(it.row.index);
+            installed.is_some_and(|it| it.entry.flags & works_on != 0)
+        };
+        let has_work = match changed {
+            Some(ids) => ids.iter().filter_map(|id| self.serving.get(id)).any(work),
+            None => self.serving.values().any(work),
+        };
         if !has_work {
             return false;
         }

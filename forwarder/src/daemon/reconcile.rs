@@ -1,11 +1,16 @@
 //! Makes kernel and proxy match what is wanted: everything is validated, then changed; a failure undoes in reverse, goes on
 //! past errors of the undoing, and the first error is returned.
 
-use std::{collections::BTreeSet, os::fd::OwnedFd, sync::Arc};
+use std::{
+    collections::{BTreeSet, HashSet},
+    net::IpAddr,
+    os::fd::OwnedFd,
+    sync::Arc,
+};
 
 use anyhow::{Context as _, Result, bail};
 use forwarder_common::{
-    limits,
+    limits, policy,
     publish::{Publish as PublishEntry, flag},
 };
 use ipnet::IpNet;
@@ -22,7 +27,9 @@ use crate::{
     network::{Snapshot, local::is_local},
     plan::{self, Planned, Unserved},
     proxy::{Held, Options as ProxyOptions, Proxy, Stop, is_wide},
-    publish::{Difference, Id, ProxyProtocol, Publish, Spec, Wanted, loops, spec::Protocol},
+    publish::{
+        Difference, Id, Limits, ProxyProtocol, Publish, Spec, Wanted, loops, spec::Protocol,
+    },
 };
 
 /// What serves one publish.
@@ -38,8 +45,7 @@ pub(super) struct Serving {
     previous: u32,
     /// The backend is told of each client.
     proxy_protocol: bool,
-    /// It takes no new flows, and both ends of those that it has are about to be told.
-    closing: bool,
+    limits: policy::Limits,
 }
 
 /// A publish that begins no flows any more, by its place; its own go on.
@@ -132,7 +138,7 @@ impl Daemon {
         self.ask_for_routes(backends).await;
         let mut loose = Loose::default();
         let mut done = Vec::new();
-        let in_the_way = self.in_the_way(difference);
+        let in_the_way = difference.in_the_way.clone();
         let mut given = descriptors;
         let tried = self.try_all(
             difference,
@@ -164,10 +170,10 @@ impl Daemon {
             };
             loose.add(self.end(wanted.id, ending).await);
         }
-        if let Err(error) = self.follow_xdp() {
+        if let Err(error) = self.follow_xdp(&difference.asked) {
             warn!("{error:#}");
         }
-        self.ask_for_neighbours().await;
+        self.ask_for_neighbours_of(&difference.asked).await;
         Ok(loose)
     }
 
@@ -180,6 +186,15 @@ impl Daemon {
         let added = difference.add.iter();
         let new = added.chain(difference.change.iter().map(|(_, after)| after));
         let new: Vec<Spec> = new.map(|it| it.publish.spec.clone()).collect();
+        // What leads back to itself has a backend on this host.
+        let backends: HashSet<IpAddr> = new.iter().map(|spec| spec.backend).collect();
+        let local = backends
+            .into_iter()
+            .filter(|it| is_local(*it).unwrap_or(false));
+        let local: HashSet<IpAddr> = local.collect();
+        if local.is_empty() {
+            return Ok(());
+        }
         let stay = self.registry.iter().filter(|it| !gone.contains(&it.id));
         let stay = stay.map(|it| &it.publish.spec);
         Ok(loops::refuse_loops(stay, &new, |address| {
@@ -205,7 +220,7 @@ impl Daemon {
                 warn!("{error:#}; it is tried again");
             }
             self.view.show(&Arc::new(Row {
-                allow: self.options(&wanted).allow.into(),
+                allow: Arc::default(),
                 wanted,
                 index: 0,
                 delivery: None,
@@ -232,16 +247,6 @@ impl Daemon {
         {
             self.view.tell(event, row);
         }
-    }
-
-    /// What has to give its ports back before others can be had.
-    fn in_the_way(&self, difference: &Difference) -> BTreeSet<Id> {
-        let overlaps = |gone: &&Wanted| {
-            let mut new = difference.add.iter();
-            new.any(|new| new.publish.spec.overlaps(&gone.publish.spec))
-        };
-        let gone = difference.remove.iter().filter(overlaps);
-        gone.map(|wanted| wanted.id).collect()
     }
 
     async fn try_all(
@@ -301,24 +306,24 @@ impl Daemon {
 
     /// Records a difference that is in force, also on disk.
     pub(super) fn record(&mut self, difference: &Difference) -> Result<()> {
-        let before = self.state.as_ref().map(|_| self.registry.clone());
         self.registry.apply(difference);
-        if let (Some(state), Some(before)) = (&mut self.state, before) {
-            let Config {
-                publishes,
-                configured,
-                ..
-            } = &self.config;
-            let is_configured =
-                |it: &Wanted| publishes.contains(&it.publish) || configured.contains(&it.publish);
-            let serving = &self.serving;
-            let place = |it: &Wanted| serving.get(&it.id).map_or(0, |it| it.row.index);
-            let written =
-                tokio::task::block_in_place(|| state.write(&self.registry, is_configured, place));
-            if let Err(error) = written {
-                self.registry = before;
-                return Err(error);
-            }
+        let Some(state) = &mut self.state else {
+            return Ok(());
+        };
+        let Config {
+            publishes,
+            configured,
+            ..
+        } = &self.config;
+        let asked: HashSet<&Publish> = publishes.iter().chain(configured).collect();
+        let is_configured = |it: &Wanted| asked.contains(&*it.publish);
+        let serving = &self.serving;
+        let place = |it: &Wanted| serving.get(&it.id).map_or(0, |it| it.row.index);
+        let written =
+            tokio::task::block_in_place(|| state.write(&self.registry, is_configured, place));
+        if let Err(error) = written {
+            self.registry.apply(&difference.inverse());
+            return Err(error);
         }
         Ok(())
     }
@@ -364,8 +369,13 @@ impl Daemon {
         } else {
             (Held::bind_or_take(spec, given)?, Vec::new())
         };
-        let options = self.options(wanted);
+        let options = self.options(wanted)?;
+        let limits = options.limits;
         let allow: Arc<[IpNet]> = options.allow.clone().into();
+        if let Some(device) = &publish.policy.limits.on {
+            let only = held.only_on(device);
+            only.with_context(|| format!("publish {spec}: only by {device}"))?;
+        }
         let proxy_protocol = options.proxy_protocol != ProxyProtocol::Off;
         let proxy = Proxy::start(held, Arc::new(spec.clone()), options, &self.idle)?;
         let row = Row {
@@ -386,7 +396,7 @@ impl Daemon {
             covered: false,
             previous: self.drains_on(spec),
             proxy_protocol,
-            closing: false,
+            limits,
         })
     }
 
@@ -415,7 +425,7 @@ impl Daemon {
         let over = over
             .filter(|it| it.is_shown() || it.is_cut)
             .map(|it| &it.row);
-        let closing = self.serving.values().filter(|it| it.closing);
+        let closing = self.closing.iter().filter_map(|id| self.serving.get(id));
         let rows = over.chain(closing.map(|it| &it.row));
         let overlaps = rows.filter(|row| row.wanted.publish.spec.overlaps(spec));
         let last = overlaps.max_by_key(|row| row.wanted.id);
@@ -443,29 +453,58 @@ impl Daemon {
     }
 
     /// What a publish says, and where it says nothing, the instance.
-    fn options(&self, wanted: &Wanted) -> ProxyOptions {
+    ///
+    /// # Errors
+    /// There is no such device.
+    fn options(&self, wanted: &Wanted) -> Result<ProxyOptions> {
         let Publish { spec, policy } = &*wanted.publish;
         let protocol = match spec.protocol {
             Protocol::Tcp => self.config.proxy_protocol,
             Protocol::Udp | Protocol::Sctp => ProxyProtocol::Off,
         };
-        ProxyOptions {
+        let Limits {
+            max_flows,
+            rate,
+            rate_per_source,
+            bandwidth,
+            on,
+        } = &policy.limits;
+        let ifindex = match on.as_deref() {
+            Some(name) => nix::net::if_::if_nametoindex(name)
+                .with_context(|| format!("publish {spec}: there is no interface {name}"))?,
+            None => 0,
+        };
+        Ok(ProxyOptions {
             proxy_protocol: policy.proxy_protocol.unwrap_or(protocol),
             allow: policy.allow.as_ref().unwrap_or(&self.config.allow).clone(),
             timeouts: self.timeouts.clone(),
-        }
+            limits: policy::Limits {
+                flows: max_flows.unwrap_or(0),
+                new_flows: rate.map_or(0, |rate| rate.0),
+                new_flows_by_source: rate_per_source.map_or(0, |rate| rate.0),
+                bits: [bandwidth.map_or(0, |bits| bits.0); 2],
+                ifindex,
+            },
+        })
     }
 
     /// Gives a publish another backend or policy, in place. TCP connections to another backend go on; the place is returned
     /// whose flows are not to.
     fn change_publish(&mut self, after: &Wanted) -> Result<Option<u32>> {
-        let options = self.options(after);
+        let options = self.options(after)?;
         let Some(serving) = self.serving.get_mut(&after.id) else {
             return Ok(None);
         };
         let before = serving.row.clone();
+        if before.wanted.publish.policy.limits.on != after.publish.policy.limits.on {
+            bail!(
+                "publish {}: its interface cannot change in place; unpublish it first",
+                after.publish.spec
+            );
+        }
         let row = Arc::make_mut(&mut serving.row);
         serving.proxy_protocol = options.proxy_protocol != ProxyProtocol::Off;
+        serving.limits = options.limits;
         row.wanted = after.clone();
         row.allow = options.allow.clone().into();
         if let Some(proxy) = &serving.proxy {
@@ -529,10 +568,15 @@ impl Daemon {
             return Ok(());
         };
         if let Some(datapath) = &mut self.datapath {
+            if datapath.maps.limits(serving.row.index) != serving.limits {
+                datapath
+                    .maps
+                    .set_limits(serving.row.index, &serving.limits)?;
+            }
             let standing = plan::Standing {
                 proxy_protocol: serving.proxy_protocol,
                 steered: !serving.steered.is_empty(),
-                draining: serving.closing,
+                draining: self.closing.contains(&id),
                 previous: serving.previous,
                 ..plan::Standing::default()
             };
@@ -589,7 +633,7 @@ impl Daemon {
         };
         let usage = self.datapath.as_ref().map(|it| it.maps.mapped_usage());
         if usage.is_some_and(|usage| usage.flows(serving.row.index) > 0) {
-            serving.closing = true;
+            self.closing.insert(id);
             return self.install(id);
         }
         self.uninstall_publish(id)
@@ -597,9 +641,7 @@ impl Daemon {
 
     /// The opposite.
     fn open(&mut self, id: Id) -> Result<()> {
-        if let Some(serving) = self.serving.get_mut(&id) {
-            serving.closing = false;
-        }
+        self.closing.remove(&id);
         self.install(id)
     }
 
@@ -633,7 +675,7 @@ impl Daemon {
             }
             former = previous;
         }
-        if serving.closing {
+        if self.closing.remove(&id) {
             let place = self.drain(serving.row, serving.previous, None);
             if let Some(draining) = self.draining.get_mut(&place) {
                 draining.is_cut = true;

@@ -23,14 +23,14 @@ use tokio::sync::broadcast;
 use super::sweep::monotonic;
 use crate::{
     control::{
-        api::{Counter, Endpoint, Event, Listed, ListedFlow},
+        api::{Ban, Counter, Endpoint, Event, Listed, ListedFlow},
         server::{FlowFilter, Observe, Rows},
     },
     datapath::maps::{Counters, FlowTables, Mapped, Walk},
     plan::Unserved,
     proxy::{Idle, Meter},
     publish::{
-        Id, Wanted,
+        Bans, Id, Wanted,
         spec::{Ports, Zone},
     },
 };
@@ -82,6 +82,7 @@ impl Row {
             reason: self.unserved.as_ref().map(ToString::to_string),
             reason_code: self.unserved.as_ref().map(|why| why.code().into()),
             allow: self.allow.to_vec(),
+            limits: self.wanted.publish.policy.limits.clone(),
             draining: self.draining,
             flows: live.flows + proxied.flows,
             packets: live.packets + packets.load(Relaxed) + proxied.packets,
@@ -103,6 +104,7 @@ pub(super) struct View {
     rows: RwLock<BTreeMap<Id, Arc<Row>>>,
     ids: RwLock<HashMap<u32, Id>>,
     kernel: Option<Kernel>,
+    pub(super) bans: RwLock<Bans>,
     /// Counts whom the proxy has refused.
     idle: Idle,
     events: broadcast::Sender<Event>,
@@ -133,6 +135,7 @@ impl View {
             rows: RwLock::default(),
             ids: RwLock::default(),
             kernel,
+            bans: RwLock::default(),
             events: broadcast::channel(EVENTS).0,
         }
     }
@@ -328,6 +331,20 @@ impl Observe for Arc<View> {
         let kernel = kernel.into_iter().map(|(reason, it)| (reason.name(), it));
         let proxy = self.idle.refused().map(|(why, it)| (why.name(), it));
         Ok(kernel.chain(proxy).map(counter).collect())
+    }
+
+    fn bans(&self) -> Rows<Ban> {
+        let bans = self.bans.read().unwrap_or_else(PoisonError::into_inner);
+        let bans = bans.iter().map(|(network, until)| {
+            let until = until.and_then(|until| until.duration_since(UNIX_EPOCH).ok());
+            Ok(Ban {
+                network,
+                until: until.map(|until| until.as_secs()),
+            })
+        });
+        let mut bans: Vec<Result<Ban>> = bans.collect();
+        bans.sort_by_key(|ban| ban.as_ref().map(|ban| ban.network).ok());
+        Box::new(bans.into_iter())
     }
 
     fn events(&self) -> broadcast::Receiver<Event> {

@@ -22,7 +22,7 @@ use aya::{
 };
 use forwarder_common::{
     limits as sizes,
-    policy::Policy,
+    policy::{Limits, Policy},
     publish::{Allowed, FILTER_WORDS, Frontend, Interface, Location, Port, Publish, filter_bit},
     reason::Reason,
     tuple::Address,
@@ -66,6 +66,8 @@ pub struct Maps {
     backends: Mirror<HashMap<MapData, Address, u32>, Address, u32>,
     allow: Mirror<Trie<MapData, Allowed, u32>, Network, u32>,
     limits: Mirror<HashMap<MapData, u32, Policy>, u32, Policy>,
+    /// As they were asked for.
+    limited: BTreeMap<u32, Limits>,
     bans: Bans,
     installed: BTreeMap<u32, Installed>,
     /// Those whose ports could not be taken from them.
@@ -119,6 +121,7 @@ impl Maps {
                 ),
                 wanted: BTreeMap::new(),
             },
+            limited: BTreeMap::new(),
             installed: BTreeMap::new(),
             leaving: BTreeMap::new(),
             interfaces: HashMap::try_from(map("INTERFACES")?)?,

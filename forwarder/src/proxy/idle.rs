@@ -11,6 +11,8 @@ use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTime
 use tokio::io::{Interest, unix::AsyncFd};
 use tracing::warn;
 
+use crate::publish::Bans;
+
 use super::{Common, Refusal, Shared, sctp, sockets::Port, tcp, udp};
 
 /// Sockets that are looked at in one go.
@@ -127,6 +129,13 @@ impl Idle {
     /// How often somebody was not served, since the start, also by publishes that have gone.
     pub fn refused(&self) -> [(Refusal, u64); Refusal::ALL.len()] {
         Refusal::ALL.map(|why| (why, self.0.common.refused.get(why)))
+    }
+
+    /// Bans sources: nothing of theirs is served, and what they have ends.
+    pub fn ban(&self, bans: Bans) {
+        let common = self.common();
+        *common.bans.write().unwrap_or_else(PoisonError::into_inner) = bans;
+        common.banned.notify_waiters();
     }
 
     /// Keeps a socket until it is asked for, or [`Idle::remove`]d by its descriptor, which is returned.

@@ -7,6 +7,16 @@ use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 pub enum Refusal {
     /// Its source is not on the allow-list.
     NotAllowed,
+    /// Its source is banned.
+    Banned,
+    /// The publish has as many conversations as it may have.
+    FlowLimit,
+    /// More begin than may.
+    RateLimited,
+    /// More begin of one source than may.
+    SourceRateLimited,
+    /// A datagram is more than the publish's bandwidth.
+    BandwidthExceeded,
     /// No descriptors are left for the publish. A connection waits for some, a datagram is dropped.
     NoDescriptors,
     /// The publish has as many UDP flows as it may have.
@@ -18,8 +28,13 @@ pub enum Refusal {
 }
 
 impl Refusal {
-    pub const ALL: [Self; 5] = [
+    pub const ALL: [Self; 10] = [
         Self::NotAllowed,
+        Self::Banned,
+        Self::FlowLimit,
+        Self::RateLimited,
+        Self::SourceRateLimited,
+        Self::BandwidthExceeded,
         Self::NoDescriptors,
         Self::TooManyFlows,
         Self::Loop,
@@ -30,6 +45,11 @@ impl Refusal {
     pub const fn name(self) -> &'static str {
         match self {
             Self::NotAllowed => "userland_not_allowed",
+            Self::Banned => "userland_banned",
+            Self::FlowLimit => "userland_flow_limit",
+            Self::RateLimited => "userland_rate_limited",
+            Self::SourceRateLimited => "userland_source_rate_limited",
+            Self::BandwidthExceeded => "userland_bandwidth_exceeded",
             Self::NoDescriptors => "userland_no_descriptors",
             Self::TooManyFlows => "userland_too_many_flows",
             Self::Loop => "userland_loop",

@@ -53,7 +53,7 @@ pub(super) async fn serve(listener: Socket, port: Port, shared: Arc<Shared>) {
         });
         match client {
             Ok((client, address)) => {
-                if !shared.allows(address.ip()) {
+                if !shared.allows(address.ip()) || !shared.may_begin(address.ip()) {
                     abort(&client);
                     continue;
                 }
@@ -85,7 +85,7 @@ async fn association(
     let _live = shared.flow();
     let backend = tokio::select! {
         backend = connect(&client, port, passed, &shared) => backend,
-        _ = shared.ended() => return abort(&client),
+        _ = shared.ended_for(address.ip()) => return abort(&client),
     };
     let (backend, _link) = match backend {
         Ok(backend) => backend,
@@ -98,7 +98,7 @@ async fn association(
     let result = tokio::select! {
         result = one_way(&client, &backend, &shared) => result,
         result = one_way(&backend, &client, &shared) => result,
-        how = shared.ended() => match how {
+        how = shared.ended_for(address.ip()) => match how {
             Stop::Reset => Err(io::ErrorKind::ConnectionReset.into()),
             Stop::Cut | Stop::Drain => Ok(()),
         },

@@ -143,6 +143,18 @@ impl Held {
         Ok(held)
     }
 
+    /// Serves only what comes by a device.
+    ///
+    /// # Errors
+    /// There is no such device.
+    pub fn only_on(&self, device: &str) -> io::Result<()> {
+        let tcp = self.tcp.iter().map(|(_, socket)| SockRef::from(socket));
+        let udp = self.udp.iter().map(|(_, socket)| SockRef::from(socket));
+        let sctp = self.sctp.iter().map(|(_, socket)| SockRef::from(socket));
+        let mut all = tcp.chain(udp).chain(sctp);
+        all.try_for_each(|socket| socket.bind_device(Some(device.as_bytes())))
+    }
+
     /// The sockets alone, for another process to serve.
     pub fn into_sockets(self) -> Vec<OwnedFd> {
         let tcp = self.tcp.into_iter().map(|(_, socket)| socket.into());

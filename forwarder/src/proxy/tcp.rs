@@ -15,6 +15,7 @@ use std::{
     time::Duration,
 };
 
+use forwarder_common::flow::{ORIGINAL, REPLY};
 use nix::{
     errno::Errno,
     fcntl::{OFlag, SpliceFFlags, splice},
@@ -61,7 +62,7 @@ pub(super) async fn serve(listener: std::net::TcpListener, port: Port, shared: A
                     Port::One(port) => port,
                     Port::Steered { .. } => frontend.port(),
                 };
-                if !shared.allows(address.ip()) {
+                if !shared.allows(address.ip()) || !shared.may_begin(address.ip()) {
                     reset(&client);
                     continue;
                 }
@@ -92,7 +93,7 @@ async fn connection(
     // The client believes that it is connected. If the backend refuses, it learns so by a reset.
     let backend = tokio::select! {
         backend = connect(&client, address, (port, passed), &shared) => backend,
-        _ = shared.ended() => return reset(&client),
+        _ = shared.ended_for(address.ip()) => return reset(&client),
     };
     let (backend, _link) = match backend {
         Ok(backend) => backend,
@@ -103,7 +104,7 @@ async fn connection(
     };
     let result = tokio::select! {
         result = both_ways(&client, &backend, &shared) => result,
-        how = shared.ended() => match how {
+        how = shared.ended_for(address.ip()) => match how {
             Stop::Reset => Err(io::ErrorKind::ConnectionReset.into()),
             Stop::Cut | Stop::Drain => Ok(()),
         },
@@ -153,29 +154,28 @@ fn reset(stream: &TcpStream) {
     let _ = SockRef::from(stream).set_linger(Some(Duration::ZERO));
 }
 
+/// From one stream to the other, and which direction that is.
+type Way<'a> = (&'a TcpStream, &'a TcpStream, usize);
+
 /// Both directions until both have ended; an error in one ends the other. What closes the streams afterwards
 /// closes the direction that ended last.
 async fn both_ways(client: &TcpStream, backend: &TcpStream, shared: &Shared) -> io::Result<()> {
     let over = AtomicBool::new(false);
     tokio::try_join!(
-        one_way(client, backend, &over, shared),
-        one_way(backend, client, &over, shared)
+        one_way((client, backend, ORIGINAL), &over, shared),
+        one_way((backend, client, REPLY), &over, shared)
     )?;
     Ok(())
 }
 
 /// Copies until the end of the stream, then half-closes the other side, unless the other direction is over: a
 /// close, which follows, does as much.
-async fn one_way(
-    from: &TcpStream,
-    to: &TcpStream,
-    other_is_over: &AtomicBool,
-    shared: &Shared,
-) -> io::Result<()> {
-    if copy(from, to, shared).await? == Copied::Bulk {
+async fn one_way(way: Way<'_>, other_is_over: &AtomicBool, shared: &Shared) -> io::Result<()> {
+    let (_, to, _) = way;
+    if copy(way, shared).await? == Copied::Bulk {
         match pipe(shared) {
-            Ok(pipe) => by_splice(from, to, &pipe, shared).await?,
-            Err(_) => while copy(from, to, shared).await? == Copied::Bulk {},
+            Ok(pipe) => by_splice(way, &pipe, shared).await?,
+            Err(_) => while copy(way, shared).await? == Copied::Bulk {},
         }
     }
     if other_is_over.swap(true, Relaxed) {
@@ -194,7 +194,7 @@ enum Copied {
     Bulk,
 }
 
-async fn copy(from: &TcpStream, to: &TcpStream, shared: &Shared) -> io::Result<Copied> {
+async fn copy((from, to, direction): Way<'_>, shared: &Shared) -> io::Result<Copied> {
     let mut full = 0;
     while full < FULL_READS {
         let (read, rest) = match pass(from, to).await? {
@@ -210,6 +210,7 @@ async fn copy(from: &TcpStream, to: &TcpStream, shared: &Shared) -> io::Result<C
             return Ok(Copied::All);
         }
         shared.carried(read);
+        shared.pace(direction, read).await;
         let mut rest = &rest[..];
         while !rest.is_empty() {
             to.writable().await?;
@@ -310,12 +311,7 @@ fn pipe(shared: &Shared) -> io::Result<Pipe> {
     })
 }
 
-async fn by_splice(
-    from: &TcpStream,
-    to: &TcpStream,
-    pipe: &Pipe,
-    shared: &Shared,
-) -> io::Result<()> {
+async fn by_splice((from, to, direction): Way<'_>, pipe: &Pipe, shared: &Shared) -> io::Result<()> {
     let flags = SpliceFFlags::SPLICE_F_MOVE | SpliceFFlags::SPLICE_F_NONBLOCK;
     loop {
         let moved = from
@@ -339,6 +335,7 @@ async fn by_splice(
             }
         };
         shared.carried(moved);
+        shared.pace(direction, moved).await;
         let mut rest = moved;
         while rest > 0 {
             rest -= to

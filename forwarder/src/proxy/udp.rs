@@ -13,6 +13,7 @@ use std::{
     time::Duration,
 };
 
+use forwarder_common::flow::{ORIGINAL, REPLY};
 use forwarder_common::flow::{Phase, Timeouts};
 use nix::{
     errno::Errno,
@@ -238,7 +239,9 @@ impl Serving {
                 Err(error) => return debug!("{}: {error}", self.shared.spec),
             }
         }
-        self.flows[&key].carry(data, about, &self.shared);
+        if self.shared.is_due(ORIGINAL, data.len()) {
+            self.flows[&key].carry(data, about, &self.shared);
+        }
     }
 
     /// A new client's flow, unless it is not served.
@@ -250,6 +253,9 @@ impl Serving {
         };
         if self.flows.len() >= MAX_FLOWS {
             return refuse(Refusal::TooManyFlows);
+        }
+        if !shared.may_begin(client.ip()) {
+            return Ok(None);
         }
         let used = self.answering.address(local);
         let Some(passed) = shared.passed(client, used) else {
@@ -420,6 +426,7 @@ async fn replies(flow: Arc<Flow>, key: Key, shared: Arc<Shared>, gone: mpsc::Unb
     loop {
         tokio::select! {
             ready = flow.backend.readable() => {
+                let mut paced = 0;
                 let answered = ready.and_then(|()| {
                     flow.backend.try_io(Interest::READABLE, || {
                         let frontend = flow.frontend();
@@ -432,6 +439,7 @@ async fn replies(flow: Arc<Flow>, key: Key, shared: Arc<Shared>, gone: mpsc::Unb
                         flow.touch();
                         flow.replied.store(true, Relaxed);
                         shared.carried_many(carried.datagrams, carried.bytes);
+                        paced = carried.bytes;
                         unless_emptied(carried.buffers)
                     })
                 });
@@ -442,6 +450,8 @@ async fn replies(flow: Arc<Flow>, key: Key, shared: Arc<Shared>, gone: mpsc::Unb
                     }
                     _ => {}
                 }
+                // What comes meanwhile waits in the socket, as far as there is room.
+                shared.pace(REPLY, paced).await;
             }
             () = tokio::time::sleep_until(flow.expires(timeouts)) => {
                 if flow.expires(timeouts) <= Instant::now() {

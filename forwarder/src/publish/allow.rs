@@ -13,6 +13,17 @@ pub fn network(text: &str) -> Result<IpNet, String> {
     network.map_err(|_| format!("{text:?} is not a network such as 198.51.100.0/24"))
 }
 
+/// Reads a network, or one address.
+///
+/// # Errors
+/// What is wrong with it, in words.
+pub fn source(text: &str) -> Result<IpNet, String> {
+    match text.parse::<IpAddr>() {
+        Ok(address) => Ok(address.to_canonical().into()),
+        Err(_) => network(text),
+    }
+}
+
 /// The IPv4 network that `::ffff:a.b.c.d/96` and longer ones name; others as they are.
 pub fn canonical(network: IpNet) -> IpNet {
     let IpNet::V6(v6) = network else {

@@ -1,13 +1,13 @@
 //! Who wants a publish. An owner changes its own publishes alone.
 
-use std::{fmt, str::FromStr};
+use std::{fmt, str::FromStr, sync::Arc};
 
 use serde::{Deserialize, Serialize};
 
 /// A name such as `cli`, `config`, `docker:ID` or `cni:NETWORK/ID/IFNAME`.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
-pub struct Owner(String);
+pub struct Owner(Arc<str>);
 
 /// The longest name, in octets: a CNI attachment's has a network, a container's id and a device.
 const LONGEST: usize = 512;
@@ -29,7 +29,7 @@ impl Owner {
 
     /// A client that holds a lease, for as long as its connection lasts.
     pub fn lease(number: u64) -> Self {
-        Self(format!("lease:{number}"))
+        Self(format!("lease:{number}").into())
     }
 
     /// Whether its publishes end with a connection.
@@ -64,7 +64,7 @@ impl TryFrom<String> for Owner {
 
 impl From<Owner> for String {
     fn from(owner: Owner) -> Self {
-        owner.0
+        owner.0.as_ref().into()
     }
 }
 

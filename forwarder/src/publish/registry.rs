@@ -32,9 +32,24 @@ pub struct Difference {
     pub add: Vec<Wanted>,
     /// All that was asked for, in that order, also what is there already.
     pub asked: Vec<Id>,
+    /// Those of `remove` that have ports which some of `add` want.
+    pub in_the_way: BTreeSet<Id>,
 }
 
 impl Difference {
+    /// What takes it back.
+    pub fn inverse(&self) -> Self {
+        let change = self.change.iter();
+        Self {
+            remove: self.add.clone(),
+            change: change
+                .map(|(before, after)| (after.clone(), before.clone()))
+                .collect(),
+            add: self.remove.clone(),
+            ..Self::default()
+        }
+    }
+
     pub fn is_empty(&self) -> bool {
         self.remove.is_empty() && self.change.is_empty() && self.add.is_empty()
     }
@@ -176,8 +191,17 @@ impl Registry {
         let difference = self.compare(owner, publishes, &present)?;
         let kept: BTreeSet<Id> = difference.asked.iter().copied().collect();
         let remove = present.difference(&kept).filter_map(|id| self.get(*id));
+        let remove: Vec<Wanted> = remove.cloned().collect();
+        let mut new = Frontends::default();
+        for wanted in &difference.add {
+            new.insert(&wanted.publish.spec, wanted.id);
+        }
+        let none = BTreeSet::new();
+        let in_the_way = remove.iter();
+        let in_the_way = in_the_way.filter(|it| new.overlap(&it.publish.spec, &none).is_some());
         Ok(Difference {
-            remove: remove.cloned().collect(),
+            in_the_way: in_the_way.map(|it| it.id).collect(),
+            remove,
             ..difference
         })
     }

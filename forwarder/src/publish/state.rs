@@ -141,22 +141,24 @@ impl State {
             publishes: publishes.collect(),
         };
         let shown = self.path.display();
-        self.replace(&serde_json::to_vec(&stored)?)
+        replace(&self.path, &serde_json::to_vec(&stored)?)
             .with_context(|| format!("write {shown}; --ephemeral does without"))?;
         self.stored = stored;
         Ok(())
     }
+}
 
-    fn replace(&self, text: &[u8]) -> Result<()> {
-        let beside = self.path.with_extension("new");
-        let mut options = OpenOptions::new();
-        options.create(true).truncate(true).write(true);
-        options.mode(0o600).custom_flags(libc::O_NOFOLLOW);
-        let mut file = options.open(&beside)?;
-        file.write_all(text)?;
-        file.sync_data()?;
-        fs::rename(&beside, &self.path)?;
-        File::open(self.path.parent().unwrap_or(Path::new("/")))?.sync_all()?;
-        Ok(())
-    }
+/// Puts a text in place of a file's, as a whole and on the disk.
+pub(super) fn replace(path: &Path, text: &[u8]) -> Result<()> {
+    let mut beside = path.as_os_str().to_owned();
+    beside.push(".new");
+    let mut options = OpenOptions::new();
+    options.create(true).truncate(true).write(true);
+    options.mode(0o600).custom_flags(libc::O_NOFOLLOW);
+    let mut file = options.open(&beside)?;
+    file.write_all(text)?;
+    file.sync_data()?;
+    fs::rename(&beside, path)?;
+    File::open(path.parent().unwrap_or(Path::new("/")))?.sync_all()?;
+    Ok(())
 }

@@ -33,14 +33,21 @@ impl Maps {
         } else {
             self.limits.change(index, |there| *there = policy);
             self.limits.flush()?;
+            self.limited.insert(index, *limits);
             self.flag(index, true);
             self.publishes.flush()?;
         }
         Ok(())
     }
 
+    /// The limits of a publish.
+    pub fn limits(&self, index: u32) -> Limits {
+        self.limited.get(&index).copied().unwrap_or_default()
+    }
+
     /// Removes the limits themselves.
     pub(super) fn unlimit(&mut self, index: u32) -> Result<(), TableError> {
+        self.limited.remove(&index);
         self.limits
             .change(index, |there| *there = Policy::default());
         self.limits.flush()

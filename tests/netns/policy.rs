@@ -1,0 +1,261 @@
+//! Who is kept out, and how much a publish may be used for: bans and limits, with real sockets on both paths.
+
+use std::{
+    io::{Read as _, Write as _},
+    net::{Ipv4Addr, SocketAddr, TcpStream},
+    process::Stdio,
+    time::{Duration, Instant},
+};
+
+use forwarder_tests::{
+    api,
+    daemon::{Daemon, Datapath, binary},
+    deadline::wait_for,
+    netns::Netns,
+    topology::{Family, Topology},
+    traffic::{Backend, Connection, Protocol, ask},
+};
+use serde_json::json;
+
+use crate::scene::{BACKEND_PORT, PORT, spec};
+
+const BOTH: [Datapath; 2] = [Datapath::Ebpf, Datapath::Userland];
+
+/// Whether a client is connected soon.
+fn connects(netns: &Netns, frontend: SocketAddr) -> bool {
+    let connected =
+        netns.enter(|| TcpStream::connect_timeout(&frontend, Duration::from_millis(300)));
+    let Ok(mut stream) = connected else {
+        return false;
+    };
+    // In user space a client that is not served is reset after it was accepted.
+    stream
+        .set_read_timeout(Some(Duration::from_millis(500)))
+        .unwrap();
+    stream.write_all(b"hello\n").is_ok() && stream.read(&mut [0; 64]).is_ok_and(|count| count > 0)
+}
+
+fn a_banned_source_gets_nothing(family: Family, protocol: Protocol) {
+    for datapath in BOTH {
+        let topology = Topology::new().unwrap();
+        let _backend = Backend::start(&topology.backend.netns, protocol, BACKEND_PORT).unwrap();
+        let spec = spec(&topology.backend, family, protocol);
+        let daemon = Daemon::start(&topology.host, &[&spec], datapath).unwrap();
+        let frontend = SocketAddr::new(topology.host_address(family), PORT);
+        let served = || ask(&topology.client, protocol, frontend, "hello");
+        served().unwrap();
+        let mut open = (protocol == Protocol::Tcp).then(|| {
+            let mut open = Connection::open(&topology.client, frontend).unwrap();
+            open.ask("before").unwrap();
+            open
+        });
+        let client = topology.client_address(family).to_string();
+        daemon.control(&["ban", &client, "192.0.2.0/24"]).unwrap();
+        if let Some(open) = &mut open {
+            wait_for("the end of what it had", || open.ask("after").err()).unwrap();
+        }
+        if protocol == Protocol::Tcp {
+            assert!(!connects(&topology.client, frontend), "{datapath:?}");
+        }
+        let reason = if datapath == Datapath::Ebpf {
+            "banned"
+        } else {
+            "userland_banned"
+        };
+        if protocol == Protocol::Udp {
+            forwarder_tests::traffic::send_datagram(&topology.client, frontend, "hello").unwrap();
+            wait_for("the datagram is refused", || {
+                (daemon.counted(reason).unwrap() > 0).then_some(())
+            })
+            .unwrap();
+        }
+        assert!(daemon.counted(reason).unwrap() > 0);
+        // Others go on.
+        ask(&topology.host, protocol, frontend, "this host").unwrap();
+        daemon.control(&["unban", &client]).unwrap();
+        served().unwrap();
+        let bans = daemon.control(&["bans", "--json"]).unwrap();
+        assert!(
+            bans.contains("192.0.2.0/24") && !bans.contains(&client),
+            "{bans}"
+        );
+        daemon.stop().unwrap();
+    }
+}
+
+#[test]
+fn a_banned_source_gets_nothing_by_tcp() {
+    a_banned_source_gets_nothing(Family::V4, Protocol::Tcp);
+}
+
+#[test]
+fn a_banned_source_gets_nothing_by_tcp_over_ipv6() {
+    a_banned_source_gets_nothing(Family::V6, Protocol::Tcp);
+}
+
+#[test]
+fn a_banned_source_gets_nothing_by_udp() {
+    a_banned_source_gets_nothing(Family::V4, Protocol::Udp);
+}
+
+#[test]
+fn bans_are_taken_as_a_list_end_by_themselves_and_outlive_a_kill() {
+    let topology = Topology::new().unwrap();
+    let _backend = Backend::start(&topology.backend.netns, Protocol::Tcp, BACKEND_PORT).unwrap();
+    let spec = spec(&topology.backend, Family::V4, Protocol::Tcp);
+    let mut daemon =
+        Daemon::start_with_state(&topology.host, &[&spec], Datapath::Ebpf, &[]).unwrap();
+    let frontend = SocketAddr::new(topology.host_address(Family::V4), PORT);
+    let client = topology.client_address(Family::V4).to_string();
+    let ban = |list: &str, expected: bool| {
+        let mut command = topology.host.command(&binary().to_string_lossy());
+        command.args(["ban", "--file", "-", "--instance", daemon.instance()]);
+        let mut child = command
+            .stdin(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap();
+        child
+            .stdin
+            .take()
+            .unwrap()
+            .write_all(list.as_bytes())
+            .unwrap();
+        let output = child.wait_with_output().unwrap();
+        assert_eq!(output.status.success(), expected, "{output:?}");
+        String::from_utf8_lossy(&output.stderr).into_owned()
+    };
+    let error = ban("198.51.100.0/24\nnonsense\n", false);
+    assert!(
+        error.contains("-:2:") && error.contains("nonsense"),
+        "{error}"
+    );
+    assert!(
+        connects(&topology.client, frontend),
+        "nothing of the list is in force"
+    );
+    ban(
+        &format!("# a list\n{client}  # this one\n\n2001:db8::/32\n"),
+        true,
+    );
+    assert!(!connects(&topology.client, frontend));
+    daemon.kill().unwrap();
+    assert!(!connects(&topology.client, frontend), "while it is dead");
+    daemon.restart().unwrap();
+    assert!(!connects(&topology.client, frontend), "after a kill");
+    let bans = api::ask(&daemon, "GET", "/v1/bans", "").unwrap().body;
+    assert_eq!(bans.as_array().unwrap().len(), 2, "{bans}");
+    // In their place, and for a moment.
+    let until = std::time::SystemTime::now() + Duration::from_secs(3);
+    let until = until
+        .duration_since(std::time::UNIX_EPOCH)
+        .unwrap()
+        .as_secs();
+    let body = json!([{"network": format!("{client}/32"), "until": until}]).to_string();
+    assert_eq!(
+        api::ask(&daemon, "PUT", "/v1/bans", &body).unwrap().status,
+        204
+    );
+    assert!(!connects(&topology.client, frontend));
+    wait_for("the end of the ban", || {
+        connects(&topology.client, frontend).then_some(())
+    })
+    .unwrap();
+    assert_eq!(daemon.control(&["bans", "--json"]).unwrap().trim(), "[]");
+    daemon.stop().unwrap();
+}
+
+/// A host with one publish of these flags.
+fn limited(datapath: Datapath, flags: &[&str]) -> (Topology, Backend, Daemon, SocketAddr) {
+    let topology = Topology::new().unwrap();
+    let backend = Backend::start(&topology.backend.netns, Protocol::Tcp, BACKEND_PORT).unwrap();
+    let daemon = Daemon::start(&topology.host, &[], datapath).unwrap();
+    let spec = spec(&topology.backend, Family::V4, Protocol::Tcp);
+    let words = [&["publish", &spec], flags].concat();
+    daemon.control(&words).unwrap();
+    let frontend = SocketAddr::new(topology.host_address(Family::V4), PORT);
+    (topology, backend, daemon, frontend)
+}
+
+#[test]
+fn no_more_flows_at_once_than_were_asked_for() {
+    for (datapath, reason) in BOTH
+        .into_iter()
+        .zip(["too_many_flows", "userland_flow_limit"])
+    {
+        let (topology, _backend, daemon, frontend) = limited(datapath, &["--max-flows", "2"]);
+        assert_eq!(daemon.entry().unwrap()["max_flows"], 2);
+        let mut open = [(); 2].map(|()| Connection::open(&topology.client, frontend).unwrap());
+        for connection in &mut open {
+            connection.ask("served").unwrap();
+        }
+        assert!(!connects(&topology.client, frontend), "{datapath:?}");
+        assert!(daemon.counted(reason).unwrap() > 0);
+        for connection in &mut open {
+            connection.ask("still served").unwrap();
+        }
+        daemon.stop().unwrap();
+    }
+}
+
+#[test]
+fn no_more_new_flows_a_second_than_were_asked_for() {
+    let reasons = [
+        "rate_limited",
+        "userland_rate_limited",
+        "source_rate_limited",
+        "userland_source_rate_limited",
+    ];
+    let flags = ["--rate", "--rate-per-source"];
+    for (at, reason) in reasons.into_iter().enumerate() {
+        let (topology, _backend, daemon, frontend) = limited(BOTH[at % 2], &[flags[at / 2], "1/s"]);
+        // Five may begin at once.
+        let served = (0..10)
+            .filter(|_| connects(&topology.client, frontend))
+            .count();
+        assert!((5..10).contains(&served), "{reason}: {served}");
+        assert!(daemon.counted(reason).unwrap() > 0, "{reason}");
+        daemon.stop().unwrap();
+    }
+}
+
+#[test]
+fn clients_come_by_the_interface_that_was_asked_for() {
+    for datapath in BOTH {
+        let topology = Topology::new().unwrap();
+        let _backend =
+            Backend::start(&topology.backend.netns, Protocol::Tcp, BACKEND_PORT).unwrap();
+        let daemon = Daemon::start(&topology.host, &[], datapath).unwrap();
+        let spec = spec(&topology.backend, Family::V4, Protocol::Tcp);
+        let error = daemon
+            .control(&["publish", &spec, "--on", "none0"])
+            .unwrap_err()
+            .to_string();
+        assert!(error.contains("no interface none0"), "{error}");
+        daemon.control(&["publish", &spec, "--on", "lo"]).unwrap();
+        let frontend = |address| SocketAddr::new(address, PORT);
+        let outside = frontend(topology.host_address(Family::V4));
+        assert!(
+            connects(&topology.host, frontend(Ipv4Addr::LOCALHOST.into())),
+            "{datapath:?}"
+        );
+        assert!(!connects(&topology.client, outside), "{datapath:?}");
+        daemon.stop().unwrap();
+    }
+}
+
+#[test]
+fn bandwidth_is_what_was_asked_for_in_user_space() {
+    let (topology, _backend, daemon, frontend) =
+        limited(Datapath::Userland, &["--bandwidth", "8Mbit"]);
+    let mut connection = Connection::open(&topology.client, frontend).unwrap();
+    let payload = "x".repeat(32 << 10);
+    let begun = Instant::now();
+    // A mebioctet there, of which an eighth may come at once, and the same back.
+    for _ in 0..32 {
+        connection.ask(&payload).unwrap();
+    }
+    let elapsed = begun.elapsed().as_secs_f64();
+    assert!(elapsed > 0.7, "{elapsed} s for what takes 0.9");
+    daemon.stop().unwrap();
+}
