@@ -1,6 +1,8 @@
 //! The server of the control socket. Changes go to the daemon one at a time; what only reads is answered here, beside
 //! it, from what the daemon shows by [`Observe`].
 
+mod bans;
+
 use std::{
     fs, io,
     os::{
@@ -216,8 +218,14 @@ fn router(calls: mpsc::Sender<Call>, observed: Arc<dyn Observe>) -> Router {
         .route("/v1/owners/{*owner}", put(want).delete(remove_all))
         .route("/v1/leases", post(lease))
         .route("/v1/flows", get(flows).delete(end_flows))
-        .route("/v1/bans", get(bans).post(ban).put(set_bans))
-        .route("/v1/bans/{*network}", put(ban_one).delete(unban))
+        .route(
+            "/v1/bans",
+            get(bans::bans).post(bans::ban).put(bans::set_bans),
+        )
+        .route(
+            "/v1/bans/{*network}",
+            put(bans::ban_one).delete(bans::unban),
+        )
         .route("/v1/stats", get(stats))
         .route("/v1/events", get(events))
         .route("/v1/trace", get(trace))
@@ -561,76 +569,6 @@ async fn events(State(shared): State<Shared>) -> Response {
     lines(received(shared.observed.events()))
 }
 
-#[utoipa::path(get, path = "/v1/bans", summary = "Sources of which nothing gets into any published port", responses((status = 200, body = Vec<Ban>)))]
-async fn bans(State(shared): State<Shared>) -> Response {
-    Shared::array(move || shared.observed.bans())
-}
-
-#[utoipa::path(post, path = "/v1/bans", summary = "Bans these beside those that are banned; their flows end now", request_body = Vec<Ban>, responses((status = 204), (status = "4XX", body = Problem)))]
-async fn ban(
-    State(shared): State<Shared>,
-    Extension(by): Extension<Peer>,
-    request: Request,
-) -> Result<StatusCode, Problem> {
-    let bans = shared.json(request).await?;
-    shared
-        .change(None, by, Change::Ban { bans, all: false })
-        .await?;
-    Ok(StatusCode::NO_CONTENT)
-}
-
-#[utoipa::path(put, path = "/v1/bans", summary = "Makes these all that are banned", request_body = Vec<Ban>, responses((status = 204), (status = "4XX", body = Problem)))]
-async fn set_bans(
-    State(shared): State<Shared>,
-    Extension(by): Extension<Peer>,
-    request: Request,
-) -> Result<StatusCode, Problem> {
-    let bans = shared.json(request).await?;
-    shared
-        .change(None, by, Change::Ban { bans, all: true })
-        .await?;
-    Ok(StatusCode::NO_CONTENT)
-}
-
-/// How long a ban lasts.
-#[derive(Clone, Debug, Default, Deserialize)]
-#[serde(deny_unknown_fields)]
-struct Lasts {
-    /// Seconds since the epoch.
-    until: Option<u64>,
-}
-
-fn banned(text: &str) -> Result<IpNet, Problem> {
-    crate::publish::allow::source(text).map_err(|error| problem(422, "Bad network", &error))
-}
-
-#[utoipa::path(put, path = "/v1/bans/{network}", summary = "Bans a source", params(("network" = String, Path), ("until" = Option<u64>, Query, description = "seconds since the epoch")), responses((status = 204), (status = "4XX", body = Problem)))]
-async fn ban_one(
-    State(shared): State<Shared>,
-    Extension(by): Extension<Peer>,
-    extract::Path(network): extract::Path<String>,
-    request: Request,
-) -> Result<StatusCode, Problem> {
-    let Lasts { until } = query(&request)?;
-    let network = banned(&network)?;
-    let bans = vec![Ban { network, until }];
-    shared
-        .change(None, by, Change::Ban { bans, all: false })
-        .await?;
-    Ok(StatusCode::NO_CONTENT)
-}
-
-#[utoipa::path(delete, path = "/v1/bans/{network}", summary = "Takes a ban back", params(("network" = String, Path)), responses((status = 204), (status = "4XX", body = Problem)))]
-async fn unban(
-    State(shared): State<Shared>,
-    Extension(by): Extension<Peer>,
-    extract::Path(network): extract::Path<String>,
-) -> Result<StatusCode, Problem> {
-    let networks = vec![banned(&network)?];
-    shared.change(None, by, Change::Unban(networks)).await?;
-    Ok(StatusCode::NO_CONTENT)
-}
-
 /// What a broadcast says, without what was too fast.
 fn received<T: Clone + Send + 'static>(
     from: broadcast::Receiver<T>,
@@ -682,7 +620,7 @@ async fn description() -> Response {
     ),
     servers((url = "/", description = "unix:/run/forwarder/default.sock")),
     paths(
-        list, one, add, remove, replace, unpublish, want, remove_all, lease, flows, end_flows, bans, ban, set_bans, ban_one, unban,
+        list, one, add, remove, replace, unpublish, want, remove_all, lease, flows, end_flows, bans::bans, bans::ban, bans::set_bans, bans::ban_one, bans::unban,
         stats, events, trace, reload
     )
 )]

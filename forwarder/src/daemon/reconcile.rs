@@ -10,7 +10,7 @@ use std::{
 
 use anyhow::{Context as _, Result, bail};
 use forwarder_common::{
-    limits, policy,
+    policy,
     publish::{Publish as PublishEntry, flag},
 };
 use ipnet::IpNet;
@@ -38,30 +38,14 @@ pub(super) struct Serving {
     /// `None` while its ports are given to another.
     pub proxy: Option<Proxy>,
     /// The sockets that hold a wide range, one in each family, with whether that is IPv4; empty if each port has its own.
-    steered: Vec<(bool, OwnedFd)>,
+    pub steered: Vec<(bool, OwnedFd)>,
     /// An IPsec policy keeps it from the fast path.
     pub covered: bool,
     /// The place of the one that had its port before and drains; 0 for none.
-    previous: u32,
+    pub previous: u32,
     /// The backend is told of each client.
     proxy_protocol: bool,
     limits: policy::Limits,
-}
-
-/// A publish that begins no flows any more, by its place; its own go on.
-pub(super) struct Draining {
-    pub row: Arc<Row>,
-    previous: u32,
-    /// Of one that was taken back, and is shown for itself. A backend that was replaced has none.
-    proxy: Option<Proxy>,
-    /// Its flows were cut off. It stays until both ends have had time to hear of it.
-    pub is_cut: bool,
-}
-
-impl Draining {
-    pub(super) fn is_shown(&self) -> bool {
-        self.proxy.is_some()
-    }
 }
 
 /// For a backend on another machine, how XDP takes part.
@@ -81,7 +65,7 @@ impl Serving {
     }
 }
 
-const fn stop(ending: Ending) -> Stop {
+pub(super) const fn stop(ending: Ending) -> Stop {
     match ending {
         Ending::Cut | Ending::Reset => Stop::Reset,
         Ending::Drain => Stop::Drain,
@@ -101,7 +85,7 @@ pub(super) struct Loose {
 }
 
 impl Loose {
-    fn add(&mut self, other: Self) {
+    pub(super) fn add(&mut self, other: Self) {
         self.gone.extend(other.gone);
         self.cut.extend(other.cut);
         self.stays.extend(other.stays);
@@ -419,19 +403,6 @@ impl Daemon {
         Ok((held, steered))
     }
 
-    /// The place of the publish that drains, or is cut off, on ports of this one; 0 for none. Of several, the last has them.
-    fn drains_on(&self, spec: &Spec) -> u32 {
-        let over = self.draining.values();
-        let over = over
-            .filter(|it| it.is_shown() || it.is_cut)
-            .map(|it| &it.row);
-        let closing = self.closing.iter().filter_map(|id| self.serving.get(id));
-        let rows = over.chain(closing.map(|it| &it.row));
-        let overlaps = rows.filter(|row| row.wanted.publish.spec.overlaps(spec));
-        let last = overlaps.max_by_key(|row| row.wanted.id);
-        last.map_or(0, |row| row.index)
-    }
-
     /// After a failed change: has the ports again that were given back for it.
     fn hold_again(&mut self, id: Id) -> Result<()> {
         let Some(serving) = self.serving.get(&id) else {
@@ -533,35 +504,6 @@ impl Daemon {
         Ok(self.bound_chain(former))
     }
 
-    /// Has what was served at a place drain, with what drains on its port already; returns the place.
-    fn drain(&mut self, mut row: Arc<Row>, previous: u32, proxy: Option<Proxy>) -> u32 {
-        let is_cut = false;
-        Arc::make_mut(&mut row).draining = true;
-        let place = row.index;
-        self.draining.insert(
-            place,
-            Draining {
-                row,
-                previous,
-                proxy,
-                is_cut,
-            },
-        );
-        place
-    }
-
-    /// The program follows so many that drain on one port: what is behind them has had its time.
-    fn bound_chain(&mut self, first: u32) -> Option<u32> {
-        let mut place = first;
-        for _ in 1..limits::DRAINING {
-            place = self.draining.get(&place)?.previous;
-        }
-        let last = self.draining.get(&place)?.previous;
-        self.draining
-            .contains_key(&last)
-            .then(|| self.end_draining(last))?
-    }
-
     /// Decides how a publish is served now, writes that to the kernel if it has changed, and shows it.
     pub(super) fn install(&mut self, id: Id) -> Result<()> {
         let Some(serving) = self.serving.get_mut(&id) else {
@@ -588,29 +530,8 @@ impl Daemon {
         Ok(())
     }
 
-    /// The same of one that drains.
-    pub(super) fn install_draining(&mut self, place: u32) -> Result<()> {
-        let Some(draining) = self.draining.get_mut(&place) else {
-            return Ok(());
-        };
-        if let Some(datapath) = &mut self.datapath {
-            let standing = plan::Standing {
-                draining: true,
-                previous: draining.previous,
-                ..plan::Standing::default()
-            };
-            let network = &self.network.snapshot;
-            let firewall = self.config.respect_firewall;
-            write(datapath, network, firewall, &mut draining.row, standing)?;
-        }
-        if draining.is_shown() {
-            self.view.show(&draining.row);
-        }
-        Ok(())
-    }
-
     /// Takes a publish from the kernel; its flows go on. What drains on its ports has them again.
-    fn uninstall_publish(&mut self, id: Id) -> Result<()> {
+    pub(super) fn uninstall_publish(&mut self, id: Id) -> Result<()> {
         let Some(serving) = self.serving.get(&id) else {
             return Ok(());
         };
@@ -625,139 +546,13 @@ impl Daemon {
         }
         Ok(())
     }
-
-    /// Has a publish take no new flows. One that has none is taken from the kernel at once.
-    fn close(&mut self, id: Id) -> Result<()> {
-        let Some(serving) = self.serving.get_mut(&id) else {
-            return Ok(());
-        };
-        let usage = self.datapath.as_ref().map(|it| it.maps.mapped_usage());
-        if usage.is_some_and(|usage| usage.flows(serving.row.index) > 0) {
-            self.closing.insert(id);
-            return self.install(id);
-        }
-        self.uninstall_publish(id)
-    }
-
-    /// The opposite.
-    fn open(&mut self, id: Id) -> Result<()> {
-        self.closing.remove(&id);
-        self.install(id)
-    }
-
-    /// Ends a publish that is closed, or has it drain; returns whose flows are to end.
-    async fn end(&mut self, id: Id, ending: Ending) -> Loose {
-        let mut loose = Loose::default();
-        let Some(mut serving) = self.serving.remove(&id) else {
-            self.waiting.remove(&id);
-            self.view.hide(id);
-            return loose;
-        };
-        let mut proxy = serving.proxy.take();
-        if let Some(proxy) = &mut proxy {
-            proxy.stop(stop(ending)).await;
-        }
-        if ending == Ending::Drain {
-            let place = self.drain(serving.row, serving.previous, proxy);
-            if let Err(error) = self.install_draining(place) {
-                warn!("{error:#}");
-            }
-            loose.gone.extend(self.bound_chain(place));
-            return loose;
-        }
-        self.view.hide(id);
-        // Backends that it had before go with it.
-        let mut former = serving.previous;
-        while let Some(draining) = self.draining.get(&former).filter(|it| !it.is_shown()) {
-            let previous = draining.previous;
-            if !draining.is_cut {
-                loose.gone.extend(self.end_draining(former));
-            }
-            former = previous;
-        }
-        if self.closing.remove(&id) {
-            let place = self.drain(serving.row, serving.previous, None);
-            if let Some(draining) = self.draining.get_mut(&place) {
-                draining.is_cut = true;
-            }
-            loose.cut.insert(place);
-        } else {
-            loose.gone.insert(serving.row.index);
-        }
-        loose
-    }
-
-    /// Cuts off everything, before the instance stops. Returns whose flows are to end.
-    pub(super) async fn end_all(&mut self) -> Loose {
-        let mut loose = Loose::default();
-        for place in self.draining.keys().copied().collect::<Vec<_>>() {
-            loose.cut.insert(place);
-        }
-        for id in self.serving.keys().copied().collect::<Vec<_>>() {
-            if let Err(error) = self.close(id) {
-                warn!("{error:#}");
-            }
-            loose.add(self.end(id, Ending::Cut).await);
-        }
-        loose
-    }
-
-    /// Ends what drains at a place, which is returned if the kernel has it no more.
-    pub(super) fn end_draining(&mut self, place: u32) -> Option<u32> {
-        let gone = self.draining.remove(&place)?;
-        if let Some(proxy) = &gone.proxy {
-            proxy.cut();
-            let id = gone.row.wanted.id;
-            if let Some(row) = self.view.row(id) {
-                self.view.tell("drained", row);
-            }
-            self.view.hide(id);
-        }
-        // Whoever led here leads to what is behind.
-        let live = self
-            .serving
-            .iter_mut()
-            .filter(|(_, it)| it.previous == place);
-        let live: Vec<Id> = live
-            .map(|(id, it)| {
-                it.previous = gone.previous;
-                *id
-            })
-            .collect();
-        let others = self
-            .draining
-            .iter_mut()
-            .filter(|(_, it)| it.previous == place);
-        let others: Vec<u32> = others
-            .map(|(other, it)| {
-                it.previous = gone.previous;
-                *other
-            })
-            .collect();
-        let live = live.into_iter().try_for_each(|id| self.install(id));
-        let others = others
-            .into_iter()
-            .try_for_each(|place| self.install_draining(place));
-        let written = live.and(others);
-        let gone = match &mut self.datapath {
-            Some(datapath) => datapath.maps.uninstall(place),
-            None => Ok(()),
-        };
-        match written.and(gone) {
-            Ok(()) => Some(place),
-            Err(error) => {
-                warn!("{error:#}");
-                None // its place is lost until the next start
-            }
-        }
-    }
 }
 
 const NO_PLACE: &str =
     "all places for publishes are taken by flows that end; try again in a moment";
 
 /// Writes what is planned of a publish, and notes in its row how it is served; returns whether an IPsec policy covers it.
-fn write(
+pub(super) fn write(
     datapath: &mut Datapath,
     network: &Snapshot,
     respects_firewall: bool,

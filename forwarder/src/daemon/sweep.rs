@@ -13,11 +13,7 @@ use forwarder_common::{
 };
 use tracing::{debug, info, warn};
 
-use super::{
-    Daemon,
-    reconcile::{Draining, Loose},
-    slots::Freed,
-};
+use super::{Daemon, drain::Draining, reconcile::Loose, slots::Freed};
 use crate::{
     datapath::{
         maps::{FlowTables, Walk},

@@ -286,9 +286,18 @@ fn datagrams_in_one_buffer_keep_their_boundaries() {
             );
         }
         assert_eq!(echo(&client, &backend, served.frontend, b"").0, b"");
-        let counters = served.proxy.counters();
-        let (packets, bytes) = (6 * 21 + 2, 6 * data.len() as u64);
-        assert_eq!((counters.packets, counters.bytes), (packets, bytes));
+        let expected = (6 * 21 + 2, 6 * data.len() as u64);
+        // What was sent is counted a moment later.
+        let deadline = std::time::Instant::now() + std::time::Duration::from_secs(10);
+        loop {
+            let counters = served.proxy.counters();
+            let counted = (counters.packets, counters.bytes);
+            if counted == expected {
+                break;
+            }
+            assert!(std::time::Instant::now() < deadline, "{counted:?}");
+            std::thread::yield_now();
+        }
     }
 }
 

@@ -1,0 +1,164 @@
+//! What clients of the control socket ask for: a difference of the registry, put in force before they are answered.
+
+use anyhow::{Result, bail};
+use tokio::sync::oneshot;
+use tracing::{info, warn};
+
+use super::{Daemon, reconcile::Loose};
+use crate::{
+    control::{
+        Call, Change, Changed, Lease, Named,
+        api::{AskedEndpoint, Ending, Listed, Problem},
+    },
+    proxy::BindError,
+    publish::{Conflict, Id, Owner, Publish},
+};
+
+impl Daemon {
+    pub(super) async fn answer(&mut self, call: Call) {
+        match call {
+            Call::Change {
+                owner,
+                change,
+                by,
+                answer,
+            } => {
+                let what = format!("{change:?}");
+                match self.change(owner, change).await {
+                    Ok((changed, loose)) => {
+                        info!(uid = by.uid, pid = by.pid, "{what:.200}");
+                        self.answer_after(loose, answer, changed);
+                    }
+                    Err(error) => drop(answer.send(Err(explain(error)))),
+                }
+            }
+            Call::Trace { answer } => {
+                let trace = self.begin_trace();
+                let _ = answer.send(
+                    trace.map_err(|error| Problem::new(503, "No trace", &format!("{error:#}"))),
+                );
+            }
+            Call::Reload { answer, .. } => match self.reload().await {
+                Ok((reloaded, loose)) => {
+                    drop(tokio::spawn(self.end_flows_of(loose)));
+                    let _ = answer.send(Ok(reloaded));
+                }
+                Err(error) => drop(answer.send(Err(explain(error)))),
+            },
+        }
+    }
+
+    /// Answers when the flows of what has gone have ended, and does not wait for that itself.
+    fn answer_after(
+        &self,
+        loose: Loose,
+        answer: oneshot::Sender<Result<Changed, Problem>>,
+        changed: Changed,
+    ) {
+        let ended = self.end_flows_of(loose);
+        tokio::spawn(async move {
+            ended.await;
+            let _ = answer.send(Ok(changed)); // the client may have gone, and its lease with it
+        });
+    }
+
+    async fn change(&mut self, owner: Option<Owner>, change: Change) -> Result<(Changed, Loose)> {
+        let owner = owner.unwrap_or_else(Owner::cli);
+        let mut lease = None;
+        let mut descriptors = Vec::new();
+        let (difference, ending) = match change {
+            Change::Add(publishes) => (self.registry.add(&owner, publishes)?, Ending::Cut),
+            Change::Want(publishes) => (self.registry.want(&owner, publishes)?, Ending::Cut),
+            Change::Lease(publishes, given) => {
+                self.leases += 1;
+                let owner = Owner::lease(self.leases);
+                descriptors = given;
+                lease = Some(Lease {
+                    owner: owner.clone(),
+                    ended: self.released.clone(),
+                });
+                (self.registry.want(&owner, publishes)?, Ending::Cut)
+            }
+            Change::Ban { bans, all } => {
+                self.ban(bans, all)?;
+                return Ok(Default::default());
+            }
+            Change::Unban(networks) => {
+                self.unban(&networks)?;
+                return Ok(Default::default());
+            }
+            Change::Remove(named, ending) => {
+                let ids = named.iter().map(|named| self.find(named));
+                let ids = ids.collect::<Result<_, Conflict>>()?;
+                (self.registry.remove(&owner, &ids)?, ending)
+            }
+            Change::RemoveAll(ending) => (self.registry.want(&owner, Vec::new())?, ending),
+            Change::Replace(id, backend) => {
+                let publish = self.with_backend(id, &backend)?;
+                (self.registry.replace(&owner, id, publish)?, Ending::Drain)
+            }
+        };
+        let loose = self.reconcile(&difference, ending, descriptors).await?;
+        let rows = difference.asked.iter().filter_map(|id| self.view.row(*id));
+        let publishes: Vec<Listed> = rows.collect();
+        Ok((Changed { publishes, lease }, loose))
+    }
+
+    fn find(&self, named: &Named) -> Result<Id, Conflict> {
+        match named {
+            Named::Id(id) => self
+                .registry
+                .get(*id)
+                .map(|wanted| wanted.id)
+                .ok_or(Conflict::NoId(*id)),
+            Named::Spec(spec) => self.registry.find(spec),
+        }
+    }
+
+    /// A publish with another backend.
+    fn with_backend(&self, id: Id, backend: &AskedEndpoint) -> Result<Publish> {
+        let before = self.registry.get(id).ok_or(Conflict::NoId(id))?;
+        let Some(address) = backend.address else {
+            bail!("a backend needs an address");
+        };
+        let address = (address, backend.zone.clone());
+        let spec = before
+            .publish
+            .spec
+            .to_backend(address, backend.port, backend.end_port);
+        let spec = spec.map_err(|problem| anyhow::anyhow!("publish {id}: {problem}"))?;
+        Ok(Publish {
+            spec,
+            policy: before.publish.policy.clone(),
+        })
+    }
+
+    pub(super) async fn end_lease(&mut self, owner: &Owner) {
+        let ended = match self.registry.want(owner, Vec::new()) {
+            Ok(difference) => self.reconcile(&difference, Ending::Cut, Vec::new()).await,
+            Err(error) => Err(error.into()),
+        };
+        match ended {
+            Ok(loose) => drop(tokio::spawn(self.end_flows_of(loose))),
+            Err(error) => warn!("{owner}: {error:#}"),
+        }
+    }
+}
+
+/// An error as the API has it.
+fn explain(error: anyhow::Error) -> Problem {
+    let message = format!("{error:#}");
+    if let Some(conflict) = error.downcast_ref::<Conflict>() {
+        let (status, title) = match conflict {
+            Conflict::Overlap { .. } => (409, "Overlap"),
+            Conflict::NotYours { .. } => (403, "Another owner's"),
+            Conflict::NoId(_) | Conflict::NoSpec(_) => (404, "Not found"),
+            Conflict::TooMany { .. } => (409, "Too many"),
+        };
+        return Problem::new(status, title, &message);
+    }
+    if error.downcast_ref::<BindError>().is_some() {
+        return Problem::new(409, "Port not to be had", &message);
+    }
+    Problem::new(422, "Not done", &message)
+}
