@@ -11,6 +11,7 @@ use ipnet::IpNet;
 use crate::{
     config::{DatapathChoice, Flags, Timeout, XdpChoice, seconds},
     control::api::NamedPublish,
+    engines::docker,
     publish::{
         Id, Limits, Owner, Policy, ProxyProtocol, Publish, Spec,
         allow::{network, source},
@@ -115,6 +116,9 @@ pub enum Command {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         arguments: Vec<String>,
     },
+    /// Be a CNI plugin with the capability `portMappings`, also under the names portmap and forwarder-portmap: publishes on
+    /// the instance that its configuration's key `instance` or FORWARDER_INSTANCE names (default).
+    Cni,
     /// Remove what an instance left: programs, links, pins, state file.
     Down,
     /// Print a completion script for a shell.
@@ -161,6 +165,13 @@ pub struct Run {
     /// Leave the pinned datapath forwarding when this process ends.
     #[arg(long)]
     pub keep: bool,
+    /// Follow the engine behind this socket, Docker or podman: with --docker-labels. Who may write to it is as good as root.
+    #[arg(long, value_name = "SOCKET", num_args = 0..=1, default_missing_value = docker::SOCKET, requires = "docker_labels")]
+    pub docker: Option<PathBuf>,
+    /// Publish what running containers ask for by the label `forwarder.publish=[HOST_ADDR:]HOST_PORT:PORT[/udp],...`, but
+    /// not an image by its own.
+    #[arg(long, requires = "docker")]
+    pub docker_labels: bool,
     /// Keep no state file: what is published at run time ends with this process.
     #[arg(long)]
     pub ephemeral: bool,
@@ -226,6 +237,7 @@ impl Run {
             proxy_protocol: self.proxy_protocol,
             keep: self.keep,
             ephemeral: self.ephemeral,
+            docker: self.docker.clone(),
         }
     }
 }

@@ -64,6 +64,8 @@ pub struct Flags {
     pub proxy_protocol: Option<ProxyProtocol>,
     pub keep: bool,
     pub ephemeral: bool,
+    /// The socket of the engine whose containers' labels publish.
+    pub docker: Option<PathBuf>,
 }
 
 impl Config {

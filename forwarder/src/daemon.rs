@@ -49,6 +49,7 @@ use crate::{
         server::Socket,
     },
     datapath::{self, Datapath, kernel, resets},
+    engines::docker,
     instance::Instance,
     memory,
     network::{self as net, Change as NetworkChange},
@@ -123,13 +124,13 @@ pub async fn run(instance: Instance, flags: Flags) -> Result<()> {
     }
     // Before anything is made that a signal would have to undo, and long before anybody reads `ready`.
     let mut signals = Signals::new()?;
-    let _lock = instance.lock()?;
+    let _lock = instance.lock_soon().await?;
     let mut socket = Socket::bind(instance.make_socket_path()?)?;
     raise_descriptor_limit();
     let (released, mut leases) = mpsc::unbounded_channel();
     let mut daemon = Daemon::new(&instance, flags, config, released).await?;
     let (sender, mut calls) = mpsc::channel(64);
-    let begun = match socket.serve(sender, Arc::new(daemon.view.clone())) {
+    let begun = match socket.serve(sender.clone(), Arc::new(daemon.view.clone())) {
         Ok(()) => daemon.begin(&instance, &mut calls).await,
         Err(error) => Err(error),
     };
@@ -140,6 +141,10 @@ pub async fn run(instance: Instance, flags: Flags) -> Result<()> {
             return Err(error);
         }
     };
+    if let Some(socket) = daemon.flags.docker.clone() {
+        let observed = Arc::new(daemon.view.clone());
+        tokio::spawn(docker::follow(socket, sender.clone(), observed));
+    }
     say("ready");
     if let Err(error) = notify::ready() {
         warn!("NOTIFY_SOCKET: {error}");

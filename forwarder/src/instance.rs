@@ -8,6 +8,7 @@ use std::{
         DirBuilderExt as _, MetadataExt as _, OpenOptionsExt as _, PermissionsExt as _,
     },
     path::{Path, PathBuf},
+    time::Duration,
 };
 
 use anyhow::{Context as _, Result, bail};
@@ -16,6 +17,10 @@ use nix::fcntl::{Flock, FlockArg};
 const RUN: &str = "/run/forwarder";
 const STATE: &str = "/var/lib/forwarder";
 const PINS: &str = "/sys/fs/bpf/forwarder";
+
+/// How often the lock is tried, and after which time.
+const TRIES: u32 = 30;
+const RETRY: Duration = Duration::from_millis(10);
 
 /// A running or stopped instance, by its name.
 #[derive(Clone, Debug)]
@@ -122,6 +127,20 @@ impl Instance {
                 }
             }
         }
+    }
+
+    /// The same, but waits a moment for who has it: a CNI plugin that takes something out of the state.
+    ///
+    /// # Errors
+    /// As [`Instance::lock`].
+    pub async fn lock_soon(&self) -> Result<Lock> {
+        for _ in 0..TRIES {
+            if let Ok(lock) = self.lock() {
+                return Ok(lock);
+            }
+            tokio::time::sleep(RETRY).await;
+        }
+        self.lock()
     }
 
     /// Whether a process has the instance's name.

@@ -17,7 +17,7 @@ use forwarder::{
         client::Client,
     },
     daemon, doctor,
-    engines::docker_proxy,
+    engines::{cni, docker_proxy},
     instance::Instance,
     publish::{Policy, allow},
 };
@@ -26,7 +26,7 @@ use ipnet::IpNet;
 use serde::{Serialize, de::DeserializeOwned};
 
 fn main() -> ExitCode {
-    // Docker starts one process for each port: before anything else is begun.
+    // Engines start many of these: before anything else is begun.
     let words: Vec<String> = std::env::args().collect();
     let name = words.first().map(Path::new).and_then(Path::file_name);
     match &words[..] {
@@ -36,6 +36,10 @@ fn main() -> ExitCode {
         [_, command, arguments @ ..] if command == "docker-proxy" => {
             return docker_proxy::run(arguments);
         }
+        [_] if name.is_some_and(|name| name == "portmap" || name == "forwarder-portmap") => {
+            return cni::run();
+        }
+        [_, command] if command == "cni" => return cni::run(),
         _ => {}
     }
     let cli = Cli::parse();
@@ -172,6 +176,7 @@ fn run(cli: Cli) -> Result<()> {
                 arguments.join(" ")
             )
         }
+        Command::Cni => bail!("cni comes first, and alone: forwarder cni"),
         Command::Down => {
             let found = daemon::down(&instance)?;
             print(if found {

@@ -307,6 +307,23 @@ fn connections_outlive_the_death_of_the_instance() {
 }
 
 #[test]
+fn connections_stay_with_the_publish_of_their_family() {
+    let topology = Topology::new().unwrap();
+    let _backend = Backend::start(&topology.backend.netns, Protocol::Tcp, BACKEND_PORT).unwrap();
+    // As Docker asks for a container without IPv6, in the order that leases may come in after a restart.
+    let backend = SocketAddr::new(topology.backend.address(Family::V4), BACKEND_PORT);
+    let specs = ["[::]", "0.0.0.0"].map(|host| format!("{host}:{PORT}:{backend}"));
+    let specs: Vec<&str> = specs.iter().map(String::as_str).collect();
+    let mut daemon = Daemon::start(&topology.host, &specs, Datapath::Auto).unwrap();
+    let mut connection = Connection::open(&topology.client, frontends(&topology)[0].1).unwrap();
+    connection.ask("before").unwrap();
+    daemon.kill().unwrap();
+    daemon.restart().unwrap();
+    connection.ask("after").unwrap();
+    daemon.stop().unwrap();
+}
+
+#[test]
 fn a_killed_one_takes_its_port_with_it() {
     let topology = Topology::new().unwrap();
     let daemon = Daemon::start(&topology.host, &[], Datapath::Auto).unwrap();

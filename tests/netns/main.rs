@@ -9,6 +9,7 @@
 
 mod api;
 mod bulk;
+mod cni;
 mod coalesced;
 mod crowd;
 mod cut;

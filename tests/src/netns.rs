@@ -62,6 +62,19 @@ impl Netns {
         })
     }
 
+    /// The namespace of a process, such as a container's first.
+    ///
+    /// # Errors
+    /// It has ended, or is not ours to look at.
+    pub fn of(label: &str, process: u32) -> Result<Self> {
+        let path = format!("/proc/{process}/ns/net");
+        let file = File::open(&path).with_context(|| path.clone())?;
+        Ok(Self {
+            label: label.to_owned(),
+            file: Arc::new(file),
+        })
+    }
+
     /// The namespaces that another process holds, such as the demonstration's.
     ///
     /// # Errors

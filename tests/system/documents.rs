@@ -7,7 +7,7 @@
 //! `forwarder run` stays in the background until the document ends or says `run` or `down` again. The commands see a file
 //! system that they cannot write to, with /run and /sys/fs/bpf of their own.
 
-mod block;
+pub(crate) mod block;
 mod scene;
 mod shown;
 
@@ -46,6 +46,24 @@ const ELSEWHERE: &[(&str, Runner)] = &[
     ("sudo systemctl enable --now forwarder", Runner::Packages),
     ("sudo apt purge forwarder", Runner::Packages),
     (
+        "sudo mkdir -p /usr/local/libexec/forwarder",
+        Runner::Engines,
+    ),
+    (
+        "sudo ln -sf \"$(command -v forwarder)\" /usr/local/libexec/forwarder/docker-proxy",
+        Runner::Engines,
+    ),
+    (
+        "sudo ln -sf \"$(command -v forwarder)\" /opt/cni/bin/forwarder-portmap",
+        Runner::Engines,
+    ),
+    ("sudo systemctl restart docker", Runner::Engines),
+    (
+        "sudo podman run -d --name web --label forwarder.publish=8080:80 docker.io/library/nginx",
+        Runner::Engines,
+    ),
+    ("docker run -d --name web -p 8080:80 nginx", Runner::Engines),
+    (
         "cargo +nightly fuzz run parser -- -max_total_time=300",
         Runner::Person,
     ),
@@ -70,6 +88,8 @@ enum Runner {
     Ci,
     /// What runs this test.
     Itself,
+    /// The tests of container engines, in this tier.
+    Engines,
     /// The tests of the packages, in this tier.
     Packages,
     /// A person, before a release: it takes other kernels or another toolchain, and up to an hour. Of `cargo xtask`,
@@ -77,7 +97,14 @@ enum Runner {
     Person,
 }
 
-fn repository() -> PathBuf {
+/// Pages that the tests of container engines follow, which have an engine.
+const FOLLOWED: [&str; 3] = [
+    "docs/with-containerd.md",
+    "docs/with-docker.md",
+    "docs/with-podman.md",
+];
+
+pub(crate) fn repository() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("..")
 }
 
@@ -109,6 +136,9 @@ fn every_command_in_the_documents_works() {
     let scene = Scene::new();
     let mut ran = 0;
     for (name, text) in documents() {
+        if FOLLOWED.contains(&name.as_str()) {
+            continue;
+        }
         ran += scene.host.enter(|| {
             scene.isolate();
             scene.introduce_the_container();

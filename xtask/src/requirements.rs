@@ -20,6 +20,14 @@ const fn package(program: &'static str, names: [&'static str; 3]) -> Package {
 }
 
 const PACKAGES: &[Package] = &[
+    package(
+        "/usr/lib/cni/bridge",
+        [
+            "containernetworking-plugins",
+            "containernetworking-plugins",
+            "cni-plugins",
+        ],
+    ),
     package("apt-get", ["apt", "apt", "apt"]),
     package("bash", ["bash", "bash", "bash"]),
     package("busybox", ["busybox-static", "busybox", "busybox"]),
@@ -34,6 +42,8 @@ const PACKAGES: &[Package] = &[
     package("curl", ["curl", "curl", "curl"]),
     package("debootstrap", ["debootstrap", "debootstrap", "debootstrap"]),
     package("depmod", ["kmod", "kmod", "kmod"]),
+    package("docker", ["docker.io", "docker-cli", "docker"]),
+    package("dockerd", ["docker.io", "moby-engine", "docker"]),
     package("dpkg-deb", ["dpkg", "dpkg", "dpkg"]),
     package("ethtool", ["ethtool", "ethtool", "ethtool"]),
     package("git", ["git", "git", "git"]),
@@ -50,6 +60,7 @@ const PACKAGES: &[Package] = &[
         "qemu-system-x86_64",
         ["qemu-system-x86", "qemu-system-x86-core", "qemu-system-x86"],
     ),
+    package("podman", ["podman", "podman", "podman"]),
     package("rpm", ["rpm", "rpm", "rpm-tools"]),
     package(
         "sctp_test",
@@ -57,6 +68,7 @@ const PACKAGES: &[Package] = &[
     ),
     package("setpriv", ["util-linux", "util-linux", "util-linux"]),
     package("sockperf", ["sockperf", "sockperf", "sockperf"]),
+    package("tar", ["tar", "tar", "tar"]),
     package("tc", ["iproute2", "iproute-tc", "iproute2"]),
     package("unshare", ["util-linux", "util-linux-core", "util-linux"]),
     package("wrk", ["wrk", "wrk", "wrk"]),

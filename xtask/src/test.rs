@@ -74,6 +74,14 @@ impl Options {
         }
         if self.has(3) {
             programs.extend(["chromium", "curl", "ip", "setpriv", "unshare"]);
+            programs.extend([
+                "/usr/lib/cni/bridge",
+                "busybox",
+                "docker",
+                "dockerd",
+                "podman",
+                "tar",
+            ]);
             programs.extend(if self.smoke {
                 &[][..]
             } else {

@@ -259,12 +259,9 @@ fn end_all(tables: &mut FlowTables, places: &BTreeSet<u32>) -> Result<()> {
 fn owns(spec: &Spec, key: &Tuple, flow: &Flow) -> bool {
     let port = u16::from_be(flow.frontend_port);
     u32::from(spec.protocol.number()) == key.protocol
-        && (spec.ports.first..=spec.ports.last).contains(&port)
+        && spec.claims(flow.frontend.into(), port)
         && Address::from(spec.backend) == key.destination
         && spec.backend_port(port).to_be() == key.destination_port
-        && spec.address.is_none_or(|address| {
-            address.is_unspecified() || Address::from(address) == flow.frontend
-        })
 }
 
 /// CLOCK_MONOTONIC in nanoseconds, as `bpf_ktime_get_ns` gives it.

@@ -6,10 +6,10 @@
 
 use std::{
     fs::File,
-    io::{self, BufRead as _, BufReader, IoSlice, Read as _, Write as _},
+    io::{Read as _, Write as _},
     net::{IpAddr, Ipv4Addr},
     os::{
-        fd::{AsFd as _, AsRawFd as _, BorrowedFd, FromRawFd as _, OwnedFd},
+        fd::{AsFd as _, BorrowedFd, FromRawFd as _, OwnedFd},
         unix::net::UnixStream,
     },
     process::ExitCode,
@@ -24,12 +24,11 @@ use nix::{
     sys::{
         signal::{SigSet, Signal},
         signalfd::{SfdFlags, SignalFd},
-        socket::{ControlMessage, MsgFlags, sendmsg},
     },
 };
-use serde_json::Value;
 use socket2::SockRef;
 
+use super::request::{self, Answer};
 use crate::{
     instance::Instance,
     proxy::{Held, Idle, Options, Proxy, Stop},
@@ -45,8 +44,8 @@ const STATUS: i32 = 3;
 const LISTENER: i32 = 4;
 /// An instance that is lost is asked for again after this time.
 const RETRY: Duration = Duration::from_millis(200);
-/// What an instance may take for an answer. dockerd waits for 16 s.
-const PATIENCE: Duration = Duration::from_secs(10);
+/// An instance that does not answer at the end: `docker stop` waits for each of its ports, one after another.
+const LAST: Duration = Duration::from_millis(500);
 /// A port that another lease had is free when its end has been noticed.
 const CONFLICTS: u32 = 10;
 
@@ -291,13 +290,12 @@ impl Port {
     /// The instance refuses.
     fn lease(&self) -> Result<Option<Serving>> {
         for attempt in 0.. {
-            let Some(stream) = self.connect() else {
+            let Some(stream) = request::connect(&self.instance) else {
                 return Ok(None);
             };
             let body = serde_json::to_string(&[self.spec.to_string()])?;
-            let Ok((status, line)) =
-                request(&stream, "POST", "/v1/leases", &body, Some(&self.socket))
-            else {
+            let asked = request::send(&stream, "POST", "/v1/leases", &body, Some(&self.socket));
+            let Ok((status, line)) = asked.and_then(Answer::line) else {
                 return Ok(None); // it has just ended
             };
             if status == 201 {
@@ -318,16 +316,6 @@ impl Port {
             thread::sleep(RETRY);
         }
         Ok(None)
-    }
-
-    fn connect(&self) -> Option<UnixStream> {
-        let paths = self.instance.socket_paths();
-        let stream = paths
-            .iter()
-            .find_map(|path| UnixStream::connect(path).ok())?;
-        stream.set_read_timeout(Some(PATIENCE)).ok()?;
-        stream.set_write_timeout(Some(PATIENCE)).ok()?;
-        Some(stream)
     }
 
     /// Forwards in user space, by threads that begin only now.
@@ -411,54 +399,14 @@ impl Port {
     /// Gives the port back: on return another container may have it.
     fn end(&self, serving: Serving) {
         if let Serving::Lease { owner, .. } = &serving
-            && let Some(stream) = self.connect()
+            && let Some(stream) = request::connect(&self.instance)
+            && request::set_patience(&stream, LAST).is_ok()
         {
             let path = format!("/v1/owners/{owner}");
-            let _ = request(&stream, "DELETE", &path, "", None); // it ends with the connection at the latest
+            let asked = request::send(&stream, "DELETE", &path, "", None);
+            let _ = asked.and_then(Answer::line); // it ends with the connection at the latest
         }
     }
-}
-
-/// Sends one request, with a descriptor, and reads the status and the first line of the answer. A runtime for this would
-/// take more memory than all the rest.
-fn request(
-    stream: &UnixStream,
-    method: &str,
-    path: &str,
-    body: &str,
-    descriptor: Option<&OwnedFd>,
-) -> io::Result<(u16, Value)> {
-    let length = body.len();
-    // In HTTP/1.0 a body has no chunks.
-    let text = format!(
-        "{method} {path} HTTP/1.0\r\nHost: forwarder\r\nContent-Type: application/json\r\nContent-Length: {length}\r\n\r\n{body}"
-    );
-    let descriptors: Vec<i32> = descriptor.iter().map(|it| it.as_raw_fd()).collect();
-    let rights = [ControlMessage::ScmRights(&descriptors)];
-    let rights = if descriptor.is_some() {
-        &rights[..]
-    } else {
-        &[]
-    };
-    let slices = [IoSlice::new(text.as_bytes())];
-    let flags = MsgFlags::MSG_NOSIGNAL;
-    let sent = sendmsg::<()>(stream.as_raw_fd(), &slices, rights, flags, None)?;
-    let mut writer = stream;
-    writer.write_all(&text.as_bytes()[sent..])?;
-    let mut reader = BufReader::new(stream);
-    let mut line = String::new();
-    reader.read_line(&mut line)?;
-    let status = line.split(' ').nth(1).and_then(|word| word.parse().ok());
-    let status = status.ok_or_else(|| io::Error::other(format!("no status in {line:?}")))?;
-    loop {
-        line.clear();
-        if reader.read_line(&mut line)? == 0 || line.trim_end().is_empty() {
-            break;
-        }
-    }
-    line.clear();
-    reader.read_line(&mut line)?;
-    Ok((status, serde_json::from_str(&line).unwrap_or(Value::Null)))
 }
 
 #[cfg(test)]

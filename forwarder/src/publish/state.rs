@@ -114,6 +114,25 @@ impl State {
         Ok(registry)
     }
 
+    /// Takes out what these owners have, while no instance runs: whoever calls holds its lock. Where there is no file,
+    /// there is nothing to do.
+    ///
+    /// # Errors
+    /// As [`State::open`], and those of writing.
+    pub fn forget(path: PathBuf, is_meant: &dyn Fn(&Owner) -> bool) -> Result<()> {
+        if !path.exists() {
+            return Ok(());
+        }
+        let mut state = Self::open(path)?;
+        let before = state.stored.publishes.len();
+        state.stored.publishes.retain(|it| !is_meant(&it.owner));
+        if state.stored.publishes.len() == before {
+            return Ok(());
+        }
+        replace(&state.path, &serde_json::to_vec(&state.stored)?)
+            .with_context(|| format!("write {}", state.path.display()))
+    }
+
     /// Writes what is wanted now; on return it is on the disk.
     ///
     /// # Errors

@@ -2,15 +2,15 @@
 
 /// A fenced block: its language, its lines, and where it begins.
 #[derive(Debug, PartialEq, Eq)]
-pub(super) struct Block {
-    pub(super) language: String,
-    pub(super) text: String,
+pub(crate) struct Block {
+    pub(crate) language: String,
+    pub(crate) text: String,
     pub(super) line: usize,
     /// Nothing but blank lines lies between the block before and this one.
     pub(super) follows: bool,
 }
 
-pub(super) fn blocks(document: &str) -> Vec<Block> {
+pub(crate) fn blocks(document: &str) -> Vec<Block> {
     let mut blocks: Vec<Block> = Vec::new();
     let mut inside = false;
     let mut follows = false;
@@ -39,7 +39,7 @@ pub(super) fn blocks(document: &str) -> Vec<Block> {
 }
 
 /// The commands of a block: lines, joined where one ends in a backslash, without comments.
-pub(super) fn commands(block: &str) -> Vec<String> {
+pub(crate) fn commands(block: &str) -> Vec<String> {
     let joined = block.replace("\\\n", " ");
     let without_comment = |line: &str| {
         let end = if line.starts_with('#') {

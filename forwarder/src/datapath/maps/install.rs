@@ -10,7 +10,7 @@ use aya::maps::{
 };
 use forwarder_common::{
     limits,
-    publish::{Allowed, Frontend, Port, Publish, allow, port_index},
+    publish::{Allowed, Frontend, Port, Publish, allow, flag, port_index},
     tuple::Address,
 };
 use ipnet::{IpNet, Ipv4Net};
@@ -242,7 +242,9 @@ impl Maps {
         self.publishes.flush()?;
         self.backends.flush()?;
         self.ports.flush()?;
-        for (element, port) in new.elements() {
+        // The ports of what drains lead to its successor.
+        let takes_ports = new.entry.flags & flag::DRAINING == 0;
+        for (element, port) in new.elements().filter(|_| takes_ports) {
             for &address in &new.frontends {
                 self.point(index, address, new.protocol, (element, port), true);
             }
