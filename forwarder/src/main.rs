@@ -61,8 +61,12 @@ fn run(cli: Cli) -> Result<()> {
     let client = Client::new(instance.clone());
     match cli.command {
         Command::Run(options) => {
-            let filter = tracing_subscriber::EnvFilter::try_new(&options.log)
-                .with_context(|| format!("--log {}", options.log))?;
+            // First, so that what was asked for comes before it: the library tells of each message that it does not know.
+            let filter = tracing_subscriber::EnvFilter::try_new(format!(
+                "netlink_proto=off,{}",
+                options.log
+            ))
+            .with_context(|| format!("--log {}", options.log))?;
             tracing_subscriber::fmt()
                 .with_env_filter(filter)
                 .with_writer(std::io::stderr)

@@ -5,7 +5,7 @@
 //! fenced as `text` or `json` right below shows what its last command prints, and is compared.
 //!
 //! `forwarder run` stays in the background until the document ends or says `run` or `down` again. The commands see a file
-//! system that they cannot write to, with /run and /sys/fs/bpf of their own.
+//! system that they cannot write to, with /run, /var/lib and /sys/fs/bpf of their own.
 
 pub(crate) mod block;
 mod scene;

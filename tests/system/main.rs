@@ -6,5 +6,6 @@
 mod cni;
 mod docker;
 mod documents;
+mod fail2ban;
 mod package;
 mod page;

@@ -46,6 +46,10 @@ const PACKAGES: &[Package] = &[
     package("dockerd", ["docker.io", "moby-engine", "docker"]),
     package("dpkg-deb", ["dpkg", "dpkg", "dpkg"]),
     package("ethtool", ["ethtool", "ethtool", "ethtool"]),
+    package(
+        "fail2ban-server",
+        ["fail2ban", "fail2ban-server", "fail2ban"],
+    ),
     package("git", ["git", "git", "git"]),
     package("haproxy", ["haproxy", "haproxy", "haproxy"]),
     package("ip", ["iproute2", "iproute", "iproute2"]),

@@ -79,6 +79,7 @@ impl Options {
                 "busybox",
                 "docker",
                 "dockerd",
+                "fail2ban-server",
                 "podman",
                 "tar",
             ]);

@@ -90,6 +90,7 @@ impl Scene {
         unshare(CloneFlags::CLONE_NEWNS).unwrap();
         mounted(none, "/", none, MsFlags::MS_REC | MsFlags::MS_PRIVATE);
         mounted(none, "/run", Some("tmpfs"), MsFlags::empty());
+        mounted(none, "/var/lib", Some("tmpfs"), MsFlags::empty());
         mounted(none, "/sys/fs/bpf", Some("bpf"), MsFlags::empty());
         let read_only = MsFlags::MS_REMOUNT | MsFlags::MS_BIND | MsFlags::MS_RDONLY;
         mounted(none, "/", none, read_only);
