@@ -3,7 +3,7 @@
 /// Publishes at once; element 0 of `PUBLISHES` stays empty.
 pub const PUBLISHES: u32 = 65_536;
 /// Publishes that may drain on one port, beside the one that has it.
-pub const DRAINING: usize = 4;
+pub const DRAINING: usize = 16;
 /// Published ports on specific addresses.
 pub const FRONTENDS: u32 = 131_072;
 /// Sockets that hold a wide range, one for each family.

@@ -171,6 +171,8 @@ fn scenario(reason: Reason, bench: &mut Bench) -> Option<Outcome> {
             bench.send(&tcp, uplink)
         }
         Reason::Draining => {
+            // What begins as one that drains gets no port.
+            publish(bench, Protocol::Tcp, |_| {});
             publish(bench, Protocol::Tcp, |entry| entry.flags |= flag::DRAINING);
             bench.send(&tcp, uplink)
         }
