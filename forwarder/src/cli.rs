@@ -3,7 +3,7 @@
 
 pub mod tables;
 
-use std::{path::PathBuf, time::Duration};
+use std::{net::SocketAddr, path::PathBuf, time::Duration};
 
 use clap::{Parser, Subcommand};
 use ipnet::IpNet;
@@ -175,6 +175,14 @@ pub struct Run {
     /// Keep no state file: what is published at run time ends with this process.
     #[arg(long)]
     pub ephemeral: bool,
+    /// Serve metrics for Prometheus at `/metrics`, and a page for people at `/`, on this address, such as 127.0.0.1:9100;
+    /// not at all if it is left out.
+    #[arg(long, value_name = "ADDR:PORT")]
+    pub metrics: Option<SocketAddr>,
+    /// Serve metrics only to clients of this network; needed for an address that is not loopback, and may be given several
+    /// times.
+    #[arg(long, value_name = "CIDR", value_parser = network)]
+    pub metrics_allow: Vec<IpNet>,
     /// What to log on standard error: a level, or a filter such as `forwarder=debug`.
     #[arg(long, value_name = "LEVEL|FILTER", default_value = "warn")]
     pub log: String,
@@ -238,6 +246,8 @@ impl Run {
             keep: self.keep,
             ephemeral: self.ephemeral,
             docker: self.docker.clone(),
+            metrics: self.metrics,
+            metrics_allow: self.metrics_allow.clone(),
         }
     }
 }

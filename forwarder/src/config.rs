@@ -2,7 +2,7 @@
 
 pub mod file;
 
-use std::path::PathBuf;
+use std::{net::SocketAddr, path::PathBuf};
 
 use forwarder_common::flow::{Phase, Timeouts};
 use ipnet::IpNet;
@@ -32,6 +32,10 @@ pub struct Config {
     pub keep: bool,
     /// Nothing is written to disk.
     pub ephemeral: bool,
+    /// Where metrics and the page are served.
+    pub metrics: Option<SocketAddr>,
+    /// To whom; empty for all that reach it.
+    pub metrics_allow: Vec<IpNet>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, clap::ValueEnum)]
@@ -66,6 +70,8 @@ pub struct Flags {
     pub ephemeral: bool,
     /// The socket of the engine whose containers' labels publish.
     pub docker: Option<PathBuf>,
+    pub metrics: Option<SocketAddr>,
+    pub metrics_allow: Vec<IpNet>,
 }
 
 impl Config {
@@ -105,6 +111,12 @@ impl Config {
                 .unwrap_or_default(),
             keep: on(flags.keep, file.keep),
             ephemeral: on(flags.ephemeral, file.ephemeral),
+            metrics: flags.metrics.or(file.metrics),
+            metrics_allow: if flags.metrics_allow.is_empty() {
+                file.metrics_allow.unwrap_or_default()
+            } else {
+                flags.metrics_allow
+            },
         })
     }
 
@@ -120,6 +132,8 @@ impl Config {
             ("timeout", self.timeouts != new.timeouts),
             ("proxy-protocol", self.proxy_protocol != new.proxy_protocol),
             ("ephemeral", self.ephemeral != new.ephemeral),
+            ("metrics", self.metrics != new.metrics),
+            ("metrics-allow", self.metrics_allow != new.metrics_allow),
         ]
         .into_iter()
         .find_map(|(name, differs)| differs.then_some(name))

@@ -4,6 +4,7 @@
 pub mod api;
 pub mod client;
 pub mod server;
+pub mod status;
 mod stream;
 
 use std::os::fd::OwnedFd;

@@ -9,6 +9,7 @@ use std::{
 };
 
 mod answer;
+mod audit;
 mod ban;
 mod drain;
 mod fragments;
@@ -47,11 +48,13 @@ use crate::{
         Call,
         api::{Ending, Reloaded},
         server::Socket,
+        status::Status,
     },
     datapath::{self, Datapath, kernel, resets},
     engines::docker,
     instance::Instance,
     memory,
+    metrics::Slices,
     network::{self as net, Change as NetworkChange},
     plan::Unserved,
     proxy::{Idle, raise_descriptor_limit},
@@ -126,11 +129,16 @@ pub async fn run(instance: Instance, flags: Flags) -> Result<()> {
     let mut signals = Signals::new()?;
     let _lock = instance.lock_soon().await?;
     let mut socket = Socket::bind(instance.make_socket_path()?)?;
+    let status = config.metrics;
+    let status = status.map(|address| Status::bind(address, &config.metrics_allow));
+    let status = status.transpose()?;
     raise_descriptor_limit();
     let (released, mut leases) = mpsc::unbounded_channel();
     let mut daemon = Daemon::new(&instance, flags, config, released).await?;
     let (sender, mut calls) = mpsc::channel(64);
-    let begun = match socket.serve(sender.clone(), Arc::new(daemon.view.clone())) {
+    let view = Arc::new(daemon.view.clone());
+    let served = status.map_or(Ok(()), |status| status.serve(view.clone()));
+    let begun = match served.and_then(|()| socket.serve(sender.clone(), view)) {
         Ok(()) => daemon.begin(&instance, &mut calls).await,
         Err(error) => Err(error),
     };
@@ -188,14 +196,9 @@ impl Daemon {
                 }
             },
         };
-        let seen = datapath.as_ref().map(|datapath| {
-            let maps = &datapath.maps;
-            Ok::<_, anyhow::Error>(Kernel::new(
-                maps.flows.try_clone()?,
-                maps.counters(),
-                maps.mapped_usage(),
-            ))
-        });
+        let seen = datapath
+            .as_ref()
+            .map(|datapath| Kernel::new(&datapath.maps));
         let seen = seen.transpose().context("open the tables of flows")?;
         let mut daemon = Self {
             registry: Registry::new(limits::PUBLISHES as usize - 1, 0),
@@ -324,16 +327,22 @@ impl Daemon {
         let mut deaf_until = Instant::now();
         let mut sweep = tokio::time::interval(SWEEP);
         let mut sweeping: Option<sweep::Sweep> = None;
+        let mut slices = Slices::default();
+        let durations = self.view.durations.clone();
         let mut retry = tokio::time::interval(RETRY);
         let mut expire = tokio::time::interval(EXPIRE);
         loop {
             tokio::select! {
                 heard = signals.heard() => match heard {
                     Heard::End => break,
-                    Heard::Reload => match self.reload().await {
-                        Ok((_, loose)) => drop(tokio::spawn(self.end_flows_of(loose))),
-                        Err(error) => warn!("SIGHUP: nothing is changed: {error:#}"),
-                    },
+                    Heard::Reload => {
+                        let reloaded = self.reload().await;
+                        audit::line(None, &Owner::config(), "reload by SIGHUP", &reloaded);
+                        match reloaded {
+                            Ok((_, loose)) => drop(tokio::spawn(self.end_flows_of(loose))),
+                            Err(error) => warn!("SIGHUP: nothing is changed: {error:#}"),
+                        }
+                    }
                 },
                 call = calls.recv() => match call {
                     Some(call) => self.answer(call).await,
@@ -369,7 +378,8 @@ impl Daemon {
                 }
                 // A slice at a time, and whatever else is due in between.
                 sweep = async { sweeping.as_mut() }, if sweeping.is_some() => {
-                    if !sweep.is_some_and(|sweep| self.sweep(sweep)) {
+                    let slice = || sweep.is_some_and(|sweep| self.sweep(sweep));
+                    if !slices.of(&durations.sweep, slice) {
                         sweeping = None;
                     }
                     tokio::task::yield_now().await;

@@ -10,6 +10,7 @@ pub mod doctor;
 pub mod engines;
 pub mod instance;
 mod memory;
+pub mod metrics;
 pub mod network;
 pub mod plan;
 pub mod proxy;

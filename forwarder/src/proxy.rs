@@ -79,6 +79,8 @@ pub enum Stop {
 pub struct Counters {
     /// Live ones.
     pub flows: u64,
+    /// Live ones, and those that have ended.
+    pub begun: u64,
     pub packets: u64,
     pub bytes: u64,
     /// Connections and datagrams that were not served, by [`Refusal::ALL`].
@@ -94,6 +96,8 @@ struct Common {
     bans: RwLock<Bans>,
     /// Bans have changed.
     banned: Notify,
+    /// Flows, packets and bytes of publishes that are no more.
+    gone: [AtomicU64; 3],
 }
 
 impl Common {
@@ -104,6 +108,7 @@ impl Common {
             refused: Refusals::default(),
             bans: RwLock::default(),
             banned: Notify::new(),
+            gone: Default::default(),
         }
     }
 
@@ -130,6 +135,7 @@ struct Shared {
     now: RwLock<Now>,
     account: Account,
     flows: AtomicU64,
+    begun: AtomicU64,
     packets: AtomicU64,
     bytes: AtomicU64,
     common: Arc<Common>,
@@ -327,7 +333,17 @@ impl Shared {
     /// Counts a live flow until it is dropped.
     fn flow(self: &Arc<Self>) -> LiveFlow {
         self.flows.fetch_add(1, Relaxed);
+        self.begun.fetch_add(1, Relaxed);
         LiveFlow(self.clone())
+    }
+}
+
+impl Drop for Shared {
+    fn drop(&mut self) {
+        let counters = [&self.begun, &self.packets, &self.bytes];
+        for (gone, counter) in self.common.gone.iter().zip(counters) {
+            gone.fetch_add(counter.load(Relaxed), Relaxed);
+        }
     }
 }
 
@@ -345,10 +361,16 @@ impl Drop for LiveFlow {
 pub struct Meter(Arc<Shared>);
 
 impl Meter {
+    /// Whether both read the same.
+    pub fn is(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.0, &other.0)
+    }
+
     /// What was carried until now.
     pub fn counters(&self) -> Counters {
         Counters {
             flows: self.0.flows.load(Relaxed),
+            begun: self.0.begun.load(Relaxed),
             packets: self.0.packets.load(Relaxed),
             bytes: self.0.bytes.load(Relaxed),
             refused: Refusal::ALL.map(|why| self.0.refused.get(why)),
@@ -384,6 +406,7 @@ impl Proxy {
             now: RwLock::new(now),
             account: Account::default(),
             flows: AtomicU64::new(0),
+            begun: AtomicU64::new(0),
             packets: AtomicU64::new(0),
             bytes: AtomicU64::new(0),
             common: idle.common().clone(),

@@ -9,3 +9,4 @@ mod documents;
 mod fail2ban;
 mod package;
 mod page;
+mod status;

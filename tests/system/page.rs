@@ -151,7 +151,7 @@ fn packets(browser: &mut Browser) -> Result<u64> {
     Ok(number(&browser.text("[data-live=packets]")?))
 }
 
-fn screenshots() -> PathBuf {
+pub(crate) fn screenshots() -> PathBuf {
     let target = PathBuf::from(env!("CARGO_TARGET_TMPDIR"));
     let folder = target.parent().unwrap().join("screenshots");
     fs::create_dir_all(&folder).unwrap();
@@ -217,7 +217,7 @@ fn picture_shows(browser: &mut Browser, client: &str, path: &str) -> Result<()> 
 }
 
 /// Nothing sticks out, all text is drawn and readable; and takes pictures.
-fn looks_well(browser: &mut Browser, name: &str) -> Result<()> {
+pub(crate) fn looks_well(browser: &mut Browser, name: &str) -> Result<()> {
     for scheme in [Scheme::Light, Scheme::Dark] {
         for width in [390, 1280] {
             browser.look(width, scheme)?;

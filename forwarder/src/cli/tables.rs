@@ -34,7 +34,8 @@ pub fn table<const N: usize>(header: [&str; N], rows: &[[String; N]]) -> String 
     text
 }
 
-fn endpoint(endpoint: &Endpoint) -> String {
+/// An address with its ports, as people write them.
+pub fn endpoint(endpoint: &Endpoint) -> String {
     let ports = if endpoint.port == endpoint.end_port {
         endpoint.port.to_string()
     } else {

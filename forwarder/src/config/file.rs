@@ -4,6 +4,7 @@
 use std::{
     collections::BTreeMap,
     fs,
+    net::SocketAddr,
     ops::Range,
     path::{Path, PathBuf},
 };
@@ -30,6 +31,8 @@ pub struct FileConfig {
     pub proxy_protocol: Option<ProxyProtocol>,
     pub keep: Option<bool>,
     pub ephemeral: Option<bool>,
+    pub metrics: Option<SocketAddr>,
+    pub metrics_allow: Option<Vec<IpNet>>,
 }
 
 /// One file as it is written. The keys are the flags of `run` and `publish`.
@@ -45,6 +48,8 @@ struct Written {
     proxy_protocol: Option<Spanned<ProxyProtocol>>,
     keep: Option<Spanned<bool>>,
     ephemeral: Option<Spanned<bool>>,
+    metrics: Option<Spanned<SocketAddr>>,
+    metrics_allow: Option<Spanned<Vec<IpNet>>>,
 }
 
 /// Seconds, or a number with its unit.
@@ -191,7 +196,18 @@ fn add(config: &mut FileConfig, source: &Source) -> Result<(), FileError> {
         "ephemeral",
         written.ephemeral,
         &mut config.ephemeral,
-    )
+    )?;
+    once(source, "metrics", written.metrics, &mut config.metrics)?;
+    once(
+        source,
+        "metrics-allow",
+        written.metrics_allow,
+        &mut config.metrics_allow,
+    )?;
+    for network in config.metrics_allow.iter_mut().flatten() {
+        *network = allow::canonical(*network);
+    }
+    Ok(())
 }
 
 /// Takes a key that only one of the files may have.
@@ -237,6 +253,8 @@ mod tests {
             proxy-protocol = "v1"
             keep = true
             ephemeral = false
+            metrics = "[::1]:9100"
+            metrics-allow = ["10.0.0.0/8"]
             [timeout]
             tcp-established = "1h"
             udp = 45

@@ -18,7 +18,7 @@ use anyhow::{Context as _, Result};
 use axum::{
     Extension, Router,
     body::{Body, Bytes},
-    extract::{self, FromRequest as _, Query, Request, State, rejection::JsonRejection},
+    extract::{self, FromRef, FromRequest as _, Query, Request, State, rejection::JsonRejection},
     http::{HeaderValue, StatusCode, header},
     response::{IntoResponse, Response},
     routing::{get, post, put},
@@ -36,6 +36,7 @@ use tokio::{
     sync::{Semaphore, broadcast, mpsc, oneshot},
     time::timeout,
 };
+use tracing::info;
 
 use super::{
     Call, Change, Changed, Lease, Named, Peer, Trace,
@@ -47,6 +48,7 @@ use super::{
 };
 use crate::{
     accept, memory,
+    metrics::{self, Measured},
     publish::{Id, Owner, Publish, Spec},
     seldom::Seldom,
 };
@@ -60,7 +62,7 @@ const SHORT_REQUEST: usize = 64 << 10;
 /// All longer ones that are read at one time, in octets.
 const LONG_REQUESTS: usize = 2 * LONGEST_REQUEST;
 /// How long a client may take for its request.
-const PATIENCE: Duration = Duration::from_secs(10);
+pub(super) const PATIENCE: Duration = Duration::from_secs(10);
 /// Octets of a long document that are made at a time, when the client has read what was before.
 const CHUNK: usize = 32 << 10;
 
@@ -81,6 +83,11 @@ pub trait Observe: Send + Sync + 'static {
     /// # Errors
     /// The kernel refuses the read.
     fn stats(&self) -> Result<Vec<Counter>>;
+    /// What the metrics say now.
+    ///
+    /// # Errors
+    /// The kernel refuses a read.
+    fn measure(&self) -> Result<Measured>;
     fn events(&self) -> broadcast::Receiver<Event>;
     fn bans(&self) -> Rows<Ban>;
 }
@@ -204,6 +211,12 @@ struct Shared {
     room: Arc<Semaphore>,
 }
 
+impl FromRef<Shared> for Arc<dyn Observe> {
+    fn from_ref(shared: &Shared) -> Self {
+        shared.observed.clone()
+    }
+}
+
 fn router(calls: mpsc::Sender<Call>, observed: Arc<dyn Observe>) -> Router {
     let shared = Shared {
         calls,
@@ -231,6 +244,7 @@ fn router(calls: mpsc::Sender<Call>, observed: Arc<dyn Observe>) -> Router {
         .route("/v1/trace", get(trace))
         .route("/v1/reload", post(reload))
         .route("/v1/openapi.json", get(description))
+        .route("/metrics", get(metrics))
         .fallback(async || {
             problem(
                 404,
@@ -249,7 +263,7 @@ fn router(calls: mpsc::Sender<Call>, observed: Arc<dyn Observe>) -> Router {
         .with_state(shared)
 }
 
-fn problem(status: u16, title: &str, message: &str) -> Problem {
+pub(super) fn problem(status: u16, title: &str, message: &str) -> Problem {
     Problem::new(status, title, message)
 }
 
@@ -389,8 +403,8 @@ fn lines<T: Serialize>(rows: impl futures_util::Stream<Item = T> + Send + 'stati
 }
 
 #[utoipa::path(get, path = "/v1/publishes", summary = "All publishes, also those that drain", responses((status = 200, body = Vec<Listed>)))]
-async fn list(State(shared): State<Shared>) -> Response {
-    Shared::array(move || shared.observed.list(None))
+pub(super) async fn list(State(observed): State<Arc<dyn Observe>>) -> Response {
+    Shared::array(move || observed.list(None))
 }
 
 #[utoipa::path(get, path = "/v1/publishes/{id}", summary = "One publish", params(("id" = u64, Path)), responses((status = 200, body = Listed), (status = 404, body = Problem)))]
@@ -547,6 +561,7 @@ struct Ended {
 #[utoipa::path(delete, path = "/v1/flows", summary = "Ends flows of a publish or of clients", params(("publish" = Option<u64>, Query), ("client" = Option<String>, Query, description = "a network")), responses((status = 200, body = Ended), (status = 400, body = Problem)))]
 async fn end_flows(
     State(shared): State<Shared>,
+    Extension(by): Extension<Peer>,
     request: Request,
 ) -> Result<extract::Json<Ended>, Problem> {
     let of: FlowFilter = query(&request)?;
@@ -556,12 +571,26 @@ async fn end_flows(
     }
     let ended = tokio::task::spawn_blocking(move || shared.observed.end_flows(&of));
     let ended = ended.await.map_err(anyhow::Error::from)??;
+    let change = format!("end flows of {of:?}");
+    info!(target: "audit", uid = by.uid, pid = by.pid, ?change, result = ?format!("{ended} ended"));
     Ok(extract::Json(Ended { ended }))
 }
 
 #[utoipa::path(get, path = "/v1/stats", summary = "Packet counters by reason", responses((status = 200, body = Vec<Counter>)))]
-async fn stats(State(shared): State<Shared>) -> Result<extract::Json<Vec<Counter>>, Problem> {
-    Ok(extract::Json(shared.observed.stats()?))
+pub(super) async fn stats(
+    State(observed): State<Arc<dyn Observe>>,
+) -> Result<extract::Json<Vec<Counter>>, Problem> {
+    Ok(extract::Json(observed.stats()?))
+}
+
+#[utoipa::path(get, path = "/metrics", summary = "Metrics for Prometheus; docs/metrics.md has them all", responses((status = 200, body = String, content_type = "application/openmetrics-text")))]
+pub(super) async fn metrics(State(observed): State<Arc<dyn Observe>>) -> Result<Response, Problem> {
+    // Two measurements at once would only take longer, and each holds a thread.
+    static ONE: Semaphore = Semaphore::const_new(1);
+    let _turn = ONE.acquire().await.map_err(anyhow::Error::from)?;
+    let text = tokio::task::spawn_blocking(move || observed.measure().map(metrics::text));
+    let text = text.await.map_err(anyhow::Error::from)??;
+    Ok(([(header::CONTENT_TYPE, metrics::CONTENT_TYPE)], text).into_response())
 }
 
 #[utoipa::path(get, path = "/v1/events", summary = "What changes, a line each, until either side closes", responses((status = 200, body = Event, content_type = "application/x-ndjson")))]
@@ -621,7 +650,8 @@ async fn description() -> Response {
     servers((url = "/", description = "unix:/run/forwarder/default.sock")),
     paths(
         list, one, add, remove, replace, unpublish, want, remove_all, lease, flows, end_flows, bans::bans, bans::ban, bans::set_bans, bans::ban_one, bans::unban,
-        stats, events, trace, reload
+        stats, events, trace, reload,
+        metrics
     )
 )]
 struct Api;

@@ -2,9 +2,9 @@
 
 use anyhow::{Result, bail};
 use tokio::sync::oneshot;
-use tracing::{info, warn};
+use tracing::warn;
 
-use super::{Daemon, reconcile::Loose};
+use super::{Daemon, audit, reconcile::Loose};
 use crate::{
     control::{
         Call, Change, Changed, Lease, Named,
@@ -23,12 +23,15 @@ impl Daemon {
                 by,
                 answer,
             } => {
-                let what = format!("{change:?}");
-                match self.change(owner, change).await {
-                    Ok((changed, loose)) => {
-                        info!(uid = by.uid, pid = by.pid, "{what:.200}");
-                        self.answer_after(loose, answer, changed);
-                    }
+                let what = audit::describe(&change);
+                let name = owner.clone().unwrap_or_else(Owner::cli);
+                let outcome = self.change(owner, change).await;
+                let lease = outcome.as_ref().ok();
+                let lease = lease.and_then(|(changed, _)| changed.lease.as_ref());
+                let name = lease.map_or(&name, |lease| &lease.owner);
+                audit::line(Some(by), name, &what, &outcome);
+                match outcome {
+                    Ok((changed, loose)) => self.answer_after(loose, answer, changed),
                     Err(error) => drop(answer.send(Err(explain(error)))),
                 }
             }
@@ -38,13 +41,17 @@ impl Daemon {
                     trace.map_err(|error| Problem::new(503, "No trace", &format!("{error:#}"))),
                 );
             }
-            Call::Reload { answer, .. } => match self.reload().await {
-                Ok((reloaded, loose)) => {
-                    drop(tokio::spawn(self.end_flows_of(loose)));
-                    let _ = answer.send(Ok(reloaded));
+            Call::Reload { by, answer } => {
+                let outcome = self.reload().await;
+                audit::line(Some(by), &Owner::config(), "reload", &outcome);
+                match outcome {
+                    Ok((reloaded, loose)) => {
+                        drop(tokio::spawn(self.end_flows_of(loose)));
+                        let _ = answer.send(Ok(reloaded));
+                    }
+                    Err(error) => drop(answer.send(Err(explain(error)))),
                 }
-                Err(error) => drop(answer.send(Err(explain(error)))),
-            },
+            }
         }
     }
 
@@ -138,6 +145,7 @@ impl Daemon {
             Ok(difference) => self.reconcile(&difference, Ending::Cut, Vec::new()).await,
             Err(error) => Err(error.into()),
         };
+        audit::line(None, owner, "end of the lease", &ended);
         match ended {
             Ok(loose) => drop(tokio::spawn(self.end_flows_of(loose))),
             Err(error) => warn!("{owner}: {error:#}"),

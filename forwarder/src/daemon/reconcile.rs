@@ -24,6 +24,7 @@ use crate::{
     config::{Config, DatapathChoice},
     control::api::Ending,
     datapath::Datapath,
+    metrics::Timed,
     network::{Snapshot, local::is_local},
     plan::{self, Planned, Unserved},
     proxy::{Held, Options as ProxyOptions, Proxy, Stop, is_wide},
@@ -115,6 +116,7 @@ impl Daemon {
         if difference.is_empty() {
             return Ok(Loose::default());
         }
+        let _timed = Timed::new(&self.view.durations.reconcile);
         let new = difference.add.iter();
         let new = new.chain(difference.change.iter().map(|(_, after)| after));
         self.refuse_loops(difference)?;

@@ -1,6 +1,8 @@
 //! What observers see of the daemon, at any time and without asking it: its publishes, and the kernel's flows and
 //! counters. Walks over flows happen on the observer's thread.
 
+mod measure;
+
 use std::{
     collections::{BTreeMap, HashMap},
     iter,
@@ -20,13 +22,15 @@ use forwarder_common::{
 use ipnet::IpNet;
 use tokio::sync::broadcast;
 
+use self::measure::Kept;
 use super::sweep::monotonic;
 use crate::{
     control::{
         api::{Ban, Counter, Endpoint, Event, Listed, ListedFlow},
         server::{FlowFilter, Observe, Rows},
     },
-    datapath::maps::{Counters, FlowTables, Mapped, Walk},
+    datapath::maps::{Counters, FlowTables, Mapped, Maps, RefusedCounters, Walk},
+    metrics::{Durations, Measured},
     plan::Unserved,
     proxy::{Idle, Meter},
     publish::{
@@ -95,6 +99,7 @@ impl Row {
 #[derive(Clone, Copy, Debug, Default)]
 struct Sum {
     flows: u64,
+    begun: u64,
     packets: u64,
     bytes: u64,
 }
@@ -108,6 +113,8 @@ pub(super) struct View {
     /// Counts whom the proxy has refused.
     idle: Idle,
     events: broadcast::Sender<Event>,
+    kept: Kept,
+    pub durations: Durations,
 }
 
 /// What is read of the kernel. One walk at a time: more would only take longer.
@@ -116,15 +123,19 @@ pub(super) struct Kernel {
     flows: Mutex<FlowTables>,
     counters: Arc<Counters>,
     usage: Arc<Mapped>,
+    refused: RefusedCounters,
 }
 
 impl Kernel {
-    pub(super) fn new(flows: FlowTables, counters: Arc<Counters>, usage: Arc<Mapped>) -> Self {
-        Self {
-            flows: Mutex::new(flows),
-            counters,
-            usage,
-        }
+    /// # Errors
+    /// There are no descriptors left.
+    pub(super) fn new(maps: &Maps) -> Result<Self> {
+        Ok(Self {
+            flows: Mutex::new(maps.flows.try_clone()?),
+            counters: maps.counters(),
+            usage: maps.mapped_usage(),
+            refused: maps.refused()?,
+        })
     }
 }
 
@@ -137,6 +148,8 @@ impl View {
             kernel,
             bans: RwLock::default(),
             events: broadcast::channel(EVENTS).0,
+            kept: Kept::default(),
+            durations: Durations::default(),
         }
     }
 
@@ -147,10 +160,10 @@ impl View {
             let mut ids = self.ids.write().unwrap_or_else(PoisonError::into_inner);
             ids.insert(index, id);
         }
-        self.rows
-            .write()
-            .unwrap_or_else(PoisonError::into_inner)
-            .insert(id, row.clone());
+        let mut rows = self.rows.write().unwrap_or_else(PoisonError::into_inner);
+        if let Some(before) = rows.insert(id, row.clone()) {
+            self.kept.change(&before, row);
+        }
     }
 
     pub(super) fn hide(&self, id: Id) {
@@ -158,6 +171,7 @@ impl View {
             .write()
             .unwrap_or_else(PoisonError::into_inner)
             .remove(&id);
+        self.kept.forget(id);
     }
 
     /// Forgets whose a place was. What was carried there, the publish has carried.
@@ -170,6 +184,7 @@ impl View {
             let (packets, bytes) = kernel.usage.carried(index);
             row.ended[0].fetch_add(packets, Relaxed);
             row.ended[1].fetch_add(bytes, Relaxed);
+            self.kept.free(row.wanted.id, kernel, index);
         }
     }
 
@@ -211,8 +226,10 @@ impl View {
     }
 
     /// What flows have carried, live and ended ones, also those to backends that a publish had before.
-    fn sums(&self) -> Result<HashMap<Id, Sum>> {
+    /// Also how many flows there are, half-open and proven ones.
+    fn sums(&self) -> Result<(HashMap<Id, Sum>, [u64; 2])> {
         let mut sums: HashMap<Id, Sum> = HashMap::new();
+        let mut entries = [0; 2];
         let ids = self
             .ids
             .read()
@@ -224,10 +241,12 @@ impl View {
                 let sum = sums.entry(*id).or_default();
                 sum.packets += packets;
                 sum.bytes += bytes;
+                sum.begun += kernel.usage.begun(*index);
             }
             let flows = kernel.flows.lock().unwrap_or_else(PoisonError::into_inner);
             for flow in flows.all() {
                 let (_, flow) = flow?;
+                entries[usize::from(flow.state & state::KEPT != 0)] += 1;
                 if flow.state & state::CUT != 0 {
                     continue; // it is over, and stays for its ends to hear that
                 }
@@ -240,7 +259,7 @@ impl View {
                 sum.bytes += flow.bytes[0] + flow.bytes[1];
             }
         }
-        Ok(sums)
+        Ok((sums, entries))
     }
 
     /// Live flows, a slice of the table at a time.
@@ -279,7 +298,7 @@ fn is_meant(of: &FlowFilter, id: Option<Id>, flow: &Flow) -> bool {
 impl Observe for Arc<View> {
     fn list(&self, id: Option<Id>) -> Rows<Listed> {
         let sums = match self.sums() {
-            Ok(sums) => sums,
+            Ok((sums, _)) => sums,
             Err(error) => return Box::new(iter::once(Err(error))),
         };
         let rows = self.rows(id).into_iter();
@@ -345,6 +364,10 @@ impl Observe for Arc<View> {
         let mut bans: Vec<Result<Ban>> = bans.collect();
         bans.sort_by_key(|ban| ban.as_ref().map(|ban| ban.network).ok());
         Box::new(bans.into_iter())
+    }
+
+    fn measure(&self) -> Result<Measured> {
+        self.measured()
     }
 
     fn events(&self) -> broadcast::Receiver<Event> {

@@ -39,7 +39,7 @@ pub use self::{
     bans::{boot_time, covers},
     flows::{FlowTables, Walk},
     install::Installed,
-    usage::{Mapped, Usage},
+    usage::{Mapped, REFUSALS, RefusedCounters, Usage},
 };
 
 const SOCKETS: Table = Table {

@@ -142,6 +142,13 @@ impl Idle {
     ///
     /// # Errors
     /// As epoll_ctl(2).
+    /// Flows, packets and bytes of publishes that the proxy no longer serves.
+    pub fn gone(&self) -> [u64; 3] {
+        let gone = &self.common().gone;
+        gone.each_ref()
+            .map(|counter| counter.load(std::sync::atomic::Ordering::Relaxed))
+    }
+
     pub(super) fn add(
         &self,
         socket: Socket,

@@ -12,7 +12,7 @@ use std::{
 };
 
 use anyhow::{Context as _, Result};
-use aya::maps::{Array, IterableMap as _, MapData, MapError};
+use aya::maps::{Array, IterableMap as _, MapData, MapError, PerCpuHashMap};
 use forwarder_common::{
     flow::{Flow, state},
     limits,
@@ -100,6 +100,11 @@ impl Mapped {
             .map_or((0, 0), |it| (sum(&it.packets), sum(&it.bytes)))
     }
 
+    /// Flows that have begun.
+    pub fn begun(&self, index: u32) -> u64 {
+        self.get(index).map_or(0, |it| it.begun.load(Relaxed))
+    }
+
     fn get(&self, index: u32) -> Option<&Counters> {
         // SAFETY: the mapping has so many elements and lives as long as this.
         (index < limits::PUBLISHES).then(|| unsafe { self.at.add(index as usize).as_ref() })
@@ -150,7 +155,7 @@ impl Drop for Mapped {
 }
 
 /// What is counted apart for each publish.
-pub(super) const REFUSALS: &[Reason] = &[
+pub const REFUSALS: &[Reason] = &[
     Reason::Banned,
     Reason::NotAllowed,
     Reason::OtherInterface,
@@ -166,7 +171,69 @@ const REFUSED: Table = Table {
     size: limits::REFUSED,
 };
 
+/// What publishes have refused, on a descriptor of its own.
+pub struct RefusedCounters(PerCpuHashMap<MapData, Refused, u64>);
+
+impl std::fmt::Debug for RefusedCounters {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("REFUSED")
+    }
+}
+
+impl RefusedCounters {
+    /// Every counter that there is, by the publish's place and the reason.
+    ///
+    /// # Errors
+    /// The kernel refuses the read.
+    pub fn all(&self) -> Result<BTreeMap<(u32, &'static str), u64>> {
+        let mut all = BTreeMap::new();
+        // RACE: where a counter is removed meanwhile, the kernel begins again from the first.
+        for entry in self.0.iter().take(2 * limits::REFUSED as usize) {
+            let (Refused { publish, reason }, counts) = entry.context("read REFUSED")?;
+            if let Some(reason) = REFUSALS.iter().find(|it| **it as u32 == reason) {
+                all.insert((publish, reason.name()), counts.iter().sum());
+            }
+        }
+        Ok(all)
+    }
+
+    /// Those of one publish.
+    ///
+    /// # Errors
+    /// The kernel refuses the read.
+    pub fn of(&self, index: u32) -> Result<BTreeMap<&'static str, u64>> {
+        refused_of(&self.0, index)
+    }
+}
+
+fn refused_of(
+    table: &PerCpuHashMap<MapData, Refused, u64>,
+    index: u32,
+) -> Result<BTreeMap<&'static str, u64>> {
+    let mut refused = BTreeMap::new();
+    for &reason in REFUSALS {
+        match table.get(&refusal(index, reason), 0) {
+            Ok(counts) => {
+                refused.insert(reason.name(), counts.iter().sum());
+            }
+            Err(MapError::KeyNotFound) => {}
+            Err(error) => return Err(error).context("read REFUSED"),
+        }
+    }
+    Ok(refused)
+}
+
 impl Maps {
+    /// What publishes have refused, for whoever reads it at any time.
+    ///
+    /// # Errors
+    /// There are no descriptors left.
+    pub fn refused(&self) -> Result<RefusedCounters> {
+        let descriptor = self.refused.map().fd().as_fd().try_clone_to_owned()?;
+        let map = aya::maps::Map::PerCpuHashMap(MapData::from_fd(descriptor)?);
+        Ok(RefusedCounters(PerCpuHashMap::try_from(map)?))
+    }
+
     /// The counters of all publishes, for whoever reads them at any time.
     pub fn mapped_usage(&self) -> Arc<Mapped> {
         self.usage.clone()
@@ -183,24 +250,13 @@ impl Maps {
         let read = |counter: &AtomicU64| counter.load(Relaxed);
         let ended = read(&counters.ended); // first: what ends meanwhile was there
         let kept = read(&counters.kept);
-        let mut usage = Usage {
+        Ok(Usage {
             flows: kept.saturating_sub(ended),
             begun: read(&counters.begun),
             packets: counters.packets.each_ref().map(read),
             bytes: counters.bytes.each_ref().map(read),
-            refused: BTreeMap::new(),
-        };
-        for &reason in REFUSALS {
-            match self.refused.get(&refusal(index, reason), 0) {
-                Ok(counts) => {
-                    let sum = counts.iter().sum();
-                    usage.refused.insert(reason.name(), sum);
-                }
-                Err(MapError::KeyNotFound) => {}
-                Err(error) => return Err(error).context("read REFUSED"),
-            }
-        }
-        Ok(usage)
+            refused: refused_of(&self.refused, index)?,
+        })
     }
 
     /// Forgets what a publish has been used for, of which no flow is there any more.
