@@ -2,6 +2,7 @@
 //! generated from it.
 
 pub mod tables;
+pub mod top;
 
 use std::{net::SocketAddr, path::PathBuf, time::Duration};
 
@@ -93,6 +94,8 @@ pub enum Command {
     Flows(Format),
     /// Show packet counters, by reason.
     Stats(Format),
+    /// Show publishes and their rates, live; b, p, f and i sort, q ends.
+    Top,
     /// Show what this machine can do, and what would change it.
     Doctor(Format),
     /// Show what happens to each packet, live.

@@ -10,7 +10,7 @@ use std::{
 use anyhow::{Context as _, Result, bail};
 use clap::{CommandFactory as _, Parser as _};
 use forwarder::{
-    cli::{Cli, Command, Format, tables},
+    cli::{Cli, Command, Format, tables, top},
     config,
     control::{
         api::{Asked, Ban, Ending, Listed, ListedFlow, Reloaded, Unpublish},
@@ -148,6 +148,7 @@ fn run(cli: Cli) -> Result<()> {
         Command::Stats(format) => show(&client, "/v1/stats", format, |rows: &Vec<_>| {
             tables::stats(rows)
         }),
+        Command::Top => top::run(&client),
         Command::Doctor(format) => {
             let findings = doctor::examine();
             emit(&findings, format, || doctor::text(&findings))
