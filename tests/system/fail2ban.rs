@@ -50,6 +50,7 @@ fn what_fail2ban_bans_gets_into_no_published_port() {
     )
     .unwrap();
     fs::write(at("etc/filter.d/probe.conf"), FILTER).unwrap();
+    fs::write(at("etc/fail2ban.local"), "[DEFAULT]\ndbfile = None\n").unwrap();
     fs::write(at("log"), "").unwrap();
 
     let (socket, configuration) = (at("sock"), at("etc"));
@@ -58,7 +59,7 @@ fn what_fail2ban_bans_gets_into_no_published_port() {
     let mut server = topology.host.command("fail2ban-server");
     server.args(["-f", "-c", &configuration, "-s", &socket, "-p", &at("pid")]);
     server
-        .args(["--logtarget", &at("server"), "--dbfile", "None"])
+        .args(["--logtarget", &at("server")])
         .env("PATH", path);
     let mut server = server
         .stdout(Stdio::null())

@@ -378,7 +378,7 @@ mod tests {
     fn publish(address: Ipv4Addr) -> Listed {
         let endpoint = json!({"address": address, "port": 8080, "end_port": 8080});
         serde_json::from_value(json!({
-            "id": 7, "protocol": "tcp", "frontend": endpoint, "backend": endpoint, "datapath": "userland",
+            "id": 7, "owner": "cli", "protocol": "tcp", "frontend": endpoint, "backend": endpoint, "datapath": "userland",
             "delivery": null, "reason": "<because>", "allow": [], "flows": 2, "packets": 1234567, "bytes": 1500,
         }))
         .unwrap()
