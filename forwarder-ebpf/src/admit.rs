@@ -99,6 +99,7 @@ fn is_in_force(source: &Address, kinds: u32) -> bool {
     let mut until = 0;
     // SAFETY (both): values of these maps are one word, replaced as a whole.
     if kinds & ban::ADDRESSES != 0
+        // SAFETY: values of this map are one word, replaced as a whole.
         && let Some(there) = unsafe { BANNED.get(source) }
     {
         until = *there;

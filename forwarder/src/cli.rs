@@ -91,7 +91,16 @@ pub enum Command {
     /// Show what is published, and how.
     List(Format),
     /// Show live flows of the fast path.
-    Flows(Format),
+    Flows {
+        /// Only those of this publish.
+        #[arg(long, value_name = "ID")]
+        publish: Option<Id>,
+        /// Only those of clients in this network.
+        #[arg(long, value_name = "CIDR", value_parser = source)]
+        client: Option<IpNet>,
+        #[command(flatten)]
+        format: Format,
+    },
     /// Show packet counters, by reason.
     Stats(Format),
     /// Show publishes and their rates, live; b, p, f and i sort, q ends.

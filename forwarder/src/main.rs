@@ -140,8 +140,16 @@ fn run(cli: Cli) -> Result<()> {
         Command::List(format) => show(&client, "/v1/publishes", format, |rows: &Vec<_>| {
             tables::list(rows)
         }),
-        Command::Flows(format) => {
-            let mut flows: Vec<ListedFlow> = get(&client, "/v1/flows")?;
+        Command::Flows {
+            publish,
+            client: from,
+            format,
+        } => {
+            let publish = publish.map(|id| format!("publish={id}"));
+            let from = from.map(|network| format!("client={network}"));
+            let of: Vec<String> = publish.into_iter().chain(from).collect();
+            let path = format!("/v1/flows?{}", of.join("&"));
+            let mut flows: Vec<ListedFlow> = get(&client, &path)?;
             flows.sort_by(|a, b| (a.publish, &a.client).cmp(&(b.publish, &b.client)));
             emit(&flows, format, || tables::flows(&flows))
         }

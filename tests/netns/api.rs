@@ -350,6 +350,39 @@ fn what_drains_goes_on_beside_a_new_publish_of_its_port_in_user_space() {
 }
 
 #[test]
+fn flows_are_shown_and_ended_by_publish_and_by_client() {
+    let topology = Topology::new().unwrap();
+    let _backend = Backend::start(&topology.backend.netns, Protocol::Tcp, BACKEND_PORT).unwrap();
+    let spec = spec(&topology.backend, Family::V4, Protocol::Tcp);
+    let daemon = Daemon::start(&topology.host, &[&spec], Datapath::Ebpf).unwrap();
+    let frontend = SocketAddr::new(topology.host_address(Family::V4), PORT);
+    let _open = [&topology.client, &topology.host].map(|netns| {
+        let mut connection = Connection::open(netns, frontend).unwrap();
+        connection.ask("hello").unwrap();
+        connection
+    });
+    let client = topology.client_address(Family::V4).to_string();
+    let shown = |words: &[&str]| {
+        let text = daemon
+            .control(&[&["flows", "--json"], words].concat())
+            .unwrap();
+        let flows: Vec<Value> = serde_json::from_str(&text).unwrap();
+        flows.len()
+    };
+    assert_eq!(shown(&[]), 2);
+    assert_eq!(shown(&["--publish", "1"]), 2);
+    assert_eq!(shown(&["--publish", "2"]), 0);
+    assert_eq!(shown(&["--client", &client]), 1);
+    assert_eq!(shown(&["--publish", "1", "--client", "192.0.2.0/24"]), 0);
+    let path = format!("/v1/flows?client={client}/32");
+    let answer = api::ask(&daemon, "DELETE", &path, "").unwrap();
+    assert_eq!(answer.body["ended"], 1, "{answer:?}");
+    assert_eq!(shown(&["--client", &client]), 0);
+    assert_eq!(shown(&[]), 1);
+    daemon.stop().unwrap();
+}
+
+#[test]
 fn events_tell_what_changes() {
     let (_topology, daemon) = idle(Datapath::Auto);
     let mut events = api::open(&daemon, "GET", "/v1/events", "", &[]).unwrap();

@@ -91,8 +91,8 @@ fn v6(ctx: &TcContext) -> Result<(), Reason> {
     ip.hop_limit = TTL;
     // VERIFIER: as whole arrays they would be moved by a function.
     for word in 0..4 {
-        let source = ip.source[word];
-        ip.source[word] = ip.destination[word];
+        let (source, destination) = (ip.source[word], ip.destination[word]);
+        ip.source[word] = destination;
         ip.destination[word] = source;
     }
     let addresses = octets(&raw const ip.source, 32);
