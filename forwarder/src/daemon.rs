@@ -456,8 +456,9 @@ impl Daemon {
             self.registry.apply(&difference);
         }
         let all = self.registry.iter().cloned();
-        let (add, restored) = all.partition(|wanted| self.asks_for(wanted));
+        let (add, restored): (Vec<Wanted>, _) = all.partition(|wanted| self.asks_for(wanted));
         let asked = Difference {
+            asked: add.iter().map(|wanted| wanted.id).collect(),
             add,
             ..Difference::default()
         };

@@ -139,6 +139,7 @@ impl Daemon {
         };
         if let Err(error) = result {
             self.undo(done, &in_the_way).await;
+            drop(tokio::spawn(self.end_flows_of(loose)));
             return Err(error);
         }
         for (_, after) in &difference.change {

@@ -326,8 +326,8 @@ impl Observe for Arc<View> {
         let Some(kernel) = &self.kernel else {
             return Ok(0);
         };
-        let flows = kernel.flows.lock().unwrap_or_else(PoisonError::into_inner);
-        let mut flows = flows.try_clone()?;
+        let flows = kernel.flows.lock();
+        let mut flows = flows.unwrap_or_else(PoisonError::into_inner).try_clone()?;
         let mut ended = 0;
         for flow in self.walk() {
             let (key, flow) = flow?;
