@@ -72,7 +72,7 @@ fn what_was_published_survives_a_stop_and_a_kill() {
 #[test]
 fn what_a_flag_asked_for_once_does_not_come_back() {
     let topology = Topology::new().unwrap();
-    let daemon = Daemon::start_with_state(
+    let mut daemon = Daemon::start_with_state(
         &topology.host,
         &["8080:172.31.0.2:80"],
         Datapath::Userland,
@@ -81,7 +81,7 @@ fn what_a_flag_asked_for_once_does_not_come_back() {
     .unwrap();
     daemon.control(&["publish", "8081:172.31.0.2:81"]).unwrap();
     let (instance, binary) = (daemon.instance().to_owned(), binary());
-    daemon.stop().unwrap();
+    daemon.terminate().unwrap();
     // The same name, with another flag.
     let mut command = topology.host.command(&binary.to_string_lossy());
     command.args([

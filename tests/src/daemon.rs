@@ -385,8 +385,10 @@ impl Daemon {
 
 impl Drop for Daemon {
     fn drop(&mut self) {
-        let left_what_it_should = self.stopped && matches!(self.child.try_wait(), Ok(Some(_)));
-        if left_what_it_should {
+        // What was published at run time outlives it, unless it is ephemeral.
+        let is_ephemeral = self.words.iter().any(|word| word == "--ephemeral");
+        let has_ended = self.stopped && matches!(self.child.try_wait(), Ok(Some(_)));
+        if has_ended && is_ephemeral {
             return;
         }
         let _ = self.child.kill();
@@ -408,7 +410,9 @@ pub fn run_to_failure(netns: &Netns, flags: &[&str]) -> Result<(ExitStatus, Stri
     let number = COUNT.fetch_add(1, Ordering::Relaxed);
     let instance = format!("failing-{}-{number}", std::process::id());
     let mut command = forwarder(netns);
-    command.args(["run", "--instance", &instance]).args(flags);
+    command
+        .args(["run", "--ephemeral", "--instance", &instance])
+        .args(flags);
     command
         .stdin(Stdio::null())
         .stdout(Stdio::null())
@@ -438,7 +442,8 @@ pub fn run_to_failure(netns: &Netns, flags: &[&str]) -> Result<(ExitStatus, Stri
 pub fn interrupt_at_start(netns: &Netns, specs: &[&str]) -> Result<(ExitStatus, PathBuf)> {
     let instance = format!("interrupted-{}", std::process::id());
     let binary = binary().to_string_lossy().into_owned();
-    let mut words = vec![binary.as_str(), "run", "--instance", &instance];
+    let mut words = vec![binary.as_str(), "run", "--ephemeral"];
+    words.extend(["--instance", &instance]);
     words.extend(specs.iter().flat_map(|spec| ["-p", *spec]));
     let words: Vec<String> = words.into_iter().map(Into::into).collect();
     let (mut child, _) = spawn(netns, &words)?;
