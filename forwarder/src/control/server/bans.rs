@@ -24,10 +24,7 @@ pub(super) async fn ban(
     request: Request,
 ) -> Result<StatusCode, Problem> {
     let bans = shared.json(request).await?;
-    shared
-        .change(None, by, Change::Ban { bans, all: false })
-        .await?;
-    Ok(StatusCode::NO_CONTENT)
+    change(&shared, by, bans, false).await
 }
 
 #[utoipa::path(put, path = "/v1/bans", summary = "Makes these all that are banned", request_body = Vec<Ban>, responses((status = 204), (status = "4XX", body = Problem)))]
@@ -37,9 +34,17 @@ pub(super) async fn set_bans(
     request: Request,
 ) -> Result<StatusCode, Problem> {
     let bans = shared.json(request).await?;
-    shared
-        .change(None, by, Change::Ban { bans, all: true })
-        .await?;
+    change(&shared, by, bans, true).await
+}
+
+/// Bans these beside those that are banned, or makes them all that are.
+async fn change(
+    shared: &Shared,
+    by: Peer,
+    bans: Vec<Ban>,
+    all: bool,
+) -> Result<StatusCode, Problem> {
+    shared.change(None, by, Change::Ban { bans, all }).await?;
     Ok(StatusCode::NO_CONTENT)
 }
 
@@ -65,10 +70,7 @@ pub(super) async fn ban_one(
     let Lasts { until } = query(&request)?;
     let network = banned(&network)?;
     let bans = vec![Ban { network, until }];
-    shared
-        .change(None, by, Change::Ban { bans, all: false })
-        .await?;
-    Ok(StatusCode::NO_CONTENT)
+    change(&shared, by, bans, false).await
 }
 
 #[utoipa::path(delete, path = "/v1/bans/{network}", summary = "Takes a ban back", params(("network" = String, Path)), responses((status = 204), (status = "4XX", body = Problem)))]
