@@ -196,10 +196,22 @@ impl Daemon {
                 }
             },
         };
-        let seen = datapath
-            .as_ref()
-            .map(|datapath| Kernel::new(&datapath.maps));
-        let seen = seen.transpose().context("open the tables of flows")?;
+        let opened = || -> Result<(Option<Kernel>, Network)> {
+            let seen = datapath
+                .as_ref()
+                .map(|datapath| Kernel::new(&datapath.maps));
+            let seen = seen.transpose().context("open the tables of flows")?;
+            Ok((seen, Network::open(datapath.is_some())?))
+        };
+        let (seen, network) = match opened() {
+            Ok(opened) => opened,
+            Err(error) => {
+                if let Some(datapath) = datapath {
+                    datapath.remove();
+                }
+                return Err(error);
+            }
+        };
         let mut daemon = Self {
             registry: Registry::new(limits::PUBLISHES as usize - 1, 0),
             state: None,
@@ -213,7 +225,7 @@ impl Daemon {
             places: HashMap::new(),
             view: Arc::new(View::new(seen, idle.clone())),
             idle,
-            network: Network::open(datapath.is_some())?,
+            network,
             datapath,
             without,
             timeouts: Arc::new(config.timeouts),
