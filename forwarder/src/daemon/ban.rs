@@ -15,7 +15,7 @@ use super::Daemon;
 use crate::{
     control::api::Ban,
     datapath::{
-        maps::{FlowTables, Walk, boot_time},
+        maps::{FlowTables, boot_time},
         resets::{self, Resets},
     },
     publish::{
@@ -181,21 +181,18 @@ fn boot(until: Until) -> Option<u64> {
 /// Ends every flow of these sources. Both ends of a connection are told, and what goes on of it is dropped with the source.
 fn end_of(tables: &mut FlowTables, bans: &Bans) -> Result<()> {
     let resets = Resets::open()?;
-    let mut walk = Walk::default();
-    while let Some(slice) = tables.slice(&mut walk)? {
-        for (key, flow) in slice {
-            let client: IpAddr = flow.client.into();
-            if flow.state & state::ALIAS != 0 || !bans.has(client) {
-                continue;
-            }
-            let ended = tables.end(&key, |there| there.client == flow.client)?;
-            if let Some(flow) = ended
-                && resets::is_open(&key, &flow)
-                && let Err(error) = resets.send(&key, &flow)
-            {
-                debug!("{error:#}");
-            }
+    tables.change_all(|key, flow, tables| {
+        let client: IpAddr = flow.client.into();
+        if flow.state & state::ALIAS != 0 || !bans.has(client) {
+            return Ok(());
         }
-    }
-    Ok(())
+        let ended = tables.end(key, |there| there.client == flow.client)?;
+        if let Some(flow) = ended
+            && resets::is_open(key, &flow)
+            && let Err(error) = resets.send(key, &flow)
+        {
+            debug!("{error:#}");
+        }
+        Ok(())
+    })
 }

@@ -99,7 +99,10 @@ impl Daemon {
             }
         }
         let respects_firewall = self.config.respect_firewall;
-        let adopted = self.change_flows(|key, flow, tables| {
+        let Some(datapath) = &mut self.datapath else {
+            return;
+        };
+        let adopted = datapath.maps.flows.change_all(|key, flow, tables| {
             let is_alias = flow.state & state::ALIAS != 0;
             let (told, of) = if is_alias {
                 flow.counterpart(key)
@@ -128,22 +131,6 @@ impl Daemon {
         if let Err(error) = adopted {
             warn!("{error:#}");
         }
-    }
-
-    fn change_flows(
-        &mut self,
-        mut change: impl FnMut(&Tuple, &Flow, &mut FlowTables) -> Result<()>,
-    ) -> Result<()> {
-        let Some(datapath) = &mut self.datapath else {
-            return Ok(());
-        };
-        let mut walk = Walk::default();
-        while let Some(slice) = datapath.maps.flows.slice(&mut walk)? {
-            for (key, flow) in slice {
-                change(&key, &flow, &mut datapath.maps.flows)?;
-            }
-        }
-        Ok(())
     }
 
     /// Ends flows that have been silent for too long, in one slice of the table; and after the last, publishes that
@@ -222,23 +209,20 @@ fn cut_all(tables: &mut FlowTables, places: &BTreeSet<u32>) -> Result<()> {
         return Ok(());
     }
     let resets = Resets::open()?;
-    let mut walk = Walk::default();
-    while let Some(slice) = tables.slice(&mut walk)? {
-        for (key, flow) in slice.filter(|(_, flow)| places.contains(&flow.publish)) {
-            // An alias goes with its flow.
-            if flow.state & state::ALIAS != 0 {
-                continue;
-            }
-            if !resets::is_open(&key, &flow) {
-                tables.remove(&key, &flow)?;
-            } else if let Some(flow) = tables.cut(&key, |there| places.contains(&there.publish))?
-                && let Err(error) = resets.send(&key, &flow)
-            {
-                debug!("{error:#}");
-            }
+    tables.change_all(|key, flow, tables| {
+        // An alias goes with its flow.
+        if flow.state & state::ALIAS != 0 || !places.contains(&flow.publish) {
+            return Ok(());
         }
-    }
-    Ok(())
+        if !resets::is_open(key, flow) {
+            tables.remove(key, flow)?;
+        } else if let Some(flow) = tables.cut(key, |there| places.contains(&there.publish))?
+            && let Err(error) = resets.send(key, &flow)
+        {
+            debug!("{error:#}");
+        }
+        Ok(())
+    })
 }
 
 /// Ends every flow of these places.
@@ -246,13 +230,10 @@ fn end_all(tables: &mut FlowTables, places: &BTreeSet<u32>) -> Result<()> {
     if places.is_empty() {
         return Ok(());
     }
-    let mut walk = Walk::default();
-    while let Some(slice) = tables.slice(&mut walk)? {
-        for (key, flow) in slice.filter(|(_, flow)| places.contains(&flow.publish)) {
-            tables.remove(&key, &flow)?;
-        }
-    }
-    Ok(())
+    tables.change_all(|key, flow, tables| match places.contains(&flow.publish) {
+        true => tables.remove(key, flow),
+        false => Ok(()),
+    })
 }
 
 /// Whether a flow is one that this publish would make.

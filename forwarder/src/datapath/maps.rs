@@ -2,6 +2,7 @@
 //! the only user of `aya`.
 
 mod bans;
+mod batch;
 mod flows;
 mod install;
 mod limits;

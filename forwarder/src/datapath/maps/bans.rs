@@ -1,11 +1,6 @@
 //! Bans: addresses in a hash table, networks in a trie. Which bans are wanted, and until when, is decided elsewhere.
 
-use std::{
-    collections::BTreeMap,
-    io,
-    net::IpAddr,
-    os::fd::{AsFd as _, AsRawFd as _},
-};
+use std::{collections::BTreeMap, net::IpAddr};
 
 use anyhow::{Context as _, Result};
 use aya::maps::{
@@ -16,7 +11,9 @@ use forwarder_common::{limits, publish::ban, tuple::Address};
 use ipnet::{IpNet, Ipv4Net};
 
 use super::{
-    Maps, ignore_missing, key_length,
+    Maps,
+    batch::{Batch, Command},
+    ignore_missing, key_length,
     mirror::{Mirror, Store, Table},
 };
 
@@ -219,53 +216,24 @@ pub fn covers(network: IpNet, address: IpAddr) -> bool {
     plain(network).contains(&address.to_canonical())
 }
 
-/// BPF_MAP_UPDATE_BATCH (5.6 and later), which aya does not have: one system call for all of them.
+/// Writes a slice by one system call.
 fn update_batch(
     table: &HashMap<MapData, Address, u64>,
     keys: &[Address],
     values: &[u64],
 ) -> Result<(), MapError> {
-    /// A command of bpf(2) and the fields of `union bpf_attr` that it reads (include/uapi/linux/bpf.h).
-    const BPF_MAP_UPDATE_BATCH: libc::c_long = 26;
-    #[repr(C)]
-    struct Batch {
-        in_batch: u64,
-        out_batch: u64,
-        keys: u64,
-        values: u64,
-        count: u32,
-        map_fd: u32,
-        elem_flags: u64,
-        flags: u64,
-    }
-    let count = keys.len().min(values.len());
     let mut batch = Batch {
-        in_batch: 0,
-        out_batch: 0,
         keys: keys.as_ptr() as u64,
         values: values.as_ptr() as u64,
-        count: count as u32,
-        map_fd: table.map().fd().as_fd().as_raw_fd() as u32,
-        elem_flags: 0,
-        flags: 0,
+        count: keys.len().min(values.len()) as u32,
+        ..Batch::default()
     };
     // SAFETY: the kernel reads `count` keys and values of the table's types, which live until it returns.
-    let result = unsafe {
-        libc::syscall(
-            libc::SYS_bpf,
-            BPF_MAP_UPDATE_BATCH,
-            &raw mut batch,
-            size_of::<Batch>(),
-        )
-    };
-    if result == 0 {
-        return Ok(());
-    }
-    Err(aya::sys::SyscallError {
-        call: "bpf_map_update_batch",
-        io_error: io::Error::last_os_error(),
-    }
-    .into())
+    let written = unsafe { batch.run(Command::Update, table.map()) };
+    written.map_err(|io_error| {
+        let call = "bpf_map_update_batch";
+        aya::sys::SyscallError { call, io_error }.into()
+    })
 }
 
 #[cfg(test)]

@@ -1,10 +1,6 @@
 //! The two tables of flows, walked slice by slice, since they may have a million entries.
 
-use std::{
-    io,
-    os::fd::{AsFd as _, AsRawFd as _},
-    sync::Arc,
-};
+use std::{io, os::fd::AsFd as _, sync::Arc};
 
 use anyhow::{Context as _, Result};
 use aya::maps::{HashMap, IterableMap as _, MapData, MapError};
@@ -13,7 +9,11 @@ use forwarder_common::{
     tuple::Tuple,
 };
 
-use super::{ignore_missing, usage::Mapped};
+use super::{
+    batch::{Batch, Command},
+    ignore_missing,
+    usage::Mapped,
+};
 
 /// Entries read by one system call: about a millisecond. No bucket has as many, which
 /// the kernel would refuse.
@@ -102,6 +102,23 @@ impl FlowTables {
             let flows = flows.filter(|(_, flow)| flow.state & state::ALIAS == 0);
             flows.map(Ok).chain(error)
         })
+    }
+
+    /// Shows every flow and alias to `change`, with the tables for what it does about it.
+    ///
+    /// # Errors
+    /// The kernel refuses the walk, or `change` fails; the walk ends there.
+    pub fn change_all(
+        &mut self,
+        mut change: impl FnMut(&Tuple, &Flow, &mut Self) -> Result<()>,
+    ) -> Result<()> {
+        let mut walk = Walk::default();
+        while let Some(slice) = self.slice(&mut walk)? {
+            for (key, flow) in slice {
+                change(&key, &flow, self)?;
+            }
+        }
+        Ok(())
     }
 
     /// The flow as it is now.
@@ -209,25 +226,12 @@ impl FlowTables {
     }
 }
 
-/// BPF_MAP_LOOKUP_BATCH (5.6 and later), which aya does not have: one system call for a slice. `token` is moved on, and
+/// Reads a slice by one system call. `token` is moved on, and
 /// is `None` at the end of the table.
 fn lookup_batch(
     table: &HashMap<MapData, Tuple, Flow>,
     token: &mut Option<u32>,
 ) -> io::Result<impl Iterator<Item = (Tuple, Flow)> + use<>> {
-    /// A command of bpf(2) and the fields of `union bpf_attr` that it reads (include/uapi/linux/bpf.h).
-    const BPF_MAP_LOOKUP_BATCH: libc::c_long = 24;
-    #[repr(C)]
-    struct Batch {
-        in_batch: u64,
-        out_batch: u64,
-        keys: u64,
-        values: u64,
-        count: u32,
-        map_fd: u32,
-        elem_flags: u64,
-        flags: u64,
-    }
     let mut keys: Vec<Tuple> = Vec::with_capacity(SLICE);
     let mut flows: Vec<Flow> = Vec::with_capacity(SLICE);
     let start = *token;
@@ -238,27 +242,15 @@ fn lookup_batch(
         keys: keys.as_mut_ptr() as u64,
         values: flows.as_mut_ptr() as u64,
         count: SLICE as u32,
-        map_fd: table.map().fd().as_fd().as_raw_fd() as u32,
-        elem_flags: 0,
-        flags: 0,
+        ..Batch::default()
     };
     // SAFETY: the kernel reads `start` and writes `next`, which are words as a hash table's tokens are, and at most
     // `count` keys and values of the table's types; all of them live until it returns.
-    let result = unsafe {
-        libc::syscall(
-            libc::SYS_bpf,
-            BPF_MAP_LOOKUP_BATCH,
-            &raw mut batch,
-            size_of::<Batch>(),
-        )
-    };
+    let result = unsafe { batch.run(Command::Lookup, table.map()) };
     *token = Some(next);
-    if result != 0 {
-        let error = io::Error::last_os_error();
-        if error.raw_os_error() != Some(libc::ENOENT) {
-            return Err(error);
-        }
-        *token = None;
+    match result {
+        Err(error) if error.raw_os_error() == Some(libc::ENOENT) => *token = None,
+        result => result?,
     }
     // SAFETY: the kernel has written so many of both, and no more than there is room for.
     unsafe {
