@@ -167,7 +167,7 @@ impl State {
     }
 }
 
-/// Puts a text in place of a file's, as a whole and on the disk.
+/// Puts a text in place of a file's, as a whole and on the disk; or leaves everything as it was.
 pub(super) fn replace(path: &Path, text: &[u8]) -> Result<()> {
     let mut beside = path.as_os_str().to_owned();
     beside.push(".new");
@@ -175,9 +175,13 @@ pub(super) fn replace(path: &Path, text: &[u8]) -> Result<()> {
     options.create(true).truncate(true).write(true);
     options.mode(0o600).custom_flags(libc::O_NOFOLLOW);
     let mut file = options.open(&beside)?;
-    file.write_all(text)?;
-    file.sync_data()?;
-    fs::rename(&beside, path)?;
+    let written = file.write_all(text).and_then(|()| file.sync_data());
+    let replaced = written.and_then(|()| fs::rename(&beside, path));
+    if replaced.is_err() {
+        // On a full disk it would take the room that is left.
+        let _ = fs::remove_file(&beside);
+    }
+    replaced?;
     File::open(path.parent().unwrap_or(Path::new("/")))?.sync_all()?;
     Ok(())
 }
