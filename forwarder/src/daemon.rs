@@ -59,8 +59,8 @@ use crate::{
     plan::Unserved,
     proxy::{Idle, raise_descriptor_limit},
     publish::{
-        Bans, Difference, Id, Owner, ProxyProtocol, Publish, Registry, Spec, Wanted,
-        bans::BansFile, state::State,
+        Difference, Id, Owner, ProxyProtocol, Publish, Registry, Spec, Wanted, bans::BansFile,
+        state::State,
     },
 };
 
@@ -86,7 +86,6 @@ pub struct Daemon {
     registry: Registry,
     /// Where that survives a restart.
     state: Option<State>,
-    bans: Bans,
     bans_file: Option<BansFile>,
     /// What is served of it.
     serving: BTreeMap<Id, Serving>,
@@ -215,7 +214,6 @@ impl Daemon {
         let mut daemon = Self {
             registry: Registry::new(limits::PUBLISHES as usize - 1, 0),
             state: None,
-            bans: Bans::default(),
             bans_file: None,
             serving: BTreeMap::new(),
             waiting: BTreeSet::new(),

@@ -93,7 +93,7 @@ struct Common {
     budget: Arc<Budget>,
     chains: Arc<Chains>,
     refused: Refusals,
-    bans: RwLock<Bans>,
+    bans: RwLock<Arc<Bans>>,
     /// Bans have changed.
     banned: Notify,
     /// Flows, packets and bytes of publishes that are no more.

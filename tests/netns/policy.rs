@@ -99,6 +99,46 @@ fn a_banned_source_gets_nothing_by_udp() {
 }
 
 #[test]
+fn a_change_of_bans_that_cannot_be_written_to_disk_is_none() {
+    for datapath in BOTH {
+        let topology = Topology::new().unwrap();
+        let _backend =
+            Backend::start(&topology.backend.netns, Protocol::Tcp, BACKEND_PORT).unwrap();
+        let spec = spec(&topology.backend, Family::V4, Protocol::Tcp);
+        let daemon = Daemon::start_with_state(&topology.host, &[&spec], datapath, &[]).unwrap();
+        let frontend = SocketAddr::new(topology.host_address(Family::V4), PORT);
+        let client = topology.client_address(Family::V4).to_string();
+        let is_banned = || {
+            let bans = daemon.control(&["bans", "--json"]).unwrap();
+            let is_served = connects(&topology.client, frontend);
+            assert_eq!(bans.contains(&client), !is_served, "{datapath:?}: {bans}");
+            !is_served
+        };
+        // A directory that has the file's name.
+        let file = format!("/var/lib/forwarder/{}.bans", daemon.instance());
+        std::fs::create_dir(&file).unwrap();
+        let banned = daemon.control(&["ban", &client]);
+        std::fs::remove_dir(&file).unwrap();
+        let error = banned.unwrap_err().to_string();
+        assert!(error.contains(&file), "{error}");
+        assert!(!std::path::Path::new(&format!("{file}.new")).exists());
+        assert!(!is_banned());
+        daemon.control(&["ban", &client]).unwrap();
+        assert!(is_banned());
+        std::fs::remove_file(&file).unwrap();
+        std::fs::create_dir(&file).unwrap();
+        let unbanned = daemon.control(&["unban", &client]);
+        std::fs::remove_dir(&file).unwrap();
+        let error = unbanned.unwrap_err().to_string();
+        assert!(error.contains(&file), "{error}");
+        assert!(is_banned());
+        daemon.control(&["unban", &client]).unwrap();
+        assert!(!is_banned());
+        daemon.stop().unwrap();
+    }
+}
+
+#[test]
 fn bans_are_taken_as_a_list_end_by_themselves_and_outlive_a_kill() {
     let topology = Topology::new().unwrap();
     let _backend = Backend::start(&topology.backend.netns, Protocol::Tcp, BACKEND_PORT).unwrap();

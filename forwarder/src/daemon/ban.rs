@@ -1,8 +1,8 @@
 //! Bans: put in force on both paths, kept over restarts, and taken away when their time is over.
 
 use std::{
+    collections::HashSet,
     net::IpAddr,
-    sync::PoisonError,
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
@@ -30,8 +30,12 @@ impl Daemon {
     /// # Errors
     /// There is no room for so many, or they cannot be written to disk.
     pub(super) fn ban(&mut self, bans: Vec<Ban>, all: bool) -> Result<()> {
-        let before = self.bans.clone();
-        let mut after = if all { Bans::default() } else { before.clone() };
+        let before = self.idle.bans();
+        let mut after = if all {
+            Bans::default()
+        } else {
+            Bans::clone(&before)
+        };
         let mut new = Vec::with_capacity(bans.len());
         for ban in bans {
             let until = ban
@@ -41,28 +45,10 @@ impl Daemon {
             after.insert(network, until);
             new.push((network, until));
         }
+        let kept: HashSet<IpNet> = after.iter().map(|(network, _)| network).collect();
         let gone = before.iter().map(|(network, _)| network);
-        let kept: std::collections::HashSet<IpNet> =
-            after.iter().map(|(network, _)| network).collect();
         let gone: Vec<IpNet> = gone.filter(|network| !kept.contains(network)).collect();
-        tokio::task::block_in_place(|| {
-            if let Some(datapath) = &mut self.datapath {
-                let timed: Vec<(IpNet, Option<u64>)> = new
-                    .iter()
-                    .map(|(network, until)| (*network, boot(*until)))
-                    .collect();
-                let written = datapath.maps.ban_all(&timed);
-                let written = written.and_then(|()| datapath.maps.unban_all(&gone));
-                if let Err(error) = written.and_then(|()| self.store_bans(&after)) {
-                    self.restore_bans(&before, &new);
-                    return Err(error);
-                }
-                Ok(())
-            } else {
-                self.store_bans(&after)
-            }
-        })?;
-        self.show_bans(after);
+        self.change_bans(after, &new, &gone)?;
         self.end_banned(new.into_iter().map(|(network, _)| network).collect());
         Ok(())
     }
@@ -70,7 +56,7 @@ impl Daemon {
     /// # Errors
     /// One of them is not banned, or the change cannot be written to disk.
     pub(super) fn unban(&mut self, networks: &[IpNet]) -> Result<()> {
-        let mut after = self.bans.clone();
+        let mut after = Bans::clone(&self.idle.bans());
         for network in networks {
             let network = allow::canonical(*network);
             let there = after.remove(network);
@@ -78,75 +64,68 @@ impl Daemon {
                 format!("{network} is not banned; `forwarder bans` shows what is")
             })?;
         }
-        self.store_bans(&after)?;
-        if let Some(datapath) = &mut self.datapath {
-            datapath.maps.unban_all(networks)?;
-        }
-        self.show_bans(after);
-        Ok(())
+        self.change_bans(after, &[], networks)
     }
 
     /// Puts what an earlier instance was told in force.
     pub(super) fn begin_bans(&mut self, file: BansFile) -> Result<()> {
         let bans = file.read()?;
         if let Some(datapath) = &mut self.datapath {
-            let timed = bans.iter().map(|(network, until)| (network, boot(until)));
-            datapath.maps.ban_all(&timed.collect::<Vec<_>>())?;
+            datapath.maps.ban_all(&timed(bans.iter()))?;
         }
-        self.show_bans(bans);
+        self.idle.ban(bans);
         self.bans_file = Some(file);
         Ok(())
     }
 
     /// Takes away what is over. The kernel heeds the time itself.
     pub(super) fn expire_bans(&mut self) {
-        let mut after = self.bans.clone();
-        let over = after.expire();
-        if over.is_empty() {
+        let before = self.idle.bans();
+        if !before.any_is_over() {
             return;
         }
-        let stored = self.store_bans(&after);
-        let taken = self
-            .datapath
-            .as_mut()
-            .map_or(Ok(()), |it| it.maps.unban_all(&over));
-        if let Err(error) = stored.and(taken) {
-            warn!("{error:#}");
+        let mut after = Bans::clone(&before);
+        let over = after.expire();
+        if let Err(error) = self.change_bans(after, &[], &over) {
+            warn!("bans that are over stay for now: {error:#}");
         }
-        self.show_bans(after);
     }
 
-    fn store_bans(&self, bans: &Bans) -> Result<()> {
-        self.bans_file
-            .as_ref()
-            .map_or(Ok(()), |file| file.write(bans))
+    /// Makes these all the bans there are: in the kernel, of which they differ by what is `new` there and what is
+    /// `gone`, on disk and in the proxy; or nowhere.
+    fn change_bans(&mut self, after: Bans, new: &[(IpNet, Until)], gone: &[IpNet]) -> Result<()> {
+        tokio::task::block_in_place(|| {
+            let written = self.datapath.as_mut().map_or(Ok(()), |datapath| {
+                datapath.maps.ban_all(&timed(new.iter().copied()))?;
+                datapath.maps.unban_all(gone)
+            });
+            let stored = written.and_then(|()| match &self.bans_file {
+                Some(file) => file.write(&after),
+                None => Ok(()),
+            });
+            if stored.is_err() {
+                self.restore_bans(new);
+            }
+            stored
+        })?;
+        self.idle.ban(after);
+        Ok(())
     }
 
     /// After a failure: what the kernel had before.
-    fn restore_bans(&mut self, before: &Bans, new: &[(IpNet, Until)]) {
+    fn restore_bans(&mut self, new: &[(IpNet, Until)]) {
         let Some(datapath) = &mut self.datapath else {
             return;
         };
         let new: Vec<IpNet> = new.iter().map(|(network, _)| *network).collect();
-        let timed = before.iter().map(|(network, until)| (network, boot(until)));
-        let timed: Vec<_> = timed.collect();
+        let before = timed(self.idle.bans().iter());
         let undone = datapath
             .maps
             .unban_all(&new)
-            .and(datapath.maps.ban_all(&timed));
+            .and(datapath.maps.ban_all(&before));
         if let Err(error) = undone {
             warn!("what failed is not all undone: {error:#}");
         }
-    }
-
-    fn show_bans(&mut self, bans: Bans) {
-        self.idle.ban(bans.clone());
-        *self
-            .view
-            .bans
-            .write()
-            .unwrap_or_else(PoisonError::into_inner) = bans.clone();
-        self.bans = bans;
     }
 
     /// Ends the flows of sources that are banned now, beside the daemon's other work.
@@ -169,6 +148,12 @@ impl Daemon {
             Err(error) => warn!("flows of banned sources are left: {error:#}"),
         }
     }
+}
+
+/// As the kernel's tables have them.
+fn timed(bans: impl Iterator<Item = (IpNet, Until)>) -> Vec<(IpNet, Option<u64>)> {
+    bans.map(|(network, until)| (network, boot(until)))
+        .collect()
 }
 
 /// When a ban ends by CLOCK_BOOTTIME.

@@ -34,7 +34,7 @@ use crate::{
     plan::Unserved,
     proxy::{Idle, Meter},
     publish::{
-        Bans, Id, Wanted,
+        Id, Wanted,
         spec::{Ports, Zone},
     },
 };
@@ -109,7 +109,6 @@ pub(super) struct View {
     rows: RwLock<BTreeMap<Id, Arc<Row>>>,
     ids: RwLock<HashMap<u32, Id>>,
     kernel: Option<Kernel>,
-    pub(super) bans: RwLock<Bans>,
     /// Counts whom the proxy has refused.
     idle: Idle,
     events: broadcast::Sender<Event>,
@@ -146,7 +145,6 @@ impl View {
             rows: RwLock::default(),
             ids: RwLock::default(),
             kernel,
-            bans: RwLock::default(),
             events: broadcast::channel(EVENTS).0,
             kept: Kept::default(),
             durations: Durations::default(),
@@ -353,7 +351,7 @@ impl Observe for Arc<View> {
     }
 
     fn bans(&self) -> Rows<Ban> {
-        let bans = self.bans.read().unwrap_or_else(PoisonError::into_inner);
+        let bans = self.idle.bans();
         let bans = bans.iter().map(|(network, until)| {
             let until = until.and_then(|until| until.duration_since(UNIX_EPOCH).ok());
             Ok(Ban {

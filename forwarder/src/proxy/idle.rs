@@ -131,10 +131,16 @@ impl Idle {
         Refusal::ALL.map(|why| (why, self.0.common.refused.get(why)))
     }
 
-    /// Bans sources: nothing of theirs is served, and what they have ends.
+    /// The sources that are banned.
+    pub fn bans(&self) -> Arc<Bans> {
+        let bans = self.common().bans.read();
+        bans.unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Bans these sources and no others: nothing of theirs is served, and what they have ends.
     pub fn ban(&self, bans: Bans) {
         let common = self.common();
-        *common.bans.write().unwrap_or_else(PoisonError::into_inner) = bans;
+        *common.bans.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(bans);
         common.banned.notify_waiters();
     }
 

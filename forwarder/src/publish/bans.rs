@@ -70,6 +70,10 @@ impl Bans {
         all.filter(|(_, until)| lasts(*until))
     }
 
+    pub fn any_is_over(&self) -> bool {
+        self.networks.values().any(|until| !lasts(*until))
+    }
+
     /// Takes away those that are over, and returns them.
     pub fn expire(&mut self) -> Vec<IpNet> {
         let over = self.networks.iter().filter(|(_, until)| !lasts(**until));
