@@ -71,6 +71,8 @@ const CONTAINERS: Duration = Duration::from_millis(100);
 /// For these, of each second at most a twentieth is spent, however many containers there are.
 const SHARE: u32 = 20;
 const SWEEP: Duration = Duration::from_secs(2);
+/// Whether the programs are still attached is looked at this often.
+const HEAL: Duration = Duration::from_millis(500);
 /// Who held leases with an earlier instance asks for them within this time.
 const LEASES: Duration = Duration::from_secs(2);
 /// Bans that are over are taken away after this time at the latest.
@@ -341,6 +343,7 @@ impl Daemon {
         let durations = self.view.durations.clone();
         let mut retry = tokio::time::interval(RETRY);
         let mut expire = tokio::time::interval(EXPIRE);
+        let mut heal = tokio::time::interval(HEAL);
         loop {
             tokio::select! {
                 heard = signals.heard() => match heard {
@@ -381,6 +384,7 @@ impl Daemon {
                 }
                 freed = self.slots.freed() => self.freed(freed),
                 _ = expire.tick() => self.expire_bans(),
+                _ = heal.tick() => self.heal().await,
                 _ = retry.tick(), if !self.waiting.is_empty() => self.retry().await,
                 _ = sweep.tick() => {
                     sweeping.get_or_insert_default();

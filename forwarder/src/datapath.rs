@@ -3,6 +3,7 @@
 pub mod clsact;
 pub mod devices;
 pub mod kernel;
+pub mod link;
 pub mod maps;
 pub mod resets;
 mod steering;
@@ -10,12 +11,8 @@ pub mod xdp;
 
 use std::{
     collections::BTreeMap,
-    ffi::CString,
     fs,
-    os::{
-        fd::{AsFd as _, AsRawFd as _, BorrowedFd, FromRawFd as _, OwnedFd},
-        unix::ffi::OsStrExt as _,
-    },
+    os::fd::{AsFd as _, BorrowedFd},
     path::{Path, PathBuf},
 };
 
@@ -320,12 +317,12 @@ fn remove_other_layouts(pins: &Path) {
             "{} is of another version: its flows end, and clients connect anew",
             path.display()
         );
-        for link in fs::read_dir(path.join("links"))
+        for entry in fs::read_dir(path.join("links"))
             .into_iter()
             .flatten()
             .flatten()
         {
-            remove_link(&link.path());
+            link::remove(&entry.path());
         }
         // Filters are found without pins, and replaced; their qdiscs stay marked.
         let _ = fs::create_dir_all(pins.join(QDISCS));
@@ -348,12 +345,12 @@ fn remove_pins(directory: &Path) -> Result<bool> {
     if !directory.exists() {
         return Ok(false);
     }
-    for link in fs::read_dir(directory.join(LAYOUT).join("links"))
+    for entry in fs::read_dir(directory.join(LAYOUT).join("links"))
         .into_iter()
         .flatten()
         .flatten()
     {
-        remove_link(&link.path());
+        link::remove(&entry.path());
     }
     fs::remove_dir_all(directory).with_context(|| format!("remove {}", directory.display()))?;
     if let Some(parent) = directory.parent() {
@@ -369,54 +366,6 @@ fn remove_empty(pins: &Path) {
     for directory in pins.ancestors().take(3) {
         let _ = fs::remove_dir(directory);
     }
-}
-
-/// Detaches a pinned link and removes its pin. Without the first, the kernel detaches some time after the
-/// last reference has gone. Both may have happened already.
-fn remove_link(pin: &Path) {
-    /// Commands of bpf(2) (include/uapi/linux/bpf.h).
-    const BPF_OBJ_GET: libc::c_long = 7;
-    const BPF_LINK_DETACH: libc::c_long = 34;
-    /// The fields of `union bpf_attr` that the two commands read.
-    #[repr(C)]
-    struct ObjGet {
-        pathname: u64,
-        bpf_fd: u32,
-        file_flags: u32,
-    }
-    if let Ok(path) = CString::new(pin.as_os_str().as_bytes()) {
-        let get = ObjGet {
-            pathname: path.as_ptr() as u64,
-            bpf_fd: 0,
-            file_flags: 0,
-        };
-        // SAFETY: the command reads as many bytes as are given, and a path that lives until it returns.
-        let fd = unsafe {
-            libc::syscall(
-                libc::SYS_bpf,
-                BPF_OBJ_GET,
-                &raw const get,
-                size_of_val(&get),
-            )
-        };
-        if let Ok(fd) = i32::try_from(fd)
-            && fd >= 0
-        {
-            // SAFETY: the kernel has just given this descriptor to us alone.
-            let fd = unsafe { OwnedFd::from_raw_fd(fd) };
-            let detach = fd.as_raw_fd();
-            // SAFETY: the command reads one descriptor, as many bytes as are given.
-            unsafe {
-                libc::syscall(
-                    libc::SYS_bpf,
-                    BPF_LINK_DETACH,
-                    &raw const detach,
-                    size_of_val(&detach),
-                )
-            };
-        }
-    }
-    let _ = fs::remove_file(pin);
 }
 
 /// One line with the remedy, in place of the chain of the loader's errors, for what users meet.

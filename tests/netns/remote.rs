@@ -3,7 +3,7 @@
 
 use std::net::{SocketAddr, UdpSocket};
 
-use forwarder::datapath::{self, xdp::Mode};
+use forwarder::datapath::{self, link, xdp::Mode};
 use forwarder_tests::{
     cpu::pin_this_thread,
     daemon::{Daemon, Datapath},
@@ -305,6 +305,29 @@ fn the_xdp_program_outlives_a_kill_is_taken_over_and_goes() {
     lan.served_early(&daemon, Where::Far, V4, Udp);
     daemon.stop().unwrap();
     assert!(!attached());
+}
+
+#[test]
+fn xdp_that_somebody_detached_is_attached_again() {
+    let lan = Lan::new().with_xdp().without_offloads();
+    let _backend = Backend::start(&lan.far, Udp, BACKEND_PORT).unwrap();
+    let daemon = lan.publish(Where::Far, V4, Udp, "native");
+    lan.served_early(&daemon, Where::Far, V4, Udp);
+    let links = daemon.links();
+    for pin in links
+        .iter()
+        .filter(|pin| pin.to_string_lossy().ends_with("-xdp-native"))
+    {
+        link::detach(pin).unwrap();
+    }
+    let before = daemon.counted("forwarded_xdp").unwrap();
+    wait_for("XDP carries again", || {
+        let frontend = SocketAddr::new(LAN.address(V4, HOST), PORT);
+        ask(&lan.client, Udp, frontend, "again?").ok()?;
+        (daemon.counted("forwarded_xdp").ok()? > before + 2).then_some(())
+    })
+    .unwrap();
+    daemon.stop().unwrap();
 }
 
 #[test]

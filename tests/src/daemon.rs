@@ -2,6 +2,7 @@
 
 use std::{
     collections::BTreeMap,
+    fs,
     io::{BufRead, BufReader, Read},
     path::PathBuf,
     process::{Child, Command, ExitStatus, Stdio},
@@ -194,6 +195,13 @@ impl Daemon {
     /// Where its programs and maps are pinned.
     pub fn pins(&self) -> PathBuf {
         PathBuf::from("/sys/fs/bpf/forwarder").join(self.instance.replace('.', "%"))
+    }
+
+    /// The pins of its links, where attachments are links.
+    pub fn links(&self) -> Vec<PathBuf> {
+        let layouts = fs::read_dir(self.pins()).into_iter().flatten().flatten();
+        let links = layouts.flat_map(|layout| fs::read_dir(layout.path().join("links")));
+        links.flatten().flatten().map(|link| link.path()).collect()
     }
 
     /// Starts it again as it was, after [`Daemon::kill`].

@@ -146,6 +146,29 @@ impl Daemon {
         Ok(())
     }
 
+    /// Attaches again what somebody else has detached.
+    pub(super) async fn heal(&mut self) {
+        let Some(datapath) = &mut self.datapath else {
+            return;
+        };
+        let lost = datapath.take_lost();
+        if lost.is_empty() {
+            return;
+        }
+        if let Err(error) = self.refresh().await {
+            warn!("{error:#}");
+        }
+        let Some(datapath) = &mut self.datapath else {
+            return;
+        };
+        let back: BTreeSet<u32> = datapath.attached().map(|(ifindex, _)| ifindex).collect();
+        for ifindex in lost.devices().intersection(&back) {
+            let name = &self.network.snapshot.links[ifindex].name;
+            warn!("somebody detached our program from {name}; it is attached again");
+        }
+        datapath.forget(lost);
+    }
+
     /// Publishes that an IPsec policy covers: flows that were begun before would go round it.
     fn covered(&self) -> BTreeSet<u32> {
         let covered = self.serving.values().filter(|serving| serving.covered);

@@ -8,9 +8,11 @@ use aya::programs::{
     LinkOrder, ProgramInfo, SchedClassifier, TcAttachType,
     links::{FdLink, PinnedLink},
     tc::{NlOptions, SchedClassifierLink, SchedClassifierLinkId, TcAttachOptions, TcHandle},
+    xdp::XdpLinkId,
 };
+use nix::net::if_::if_indextoname;
 
-use super::{Datapath, QDISCS, explain, remove_link};
+use super::{Datapath, QDISCS, explain, link, xdp};
 use crate::{
     datapath::clsact::{self, Side},
     datapath::kernel::{Attach, kernel},
@@ -90,9 +92,28 @@ pub(super) enum Attachment {
     /// The kernel holds it; `qdisc` is ours to remove.
     Filter {
         filter: clsact::Filter,
-        name: String,
         qdisc: bool,
     },
+}
+
+/// Attachments that somebody else has taken away.
+#[derive(Debug, Default)]
+pub struct Lost {
+    tc: Vec<(Place, Attachment)>,
+    xdp: Vec<(u32, XdpLinkId)>,
+}
+
+impl Lost {
+    pub fn is_empty(&self) -> bool {
+        self.tc.is_empty() && self.xdp.is_empty()
+    }
+
+    /// The devices that they were on.
+    pub fn devices(&self) -> BTreeSet<u32> {
+        let tc = self.tc.iter().map(|((ifindex, _), _)| *ifindex);
+        tc.chain(self.xdp.iter().map(|(ifindex, _)| *ifindex))
+            .collect()
+    }
 }
 
 impl Datapath {
@@ -141,7 +162,7 @@ impl Datapath {
         let mut link = program.attach_with_options(name, place.1.attach_type(), options)?;
         if let Some(pin) = pin {
             // The new link works before an earlier instance's goes.
-            remove_link(&pin);
+            link::remove(&pin);
             let fd_link: FdLink = program.take_link(link)?.try_into()?;
             let pinned: PinnedLink = fd_link
                 .pin(&pin)
@@ -186,7 +207,6 @@ impl Datapath {
         }
         Ok(Attachment::Filter {
             filter: found?,
-            name: name.into(),
             qdisc,
         })
     }
@@ -231,7 +251,7 @@ impl Datapath {
             None => {}
             Some(Attachment::Link(link)) => {
                 if let Some(pin) = self.link_pin(place) {
-                    remove_link(&pin);
+                    link::remove(&pin);
                 }
                 if let Ok(program) = self.current(place.1) {
                     let _ = program.detach(link);
@@ -244,6 +264,53 @@ impl Datapath {
                 }
             }
         }
+    }
+
+    /// What is left of them goes, once others are in their places.
+    pub fn forget(&mut self, lost: Lost) {
+        for (place, attachment) in lost.tc {
+            if let Attachment::Link(link) = attachment
+                && let Ok(program) = self.current(place.1)
+            {
+                let _ = program.detach(link);
+            }
+        }
+        let traced = self.traced;
+        for (_, link) in lost.xdp {
+            if let Ok(program) = self.xdp_program(traced) {
+                let _ = program.detach(link);
+            }
+        }
+    }
+
+    /// Takes those out that somebody else has taken away, or whose pins: of this the kernel tells nobody.
+    pub fn take_lost(&mut self) -> Lost {
+        let is_lost = |(&place, attachment): (&Place, &Attachment)| match attachment {
+            Attachment::Link(_) => self
+                .link_pin(place)
+                .is_some_and(|pin| link::device(&pin) != Some(place.0)),
+            Attachment::Filter { .. } => {
+                let (side, programs) = (place.1.side(), place.1.programs());
+                let found = clsact::find(place.0, side, self.handle, &programs);
+                matches!(found, Ok(None))
+            }
+        };
+        let tc = self.attached.iter().filter(|it| is_lost(*it));
+        let tc: Vec<Place> = tc.map(|(place, _)| *place).collect();
+        let is_lost = |(ifindex, mode): &(u32, xdp::Mode)| {
+            let pin = self.xdp_pin(*ifindex, *mode);
+            pin.is_some_and(|pin| link::device(&pin) != Some(*ifindex))
+        };
+        let xdp: Vec<u32> = self.xdp().filter(is_lost).map(|(it, _)| it).collect();
+        let tc = tc
+            .into_iter()
+            .filter_map(|place| self.attached.remove_entry(&place));
+        let tc = tc.collect();
+        let xdp = xdp
+            .into_iter()
+            .filter_map(|it| Some((it, self.xdp.remove(&it)?.1)));
+        let xdp = xdp.collect();
+        Lost { tc, xdp }
     }
 
     /// Makes every attachment log its packets, or stop it: links are replaced atomically.
@@ -275,17 +342,10 @@ impl Datapath {
                 let link: SchedClassifierLink = self.program(other)?.take_link(link)?;
                 Attachment::Link(self.current(place.1)?.attach_to_link(link)?)
             }
-            Some(Attachment::Filter {
-                filter,
-                name,
-                qdisc,
-            }) => {
-                self.replace_filter(place.1, &name, &filter)?;
-                Attachment::Filter {
-                    filter,
-                    name,
-                    qdisc,
-                }
+            Some(Attachment::Filter { filter, qdisc }) => {
+                let name = if_indextoname(place.0).context("the device has gone")?;
+                self.replace_filter(place.1, &name.to_string_lossy(), &filter)?;
+                Attachment::Filter { filter, qdisc }
             }
             None => return Ok(()),
         };
@@ -318,7 +378,7 @@ impl Datapath {
         for entry in fs::read_dir(links).into_iter().flatten().flatten() {
             let name = entry.file_name();
             if !name.to_str().is_some_and(|name| ours.contains(name)) {
-                remove_link(&entry.path());
+                link::remove(&entry.path());
             }
         }
     }

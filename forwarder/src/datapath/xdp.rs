@@ -10,7 +10,7 @@ use aya::programs::{
     xdp::{XdpLink, XdpLinkId},
 };
 
-use super::{Datapath, explain, program, remove_link};
+use super::{Datapath, explain, link, program};
 
 /// Where the kernel runs the program.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -43,7 +43,7 @@ impl Mode {
 }
 
 impl Datapath {
-    fn xdp_program(&mut self, traced: bool) -> Result<&mut Xdp> {
+    pub(super) fn xdp_program(&mut self, traced: bool) -> Result<&mut Xdp> {
         let name = if traced { "early_traced" } else { "early" };
         let program: &mut Xdp = program(&mut self.ebpf, name)?;
         if program.fd().is_err() {
@@ -78,18 +78,18 @@ impl Datapath {
     /// A device has one program at a time, so an earlier instance's link gets the new program.
     fn adopt_xdp(&mut self, ifindex: u32, mode: Mode) -> Option<XdpLinkId> {
         if let Some(other) = self.xdp_pin(ifindex, mode.other()) {
-            remove_link(&other);
+            link::remove(&other);
         }
         let pin = self.xdp_pin(ifindex, mode)?;
-        let link: FdLink = PinnedLink::from_pin(&pin).ok()?.into();
-        let adopted = XdpLink::try_from(link).ok().and_then(|link| {
+        let pinned: FdLink = PinnedLink::from_pin(&pin).ok()?.into();
+        let adopted = XdpLink::try_from(pinned).ok().and_then(|pinned| {
             self.xdp_program(self.traced)
                 .ok()?
-                .attach_to_link(link)
+                .attach_to_link(pinned)
                 .ok()
         });
         if adopted.is_none() {
-            remove_link(&pin); // its device has gone
+            link::remove(&pin); // its device has gone
         }
         adopted
     }
@@ -119,7 +119,7 @@ impl Datapath {
             return;
         };
         if let Some(pin) = self.xdp_pin(ifindex, mode) {
-            remove_link(&pin);
+            link::remove(&pin);
         }
         let traced = self.traced;
         if let Ok(program) = self.xdp_program(traced) {
@@ -164,7 +164,7 @@ impl Datapath {
         self.xdp().map(|(ifindex, mode)| mode.pin(ifindex))
     }
 
-    fn xdp_pin(&self, ifindex: u32, mode: Mode) -> Option<PathBuf> {
+    pub(super) fn xdp_pin(&self, ifindex: u32, mode: Mode) -> Option<PathBuf> {
         self.pins
             .as_ref()
             .map(|pins| pins.join("links").join(mode.pin(ifindex)))

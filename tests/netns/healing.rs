@@ -1,0 +1,190 @@
+//! What somebody else does to devices, programs and the bridge under a running instance: the fast path is right again
+//! by itself, and the log says so where nothing else does.
+
+use std::{fs, net::SocketAddr};
+
+use forwarder::datapath::link;
+use forwarder_tests::{
+    daemon::{Daemon, Datapath},
+    deadline::wait_for,
+    topology::{Family, Topology},
+    traffic::{Backend, Protocol, ask},
+};
+
+use crate::scene::{BACKEND_PORT, PORT, on_the_fast_path, packets, spec, wait_for_peer};
+
+const FAMILY: Family = Family::V4;
+
+struct Scene {
+    topology: Topology,
+    _backend: Backend,
+    daemon: Daemon,
+}
+
+impl Scene {
+    fn new() -> Self {
+        let topology = Topology::new().unwrap();
+        let backend = &topology.backend;
+        let server = Backend::start(&backend.netns, Protocol::Udp, BACKEND_PORT).unwrap();
+        let spec = spec(backend, FAMILY, Protocol::Udp);
+        let daemon = Daemon::start(&topology.host, &[&spec], Datapath::Ebpf).unwrap();
+        let scene = Self {
+            topology,
+            _backend: server,
+            daemon,
+        };
+        on_the_fast_path(&scene.daemon, || scene.asks("before"));
+        wait_for_peer(&scene.daemon);
+        scene
+    }
+
+    fn frontend(&self) -> SocketAddr {
+        SocketAddr::new(self.topology.host_address(FAMILY), PORT)
+    }
+
+    fn asks(&self, payload: &str) {
+        let Topology { client, .. } = &self.topology;
+        ask(client, Protocol::Udp, self.frontend(), payload).unwrap();
+    }
+
+    /// Waits until the client's packets take the fast path both ways, and the backend sees the client.
+    #[track_caller]
+    fn heals(&self) {
+        let client = self.topology.client_address(FAMILY);
+        let healed = wait_for("the fast path is back", || {
+            let before = packets(&self.daemon);
+            let answer = ask(
+                &self.topology.client,
+                Protocol::Udp,
+                self.frontend(),
+                "healed?",
+            )
+            .ok()?;
+            let after = packets(&self.daemon);
+            let both_ways = after.0 > before.0 && after.1 > before.1;
+            (both_ways && answer.seen.ip() == client).then_some(())
+        });
+        healed.unwrap_or_else(|error| panic!("{error:#}\n{}", self.daemon.said()));
+    }
+
+    /// How often the log says that a program was put back on a device.
+    fn said_of(&self, device: &str) -> usize {
+        let line = format!("somebody detached our program from {device}; it is attached again");
+        self.daemon.said().matches(&line).count()
+    }
+
+    /// Detaches every program from a device, as `bpftool link detach` or `tc qdisc del` would.
+    fn detach_from(&self, device: &str) {
+        let Topology { host, .. } = &self.topology;
+        let ifindex = host.enter(|| nix::net::if_::if_nametoindex(device).unwrap());
+        let mut found = false;
+        for pin in self.daemon.links() {
+            if link::device(&pin) == Some(ifindex) {
+                link::detach(&pin).unwrap();
+                found = true;
+            }
+        }
+        if !found {
+            host.run(&format!("tc qdisc del dev {device} clsact"))
+                .unwrap();
+        }
+    }
+}
+
+#[test]
+fn programs_that_somebody_detached_are_attached_again() {
+    let scene = Scene::new();
+    let veth = scene.topology.backend.veth.clone();
+    for (times, device) in [(1, "eth0"), (1, veth.as_str()), (2, "eth0")] {
+        scene.detach_from(device);
+        scene.heals();
+        let said = wait_for("the log says so", || {
+            (scene.said_of(device) == times).then_some(())
+        });
+        said.unwrap_or_else(|error| panic!("{device}: {error:#}\n{}", scene.daemon.said()));
+    }
+    scene.daemon.stop().unwrap();
+}
+
+#[test]
+fn pins_that_somebody_removed_are_made_again_and_outlive_a_kill() {
+    let mut scene = Scene::new();
+    let before = scene.daemon.links();
+    if before.is_empty() {
+        return; // filters stay without pins
+    }
+    for pin in &before {
+        fs::remove_file(pin).unwrap();
+    }
+    wait_for("the pins are back", || {
+        (scene.daemon.links().len() == before.len()).then_some(())
+    })
+    .unwrap();
+    scene.heals();
+    scene.daemon.kill().unwrap();
+    scene.asks("while it is dead");
+    scene.daemon.restart().unwrap();
+    scene.heals();
+    scene.daemon.stop().unwrap();
+}
+
+#[test]
+fn a_flushed_bridge_is_learnt_again() {
+    let scene = Scene::new();
+    for line in ["bridge fdb flush dev br0", "ip neigh flush dev br0"] {
+        scene.topology.host.run(line).unwrap();
+    }
+    scene.heals();
+    wait_for_peer(&scene.daemon);
+    scene.daemon.stop().unwrap();
+}
+
+#[test]
+fn an_uplink_may_get_another_name() {
+    let scene = Scene::new();
+    let Topology { host, .. } = &scene.topology;
+    host.ip("link set eth0 name wan0").unwrap();
+    scene.heals();
+    scene.detach_from("wan0");
+    scene.heals();
+    scene.daemon.stop().unwrap();
+}
+
+#[test]
+fn an_uplink_that_is_made_anew_is_served() {
+    let scene = Scene::new();
+    let Topology { host, client, .. } = &scene.topology;
+    let (host_address, client_address) = (
+        scene.topology.host_address(FAMILY),
+        scene.topology.client_address(FAMILY),
+    );
+    host.ip(&format!(
+        "link del eth0\n\
+         link add eth0 type veth peer name eth0 netns {}\n\
+         addr add {host_address}/24 dev eth0\nlink set eth0 up",
+        client.path()
+    ))
+    .unwrap();
+    let up = format!("addr add {client_address}/24 dev eth0\nlink set eth0 up");
+    client.ip(&up).unwrap();
+    scene.heals();
+    assert_eq!(scene.said_of("eth0"), 0, "{}", scene.daemon.said());
+    scene.daemon.stop().unwrap();
+}
+
+#[test]
+fn a_container_may_move_to_another_bridge() {
+    let scene = Scene::new();
+    let Topology { host, backend, .. } = &scene.topology;
+    let gateway = backend.gateway(FAMILY);
+    host.ip(&format!(
+        "link add br9 type bridge\nlink set br9 up\n\
+         addr del {gateway}/24 dev br0\naddr add {gateway}/24 dev br9\n\
+         link set {} master br9",
+        backend.veth
+    ))
+    .unwrap();
+    scene.heals();
+    wait_for_peer(&scene.daemon);
+    scene.daemon.stop().unwrap();
+}
