@@ -146,7 +146,7 @@ pub async fn run(instance: Instance, flags: Flags) -> Result<()> {
     let mut events = match begun {
         Ok(events) => events,
         Err(error) => {
-            daemon.stop(false).await;
+            daemon.abandon().await;
             return Err(error);
         }
     };
@@ -207,9 +207,7 @@ impl Daemon {
         let (seen, network) = match opened() {
             Ok(opened) => opened,
             Err(error) => {
-                if let Some(datapath) = datapath {
-                    datapath.remove();
-                }
+                datapath.into_iter().for_each(Datapath::abandon);
                 return Err(error);
             }
         };
@@ -236,7 +234,7 @@ impl Daemon {
             config,
         };
         if let Err(error) = daemon.network.read().await {
-            daemon.stop(false).await;
+            daemon.abandon().await;
             return Err(error);
         }
         Ok(daemon)
@@ -276,6 +274,7 @@ impl Daemon {
         }
         self.await_leases(&leased, calls).await;
         // An earlier instance's programs know its publishes until these take over.
+        self.datapath.iter().for_each(Datapath::take_over);
         self.reconcile_devices()?;
         if let Some(datapath) = &self.datapath {
             datapath.forget_others();
@@ -402,6 +401,12 @@ impl Daemon {
                 Some(datagram) = events.datagrams.recv() => self.answer_client(&datagram),
             }
         }
+    }
+
+    /// Undoes what a start has made that fails.
+    async fn abandon(self) {
+        let keep = self.datapath.as_ref().is_some_and(Datapath::inherits);
+        self.stop(keep).await;
     }
 
     /// Undoes everything, or with `keep` leaves the pinned programs forwarding.
@@ -538,7 +543,7 @@ fn load(instance: &Instance, config: &Config) -> Result<Datapath> {
         respects_firewall: config.respect_firewall,
     })?;
     if let Err(error) = datapath.rehearse() {
-        datapath.remove();
+        datapath.abandon();
         return Err(error);
     }
     Ok(datapath)

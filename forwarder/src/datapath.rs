@@ -82,6 +82,8 @@ pub struct Datapath {
     own_mark: u32,
     /// The programs for wide ranges are attached.
     steering: bool,
+    /// An earlier instance has left programs that may forward.
+    inherits: bool,
 }
 
 /// A program of the object, by its name and of its type.
@@ -126,8 +128,9 @@ impl Datapath {
             .pins
             .as_ref()
             .map(|directory| directory.join(LAYOUT));
+        let mut inherits = false;
         if let Some(pins) = &pins {
-            remove_other_layouts(pins);
+            inherits = pins.parent().is_some_and(Path::exists);
             fs::create_dir_all(pins.join("links"))
                 .with_context(|| format!("create {}", pins.display()))?;
             for map in ADOPTED {
@@ -155,6 +158,7 @@ impl Datapath {
             traced: false,
             own_mark,
             steering: false,
+            inherits,
         };
         datapath.current(Hook::Ingress)?;
         Ok(datapath)
@@ -254,6 +258,52 @@ impl Datapath {
         Ok(self.ingress()?.fd()?.as_fd())
     }
 
+    /// Whether an earlier instance's programs may forward still, or its pins be used by these.
+    pub fn inherits(&self) -> bool {
+        self.inherits
+    }
+
+    /// Removes what a start has made that fails; what an earlier instance left stays.
+    pub fn abandon(self) {
+        if !self.inherits {
+            self.remove();
+        }
+    }
+
+    /// What a version with another layout of its maps left is this instance's from now on: its links, so that each is replaced
+    /// as one of the same layout is, and its marks of qdiscs. Its flows cannot be read, and end.
+    pub fn take_over(&self) {
+        for other in self.other_layouts() {
+            tracing::warn!(
+                "{} is of another version: its flows end, and clients connect anew",
+                other.display()
+            );
+            let Some(pins) = &self.pins else { return };
+            for folder in ["links", QDISCS] {
+                let _ = fs::create_dir_all(pins.join(folder));
+                for entry in fs::read_dir(other.join(folder))
+                    .into_iter()
+                    .flatten()
+                    .flatten()
+                {
+                    let _ = fs::rename(entry.path(), pins.join(folder).join(entry.file_name()));
+                }
+            }
+        }
+    }
+
+    fn other_layouts(&self) -> Vec<PathBuf> {
+        let Some(pins) = &self.pins else {
+            return Vec::new();
+        };
+        let layouts = pins.parent().map(fs::read_dir);
+        let layouts = layouts.into_iter().flatten().flatten().flatten();
+        layouts
+            .map(|it| it.path())
+            .filter(|it| it != pins)
+            .collect()
+    }
+
     /// Detaches everything and removes the pins.
     pub fn remove(mut self) {
         for place in self.attached.keys().copied().collect::<Vec<_>>() {
@@ -302,41 +352,6 @@ pub fn remove_left(instance: &str, directory: &Path) -> Result<bool> {
         }
     }
     Ok(remove_pins(directory)? || found)
-}
-
-/// Removes what a version with another layout of its maps left: its links, so that no packet meets two programs, and
-/// its flows, which this one cannot read.
-fn remove_other_layouts(pins: &Path) {
-    let layouts = pins.parent().map(fs::read_dir);
-    for layout in layouts.into_iter().flatten().flatten().flatten() {
-        let path = layout.path();
-        if path == *pins {
-            continue;
-        }
-        tracing::warn!(
-            "{} is of another version: its flows end, and clients connect anew",
-            path.display()
-        );
-        for entry in fs::read_dir(path.join("links"))
-            .into_iter()
-            .flatten()
-            .flatten()
-        {
-            link::remove(&entry.path());
-        }
-        // Filters are found without pins, and replaced; their qdiscs stay marked.
-        let _ = fs::create_dir_all(pins.join(QDISCS));
-        for mark in fs::read_dir(path.join(QDISCS))
-            .into_iter()
-            .flatten()
-            .flatten()
-        {
-            let _ = fs::create_dir(pins.join(QDISCS).join(mark.file_name()));
-        }
-        if let Err(error) = fs::remove_dir_all(&path) {
-            tracing::warn!("remove {}: {error}", path.display());
-        }
-    }
 }
 
 /// Removes an instance's pins, and with them the links and maps that nobody else holds. Returns

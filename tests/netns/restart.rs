@@ -1,7 +1,7 @@
 //! The daemon dies, or never had what it needs.
 
 use std::{
-    net::SocketAddr,
+    net::{SocketAddr, TcpListener},
     path::PathBuf,
     sync::atomic::{AtomicBool, Ordering::Relaxed},
     thread,
@@ -131,6 +131,46 @@ fn what_a_version_with_another_layout_left_is_replaced_and_said() {
         served_to_the_client(&topology, Protocol::Tcp, "hello")
     });
     daemon.stop().unwrap();
+}
+
+/// A start that fails, as somebody has the port by now.
+fn leaves_what_was_forwarding(prepare: impl FnOnce(&Daemon)) {
+    let topology = Topology::new().unwrap();
+    let _backend = Backend::start(&topology.backend.netns, Protocol::Tcp, BACKEND_PORT).unwrap();
+    let spec = spec(&topology.backend, Family::V4, Protocol::Tcp);
+    let mut daemon = Daemon::start(&topology.host, &[&spec], Datapath::Ebpf).unwrap();
+    let frontend = SocketAddr::new(topology.host_address(Family::V4), PORT);
+    let mut conversation = Connection::open(&topology.client, frontend).unwrap();
+    conversation.ask("before").unwrap();
+    daemon.kill().unwrap();
+    prepare(&daemon);
+    let somebody = topology
+        .host
+        .enter(|| TcpListener::bind(("0.0.0.0", PORT)).unwrap());
+    let failed = format!("{:#}", daemon.restart().unwrap_err());
+    assert!(failed.contains("address already in use"), "{failed}");
+    conversation.ask("after").unwrap();
+    served_to_the_client(&topology, Protocol::Tcp, "a new connection");
+    drop(somebody);
+    daemon.restart().unwrap();
+    on_the_fast_path(&daemon, || {
+        served_to_the_client(&topology, Protocol::Tcp, "later")
+    });
+    daemon.stop().unwrap();
+}
+
+#[test]
+fn a_start_that_fails_leaves_what_a_kill_left() {
+    leaves_what_was_forwarding(|_| {});
+}
+
+#[test]
+fn a_start_that_fails_leaves_what_another_layout_left() {
+    leaves_what_was_forwarding(|daemon| {
+        let pins = daemon.pins();
+        let left = std::fs::read_dir(&pins).unwrap().next().unwrap().unwrap();
+        std::fs::rename(left.path(), pins.join("other")).unwrap();
+    });
 }
 
 #[test]

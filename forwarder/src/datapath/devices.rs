@@ -353,7 +353,8 @@ impl Datapath {
         Ok(())
     }
 
-    /// Removes the attachments that an earlier instance left on devices this one has not.
+    /// Removes the attachments that an earlier instance left on devices this one has not, and what it had pinned in another
+    /// layout.
     pub fn forget_others(&self) {
         if kernel().attach == Attach::Clsact {
             for hook in Hook::ALL {
@@ -379,6 +380,11 @@ impl Datapath {
             let name = entry.file_name();
             if !name.to_str().is_some_and(|name| ours.contains(name)) {
                 link::remove(&entry.path());
+            }
+        }
+        for other in self.other_layouts() {
+            if let Err(error) = fs::remove_dir_all(&other) {
+                tracing::warn!("remove {}: {error}", other.display());
             }
         }
     }
