@@ -2,7 +2,7 @@
 //! proxy are made to match it in `daemon/reconcile.rs`, and follow the network in `daemon/network.rs`.
 
 use std::{
-    collections::{BTreeMap, BTreeSet, HashMap},
+    collections::{BTreeMap, BTreeSet, HashMap, HashSet},
     io::Write as _,
     sync::Arc,
     time::Duration,
@@ -14,7 +14,6 @@ mod ban;
 mod drain;
 mod fragments;
 mod network;
-mod notify;
 mod reconcile;
 mod signals;
 mod slots;
@@ -25,6 +24,7 @@ mod view;
 use anyhow::{Context as _, Result, bail};
 use forwarder_common::{flow::Timeouts, limits};
 use futures_util::StreamExt as _;
+use sd_notify::NotifyState;
 use tokio::{
     sync::mpsc,
     time::{Instant, sleep, sleep_until, timeout_at},
@@ -57,7 +57,7 @@ use crate::{
     metrics::Slices,
     network::{self as net, Change as NetworkChange},
     plan::Unserved,
-    proxy::{Idle, raise_descriptor_limit},
+    proxy::{Idle, Left, Sockets, Store, raise_descriptor_limit},
     publish::{
         Difference, Id, Owner, ProxyProtocol, Publish, Registry, Spec, Wanted, bans::BansFile,
         state::State,
@@ -110,6 +110,8 @@ pub struct Daemon {
     timeouts: Arc<Timeouts>,
     tracing: Tracing,
     leases: u64,
+    /// Sockets of an earlier instance, until this one serves.
+    left: Sockets,
     /// Leases that have ended.
     released: mpsc::UnboundedSender<Owner>,
 }
@@ -135,12 +137,14 @@ pub async fn run(instance: Instance, flags: Flags) -> Result<()> {
     let status = status.transpose()?;
     raise_descriptor_limit();
     let (released, mut leases) = mpsc::unbounded_channel();
-    let mut daemon = Daemon::new(&instance, flags, config, released).await?;
+    let (store, left) = Store::open().context("descriptors of an earlier start")?;
+    let idle = Idle::start(store).context("watch held ports")?;
+    let mut daemon = Daemon::new(&instance, flags, config, idle, released).await?;
     let (sender, mut calls) = mpsc::channel(64);
     let view = Arc::new(daemon.view.clone());
     let served = status.map_or(Ok(()), |status| status.serve(view.clone()));
     let begun = match served.and_then(|()| socket.serve(sender.clone(), view)) {
-        Ok(()) => daemon.begin(&instance, &mut calls).await,
+        Ok(()) => daemon.begin(&instance, left, &mut calls).await,
         Err(error) => Err(error),
     };
     let mut events = match begun {
@@ -155,7 +159,7 @@ pub async fn run(instance: Instance, flags: Flags) -> Result<()> {
         tokio::spawn(docker::follow(socket, sender.clone(), observed));
     }
     say("ready");
-    if let Err(error) = notify::ready() {
+    if let Err(error) = sd_notify::notify(&[NotifyState::Ready]) {
         warn!("NOTIFY_SOCKET: {error}");
     }
     memory::trim();
@@ -183,9 +187,9 @@ impl Daemon {
         instance: &Instance,
         flags: Flags,
         config: Config,
+        idle: Idle,
         released: mpsc::UnboundedSender<Owner>,
     ) -> Result<Self> {
-        let idle = Idle::start().context("watch held ports")?;
         let (datapath, without) = match config.datapath {
             DatapathChoice::Userland => (None, Unserved::Userland),
             choice => match load(instance, &config) {
@@ -229,6 +233,7 @@ impl Daemon {
             timeouts: Arc::new(config.timeouts),
             tracing: Tracing::new(),
             leases: 0,
+            left: Sockets::default(),
             released,
             flags,
             config,
@@ -244,6 +249,7 @@ impl Daemon {
     async fn begin(
         &mut self,
         instance: &Instance,
+        left: Left,
         calls: &mut mpsc::Receiver<Call>,
     ) -> Result<Events> {
         let events = self.listen()?;
@@ -259,6 +265,16 @@ impl Daemon {
         }
         self.places = state.as_ref().map(State::places).unwrap_or_default();
         let before = state.as_ref().map(State::configured).unwrap_or_default();
+        // What has another number now, or none, is kept by that.
+        let known: HashSet<String> = self.registry.iter().map(|it| store_name(it.id)).collect();
+        self.idle.retain(|name| known.contains(name));
+        self.left = left.sockets;
+        if let Some(conversations) = left.conversations {
+            match self.idle.expect(conversations) {
+                Ok(count) => info!("{count} conversations in user space go on"),
+                Err(error) => warn!("conversations of the earlier instance end: {error}"),
+            }
+        }
         let (asked, restored) = self.restore(&before)?;
         // Flows of what is wanted no more are not adopted below.
         let Loose { gone, .. } = self.reconcile(&asked, Ending::Cut, Vec::new()).await?;
@@ -281,6 +297,10 @@ impl Daemon {
         }
         self.adopt();
         self.places = HashMap::new();
+        self.idle.expect_no_more();
+        self.left = Sockets::default();
+        let serving: HashSet<String> = self.serving.keys().map(|id| store_name(*id)).collect();
+        self.idle.retain(|name| serving.contains(name));
         Ok(events)
     }
 
@@ -347,6 +367,14 @@ impl Daemon {
             tokio::select! {
                 heard = signals.heard() => match heard {
                     Heard::End => break,
+                    Heard::PassOn if !self.idle.has_store() => break,
+                    Heard::PassOn => match self.pass_on().await {
+                        Ok(()) => {
+                            self.config.keep = true;
+                            break;
+                        }
+                        Err(error) => warn!("SIGQUIT: {error:#}"),
+                    },
                     Heard::Reload => {
                         let reloaded = self.reload().await;
                         audit::line(None, &Owner::config(), "reload by SIGHUP", &reloaded);
@@ -401,6 +429,13 @@ impl Daemon {
                 Some(datagram) = events.datagrams.recv() => self.answer_client(&datagram),
             }
         }
+    }
+
+    /// Leaves everything to the next process: what forwards, the sockets that hold ports, and conversations.
+    async fn pass_on(&mut self) -> Result<()> {
+        let count = self.idle.pass_on().await;
+        info!("{} conversations in user space are passed on", count?);
+        Ok(())
     }
 
     /// Undoes what a start has made that fails.
@@ -522,6 +557,11 @@ impl Daemon {
         info!("configuration: {reloaded}");
         Ok((reloaded, loose))
     }
+}
+
+/// What a publish's sockets are called where they outlive this process.
+fn store_name(id: Id) -> String {
+    format!("p{id}")
 }
 
 fn load(instance: &Instance, config: &Config) -> Result<Datapath> {

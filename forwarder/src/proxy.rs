@@ -6,10 +6,13 @@ mod budget;
 mod chain;
 mod control;
 mod idle;
+mod pass_on;
 mod protocol_header;
 mod refusal;
 mod sctp;
+mod shared;
 mod sockets;
+mod store;
 mod tcp;
 #[cfg(test)]
 mod tests;
@@ -17,42 +20,44 @@ mod udp;
 mod urgent;
 
 use std::{
+    collections::HashMap,
     io,
-    net::{IpAddr, SocketAddr},
-    os::fd::RawFd,
+    net::IpAddr,
+    os::fd::{BorrowedFd, RawFd},
     sync::{
-        Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard,
+        Arc, Mutex, MutexGuard, PoisonError, RwLock,
         atomic::{AtomicU64, Ordering::Relaxed},
     },
 };
 
 use forwarder_common::{flow::Timeouts, policy::Limits};
 use ipnet::IpNet;
-use tokio::{sync::Notify, task::JoinHandle};
+use tokio::sync::{Notify, mpsc, watch};
 use tracing::warn;
 
 use self::{
     admit::Account,
-    budget::{Budget, Exhausted, Permit, Ports, Share},
-    chain::{Chains, Link},
+    budget::{Budget, Ports, Share},
+    chain::Chains,
     idle::Socket,
+    pass_on::{Kind, PassedOn},
     refusal::Refusals,
+    shared::{Now, Shared},
 };
 pub use self::{
     idle::Idle,
     protocol_header::ProxyProtocol,
     refusal::Refusal,
     sockets::{BindError, Held, is_wide, raise_descriptor_limit},
+    store::{Left, Sockets, Store},
 };
-use crate::{
-    accept,
-    publish::{Bans, spec::Spec},
-    seldom::Seldom,
-};
+use crate::publish::{Bans, spec::Spec};
 
 /// How a publish is served in user space.
 #[derive(Clone, Debug, Default)]
 pub struct Options {
+    /// By which the next process finds its sockets and conversations.
+    pub name: String,
     /// Whether the backend gets the PROXY protocol's header: first in a TCP connection, or in front of each datagram.
     pub proxy_protocol: ProxyProtocol,
     /// Sources that are served; empty for all.
@@ -72,6 +77,15 @@ pub enum Stop {
     Drain,
     /// They are reset.
     Reset,
+}
+
+/// What becomes of one conversation.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum End {
+    Close,
+    Reset,
+    /// It goes on in the next process.
+    PassOn,
 }
 
 /// What was carried. For TCP, packets are reads.
@@ -96,263 +110,54 @@ struct Common {
     bans: RwLock<Arc<Bans>>,
     /// Bans have changed.
     banned: Notify,
+    store: Store,
+    /// Where conversations go that are passed on, once they are.
+    passing_on: watch::Sender<Option<mpsc::UnboundedSender<PassedOn>>>,
+    /// Those of an earlier process, by their publish's name, until that is served.
+    arrived: Mutex<HashMap<String, Vec<PassedOn>>>,
+    /// Live conversations of all publishes.
+    live: AtomicU64,
     /// Flows, packets and bytes of publishes that are no more.
     gone: [AtomicU64; 3],
 }
 
 impl Common {
-    fn new() -> Self {
+    fn new(store: Store) -> Self {
         Self {
             budget: Arc::new(Budget::of_this_process()),
             chains: Arc::default(),
             refused: Refusals::default(),
             bans: RwLock::default(),
             banned: Notify::new(),
+            store,
+            passing_on: watch::Sender::default(),
+            arrived: Mutex::default(),
+            live: AtomicU64::new(0),
             gone: Default::default(),
         }
+    }
+
+    /// Resolves when conversations are to be passed on.
+    async fn passed_on(&self) {
+        let mut passing_on = self.passing_on.subscribe();
+        if passing_on.wait_for(Option::is_some).await.is_err() {
+            std::future::pending().await // nobody is left who could ask for it
+        }
+    }
+
+    fn pass_on(&self, conversation: PassedOn) {
+        if let Some(to) = &*self.passing_on.borrow() {
+            let _ = to.send(conversation);
+        }
+    }
+
+    fn arrived(&self) -> MutexGuard<'_, HashMap<String, Vec<PassedOn>>> {
+        self.arrived.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn is_banned(&self, source: IpAddr) -> bool {
         let bans = self.bans.read().unwrap_or_else(PoisonError::into_inner);
         !bans.is_empty() && bans.has(source)
-    }
-}
-
-#[derive(Debug)]
-struct Now {
-    spec: Arc<Spec>,
-    allow: Vec<IpNet>,
-    proxy_protocol: ProxyProtocol,
-    limits: Limits,
-}
-
-/// What the tasks of one publish share.
-#[derive(Debug)]
-struct Shared {
-    spec: Arc<Spec>,
-    options: Options,
-    /// Where new clients are sent and which are served, both of which may change.
-    now: RwLock<Now>,
-    account: Account,
-    flows: AtomicU64,
-    begun: AtomicU64,
-    packets: AtomicU64,
-    bytes: AtomicU64,
-    common: Arc<Common>,
-    share: Arc<Share>,
-    refused: Refusals,
-    /// By refusal.
-    warned: [Seldom; Refusal::ALL.len()],
-    stop: Mutex<Option<Stop>>,
-    stopped: Notify,
-    /// The tasks of sockets that somebody has come to.
-    serving: Mutex<Vec<JoinHandle<()>>>,
-}
-
-impl Shared {
-    /// Resolves when live connections are to end, with how.
-    async fn ended(&self) -> Stop {
-        self.told(|how| how != Stop::Drain).await
-    }
-
-    /// The same of one client's, which may be banned.
-    async fn ended_for(&self, source: IpAddr) -> Stop {
-        let banned = async {
-            loop {
-                // Asked for before the look, so that none is missed in between.
-                let changed = self.common.banned.notified();
-                if self.common.is_banned(source) {
-                    return Stop::Reset;
-                }
-                changed.await;
-            }
-        };
-        tokio::select! {
-            how = self.ended() => how,
-            how = banned => how,
-        }
-    }
-
-    /// Resolves when nobody new is served any more.
-    async fn closed(&self) {
-        self.told(|_| true).await;
-    }
-
-    /// Whether live conversations go on though nobody new is served.
-    fn drains(&self) -> bool {
-        *self.how_stopped() == Some(Stop::Drain)
-    }
-
-    fn stop(&self, how: Stop) {
-        *self.how_stopped() = Some(how);
-        self.stopped.notify_waiters();
-    }
-
-    fn how_stopped(&self) -> MutexGuard<'_, Option<Stop>> {
-        self.stop.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    async fn told(&self, is_meant: impl Fn(Stop) -> bool) -> Stop {
-        loop {
-            // Asked for before the look, so that none is missed in between.
-            let stopped = self.stopped.notified();
-            match *self.how_stopped() {
-                Some(how) if is_meant(how) => return how,
-                _ => {}
-            }
-            stopped.await;
-        }
-    }
-
-    fn serving(&self) -> MutexGuard<'_, Vec<JoinHandle<()>>> {
-        self.serving.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn now(&self) -> RwLockReadGuard<'_, Now> {
-        self.now.read().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// Counts that somebody is not served, and warns of what an administrator would want to change.
-    fn refuse(&self, why: Refusal) {
-        self.refused.count(why);
-        self.common.refused.count(why);
-        let is_wanted = matches!(
-            why,
-            Refusal::NotAllowed
-                | Refusal::Banned
-                | Refusal::FlowLimit
-                | Refusal::RateLimited
-                | Refusal::SourceRateLimited
-                | Refusal::BandwidthExceeded
-        );
-        if is_wanted || !self.warned[why as usize].is_due() {
-            return;
-        }
-        let spec = &self.spec;
-        match why {
-            Refusal::NotAllowed
-            | Refusal::Banned
-            | Refusal::FlowLimit
-            | Refusal::RateLimited
-            | Refusal::SourceRateLimited
-            | Refusal::BandwidthExceeded => {}
-            Refusal::NoDescriptors => warn!(
-                "{spec} takes no more clients for now: its conversations have {} open files, and the limit of this process \
-                 is {}; LimitNOFILE= in the unit, or `ulimit -n`, raises it",
-                self.share.taken(),
-                self.common.budget.limit()
-            ),
-            Refusal::TooManyFlows => warn!(
-                "{spec} takes no more clients for now: one of its ports has {} UDP flows, which is the most",
-                udp::MAX_FLOWS
-            ),
-            Refusal::Loop => warn!(
-                "{spec} leads back to a published port: {} in a row is the most; what reaches {} must not come back",
-                chain::LONGEST,
-                spec.backend
-            ),
-            Refusal::NoSourcePort => warn!(
-                "{spec}: no source port is left towards {}; a wider net.ipv4.ip_local_port_range has more",
-                spec.backend
-            ),
-        }
-    }
-
-    /// How many publishes a client's conversation has passed, counting this one, unless it passes in circles.
-    fn passed(&self, client: SocketAddr, frontend: SocketAddr) -> Option<u8> {
-        let passed = self.common.chains.passed(client, frontend) + 1;
-        if passed > chain::LONGEST {
-            self.refuse(Refusal::Loop);
-            return None;
-        }
-        Some(passed)
-    }
-
-    /// Waits until two descriptors may be taken for a client that was accepted. `None`: it has to go at once.
-    async fn admit(&self, client: RawFd) -> Option<Permit> {
-        let mut waits = false;
-        loop {
-            let exhausted = match self.share.take(2, Some(client)) {
-                Ok(permit) => return Some(permit),
-                Err(exhausted) => exhausted,
-            };
-            if !std::mem::replace(&mut waits, true) {
-                self.refuse(Refusal::NoDescriptors);
-            }
-            if exhausted == Exhausted::Reserve {
-                return None;
-            }
-            tokio::time::sleep(accept::BACK_OFF).await;
-        }
-    }
-
-    /// Begins to connect a new socket to the backend, without waiting; it may still be refused.
-    fn begin(
-        &self,
-        passed: u8,
-        backend: SocketAddr,
-        socket: socket2::Socket,
-    ) -> io::Result<(socket2::Socket, Link)> {
-        let begun = self.common.chains.begin(passed, backend, || {
-            match socket.connect(&backend.into()) {
-                Err(error) if error.raw_os_error() != Some(libc::EINPROGRESS) => return Err(error),
-                _ => {}
-            }
-            let own = socket.local_addr()?.as_socket();
-            Ok((socket, own.ok_or(io::ErrorKind::Unsupported)?))
-        });
-        if let Err(error) = &begun
-            && matches!(
-                error.raw_os_error(),
-                Some(libc::EADDRNOTAVAIL | libc::EAGAIN)
-            )
-        {
-            self.refuse(Refusal::NoSourcePort);
-        }
-        begun
-    }
-
-    /// # Errors
-    /// The backend's device does not exist.
-    fn backend(&self, port: u16) -> io::Result<SocketAddr> {
-        let now = self.now();
-        let spec = &now.spec;
-        let port = spec.backend_port(port);
-        sockets::scoped(spec.backend, spec.backend_zone.as_ref(), port)
-    }
-
-    fn carried(&self, bytes: usize) {
-        self.carried_many(1, bytes);
-    }
-
-    fn carried_many(&self, packets: usize, bytes: usize) {
-        self.packets.fetch_add(packets as u64, Relaxed);
-        self.bytes.fetch_add(bytes as u64, Relaxed);
-    }
-
-    /// Counts a live flow until it is dropped.
-    fn flow(self: &Arc<Self>) -> LiveFlow {
-        self.flows.fetch_add(1, Relaxed);
-        self.begun.fetch_add(1, Relaxed);
-        LiveFlow(self.clone())
-    }
-}
-
-impl Drop for Shared {
-    fn drop(&mut self) {
-        let counters = [&self.begun, &self.packets, &self.bytes];
-        for (gone, counter) in self.common.gone.iter().zip(counters) {
-            gone.fetch_add(counter.load(Relaxed), Relaxed);
-        }
-    }
-}
-
-#[derive(Debug)]
-struct LiveFlow(Arc<Shared>);
-
-impl Drop for LiveFlow {
-    fn drop(&mut self) {
-        self.0.flows.fetch_sub(1, Relaxed);
     }
 }
 
@@ -394,6 +199,8 @@ impl Proxy {
     /// # Errors
     /// As epoll_ctl(2).
     pub fn start(held: Held, spec: Arc<Spec>, options: Options, idle: &Idle) -> io::Result<Self> {
+        let sockets: Vec<BorrowedFd<'_>> = held.sockets().collect();
+        idle.common().store.keep(&options.name, &sockets);
         let now = Now {
             spec: spec.clone(),
             allow: options.allow.clone(),
@@ -416,6 +223,7 @@ impl Proxy {
             stop: Mutex::default(),
             stopped: Notify::new(),
             serving: Mutex::default(),
+            left: Mutex::default(),
         });
         let tcp = held
             .tcp
@@ -439,8 +247,22 @@ impl Proxy {
                     .hold(tcp.len() + udp.len() + sctp.len()),
             ),
         };
+        // Before anything is read that comes anew: a datagram would begin another flow.
+        let arrived = idle.common().arrived().remove(&shared.options.name);
+        for conversation in arrived.into_iter().flatten() {
+            let client = conversation.message.client;
+            if let Err(error) = Self::go_on(&shared, conversation) {
+                warn!("{client} of {} cannot go on: {error}", shared.spec);
+            }
+        }
         for (port, socket) in tcp.chain(udp).chain(sctp) {
             proxy.waiting.push(idle.add(socket, port, shared.clone())?);
+        }
+        if shared.has_left() {
+            // Their backends may speak first.
+            for descriptor in &proxy.waiting {
+                idle.serve(*descriptor, &shared);
+            }
         }
         Ok(proxy)
     }
@@ -472,7 +294,23 @@ impl Proxy {
         Meter(self.shared.clone())
     }
 
-    /// Gives the ports back; on return they are free. What drains can be stopped again.
+    /// Goes on with a conversation of an earlier process.
+    fn go_on(shared: &Arc<Shared>, conversation: PassedOn) -> io::Result<()> {
+        match conversation.message.kind {
+            Kind::Tcp { .. } => {
+                let conversation = tcp::Conversation::from_message(conversation, shared)?;
+                tokio::spawn(conversation.go_on(shared.clone()));
+            }
+            Kind::Udp { .. } => {
+                let left = udp::Left::from_message(conversation)?;
+                let mut all = shared.left.lock().unwrap_or_else(PoisonError::into_inner);
+                all.push(left);
+            }
+        }
+        Ok(())
+    }
+
+    /// Gives the ports back; on return they are free, but for [`Idle::settle`]. What drains can be stopped again.
     pub async fn stop(&mut self, how: Stop) {
         self.shared.stop(how);
         self.remove_waiting();
@@ -481,6 +319,15 @@ impl Proxy {
             let _ = task.await;
         }
         self.ports = None;
+        self.give_up_store();
+    }
+
+    /// In the next process, the sockets are its own.
+    fn give_up_store(&self) {
+        let common = self.idle.common();
+        if common.passing_on.borrow().is_none() {
+            common.store.forget(&self.shared.options.name);
+        }
     }
 
     fn remove_waiting(&mut self) {
@@ -500,5 +347,6 @@ impl Drop for Proxy {
         for task in self.shared.serving().iter() {
             task.abort();
         }
+        self.give_up_store();
     }
 }

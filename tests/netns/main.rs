@@ -21,6 +21,7 @@ mod firewall;
 mod flood;
 mod forged;
 mod fragment;
+mod handover;
 mod healing;
 mod icmp;
 mod instance;

@@ -20,7 +20,11 @@ use nix::{
 };
 use serde_json::Value;
 
-use crate::{deadline::wait_for, netns::Netns};
+use crate::{
+    deadline::wait_for,
+    netns::Netns,
+    service::{AS_SERVICE, Manager},
+};
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Datapath {
@@ -71,6 +75,8 @@ pub struct Daemon {
     /// The command line.
     words: Vec<String>,
     output: Output,
+    /// Of which it is a service.
+    manager: Option<Manager>,
     /// It was asked to end by itself.
     stopped: bool,
 }
@@ -116,7 +122,7 @@ impl Daemon {
         flags: &[&str],
     ) -> Result<Self> {
         let flags = [&["--ephemeral"], flags].concat();
-        Self::start_anew(netns, wrapper, specs, datapath, &flags)
+        Self::start_anew(netns, (wrapper, None), specs, datapath, &flags)
     }
 
     /// As [`Daemon::start_with`], but what is published at run time survives a restart; until it is dropped.
@@ -129,12 +135,56 @@ impl Daemon {
         datapath: Datapath,
         flags: &[&str],
     ) -> Result<Self> {
-        Self::start_anew(netns, &[], specs, datapath, flags)
+        Self::start_anew(netns, (&[], None), specs, datapath, flags)
+    }
+
+    /// As [`Daemon::start_with_state`], as a service of systemd, which keeps its descriptors.
+    ///
+    /// # Errors
+    /// As [`Daemon::start`].
+    pub fn start_as_service(
+        netns: &Netns,
+        specs: &[&str],
+        datapath: Datapath,
+        flags: &[&str],
+    ) -> Result<Self> {
+        let manager = Some(Manager::new()?);
+        Self::start_anew(netns, (&AS_SERVICE, manager), specs, datapath, flags)
+    }
+
+    /// What systemd keeps of it, by name.
+    pub fn stored(&self) -> Vec<String> {
+        self.manager
+            .as_ref()
+            .map(Manager::names)
+            .unwrap_or_default()
+    }
+
+    /// What `systemctl restart` does: the next process takes over from this one.
+    ///
+    /// # Errors
+    /// It does not end in time, or the next one does not start.
+    pub fn hand_over(&mut self) -> Result<()> {
+        self.quit()?;
+        self.restart()
+    }
+
+    /// Has it leave everything to the next process.
+    ///
+    /// # Errors
+    /// It does not end in time, or not well.
+    pub fn quit(&mut self) -> Result<()> {
+        self.signal(Signal::SIGQUIT)?;
+        let child = &mut self.child;
+        let status = wait_for("the end of forwarder", || child.try_wait().ok().flatten())
+            .with_context(|| text(&self.output.stderr))?;
+        ensure!(status.success(), "{status}: {}", text(&self.output.stderr));
+        Ok(())
     }
 
     fn start_anew(
         netns: &Netns,
-        wrapper: &[&str],
+        (wrapper, manager): (&[&str], Option<Manager>),
         specs: &[&str],
         datapath: Datapath,
         flags: &[&str],
@@ -150,13 +200,14 @@ impl Daemon {
         words.extend(flags);
         words.extend(specs.iter().flat_map(|spec| ["-p", *spec]));
         let words: Vec<String> = words.into_iter().map(Into::into).collect();
-        let (child, output) = spawn(netns, &words)?;
+        let (child, output) = spawn(netns, &words, manager.as_ref())?;
         let mut daemon = Self {
             child,
             netns: netns.clone(),
             instance,
             words,
             output,
+            manager,
             stopped: false,
         };
         daemon.wait_until_ready()?;
@@ -209,7 +260,7 @@ impl Daemon {
     /// # Errors
     /// As [`Daemon::start`].
     pub fn restart(&mut self) -> Result<()> {
-        (self.child, self.output) = spawn(&self.netns, &self.words)?;
+        (self.child, self.output) = spawn(&self.netns, &self.words, self.manager.as_ref())?;
         self.wait_until_ready()
     }
 
@@ -226,7 +277,7 @@ impl Daemon {
         let mut words = vec![binary().to_string_lossy().into_owned(), "trace".into()];
         words.extend(arguments.iter().map(|&argument| argument.into()));
         words.extend(["--instance".into(), self.instance.clone()]);
-        let (mut child, output) = spawn(&self.netns, &words)?;
+        let (mut child, output) = spawn(&self.netns, &words, None)?;
         let found = wait_for("the packet in the trace", || {
             traffic();
             let text = text(&output.stdout);
@@ -454,7 +505,7 @@ pub fn interrupt_at_start(netns: &Netns, specs: &[&str]) -> Result<(ExitStatus, 
     words.extend(["--instance", &instance]);
     words.extend(specs.iter().flat_map(|spec| ["-p", *spec]));
     let words: Vec<String> = words.into_iter().map(Into::into).collect();
-    let (mut child, _) = spawn(netns, &words)?;
+    let (mut child, _) = spawn(netns, &words, None)?;
     let pins = PathBuf::from("/sys/fs/bpf/forwarder").join(&instance);
     let ended = wait_for("the first pin", || pins.exists().then_some(())).and_then(|()| {
         kill(Pid::from_raw(child.id().cast_signed()), Signal::SIGINT)?;
@@ -493,11 +544,12 @@ pub fn down(netns: &Netns, instance: &str) -> Result<()> {
 }
 
 /// Starts a command line in a namespace, its output collected.
-fn spawn(netns: &Netns, words: &[String]) -> Result<(Child, Output)> {
+fn spawn(netns: &Netns, words: &[String], manager: Option<&Manager>) -> Result<(Child, Output)> {
     let (program, arguments) = words.split_first().context("an empty command line")?;
     let mut command = netns.command(program);
     // A Ctrl-C at the terminal is for whoever started us, who then ends the daemon.
     std::os::unix::process::CommandExt::process_group(&mut command, 0);
+    manager.map_or(Ok(()), |manager| manager.hand_to(&mut command))?;
     let mut child = command
         .args(arguments)
         .stdin(Stdio::null())

@@ -14,6 +14,7 @@ pub mod icmp;
 pub mod machine;
 pub mod netns;
 pub mod sctp;
+pub mod service;
 pub mod summed;
 pub mod table;
 pub mod topology;

@@ -282,6 +282,14 @@ impl Connection {
             .get_mut()
             .write_all(request.as_bytes())
             .context("send")?;
+        self.hear()
+    }
+
+    /// The answer to what the backend was sent by others.
+    ///
+    /// # Errors
+    /// As [`Connection::ask`].
+    pub fn hear(&mut self) -> Result<Answer> {
         let mut line = String::new();
         self.input.read_line(&mut line).context("receive")?;
         ensure!(line.ends_with('\n'), "closed before the answer");

@@ -6,13 +6,16 @@ use std::{
     net::SocketAddr,
     path::{Path, PathBuf},
     process::Command,
+    sync::atomic::{AtomicBool, Ordering::Relaxed},
+    thread,
+    time::Duration,
 };
 
 use forwarder_tests::{
     deadline::wait_for,
     machine::Machine,
     topology::{Family, Topology},
-    traffic::{Backend, Protocol, ask},
+    traffic::{Backend, Connection, Protocol, ask},
 };
 use serde_json::Value;
 
@@ -175,11 +178,54 @@ fn a_debian_package_is_replaced_while_it_serves() {
     scene.run("apt-get install -y /tmp/forwarder.deb");
     scene.start();
     scene.serves();
-    let before = scene.run("systemctl show --property=MainPID forwarder");
-    scene.run("apt-get install -y --reinstall /tmp/forwarder.deb");
-    scene.serves();
-    let after = scene.run("systemctl show --property=MainPID forwarder");
-    assert_ne!(before, after, "the new program runs");
+    // A port that no fast path serves: its conversations are the proxy's.
+    let proxied = SocketAddr::new(scene.frontend().ip(), PORT + 1);
+    let backend = SocketAddr::new(scene.topology.backend.address(Family::V4), BACKEND_PORT);
+    let publish = "forwarder publish --proxy-protocol=v1";
+    scene.run(&format!("{publish} {}:{backend}", proxied.port()));
+    let client = &scene.topology.client;
+    let mut conversations =
+        [scene.frontend(), proxied].map(|frontend| Connection::open(client, frontend).unwrap());
+    conversations[0].ask("hello").unwrap();
+    let header = conversations[1].ask("hello").unwrap();
+    assert!(header.payload.starts_with("PROXY TCP4"), "{header:?}");
+    assert_eq!(conversations[1].hear().unwrap().payload, "hello");
+    let over = AtomicBool::new(false);
+    for restart in [
+        "apt-get install -y --reinstall /tmp/forwarder.deb",
+        "systemctl restart forwarder",
+    ] {
+        let before = scene.run("systemctl show --property=MainPID forwarder");
+        over.store(false, Relaxed);
+        thread::scope(|scope| {
+            // Whoever comes meanwhile waits, and nobody is refused.
+            for frontend in [scene.frontend(), proxied] {
+                let over = &over;
+                scope.spawn(move || {
+                    while !over.load(Relaxed) {
+                        Connection::open(client, frontend).unwrap();
+                        thread::sleep(Duration::from_millis(5));
+                    }
+                });
+            }
+            let restarted = scene.machine.run(restart);
+            over.store(true, Relaxed);
+            restarted.unwrap_or_else(|error| panic!("{error:#}"));
+        });
+        let after = scene.run("systemctl show --property=MainPID forwarder");
+        assert_ne!(before, after, "the new program runs");
+        for conversation in &mut conversations {
+            let answer = conversation.ask("still there?");
+            let answer = answer.unwrap_or_else(|error| {
+                panic!(
+                    "{restart}: {error:#}\n{}",
+                    scene.run("journalctl --no-pager -u forwarder")
+                )
+            });
+            assert_eq!(answer.payload, "still there?");
+        }
+        scene.serves();
+    }
     scene.run("grep -q FORWARDER_FLAGS=.-p /etc/default/forwarder");
 }
 

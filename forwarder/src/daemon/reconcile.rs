@@ -17,7 +17,7 @@ use ipnet::IpNet;
 use tracing::{debug, info, warn};
 
 use super::{
-    Daemon,
+    Daemon, store_name,
     view::{Row, delivery_name},
 };
 use crate::{
@@ -27,7 +27,7 @@ use crate::{
     metrics::Timed,
     network::{Snapshot, local::is_local},
     plan::{self, Planned, Unserved},
-    proxy::{Held, Options as ProxyOptions, Proxy, Stop, is_wide},
+    proxy::{Held, Options as ProxyOptions, Proxy, Sockets, Stop, is_wide},
     publish::{
         Difference, Id, Limits, ProxyProtocol, Publish, Spec, Wanted, loops, spec::Protocol,
     },
@@ -125,7 +125,7 @@ impl Daemon {
         let mut loose = Loose::default();
         let mut done = Vec::new();
         let in_the_way = difference.in_the_way.clone();
-        let mut given = descriptors;
+        let mut given = Sockets::from(descriptors);
         let tried = self.try_all(
             difference,
             &in_the_way,
@@ -156,6 +156,9 @@ impl Daemon {
                 ending
             };
             loose.add(self.end(wanted.id, ending).await);
+        }
+        if !difference.remove.is_empty() {
+            tokio::task::block_in_place(|| self.idle.settle());
         }
         if let Err(error) = self.follow_xdp(&difference.asked) {
             warn!("{error:#}");
@@ -194,8 +197,9 @@ impl Daemon {
         let backends: Vec<_> = restored.iter().map(|it| it.publish.spec.backend).collect();
         self.ask_for_routes(backends).await;
         for wanted in restored {
-            let begun =
-                tokio::task::block_in_place(|| self.begin_publish(&wanted, &mut Vec::new()));
+            let begun = tokio::task::block_in_place(|| {
+                self.begin_publish(&wanted, &mut Sockets::default())
+            });
             let Err(error) = begun else {
                 if self.waiting.remove(&wanted.id) {
                     info!("publish {} is served again", wanted.publish.spec);
@@ -241,7 +245,7 @@ impl Daemon {
         difference: &Difference,
         in_the_way: &BTreeSet<Id>,
         ending: Ending,
-        given: &mut Vec<OwnedFd>,
+        given: &mut Sockets,
         (done, loose): (&mut Vec<Done>, &mut Loose),
     ) -> Result<()> {
         for wanted in &difference.remove {
@@ -259,6 +263,9 @@ impl Daemon {
             }
         }
         tokio::task::block_in_place(|| {
+            if !in_the_way.is_empty() {
+                self.idle.settle();
+            }
             for wanted in &difference.add {
                 self.begin_publish(wanted, given)?;
                 done.push(Done::Begun(wanted.id));
@@ -316,7 +323,7 @@ impl Daemon {
     }
 
     /// Holds a publish's ports, and has kernel and proxy serve it.
-    fn begin_publish(&mut self, wanted: &Wanted, given: &mut Vec<OwnedFd>) -> Result<()> {
+    fn begin_publish(&mut self, wanted: &Wanted, given: &mut Sockets) -> Result<()> {
         let spec = &wanted.publish.spec;
         let before = self.places.get(&wanted.id).copied();
         let before = before.filter(|place| self.slots.take_this(*place));
@@ -348,14 +355,10 @@ impl Daemon {
 
     /// Holds a publish's ports: by a socket each, or a wide range by one socket if the kernel can steer; and starts its
     /// proxy.
-    fn hold(&mut self, index: u32, wanted: &Wanted, given: &mut Vec<OwnedFd>) -> Result<Serving> {
+    fn hold(&mut self, index: u32, wanted: &Wanted, given: &mut Sockets) -> Result<Serving> {
         let publish = &wanted.publish;
         let spec = &publish.spec;
-        let (held, steered) = if given.is_empty() {
-            self.bind(index, wanted)?
-        } else {
-            (Held::bind_or_take(spec, given)?, Vec::new())
-        };
+        let (held, steered) = self.bind(index, wanted, given)?;
         let options = self.options(wanted)?;
         let limits = options.limits;
         let allow: Arc<[IpNet]> = options.allow.clone().into();
@@ -387,16 +390,22 @@ impl Daemon {
         })
     }
 
-    fn bind(&mut self, index: u32, wanted: &Wanted) -> Result<(Held, Vec<(bool, OwnedFd)>)> {
+    fn bind(
+        &mut self,
+        index: u32,
+        wanted: &Wanted,
+        given: &mut Sockets,
+    ) -> Result<(Held, Vec<(bool, OwnedFd)>)> {
         let spec = &wanted.publish.spec;
+        let given = &mut [given, &mut self.left];
         let Some(datapath) = self.datapath.as_mut().filter(|_| is_wide(spec)) else {
-            return Ok((Held::bind(spec)?, Vec::new()));
+            return Ok((Held::bind(spec, given)?, Vec::new()));
         };
         if let Err(error) = datapath.enable_steering() {
             warn!("{spec} is held by a socket for each port: {error:#}");
-            return Ok((Held::bind(spec)?, Vec::new()));
+            return Ok((Held::bind(spec, given)?, Vec::new()));
         }
-        let held = Held::bind_steered(spec, datapath.own_mark())?;
+        let held = Held::bind_steered(spec, datapath.own_mark(), given)?;
         let mut steered = Vec::new();
         held.try_for_each(|is_v4, socket| {
             steered.push((is_v4, socket.try_clone_to_owned()?));
@@ -412,7 +421,7 @@ impl Daemon {
             return Ok(());
         };
         let (index, wanted) = (serving.row.index, serving.row.wanted.clone());
-        let serving = self.hold(index, &wanted, &mut Vec::new())?;
+        let serving = self.hold(index, &wanted, &mut Sockets::default())?;
         self.serving.insert(id, serving);
         self.install(id)
     }
@@ -449,6 +458,7 @@ impl Daemon {
             None => 0,
         };
         Ok(ProxyOptions {
+            name: store_name(wanted.id),
             proxy_protocol: policy.proxy_protocol.unwrap_or(protocol),
             allow: policy.allow.as_ref().unwrap_or(&self.config.allow).clone(),
             timeouts: self.timeouts.clone(),

@@ -1,4 +1,5 @@
-//! Signals: two end an instance, one has it read its configuration again, and two more must not end it.
+//! Signals: two end an instance, one has it read its configuration again, one leaves everything to the next process, and two
+//! more must not end it.
 
 use anyhow::{Context as _, Result};
 use tokio::signal::unix::{Signal, SignalKind, signal};
@@ -7,6 +8,7 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 pub(super) struct Signals {
     end: [Signal; 2],
     reload: Signal,
+    pass_on: Signal,
     /// SIGUSR1 and SIGUSR2, which mean nothing.
     _others: [Signal; 2],
 }
@@ -20,6 +22,7 @@ impl Signals {
                 listen(SignalKind::terminate())?,
             ],
             reload: listen(SignalKind::hangup())?,
+            pass_on: listen(SignalKind::quit())?,
             _others: [
                 listen(SignalKind::user_defined1())?,
                 listen(SignalKind::user_defined2())?,
@@ -33,6 +36,7 @@ impl Signals {
             _ = interrupt.recv() => Heard::End,
             _ = terminate.recv() => Heard::End,
             _ = self.reload.recv() => Heard::Reload,
+            _ = self.pass_on.recv() => Heard::PassOn,
         }
     }
 }
@@ -40,4 +44,6 @@ impl Signals {
 pub(super) enum Heard {
     End,
     Reload,
+    /// As [`Heard::End`] where there is nobody to pass anything on to.
+    PassOn,
 }

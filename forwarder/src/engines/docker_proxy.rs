@@ -31,7 +31,7 @@ use socket2::SockRef;
 use super::request::{self, Answer};
 use crate::{
     instance::Instance,
-    proxy::{Held, Idle, Options, Proxy, Stop},
+    proxy::{Held, Idle, Options, Proxy, Sockets, Stop, Store},
     publish::{
         Spec,
         spec::{Ports, Protocol},
@@ -48,6 +48,8 @@ const RETRY: Duration = Duration::from_millis(200);
 const LAST: Duration = Duration::from_millis(500);
 /// A port that another lease had is free when its end has been noticed.
 const CONFLICTS: u32 = 10;
+/// So often a port that cannot be bound is tried again.
+const BINDS: u32 = 2;
 
 /// What the command line says.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -263,10 +265,7 @@ impl Port {
         let spec = spec.map_err(|problem| anyhow::anyhow!(problem))?;
         let socket = match given {
             Some(given) => given,
-            None => Held::bind(&spec)?
-                .into_sockets()
-                .pop()
-                .context("no socket was bound")?,
+            None => Self::bind(&spec)?,
         };
         let name = std::env::var("FORWARDER_INSTANCE").unwrap_or_else(|_| "default".into());
         Ok(Self {
@@ -274,6 +273,21 @@ impl Port {
             socket,
             instance: Instance { name, socket: None },
         })
+    }
+
+    /// # Errors
+    /// Somebody has the port, and not only for a moment: that of a proxy which was killed is free once the instance has
+    /// noticed.
+    fn bind(spec: &Spec) -> Result<OwnedFd> {
+        let mut attempt = 0;
+        loop {
+            match Held::bind(spec, &mut []) {
+                Ok(held) => return held.into_sockets().pop().context("no socket was bound"),
+                Err(error) if attempt == BINDS => return Err(error.into()),
+                Err(_) => attempt += 1,
+            }
+            thread::sleep(RETRY);
+        }
     }
 
     /// Has the instance serve the port, or does so itself.
@@ -320,8 +334,8 @@ impl Port {
 
     /// Forwards in user space, by threads that begin only now.
     fn serve_alone(&self) -> Result<Serving> {
-        let mut sockets = vec![self.socket.try_clone()?];
-        let held = Held::bind_or_take(&self.spec, &mut sockets)?;
+        let mut given = Sockets::from(vec![self.socket.try_clone()?]);
+        let held = Held::bind(&self.spec, &mut [&mut given])?;
         let spec = Arc::new(self.spec.clone());
         let (end, ended) = std::sync::mpsc::channel();
         let (begun, result) = std::sync::mpsc::channel();
@@ -331,7 +345,7 @@ impl Port {
                 .build();
             let served = runtime.map(|runtime| {
                 runtime.block_on(async {
-                    let started = Idle::start()
+                    let started = Idle::start(Store::default())
                         .and_then(|idle| Proxy::start(held, spec, Options::default(), &idle));
                     let mut proxy = match started {
                         Ok(proxy) => proxy,

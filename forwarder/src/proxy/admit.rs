@@ -9,7 +9,7 @@ use std::{
 
 use forwarder_common::policy::{Limits, Pace, Policy, UNITS_PER_NANOSECOND, time_of};
 
-use super::{Refusal, Shared};
+use super::{Refusal, shared::Shared};
 
 /// Sources that are remembered at once. More, and all are forgotten.
 const SOURCES: usize = 32_768;

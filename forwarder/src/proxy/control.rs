@@ -16,7 +16,7 @@ const ECN: u8 = 3;
 
 /// The address of this host that a datagram came to, the device for link-local ones, and the port if the socket
 /// asks for it by [`tell_destination`], else 0.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, serde::Serialize, serde::Deserialize)]
 pub(super) struct Local {
     pub(super) address: IpAddr,
     pub(super) ifindex: u32,

@@ -13,7 +13,7 @@ use tracing::warn;
 
 use crate::publish::Bans;
 
-use super::{Common, Refusal, Shared, sctp, sockets::Port, tcp, udp};
+use super::{Common, Refusal, Store, sctp, shared::Shared, sockets::Port, tcp, udp};
 
 /// Sockets that are looked at in one go.
 const EVENTS: usize = 64;
@@ -100,14 +100,14 @@ impl AsRawFd for Descriptor {
 }
 
 impl Idle {
-    /// Watches from a task of the current runtime.
+    /// Watches from a task of the current runtime; `store` has what outlives it.
     ///
     /// # Errors
     /// As epoll_create1(2).
-    pub fn start() -> std::io::Result<Self> {
+    pub fn start(store: Store) -> std::io::Result<Self> {
         let inner = Arc::new(Inner {
             epoll: Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?,
-            common: Arc::new(Common::new()),
+            common: Arc::new(Common::new(store)),
             waiting: Mutex::default(),
         });
         // SAFETY: the descriptor is the epoll instance, which lives for as long as `Descriptor` does.
@@ -144,10 +144,6 @@ impl Idle {
         common.banned.notify_waiters();
     }
 
-    /// Keeps a socket until it is asked for, or [`Idle::remove`]d by its descriptor, which is returned.
-    ///
-    /// # Errors
-    /// As epoll_ctl(2).
     /// Flows, packets and bytes of publishes that the proxy no longer serves.
     pub fn gone(&self) -> [u64; 3] {
         let gone = &self.common().gone;
@@ -155,6 +151,10 @@ impl Idle {
             .map(|counter| counter.load(std::sync::atomic::Ordering::Relaxed))
     }
 
+    /// Keeps a socket until it is asked for, or [`Idle::remove`]d by its descriptor, which is returned.
+    ///
+    /// # Errors
+    /// As epoll_ctl(2).
     pub(super) fn add(
         &self,
         socket: Socket,
@@ -172,6 +172,19 @@ impl Idle {
         };
         waiting.insert(descriptor, entry);
         Ok(descriptor)
+    }
+
+    /// Gives a publish's socket a task of its own, if it still waits.
+    pub(super) fn serve(&self, descriptor: RawFd, shared: &Arc<Shared>) {
+        let mut waiting = self.0.waiting();
+        if waiting
+            .get(&descriptor)
+            .is_some_and(|entry| Arc::ptr_eq(&entry.shared, shared))
+            && let Some(entry) = waiting.remove(&descriptor)
+        {
+            let _ = self.0.epoll.delete(&entry.socket);
+            entry.serve();
+        }
     }
 
     /// Closes a publish's socket if it still waits.

@@ -9,9 +9,10 @@ use tokio::io::{Interest, unix::AsyncFd};
 use tracing::{debug, warn};
 
 use super::{
-    Shared, Stop,
+    End,
     budget::Permit,
     chain::Link,
+    shared::Shared,
     sockets::{Port, socket},
 };
 use crate::{accept, seldom::Seldom};
@@ -99,8 +100,8 @@ async fn association(
         result = one_way(&client, &backend, &shared) => result,
         result = one_way(&backend, &client, &shared) => result,
         how = shared.ended_for(address.ip()) => match how {
-            Stop::Reset => Err(io::ErrorKind::ConnectionReset.into()),
-            Stop::Cut | Stop::Drain => Ok(()),
+            End::Reset => Err(io::ErrorKind::ConnectionReset.into()),
+            End::Close | End::PassOn => Ok(()),
         },
     };
     if let Err(error) = result {

@@ -5,7 +5,7 @@ use std::{
     collections::{BTreeMap, BTreeSet},
     fs, io,
     net::{IpAddr, SocketAddr, SocketAddrV6},
-    os::fd::{AsFd as _, AsRawFd as _, BorrowedFd, OwnedFd},
+    os::fd::{AsFd as _, BorrowedFd, OwnedFd},
     sync::{Mutex, MutexGuard, PoisonError},
 };
 
@@ -13,7 +13,7 @@ use forwarder_common::publish::own_priority;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use socket2::{Domain, SockAddr, SockRef, Socket, Type};
 
-use super::{control, sctp, tcp};
+use super::{control, sctp, store::Sockets, tcp};
 use crate::publish::spec::{Protocol, Spec, Zone};
 
 /// Listening sockets of one publish, or bound ones for UDP.
@@ -58,19 +58,11 @@ const BACKLOG: i32 = 4096;
 const SPARE: u64 = 256;
 
 impl Held {
-    /// Binds every frontend address and port, or none.
+    /// Binds every frontend address and port, or none; but takes the sockets of `given` that are bound to what is wanted already.
     ///
     /// # Errors
     /// The first port that could not be had.
-    pub fn bind(spec: &Spec) -> Result<Self, BindError> {
-        Self::bind_or_take(spec, &mut Vec::new())
-    }
-
-    /// As [`Held::bind`], but takes the sockets of `given` that are bound to what is wanted already.
-    ///
-    /// # Errors
-    /// The first port that could not be had.
-    pub fn bind_or_take(spec: &Spec, given: &mut Vec<OwnedFd>) -> Result<Self, BindError> {
+    pub fn bind(spec: &Spec, given: &mut [&mut Sockets]) -> Result<Self, BindError> {
         let fail = |address: IpAddr, port: u16, problem: String| BindError {
             frontend: SocketAddr::new(address, port),
             protocol: spec.protocol,
@@ -92,13 +84,12 @@ impl Held {
         let mut held = Self::default();
         for address in frontends {
             for port in spec.ports.first..=spec.ports.last {
-                let bound =
-                    scoped(address, spec.zone.as_ref(), port).and_then(|bind| {
-                        match taken(given, bind, spec.protocol) {
-                            Some(socket) => held.add_given(socket, port, spec.protocol),
-                            None => held.add(bind, spec.protocol, None),
-                        }
-                    });
+                let bound = scoped(address, spec.zone.as_ref(), port).and_then(|bind| {
+                    match take(given, bind, spec.protocol) {
+                        Some(socket) => held.add_given(socket, Port::One(port), spec.protocol),
+                        None => held.add(bind, spec.protocol, None),
+                    }
+                });
                 match bound {
                     Ok(()) => {}
                     Err(error) if spec.address.is_none() && is_without_ipv6(address, &error) => {}
@@ -111,12 +102,16 @@ impl Held {
         Ok(held)
     }
 
-    /// Binds one socket for each family to the first port of a range; those of the others are found taken if
-    /// somebody has them now. `mark` keeps our own ports from being refused to us.
+    /// Binds one socket for each family to the first port of a range, or takes those of `given`; those of the others are found
+    /// taken if somebody has them now. `mark` keeps our own ports from being refused to us.
     ///
     /// # Errors
     /// The first port that could not be had.
-    pub fn bind_steered(spec: &Spec, mark: u32) -> Result<Self, BindError> {
+    pub fn bind_steered(
+        spec: &Spec,
+        mark: u32,
+        given: &mut [&mut Sockets],
+    ) -> Result<Self, BindError> {
         let taken = ports_in_use(spec);
         let mut held = Self::default();
         for address in spec.frontends() {
@@ -129,7 +124,11 @@ impl Held {
             };
             let bind = |port| scoped(address, spec.zone.as_ref(), port);
             let first = bind(spec.ports.first);
-            match first.and_then(|first| held.add(first, spec.protocol, Some(mark))) {
+            let held_first = first.and_then(|first| match take(given, first, spec.protocol) {
+                Some(socket) => held.add_given(socket, Port::Steered { mark }, spec.protocol),
+                None => held.add(first, spec.protocol, Some(mark)),
+            });
+            match held_first {
                 Err(error) if without(&error) => continue,
                 result => result.map_err(|error| fail(spec.ports.first, &error))?,
             }
@@ -148,11 +147,16 @@ impl Held {
     /// # Errors
     /// There is no such device.
     pub fn only_on(&self, device: &str) -> io::Result<()> {
-        let tcp = self.tcp.iter().map(|(_, socket)| SockRef::from(socket));
-        let udp = self.udp.iter().map(|(_, socket)| SockRef::from(socket));
-        let sctp = self.sctp.iter().map(|(_, socket)| SockRef::from(socket));
-        let mut all = tcp.chain(udp).chain(sctp);
-        all.try_for_each(|socket| socket.bind_device(Some(device.as_bytes())))
+        let mut all = self.sockets();
+        all.try_for_each(|socket| SockRef::from(&socket).bind_device(Some(device.as_bytes())))
+    }
+
+    /// All of them.
+    pub(super) fn sockets(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
+        let tcp = self.tcp.iter().map(|(_, socket)| socket.as_fd());
+        let udp = self.udp.iter().map(|(_, socket)| socket.as_fd());
+        let sctp = self.sctp.iter().map(|(_, socket)| socket.as_fd());
+        tcp.chain(udp).chain(sctp)
     }
 
     /// The sockets alone, for another process to serve.
@@ -171,11 +175,7 @@ impl Held {
         &self,
         mut each: impl FnMut(bool, BorrowedFd<'_>) -> Result<(), E>,
     ) -> Result<(), E> {
-        let tcp = self.tcp.iter().map(|(_, socket)| socket.as_raw_fd());
-        let udp = self.udp.iter().map(|(_, socket)| socket.as_raw_fd());
-        for fd in tcp.chain(udp) {
-            // SAFETY: the descriptor is open for as long as `self` lives.
-            let socket = unsafe { BorrowedFd::borrow_raw(fd) };
+        for socket in self.sockets() {
             let v4 = SockRef::from(&socket)
                 .domain()
                 .is_ok_and(|domain| domain == Domain::IPV4);
@@ -185,9 +185,8 @@ impl Held {
     }
 
     /// Takes a socket that somebody else has bound, and has it as our own ones are.
-    fn add_given(&mut self, socket: Socket, port: u16, protocol: Protocol) -> io::Result<()> {
+    fn add_given(&mut self, socket: Socket, held: Port, protocol: Protocol) -> io::Result<()> {
         socket.set_nonblocking(true)?;
-        let held = Port::One(port);
         match protocol {
             Protocol::Tcp => {
                 tcp::tune(SockRef::from(&socket))?;
@@ -257,17 +256,13 @@ fn tell_address(socket: &Socket) -> io::Result<()> {
 }
 
 /// Takes the socket that is bound to an address out of those that were given.
-fn taken(given: &mut Vec<OwnedFd>, wanted: SocketAddr, protocol: Protocol) -> Option<Socket> {
+fn take(given: &mut [&mut Sockets], wanted: SocketAddr, protocol: Protocol) -> Option<Socket> {
     let kind = match protocol {
         Protocol::Tcp | Protocol::Sctp => Type::STREAM,
         Protocol::Udp => Type::DGRAM,
     };
-    let at = given.iter().position(|descriptor| {
-        let socket = SockRef::from(descriptor);
-        let local = socket.local_addr().ok().and_then(|local| local.as_socket());
-        local == Some(wanted) && socket.r#type().is_ok_and(|found| found == kind)
-    })?;
-    Some(given.swap_remove(at).into())
+    let found = given.iter_mut().find_map(|it| it.take(wanted, kind));
+    found.map(Into::into)
 }
 
 /// A socket's address, with the scope of a link-local one.
@@ -515,7 +510,7 @@ mod tests {
         let spec: Spec = format!("127.0.0.1:{port}:192.0.2.1:80")
             .parse()
             .expect("a spec");
-        let error = Held::bind(&spec)
+        let error = Held::bind(&spec, &mut [])
             .expect_err("the port is taken")
             .to_string();
         let start = format!("publish 127.0.0.1:{port}/tcp: address already in use (held by pid ");
@@ -528,7 +523,9 @@ mod tests {
         let spec: Spec = "203.0.113.77:8080:192.0.2.1:80/udp"
             .parse()
             .expect("a spec");
-        let error = Held::bind(&spec).expect_err("not our address").to_string();
+        let error = Held::bind(&spec, &mut [])
+            .expect_err("not our address")
+            .to_string();
         assert!(
             error.contains("203.0.113.77 is not an address of this host"),
             "{error}"

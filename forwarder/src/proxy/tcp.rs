@@ -29,10 +29,12 @@ use tokio::{
 use tracing::{debug, warn};
 
 use super::{
-    ProxyProtocol, Shared, Stop,
+    End, ProxyProtocol,
     budget::Permit,
     chain::Link,
+    pass_on::{self, Kind, Message, PassedOn},
     protocol_header::Transport,
+    shared::{LiveFlow, Shared},
     sockets::{self, Port},
     urgent,
 };
@@ -74,45 +76,211 @@ pub(super) async fn serve(listener: std::net::TcpListener, port: Port, shared: A
                     reset(&client);
                     continue;
                 };
-                let task = connection(client, address, (port, passed), permit, shared.clone());
-                tokio::spawn(task);
+                let conversation = Conversation {
+                    client,
+                    address,
+                    port,
+                    passed,
+                    backend: None,
+                    ways: Default::default(),
+                    _permit: permit,
+                };
+                tokio::spawn(conversation.begin(shared.clone()));
             }
             Err(error) => accept::failed(&error, &warned, spec).await,
         }
     }
 }
 
-async fn connection(
+/// A client that is served.
+pub(super) struct Conversation {
     client: TcpStream,
     address: SocketAddr,
-    (port, passed): (u16, u8),
+    /// The published port that it came to.
+    port: u16,
+    /// Publishes that it has passed.
+    passed: u8,
+    backend: Option<(TcpStream, Link)>,
+    /// To the backend, and to the client.
+    ways: [Way; 2],
     _permit: Permit,
-    shared: Arc<Shared>,
-) {
-    let _live = shared.flow();
-    // The client believes that it is connected. If the backend refuses, it learns so by a reset.
-    let backend = tokio::select! {
-        backend = connect(&client, address, (port, passed), &shared) => backend,
-        _ = shared.ended_for(address.ip()) => return reset(&client),
-    };
-    let (backend, _link) = match backend {
-        Ok(backend) => backend,
-        Err(error) => {
-            debug!("{}: {error}", shared.spec);
-            return reset(&client);
+}
+
+/// One direction. What it has read and not written yet is here at every point where it waits.
+#[derive(Default)]
+struct Way {
+    unsent: Vec<u8>,
+    pipe: Option<Pipe>,
+    in_pipe: usize,
+}
+
+impl Conversation {
+    async fn begin(self, shared: Arc<Shared>) {
+        let live = shared.flow();
+        self.carry(live, shared).await;
+    }
+
+    /// The same of one that was passed on to this process.
+    pub(super) async fn go_on(self, shared: Arc<Shared>) {
+        let live = shared.flow_of_before();
+        self.carry(live, shared).await;
+    }
+
+    async fn carry(mut self, _live: LiveFlow, shared: Arc<Shared>) {
+        let source = self.address.ip();
+        // The client believes that it is connected. If the backend refuses, it learns so by a reset.
+        let how = tokio::select! {
+            carried = self.both_ways(&shared) => carried.map(|()| End::Close),
+            how = shared.ended_for(source) => Ok(how),
+        };
+        match how {
+            Ok(End::PassOn) => return self.pass_on(&shared),
+            Ok(End::Close) if self.backend.is_some() => return,
+            Ok(_) => {}
+            Err(error) => debug!("{} of {}: {error}", self.address, shared.spec),
         }
-    };
-    let result = tokio::select! {
-        result = both_ways(&client, &backend, &shared) => result,
-        how = shared.ended_for(address.ip()) => match how {
-            Stop::Reset => Err(io::ErrorKind::ConnectionReset.into()),
-            Stop::Cut | Stop::Drain => Ok(()),
-        },
-    };
-    if let Err(error) = result {
-        debug!("{address}: {error}");
-        reset(&client);
-        reset(&backend);
+        reset(&self.client);
+        if let Some((backend, _)) = &self.backend {
+            reset(backend);
+        }
+    }
+
+    /// Both directions until both have ended; an error in one ends the other. What closes the streams afterwards
+    /// closes the direction that ended last.
+    async fn both_ways(&mut self, shared: &Shared) -> io::Result<()> {
+        let Self {
+            client,
+            address,
+            port,
+            passed,
+            backend,
+            ways,
+            ..
+        } = self;
+        let backend = match backend {
+            Some((backend, _)) => backend,
+            None => {
+                let connected = connect(client, *address, (*port, *passed), shared).await?;
+                &mut backend.insert(connected).0
+            }
+        };
+        let (client, backend) = (&*client, &*backend);
+        // Of one that was over before, the end is read again.
+        let over = AtomicBool::new(false);
+        let [request, answer] = ways;
+        tokio::try_join!(
+            one_way((client, backend, ORIGINAL), request, &over, shared),
+            one_way((backend, client, REPLY), answer, &over, shared)
+        )?;
+        Ok(())
+    }
+
+    fn pass_on(self, shared: &Shared) {
+        let Self {
+            client,
+            address,
+            port,
+            passed,
+            backend,
+            ways,
+            ..
+        } = self;
+        let mut descriptors = Vec::new();
+        let mut add = |stream: TcpStream| {
+            let stream = stream.into_std().map(OwnedFd::from);
+            stream.map(|stream| descriptors.push(stream))
+        };
+        let has_backend = backend.is_some();
+        // The connection to the backend is known to the next process as its own.
+        let added = add(client).and_then(|()| backend.map_or(Ok(()), |(backend, _)| add(backend)));
+        if let Err(error) = added {
+            return debug!("{address} of {} ends: {error}", shared.spec);
+        }
+        let ways = ways.map(|way| {
+            let has_pipe = way.pipe.is_some();
+            descriptors.extend(
+                way.pipe
+                    .into_iter()
+                    .flat_map(|pipe| [pipe.read, pipe.write]),
+            );
+            pass_on::Way {
+                unsent: way.unsent,
+                in_pipe: way.in_pipe,
+                has_pipe,
+            }
+        });
+        shared.common.pass_on(PassedOn {
+            message: Message {
+                publish: shared.options.name.clone(),
+                client: address,
+                kind: Kind::Tcp {
+                    port,
+                    passed,
+                    has_backend,
+                    ways,
+                },
+            },
+            descriptors,
+        });
+    }
+
+    /// # Errors
+    /// It is none of TCP, its sockets are not what it says, or there is no room for them.
+    pub(super) fn from_message(passed_on: PassedOn, shared: &Shared) -> io::Result<Self> {
+        let PassedOn {
+            message,
+            descriptors,
+        } = passed_on;
+        let Kind::Tcp {
+            port,
+            passed,
+            has_backend,
+            ways,
+        } = message.kind
+        else {
+            return Err(io::ErrorKind::InvalidInput.into());
+        };
+        let permit = || {
+            let permit = shared.share.take(2, None);
+            permit.map_err(|_| io::Error::from_raw_os_error(libc::EMFILE))
+        };
+        let mut descriptors = descriptors.into_iter();
+        let mut next = || descriptors.next().ok_or(io::ErrorKind::UnexpectedEof);
+        let client = TcpStream::from_std(next()?.into())?;
+        let backend = match has_backend {
+            true => {
+                let backend = TcpStream::from_std(next()?.into())?;
+                let (own, peer) = (backend.local_addr()?, backend.peer_addr()?);
+                let chains = &shared.common.chains;
+                Some(chains.begin(passed, peer, || Ok::<_, io::Error>((backend, own)))?)
+            }
+            false => None,
+        };
+        let mut way = |way: pass_on::Way| -> io::Result<Way> {
+            let pipe = match way.has_pipe {
+                true => Some(Pipe {
+                    read: next()?,
+                    write: next()?,
+                    _permit: permit()?,
+                }),
+                false => None,
+            };
+            Ok(Way {
+                unsent: way.unsent,
+                pipe,
+                in_pipe: way.in_pipe,
+            })
+        };
+        let [request, answer] = ways;
+        Ok(Self {
+            client,
+            address: message.client,
+            port,
+            passed,
+            backend,
+            ways: [way(request)?, way(answer)?],
+            _permit: permit()?,
+        })
     }
 }
 
@@ -155,28 +323,26 @@ fn reset(stream: &TcpStream) {
 }
 
 /// From one stream to the other, and which direction that is.
-type Way<'a> = (&'a TcpStream, &'a TcpStream, usize);
-
-/// Both directions until both have ended; an error in one ends the other. What closes the streams afterwards
-/// closes the direction that ended last.
-async fn both_ways(client: &TcpStream, backend: &TcpStream, shared: &Shared) -> io::Result<()> {
-    let over = AtomicBool::new(false);
-    tokio::try_join!(
-        one_way((client, backend, ORIGINAL), &over, shared),
-        one_way((backend, client, REPLY), &over, shared)
-    )?;
-    Ok(())
-}
+type Ends<'a> = (&'a TcpStream, &'a TcpStream, usize);
 
 /// Copies until the end of the stream, then half-closes the other side, unless the other direction is over: a
 /// close, which follows, does as much.
-async fn one_way(way: Way<'_>, other_is_over: &AtomicBool, shared: &Shared) -> io::Result<()> {
-    let (_, to, _) = way;
-    if copy(way, shared).await? == Copied::Bulk {
-        match pipe(shared) {
-            Ok(pipe) => by_splice(way, &pipe, shared).await?,
-            Err(_) => while copy(way, shared).await? == Copied::Bulk {},
+async fn one_way(
+    ends: Ends<'_>,
+    way: &mut Way,
+    other_is_over: &AtomicBool,
+    shared: &Shared,
+) -> io::Result<()> {
+    let (_, to, _) = ends;
+    loop {
+        if way.pipe.is_some() {
+            by_splice(ends, way, shared).await?;
+            break;
         }
+        if copy(ends, &mut way.unsent, shared).await? == Copied::All {
+            break;
+        }
+        way.pipe = pipe(shared).ok();
     }
     if other_is_over.swap(true, Relaxed) {
         return Ok(());
@@ -194,11 +360,16 @@ enum Copied {
     Bulk,
 }
 
-async fn copy((from, to, direction): Way<'_>, shared: &Shared) -> io::Result<Copied> {
+async fn copy(
+    (from, to, direction): Ends<'_>,
+    unsent: &mut Vec<u8>,
+    shared: &Shared,
+) -> io::Result<Copied> {
     let mut full = 0;
     while full < FULL_READS {
-        let (read, rest) = match pass(from, to).await? {
-            Passed::Data(read, rest) => (read, rest),
+        write(to, unsent).await?;
+        let read = match pass(from, to, unsent).await? {
+            Passed::Data(read) => read,
             Passed::Mark => {
                 if urgent::carry(from, to).await? {
                     shared.carried(1);
@@ -211,18 +382,24 @@ async fn copy((from, to, direction): Way<'_>, shared: &Shared) -> io::Result<Cop
         }
         shared.carried(read);
         shared.pace(direction, read).await;
-        let mut rest = &rest[..];
-        while !rest.is_empty() {
-            to.writable().await?;
-            match to.try_write(rest) {
-                Ok(written) => rest = &rest[written..],
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
-                Err(error) => return Err(error),
-            }
-        }
         full = if read == BUFFER { full + 1 } else { 0 };
     }
+    write(to, unsent).await?;
     Ok(Copied::Bulk)
+}
+
+/// Writes what is left.
+async fn write(to: &TcpStream, unsent: &mut Vec<u8>) -> io::Result<()> {
+    while !unsent.is_empty() {
+        to.writable().await?;
+        match to.try_write(unsent) {
+            Ok(written) if written == unsent.len() => *unsent = Vec::new(),
+            Ok(written) => drop(unsent.drain(..written)),
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(())
 }
 
 thread_local! {
@@ -231,14 +408,14 @@ thread_local! {
 }
 
 enum Passed {
-    /// How much was read, 0 at the end of the stream, and what is still to be written.
-    Data(usize, Vec<u8>),
+    /// How much was read, 0 at the end of the stream.
+    Data(usize),
     /// Nothing: the urgent octet is next.
     Mark,
 }
 
-/// Reads once, and writes what the other side takes at once.
-async fn pass(from: &TcpStream, to: &TcpStream) -> io::Result<Passed> {
+/// Reads once, and writes what the other side takes at once; the rest is `unsent`.
+async fn pass(from: &TcpStream, to: &TcpStream, unsent: &mut Vec<u8>) -> io::Result<Passed> {
     poll_fn(|context| {
         loop {
             ready!(from.poll_read_ready(context))?;
@@ -259,7 +436,8 @@ async fn pass(from: &TcpStream, to: &TcpStream) -> io::Result<Passed> {
                         Err(error) => return Err(error),
                     }
                 }
-                Ok(Some(Passed::Data(read, data[written..].to_vec())))
+                unsent.extend_from_slice(&data[written..]);
+                Ok(Some(Passed::Data(read)))
             });
             if let Some(passed) = passed.transpose() {
                 return Poll::Ready(passed);
@@ -311,9 +489,23 @@ fn pipe(shared: &Shared) -> io::Result<Pipe> {
     })
 }
 
-async fn by_splice((from, to, direction): Way<'_>, pipe: &Pipe, shared: &Shared) -> io::Result<()> {
+async fn by_splice(
+    (from, to, direction): Ends<'_>,
+    way: &mut Way,
+    shared: &Shared,
+) -> io::Result<()> {
     let flags = SpliceFFlags::SPLICE_F_MOVE | SpliceFFlags::SPLICE_F_NONBLOCK;
+    let Some(pipe) = &way.pipe else {
+        return Ok(());
+    };
     loop {
+        while way.in_pipe > 0 {
+            let (pipe, rest) = (pipe.read.as_fd(), way.in_pipe);
+            let moved = to.async_io(Interest::WRITABLE, || {
+                Ok(splice(pipe, None, to.as_fd(), None, rest, flags)?)
+            });
+            way.in_pipe -= moved.await?;
+        }
         let moved = from
             .async_io(Interest::READABLE, || {
                 let moved = splice(from.as_fd(), None, pipe.write.as_fd(), None, PIPE, flags);
@@ -324,32 +516,18 @@ async fn by_splice((from, to, direction): Way<'_>, pipe: &Pipe, shared: &Shared)
                 }
             })
             .await?;
-        let moved = match moved {
+        match moved {
             Some(0) => return Ok(()),
-            Some(moved) => moved,
+            Some(moved) => {
+                way.in_pipe += moved;
+                shared.carried(moved);
+                shared.pace(direction, moved).await;
+            }
             None => {
                 if urgent::carry(from, to).await? {
                     shared.carried(1);
                 }
-                continue;
             }
-        };
-        shared.carried(moved);
-        shared.pace(direction, moved).await;
-        let mut rest = moved;
-        while rest > 0 {
-            rest -= to
-                .async_io(Interest::WRITABLE, || {
-                    Ok(splice(
-                        pipe.read.as_fd(),
-                        None,
-                        to.as_fd(),
-                        None,
-                        rest,
-                        flags,
-                    )?)
-                })
-                .await?;
         }
     }
 }

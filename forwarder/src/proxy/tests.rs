@@ -1,6 +1,7 @@
 //! The proxy as its clients and backends meet it: real sockets on loopback addresses, no privileges.
 
 mod datagrams;
+mod passed_on;
 
 use std::{
     io::{ErrorKind, Read, Write},
@@ -13,7 +14,7 @@ use std::{
 
 use nix::sys::socket::{MsgFlags, send};
 
-use super::{Held, Idle, Options, Proxy, ProxyProtocol, Refusal, Stop};
+use super::{Held, Idle, Options, Proxy, ProxyProtocol, Refusal, Stop, Store};
 use crate::{proxy::protocol_header::Transport, publish::spec::Spec};
 
 /// Ten seconds, or as many times that as `FORWARDER_TEST_SLACK` says: an emulated machine is slower.
@@ -45,8 +46,8 @@ fn serve(address: &str, backend: SocketAddr, protocol: &str, options: Options) -
             .expect("a port");
         let text = format!("{address}:{}:{}/{protocol}", free.port(), backend);
         let spec: Spec = text.parse().expect("a spec");
-        if let Ok(held) = Held::bind(&spec) {
-            let idle = Idle::start().expect("epoll");
+        if let Ok(held) = Held::bind(&spec, &mut []) {
+            let idle = Idle::start(Store::default()).expect("epoll");
             let proxy = Proxy::start(held, spec.into(), options, &idle).expect("epoll");
             let host = address
                 .trim_matches(['[', ']'])

@@ -5,7 +5,7 @@ use std::{
     collections::HashMap,
     io::{self, IoSlice},
     net::{IpAddr, SocketAddr, SocketAddrV6},
-    os::fd::{AsFd as _, AsRawFd as _},
+    os::fd::{AsFd as _, AsRawFd as _, OwnedFd},
     sync::{
         Arc, Mutex, MutexGuard, PoisonError, Weak,
         atomic::{AtomicBool, AtomicU64, Ordering::Relaxed},
@@ -19,7 +19,7 @@ use nix::{
     errno::Errno,
     sys::socket::{self, ControlMessage, MsgFlags, SockaddrStorage},
 };
-use socket2::{SockRef, Type};
+use socket2::{Domain, SockAddr, SockRef, Socket, Type};
 use tokio::{
     io::Interest,
     net::UdpSocket,
@@ -29,11 +29,13 @@ use tokio::{
 use tracing::{debug, warn};
 
 use super::{
-    LiveFlow, Refusal, Shared, batch,
+    Refusal, batch,
     budget::Permit,
     chain::Link,
     control::{self, About, Local},
+    pass_on::{Kind, Message, PassedOn},
     protocol_header::Transport,
+    shared::{LiveFlow, Shared},
     sockets::{self, GivenUp, Port},
 };
 
@@ -147,6 +149,42 @@ impl Flow {
     }
 }
 
+/// A flow of an earlier process.
+#[derive(Debug)]
+pub(super) struct Left {
+    /// What the socket is bound to that it came by.
+    bound: SocketAddr,
+    key: Key,
+    backend: OwnedFd,
+    has_replied: bool,
+}
+
+impl Left {
+    /// # Errors
+    /// It is none of UDP, or has no socket.
+    pub(super) fn from_message(passed_on: PassedOn) -> io::Result<Self> {
+        let PassedOn {
+            message,
+            descriptors,
+        } = passed_on;
+        let Kind::Udp {
+            bound,
+            local,
+            has_replied,
+        } = message.kind
+        else {
+            return Err(io::ErrorKind::InvalidInput.into());
+        };
+        let mut descriptors = descriptors.into_iter();
+        Ok(Self {
+            bound,
+            key: (message.client, local),
+            backend: descriptors.next().ok_or(io::ErrorKind::UnexpectedEof)?,
+            has_replied,
+        })
+    }
+}
+
 /// Serves a held port until the publish is stopped. Its flows end with it, or, if it drains, go on by sockets of their own.
 pub(super) async fn serve(socket: std::net::UdpSocket, port: Port, shared: Arc<Shared>) {
     let answering = UdpSocket::from_std(socket).and_then(|socket| {
@@ -169,6 +207,7 @@ pub(super) async fn serve(socket: std::net::UdpSocket, port: Port, shared: Arc<S
         flows: HashMap::new(),
         gone,
     };
+    serving.go_on();
     loop {
         tokio::select! {
             ready = frontend.readable() => {
@@ -199,6 +238,8 @@ pub(super) async fn serve(socket: std::net::UdpSocket, port: Port, shared: Arc<S
     }
     if shared.drains() {
         serving.hand_over();
+    } else if shared.how_stopped().is_none() {
+        serving.pass_on();
     } else {
         // The flows' tasks may end later than the port is free.
         serving
@@ -230,11 +271,7 @@ impl Serving {
             .is_none_or(|flow| flow.over.load(Relaxed))
         {
             match self.begin(key) {
-                Ok(Some(flow)) => {
-                    let task = replies(flow.clone(), key, self.shared.clone(), self.gone.clone());
-                    tokio::spawn(until_stopped(task, self.shared.clone()));
-                    self.flows.insert(key, flow);
-                }
+                Ok(Some(flow)) => self.serve(key, flow),
                 Ok(None) => return,
                 Err(error) => return debug!("{}: {error}", self.shared.spec),
             }
@@ -261,24 +298,42 @@ impl Serving {
         let Some(passed) = shared.passed(client, used) else {
             return Ok(None);
         };
-        // One towards the backend, and one that answers from another port of a range.
-        let descriptors = if used.port() == self.answering.bound.port() {
-            1
-        } else {
-            2
-        };
-        let Ok(permit) = shared.share.take(descriptors, None) else {
+        let Ok(permit) = shared.share.take(self.descriptors(used), None) else {
             return refuse(Refusal::NoDescriptors);
         };
         let (port, frontend) = self.answering.for_datagram(local)?;
         let backend = shared.backend(port)?;
         let socket = sockets::socket(backend.ip(), Type::DGRAM, None)?;
         control::tell_more(socket.as_fd(), backend.is_ipv4());
-        let (socket, link) = shared.begin(passed, backend, socket)?;
-        let protocol = shared.now().proxy_protocol;
-        Ok(Some(Arc::new(Flow {
+        let begun = shared.begin(passed, backend, socket)?;
+        let live = shared.flow();
+        self.flow((client, used), frontend, begun, permit, live)
+            .map(Some)
+    }
+
+    /// One towards the backend, and one that answers from another port of a range.
+    fn descriptors(&self, used: SocketAddr) -> u64 {
+        if used.port() == self.answering.bound.port() {
+            1
+        } else {
+            2
+        }
+    }
+
+    /// Of a client that uses an address of ours.
+    fn flow(
+        &self,
+        (client, used): (SocketAddr, SocketAddr),
+        frontend: Arc<UdpSocket>,
+        (socket, link): (Socket, Link),
+        permit: Permit,
+        live: LiveFlow,
+    ) -> io::Result<Arc<Flow>> {
+        let protocol = self.shared.now().proxy_protocol;
+        let is_v4 = socket.domain()? == Domain::IPV4;
+        Ok(Arc::new(Flow {
             backend: UdpSocket::from_std(socket.into())?,
-            is_v4: backend.is_ipv4(),
+            is_v4,
             frontend: Mutex::new(Some(frontend)),
             header: protocol.header(Transport::Datagram, client, used),
             segments: [AtomicBool::new(true), AtomicBool::new(true)],
@@ -289,8 +344,80 @@ impl Serving {
             cut: Notify::new(),
             _link: link,
             _permit: permit,
-            _live: shared.flow(),
-        })))
+            _live: live,
+        }))
+    }
+
+    fn serve(&mut self, key: Key, flow: Arc<Flow>) {
+        let task = replies(flow.clone(), key, self.shared.clone(), self.gone.clone());
+        tokio::spawn(until_stopped(task, self.shared.clone()));
+        self.flows.insert(key, flow);
+    }
+
+    /// Takes the flows of an earlier process that came by this socket.
+    fn go_on(&mut self) {
+        let bound = self.answering.bound;
+        let left: Vec<Left> = {
+            let mut left = self.shared.left.lock();
+            let left = left.as_deref_mut().unwrap_or_else(|left| left.get_mut());
+            left.extract_if(.., |it| it.bound == bound).collect()
+        };
+        for it in left {
+            let key = it.key;
+            if let Err(error) = self.go_on_with(it) {
+                debug!("{} of {} ends: {error}", key.0, self.shared.spec);
+            }
+        }
+    }
+
+    fn go_on_with(&mut self, left: Left) -> io::Result<()> {
+        let Left {
+            key,
+            backend,
+            has_replied,
+            ..
+        } = left;
+        let (client, local) = key;
+        let used = self.answering.address(local);
+        let permit = self.shared.share.take(self.descriptors(used), None);
+        let permit = permit.map_err(|_| io::Error::from_raw_os_error(libc::EMFILE))?;
+        let (_, frontend) = self.answering.for_datagram(local)?;
+        let socket = Socket::from(backend);
+        let ends = |address: io::Result<SockAddr>| {
+            address?
+                .as_socket()
+                .ok_or(io::Error::from(io::ErrorKind::Unsupported))
+        };
+        let (own, peer) = (ends(socket.local_addr())?, ends(socket.peer_addr())?);
+        let chains = &self.shared.common.chains;
+        let passed = chains.passed(client, used) + 1;
+        let begun = chains.begin(passed, peer, || Ok::<_, io::Error>((socket, own)))?;
+        let live = self.shared.flow_of_before();
+        let flow = self.flow((client, used), frontend, begun, permit, live)?;
+        flow.replied.store(has_replied, Relaxed);
+        self.serve(key, flow);
+        Ok(())
+    }
+
+    /// Has all flows go on in the next process.
+    fn pass_on(self) {
+        for ((client, local), flow) in &self.flows {
+            let Ok(backend) = flow.backend.as_fd().try_clone_to_owned() else {
+                continue;
+            };
+            self.shared.common.pass_on(PassedOn {
+                message: Message {
+                    publish: self.shared.options.name.clone(),
+                    client: *client,
+                    kind: Kind::Udp {
+                        bound: self.answering.bound,
+                        local: *local,
+                        has_replied: flow.replied.load(Relaxed),
+                    },
+                },
+                descriptors: vec![backend],
+            });
+        }
     }
 
     /// Gives each flow a socket of its own on the port, connected to its client: the kernel prefers it to any that is not

@@ -14,7 +14,9 @@ use nix::sys::socket::{
 
 use super::{DEADLINE, Served, serve};
 use crate::{
-    proxy::{Held, Idle, Options, Proxy, ProxyProtocol, Refusal, Stop, protocol_header::Transport},
+    proxy::{
+        Held, Idle, Options, Proxy, ProxyProtocol, Refusal, Stop, Store, protocol_header::Transport,
+    },
     publish::spec::Spec,
 };
 
@@ -162,8 +164,8 @@ fn serve_again(served: &Served, backend: &UdpSocket) -> Proxy {
     let spec: Spec = format!("{}:{backend}/udp", served.frontend)
         .parse()
         .expect("a spec");
-    let held = Held::bind(&spec).expect("the port is free");
-    let idle = Idle::start().expect("epoll");
+    let held = Held::bind(&spec, &mut []).expect("the port is free");
+    let idle = Idle::start(Store::default()).expect("epoll");
     Proxy::start(held, spec.into(), Options::default(), &idle).expect("epoll")
 }
 

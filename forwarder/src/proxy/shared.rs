@@ -1,0 +1,287 @@
+//! What the tasks of one publish share: where clients go now, what was carried and refused, and when they are to end.
+
+use std::{
+    io,
+    net::{IpAddr, SocketAddr},
+    os::fd::RawFd,
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard,
+        atomic::{AtomicU64, Ordering::Relaxed},
+    },
+};
+
+use forwarder_common::policy::Limits;
+use ipnet::IpNet;
+use tokio::{sync::Notify, task::JoinHandle};
+use tracing::warn;
+
+use super::{
+    Common, End, Options, ProxyProtocol, Refusal, Stop,
+    admit::Account,
+    budget::{Exhausted, Permit, Share},
+    chain::{self, Link},
+    refusal::Refusals,
+    sockets, udp,
+};
+use crate::{accept, publish::spec::Spec, seldom::Seldom};
+
+#[derive(Debug)]
+pub(super) struct Now {
+    pub(super) spec: Arc<Spec>,
+    pub(super) allow: Vec<IpNet>,
+    pub(super) proxy_protocol: ProxyProtocol,
+    pub(super) limits: Limits,
+}
+
+/// What the tasks of one publish share.
+#[derive(Debug)]
+pub(super) struct Shared {
+    pub(super) spec: Arc<Spec>,
+    pub(super) options: Options,
+    /// Where new clients are sent and which are served, both of which may change.
+    pub(super) now: RwLock<Now>,
+    pub(super) account: Account,
+    pub(super) flows: AtomicU64,
+    pub(super) begun: AtomicU64,
+    pub(super) packets: AtomicU64,
+    pub(super) bytes: AtomicU64,
+    pub(super) common: Arc<Common>,
+    pub(super) share: Arc<Share>,
+    pub(super) refused: Refusals,
+    /// By refusal.
+    pub(super) warned: [Seldom; Refusal::ALL.len()],
+    pub(super) stop: Mutex<Option<Stop>>,
+    pub(super) stopped: Notify,
+    /// The tasks of sockets that somebody has come to.
+    pub(super) serving: Mutex<Vec<JoinHandle<()>>>,
+    /// UDP flows of an earlier process, until the task of their socket takes them.
+    pub(super) left: Mutex<Vec<udp::Left>>,
+}
+
+impl Shared {
+    /// Resolves when live connections are to end here, with how.
+    pub(super) async fn ended(&self) -> End {
+        tokio::select! {
+            how = self.told(|how| how != Stop::Drain) => match how {
+                Stop::Reset => End::Reset,
+                Stop::Cut | Stop::Drain => End::Close,
+            },
+            () = self.common.passed_on() => End::PassOn,
+        }
+    }
+
+    /// The same of one client's, which may be banned.
+    pub(super) async fn ended_for(&self, source: IpAddr) -> End {
+        let banned = async {
+            loop {
+                // Asked for before the look, so that none is missed in between.
+                let changed = self.common.banned.notified();
+                if self.common.is_banned(source) {
+                    return End::Reset;
+                }
+                changed.await;
+            }
+        };
+        tokio::select! {
+            how = self.ended() => how,
+            how = banned => how,
+        }
+    }
+
+    /// Resolves when nobody new is served any more.
+    pub(super) async fn closed(&self) {
+        tokio::select! {
+            _ = self.told(|_| true) => {}
+            () = self.common.passed_on() => {}
+        }
+    }
+
+    /// Whether live conversations go on though nobody new is served.
+    pub(super) fn drains(&self) -> bool {
+        *self.how_stopped() == Some(Stop::Drain)
+    }
+
+    pub(super) fn stop(&self, how: Stop) {
+        *self.how_stopped() = Some(how);
+        self.stopped.notify_waiters();
+    }
+
+    pub(super) fn how_stopped(&self) -> MutexGuard<'_, Option<Stop>> {
+        self.stop.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(super) async fn told(&self, is_meant: impl Fn(Stop) -> bool) -> Stop {
+        loop {
+            // Asked for before the look, so that none is missed in between.
+            let stopped = self.stopped.notified();
+            match *self.how_stopped() {
+                Some(how) if is_meant(how) => return how,
+                _ => {}
+            }
+            stopped.await;
+        }
+    }
+
+    pub(super) fn has_left(&self) -> bool {
+        let left = self.left.lock().unwrap_or_else(PoisonError::into_inner);
+        !left.is_empty()
+    }
+
+    pub(super) fn serving(&self) -> MutexGuard<'_, Vec<JoinHandle<()>>> {
+        self.serving.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(super) fn now(&self) -> RwLockReadGuard<'_, Now> {
+        self.now.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Counts that somebody is not served, and warns of what an administrator would want to change.
+    pub(super) fn refuse(&self, why: Refusal) {
+        self.refused.count(why);
+        self.common.refused.count(why);
+        let is_wanted = matches!(
+            why,
+            Refusal::NotAllowed
+                | Refusal::Banned
+                | Refusal::FlowLimit
+                | Refusal::RateLimited
+                | Refusal::SourceRateLimited
+                | Refusal::BandwidthExceeded
+        );
+        if is_wanted || !self.warned[why as usize].is_due() {
+            return;
+        }
+        let spec = &self.spec;
+        match why {
+            Refusal::NotAllowed
+            | Refusal::Banned
+            | Refusal::FlowLimit
+            | Refusal::RateLimited
+            | Refusal::SourceRateLimited
+            | Refusal::BandwidthExceeded => {}
+            Refusal::NoDescriptors => warn!(
+                "{spec} takes no more clients for now: its conversations have {} open files, and the limit of this process \
+                 is {}; LimitNOFILE= in the unit, or `ulimit -n`, raises it",
+                self.share.taken(),
+                self.common.budget.limit()
+            ),
+            Refusal::TooManyFlows => warn!(
+                "{spec} takes no more clients for now: one of its ports has {} UDP flows, which is the most",
+                udp::MAX_FLOWS
+            ),
+            Refusal::Loop => warn!(
+                "{spec} leads back to a published port: {} in a row is the most; what reaches {} must not come back",
+                chain::LONGEST,
+                spec.backend
+            ),
+            Refusal::NoSourcePort => warn!(
+                "{spec}: no source port is left towards {}; a wider net.ipv4.ip_local_port_range has more",
+                spec.backend
+            ),
+        }
+    }
+
+    /// How many publishes a client's conversation has passed, counting this one, unless it passes in circles.
+    pub(super) fn passed(&self, client: SocketAddr, frontend: SocketAddr) -> Option<u8> {
+        let passed = self.common.chains.passed(client, frontend) + 1;
+        if passed > chain::LONGEST {
+            self.refuse(Refusal::Loop);
+            return None;
+        }
+        Some(passed)
+    }
+
+    /// Waits until two descriptors may be taken for a client that was accepted. `None`: it has to go at once.
+    pub(super) async fn admit(&self, client: RawFd) -> Option<Permit> {
+        let mut waits = false;
+        loop {
+            let exhausted = match self.share.take(2, Some(client)) {
+                Ok(permit) => return Some(permit),
+                Err(exhausted) => exhausted,
+            };
+            if !std::mem::replace(&mut waits, true) {
+                self.refuse(Refusal::NoDescriptors);
+            }
+            if exhausted == Exhausted::Reserve {
+                return None;
+            }
+            tokio::time::sleep(accept::BACK_OFF).await;
+        }
+    }
+
+    /// Begins to connect a new socket to the backend, without waiting; it may still be refused.
+    pub(super) fn begin(
+        &self,
+        passed: u8,
+        backend: SocketAddr,
+        socket: socket2::Socket,
+    ) -> io::Result<(socket2::Socket, Link)> {
+        let begun = self.common.chains.begin(passed, backend, || {
+            match socket.connect(&backend.into()) {
+                Err(error) if error.raw_os_error() != Some(libc::EINPROGRESS) => return Err(error),
+                _ => {}
+            }
+            let own = socket.local_addr()?.as_socket();
+            Ok((socket, own.ok_or(io::ErrorKind::Unsupported)?))
+        });
+        if let Err(error) = &begun
+            && matches!(
+                error.raw_os_error(),
+                Some(libc::EADDRNOTAVAIL | libc::EAGAIN)
+            )
+        {
+            self.refuse(Refusal::NoSourcePort);
+        }
+        begun
+    }
+
+    /// # Errors
+    /// The backend's device does not exist.
+    pub(super) fn backend(&self, port: u16) -> io::Result<SocketAddr> {
+        let now = self.now();
+        let spec = &now.spec;
+        let port = spec.backend_port(port);
+        sockets::scoped(spec.backend, spec.backend_zone.as_ref(), port)
+    }
+
+    pub(super) fn carried(&self, bytes: usize) {
+        self.carried_many(1, bytes);
+    }
+
+    pub(super) fn carried_many(&self, packets: usize, bytes: usize) {
+        self.packets.fetch_add(packets as u64, Relaxed);
+        self.bytes.fetch_add(bytes as u64, Relaxed);
+    }
+
+    /// Counts a live flow until it is dropped.
+    pub(super) fn flow(self: &Arc<Self>) -> LiveFlow {
+        self.begun.fetch_add(1, Relaxed);
+        self.flow_of_before()
+    }
+
+    /// The same of one that has begun in an earlier process.
+    pub(super) fn flow_of_before(self: &Arc<Self>) -> LiveFlow {
+        self.flows.fetch_add(1, Relaxed);
+        self.common.live.fetch_add(1, Relaxed);
+        LiveFlow(self.clone())
+    }
+}
+
+impl Drop for Shared {
+    fn drop(&mut self) {
+        let counters = [&self.begun, &self.packets, &self.bytes];
+        for (gone, counter) in self.common.gone.iter().zip(counters) {
+            gone.fetch_add(counter.load(Relaxed), Relaxed);
+        }
+    }
+}
+
+#[derive(Debug)]
+pub(super) struct LiveFlow(Arc<Shared>);
+
+impl Drop for LiveFlow {
+    fn drop(&mut self) {
+        self.0.flows.fetch_sub(1, Relaxed);
+        self.0.common.live.fetch_sub(1, Relaxed);
+    }
+}

@@ -1,0 +1,121 @@
+//! A conversation between two proxies, of which the second takes over from the first.
+
+use std::{
+    io::{Read as _, Write as _},
+    net::{Shutdown, TcpListener},
+    os::unix::net::UnixStream,
+    sync::Arc,
+    time::Instant,
+};
+
+use tokio::runtime::{Builder, Runtime};
+
+use super::{DEADLINE, connect, listen};
+use crate::{
+    proxy::{Held, Idle, Options, Proxy, Sockets, Store, pass_on},
+    publish::spec::Spec,
+};
+
+struct Process {
+    runtime: Runtime,
+    proxy: Proxy,
+    idle: Idle,
+}
+
+impl Process {
+    /// Serves a listener, which it has in common with others.
+    fn new(listener: &TcpListener, spec: &Arc<Spec>, before: Option<UnixStream>) -> Self {
+        let runtime = Builder::new_multi_thread().enable_all().build();
+        let runtime = runtime.expect("a runtime");
+        let inside = runtime.enter();
+        let idle = Idle::start(Store::default()).expect("epoll");
+        if let Some(before) = before {
+            assert_eq!(idle.expect(before.into()).expect("conversations"), 1);
+        }
+        let copy = listener.try_clone().expect("a descriptor");
+        let held = Held::bind(spec, &mut [&mut Sockets::from(vec![copy.into()])]);
+        let options = Options {
+            name: "p1".into(),
+            ..Options::default()
+        };
+        let proxy = Proxy::start(held.expect("held"), spec.clone(), options, &idle);
+        let proxy = proxy.expect("epoll");
+        drop(inside);
+        Self {
+            runtime,
+            proxy,
+            idle,
+        }
+    }
+
+    /// Ends, and leaves a stream with what it had.
+    fn pass_on(self) -> UnixStream {
+        let (ours, theirs) = pass_on::stream().expect("a stream");
+        assert_eq!(self.runtime.block_on(self.idle.pass_on_by(&ours)), 1);
+        theirs
+    }
+}
+
+/// Short pieces, each of which the proxy has read before the next comes, until the backend takes no more.
+#[test]
+fn what_could_not_be_written_yet_is_passed_on() {
+    let (server, backend) = listen("127.0.0.1:0");
+    let (listener, frontend) = listen("127.0.0.1:0");
+    let spec = format!("127.0.0.1:{}:{backend}", frontend.port());
+    let spec: Arc<Spec> = Arc::new(spec.parse().expect("a spec"));
+    let first = Process::new(&listener, &spec, None);
+    let mut client = connect(frontend);
+    let (mut server, _) = server.accept().expect("the proxy connects");
+    let mut sent = Vec::new();
+    let read = |sent: &[u8]| first.proxy.counters().bytes == sent.len() as u64;
+    loop {
+        let piece = [(sent.len() / 1000) as u8; 1000];
+        client.write_all(&piece).expect("room");
+        sent.extend_from_slice(&piece);
+        let begun = Instant::now();
+        while !read(&sent) && begun.elapsed() < *DEADLINE / 20 {
+            std::thread::yield_now();
+        }
+        if !read(&sent) {
+            break; // it waits for the backend
+        }
+    }
+    let second = Process::new(&listener, &spec, Some(first.pass_on()));
+    client.shutdown(Shutdown::Write).expect("half-closed");
+    let mut got = Vec::new();
+    server.read_to_end(&mut got).expect("the end");
+    assert!(got == sent, "{} octets of {}", got.len(), sent.len());
+    server.write_all(b"answer").expect("room");
+    drop(server);
+    let mut answer = Vec::new();
+    client.read_to_end(&mut answer).expect("the end");
+    assert_eq!(answer, b"answer");
+    assert_eq!(second.proxy.counters().begun, 0, "it has begun before");
+}
+
+/// A direction that has ended stays so, and the other goes on.
+#[test]
+fn what_is_half_closed_stays_so() {
+    let (server, backend) = listen("127.0.0.1:0");
+    let (listener, frontend) = listen("127.0.0.1:0");
+    let spec = format!("127.0.0.1:{}:{backend}", frontend.port());
+    let spec: Arc<Spec> = Arc::new(spec.parse().expect("a spec"));
+    let first = Process::new(&listener, &spec, None);
+    let mut client = connect(frontend);
+    let (mut server, _) = server.accept().expect("the proxy connects");
+    client.write_all(b"question").expect("room");
+    client.shutdown(Shutdown::Write).expect("half-closed");
+    let mut question = Vec::new();
+    server.read_to_end(&mut question).expect("the end");
+    assert_eq!(question, b"question");
+    let second = Process::new(&listener, &spec, Some(first.pass_on()));
+    server.write_all(b"answer").expect("room");
+    drop(server);
+    let mut answer = Vec::new();
+    client.read_to_end(&mut answer).expect("the end");
+    assert_eq!(answer, b"answer");
+    let deadline = Instant::now() + *DEADLINE;
+    while second.proxy.counters().flows > 0 {
+        assert!(Instant::now() < deadline, "it does not end");
+    }
+}

@@ -1,0 +1,294 @@
+//! A restart or an upgrade, while clients talk, stream and come: nobody is refused, and nothing is reset. What the fast path
+//! carries goes on by itself; the proxy's sockets and conversations are handed to the next process.
+
+use std::{
+    io::{Read as _, Write as _},
+    net::{Ipv6Addr, Shutdown, SocketAddr, TcpListener, TcpStream, UdpSocket},
+    sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed},
+    thread::{self, Scope, ScopedJoinHandle},
+    time::Duration,
+};
+
+use forwarder_tests::{
+    daemon::{Daemon, Datapath},
+    deadline::{patience, wait_for},
+    topology::{Family, Topology},
+    traffic::{Backend, Connection, Protocol, ask},
+};
+
+use crate::scene::{BACKEND_PORT, PORT};
+
+const FAMILY: Family = Family::V4;
+const STREAM_PORT: u16 = 9100;
+const CONVERSATIONS: usize = 100;
+
+struct Scene {
+    topology: Topology,
+    _backends: [Backend; 2],
+}
+
+impl Scene {
+    fn new() -> Self {
+        let topology = Topology::new().unwrap();
+        let start = |protocol| Backend::start(&topology.backend.netns, protocol, BACKEND_PORT);
+        let backends = [Protocol::Tcp, Protocol::Udp].map(|protocol| start(protocol).unwrap());
+        Self {
+            topology,
+            _backends: backends,
+        }
+    }
+
+    fn start(&self, datapath: Datapath) -> Daemon {
+        let backend = self.topology.backend.address(FAMILY);
+        let specs = [
+            format!("{PORT}:{backend}:{BACKEND_PORT}"),
+            format!("{PORT}:{backend}:{BACKEND_PORT}/udp"),
+            format!("{STREAM_PORT}:{backend}:{STREAM_PORT}"),
+        ];
+        let specs: Vec<&str> = specs.iter().map(String::as_str).collect();
+        Daemon::start_as_service(&self.topology.host, &specs, datapath, &[]).unwrap()
+    }
+
+    fn frontend(&self, port: u16) -> SocketAddr {
+        SocketAddr::new(self.topology.host_address(FAMILY), port)
+    }
+
+    /// New connections, as many as come about, each with its answer.
+    fn newcomers<'a>(&'a self, load: &'a Load) {
+        while !load.is_over() {
+            ask(
+                &self.topology.client,
+                Protocol::Tcp,
+                self.frontend(PORT),
+                "new",
+            )
+            .unwrap();
+            load.done.fetch_add(1, Relaxed);
+            thread::sleep(Duration::from_millis(4));
+        }
+    }
+
+    fn conversations(&self) -> Vec<Connection> {
+        let open = |_| Connection::open(&self.topology.client, self.frontend(PORT)).unwrap();
+        let mut all: Vec<Connection> = (0..CONVERSATIONS).map(open).collect();
+        all.iter_mut()
+            .for_each(|it| drop(it.ask("before").unwrap()));
+        all
+    }
+
+    /// Datagrams that are sent once, by one socket, and all answered.
+    fn datagrams<'a>(&'a self, load: &'a Load) {
+        let client = &self.topology.client;
+        let socket = client.enter(|| UdpSocket::bind(("0.0.0.0", 0)).unwrap());
+        socket.set_read_timeout(Some(patience())).unwrap();
+        socket.connect(self.frontend(PORT)).unwrap();
+        let mut seen = None;
+        for number in 0.. {
+            if load.is_over() {
+                return;
+            }
+            let payload = format!("datagram {number}");
+            socket.send(payload.as_bytes()).unwrap();
+            let mut got = [0; 256];
+            let length = socket.recv(&mut got).unwrap();
+            let got = String::from_utf8_lossy(&got[..length]).into_owned();
+            let (source, answer) = got.split_once(' ').unwrap();
+            assert_eq!(answer, payload);
+            // The backend sees the same client all the while.
+            assert_eq!(seen.get_or_insert_with(|| source.to_owned()), source);
+            load.done.fetch_add(1, Relaxed);
+            thread::sleep(Duration::from_millis(2));
+        }
+    }
+
+    /// As much as goes through both ways, every octet of which has to come back in its place.
+    fn stream<'scope>(
+        &'scope self,
+        scope: &'scope Scope<'scope, '_>,
+        load: &'scope Load,
+    ) -> [ScopedJoinHandle<'scope, ()>; 3] {
+        let at = |position: usize| (position ^ (position >> 11)) as u8;
+        let backend = &self.topology.backend.netns;
+        let listener = backend.enter(|| TcpListener::bind((Ipv6Addr::UNSPECIFIED, STREAM_PORT)));
+        let listener = listener.unwrap();
+        let client = self
+            .topology
+            .client
+            .enter(|| TcpStream::connect(self.frontend(STREAM_PORT)));
+        let client = client.unwrap();
+        let (echo, _) = listener.accept().unwrap();
+        for stream in [&client, &echo] {
+            stream.set_read_timeout(Some(3 * patience())).unwrap();
+            stream.set_write_timeout(Some(3 * patience())).unwrap();
+        }
+        let reader = client.try_clone().unwrap();
+        let echo = scope.spawn(move || {
+            std::io::copy(&mut &echo, &mut &echo).unwrap();
+            echo.shutdown(Shutdown::Write).unwrap();
+        });
+        let sent = std::sync::Arc::new(AtomicU64::new(0));
+        let counted = sent.clone();
+        let write = scope.spawn(move || {
+            let mut position = 0;
+            while !load.is_over() {
+                let data: Vec<u8> = (position..position + (64 << 10)).map(at).collect();
+                (&client).write_all(&data).unwrap();
+                position += data.len();
+                counted.store(position as u64, Relaxed);
+            }
+            client.shutdown(Shutdown::Write).unwrap();
+        });
+        let read = scope.spawn(move || {
+            let (mut position, mut buffer) = (0, vec![0; 64 << 10]);
+            loop {
+                // More is on its way than the sockets take.
+                thread::sleep(Duration::from_millis(5));
+                let count = (&reader).read(&mut buffer).unwrap();
+                if count == 0 {
+                    break;
+                }
+                let good = buffer[..count]
+                    .iter()
+                    .zip(position..)
+                    .all(|(it, p)| *it == at(p));
+                assert!(good, "between {position} and {}", position + count);
+                position += count;
+                load.done.fetch_add(1, Relaxed);
+            }
+            assert_eq!(position as u64, sent.load(Relaxed), "octets that came back");
+        });
+        [echo, write, read]
+    }
+}
+
+/// What clients do while something happens.
+#[derive(Default)]
+struct Load {
+    over: AtomicBool,
+    /// Exchanges that went well.
+    done: AtomicU64,
+}
+
+impl Load {
+    fn is_over(&self) -> bool {
+        self.over.load(Relaxed)
+    }
+
+    /// Waits for some more of them.
+    fn goes_on(&self) {
+        let before = self.done.load(Relaxed);
+        wait_for("clients are served", || {
+            (self.done.load(Relaxed) > before + 50).then_some(())
+        })
+        .unwrap();
+    }
+}
+
+/// Ends the load also when a test fails, so that it is reported.
+struct End<'a>(&'a Load);
+
+impl Drop for End<'_> {
+    fn drop(&mut self) {
+        self.0.over.store(true, Relaxed);
+    }
+}
+
+fn nobody_notices(datapath: Datapath) {
+    let scene = Scene::new();
+    let mut daemon = scene.start(datapath);
+    let mut conversations = scene.conversations();
+    let load = Load::default();
+    thread::scope(|scope| {
+        let end = End(&load);
+        scope.spawn(|| scene.newcomers(&load));
+        scope.spawn(|| scene.datagrams(&load));
+        let _stream = scene.stream(scope, &load);
+        let talk = scope.spawn(|| {
+            while !load.is_over() {
+                for conversation in &mut conversations {
+                    conversation.ask("still there?").unwrap();
+                    load.done.fetch_add(1, Relaxed);
+                }
+            }
+        });
+        for _ in 0..3 {
+            load.goes_on();
+            daemon.hand_over().unwrap();
+            load.goes_on();
+        }
+        drop(end);
+        talk.join().unwrap();
+    });
+    for entry in daemon.list().unwrap() {
+        assert_eq!(entry["datapath"], datapath.name(), "{entry}");
+    }
+    for conversation in &mut conversations {
+        conversation.ask("goodbye").unwrap();
+    }
+    daemon.stop().unwrap();
+}
+
+#[test]
+fn nobody_notices_a_restart_by_ebpf() {
+    nobody_notices(Datapath::Ebpf);
+}
+
+#[test]
+fn nobody_notices_a_restart_in_user_space() {
+    nobody_notices(Datapath::Userland);
+}
+
+/// What a kill leaves: its own conversations end, but whoever comes waits, and is served.
+#[test]
+fn who_comes_after_a_kill_waits_for_the_next_process() {
+    let scene = Scene::new();
+    let mut daemon = scene.start(Datapath::Userland);
+    let mut old = Connection::open(&scene.topology.client, scene.frontend(PORT)).unwrap();
+    old.ask("before").unwrap();
+    daemon.kill().unwrap();
+    let waiting = TcpStream::connect;
+    let waiting = scene
+        .topology
+        .client
+        .enter(|| waiting(scene.frontend(PORT)));
+    let waiting = waiting.unwrap();
+    assert!(old.ask("after").is_err());
+    daemon.restart().unwrap();
+    waiting.set_read_timeout(Some(patience())).unwrap();
+    (&waiting).write_all(b"hello\n").unwrap();
+    let mut answer = [0; 64];
+    let length = (&waiting).read(&mut answer).unwrap();
+    assert!(answer[..length].ends_with(b"hello\n"));
+    daemon.stop().unwrap();
+}
+
+#[test]
+fn what_is_taken_back_is_kept_no_more() {
+    let scene = Scene::new();
+    let mut daemon = scene.start(Datapath::Userland);
+    let every = ["p1", "p1", "p2", "p2", "p3", "p3"];
+    wait_for("all are kept", || (daemon.stored() == every).then_some(())).unwrap();
+    let id = daemon.list().unwrap()[1]["id"].to_string();
+    daemon.control(&["unpublish", &id]).unwrap();
+    assert_eq!(daemon.stored(), ["p1", "p1", "p3", "p3"]);
+    // The port is free at once: for somebody else, and for another publish.
+    let host = &scene.topology.host;
+    drop(host.enter(|| UdpSocket::bind(("0.0.0.0", PORT)).unwrap()));
+    // A flag asks for it again, which is another publish.
+    daemon.hand_over().unwrap();
+    assert_eq!(daemon.stored(), ["p1", "p1", "p3", "p3", "p4", "p4"]);
+    daemon.stop().unwrap();
+}
+
+/// Where nobody keeps anything, there is nobody to hand over to.
+#[test]
+fn without_a_manager_it_ends_as_by_any_other_signal() {
+    let topology = Topology::new().unwrap();
+    let backend = topology.backend.address(FAMILY);
+    let spec = format!("{PORT}:{backend}:{BACKEND_PORT}");
+    let mut daemon = Daemon::start(&topology.host, &[&spec], Datapath::Ebpf).unwrap();
+    let pins = daemon.pins();
+    assert!(pins.exists());
+    daemon.quit().unwrap();
+    assert!(!pins.exists());
+}

@@ -1,0 +1,166 @@
+//! What systemd does for a service that has FileDescriptorStoreMax= and Type=notify: keeps descriptors that it is sent, answers
+//! barriers, and hands all to the next start (sd_notify(3), sd_listen_fds(3)).
+
+use std::{
+    fs,
+    io::{self, IoSliceMut},
+    os::{
+        fd::{AsRawFd as _, FromRawFd as _, OwnedFd, RawFd},
+        unix::{net::UnixDatagram, process::CommandExt as _},
+    },
+    path::PathBuf,
+    process::Command,
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicU32, Ordering},
+    },
+    thread,
+};
+
+use anyhow::{Context as _, Result};
+use nix::{
+    fcntl::{FcntlArg, fcntl},
+    sys::socket::{ControlMessageOwned, MsgFlags, recvmsg},
+};
+
+type Kept = Arc<Mutex<Vec<(String, OwnedFd)>>>;
+
+/// The service manager of one service.
+#[derive(Debug)]
+pub struct Manager {
+    socket: PathBuf,
+    kept: Kept,
+}
+
+/// To be run by a shell that becomes the service, as only that knows its number.
+pub const AS_SERVICE: [&str; 4] = ["sh", "-c", "export LISTEN_PID=$$; exec \"$@\"", "sh"];
+
+/// The first descriptor that is handed over (SD_LISTEN_FDS_START).
+const FIRST: RawFd = 3;
+/// Above all that a command has open.
+const ABOVE: RawFd = 4096;
+
+impl Manager {
+    /// # Errors
+    /// No socket can be made.
+    pub fn new() -> Result<Self> {
+        static COUNT: AtomicU32 = AtomicU32::new(0);
+        let number = COUNT.fetch_add(1, Ordering::Relaxed);
+        let name = format!("forwarder-notify-{}-{number}", std::process::id());
+        let socket = std::env::temp_dir().join(name);
+        let listener = UnixDatagram::bind(&socket).context("bind the socket of a service")?;
+        let kept = Kept::default();
+        let manager = Self {
+            socket,
+            kept: kept.clone(),
+        };
+        thread::spawn(move || while heed(&listener, &kept).is_ok() {});
+        Ok(manager)
+    }
+
+    fn kept(&self) -> MutexGuard<'_, Vec<(String, OwnedFd)>> {
+        self.kept.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The names of what is kept, in order.
+    pub fn names(&self) -> Vec<String> {
+        let mut names: Vec<String> = self.kept().iter().map(|(name, _)| name.clone()).collect();
+        names.sort();
+        names
+    }
+
+    /// Has a command, which runs [`AS_SERVICE`], find what is kept.
+    ///
+    /// # Errors
+    /// There are no descriptors left.
+    pub fn hand_to(&self, command: &mut Command) -> Result<()> {
+        let kept = self.kept();
+        let names: Vec<&str> = kept.iter().map(|(name, _)| name.as_str()).collect();
+        command.env("NOTIFY_SOCKET", &self.socket);
+        if !kept.is_empty() {
+            command
+                .env("LISTEN_FDS", kept.len().to_string())
+                .env("LISTEN_FDNAMES", names.join(":"));
+        }
+        let mut handed = Vec::new();
+        for (_, descriptor) in kept.iter() {
+            let copy = fcntl(descriptor, FcntlArg::F_DUPFD_CLOEXEC(ABOVE))?;
+            // SAFETY: the kernel has just made it.
+            handed.push(unsafe { OwnedFd::from_raw_fd(copy) });
+        }
+        let put = move || {
+            for (number, descriptor) in (FIRST..).zip(&handed) {
+                // SAFETY: between fork and exec nothing else uses these numbers any more.
+                if unsafe { libc::dup2(descriptor.as_raw_fd(), number) } < 0 {
+                    return Err(io::Error::last_os_error());
+                }
+            }
+            Ok(())
+        };
+        // SAFETY: between fork and exec only system calls are made; nothing allocates.
+        unsafe { command.pre_exec(put) };
+        Ok(())
+    }
+}
+
+impl Drop for Manager {
+    fn drop(&mut self) {
+        let _ = fs::remove_file(&self.socket);
+    }
+}
+
+/// Receives one message and does what it says.
+fn heed(listener: &UnixDatagram, kept: &Kept) -> io::Result<()> {
+    let mut text = [0; 4096];
+    let mut room = nix::cmsg_space!([RawFd; 253]);
+    let mut slices = [IoSliceMut::new(&mut text)];
+    let flags = MsgFlags::MSG_CMSG_CLOEXEC;
+    let message = recvmsg::<()>(listener.as_raw_fd(), &mut slices, Some(&mut room), flags)?;
+    let mut descriptors = Vec::new();
+    for control in message.cmsgs()? {
+        if let ControlMessageOwned::ScmRights(received) = control {
+            // SAFETY: the kernel has just made them.
+            let received = received
+                .into_iter()
+                .map(|it| unsafe { OwnedFd::from_raw_fd(it) });
+            descriptors.extend(received);
+        }
+    }
+    let length = message.bytes;
+    let text = String::from_utf8_lossy(&text[..length]).into_owned();
+    let value = |key: &str| {
+        let mut lines = text.lines();
+        lines.find_map(|line| line.strip_prefix(key)?.strip_prefix('=').map(str::to_owned))
+    };
+    let name = value("FDNAME").unwrap_or_else(|| "stored".into());
+    let mut kept = kept.lock().unwrap_or_else(PoisonError::into_inner);
+    if value("FDSTOREREMOVE").is_some() {
+        kept.retain(|(it, _)| *it != name);
+    } else if value("FDSTORE").is_some() {
+        for descriptor in descriptors {
+            // What is there already is not kept twice.
+            if !kept.iter().any(|(_, it)| is_same(it, &descriptor)) {
+                kept.push((name.clone(), descriptor));
+            }
+        }
+    }
+    Ok(()) // a barrier's descriptor is closed
+}
+
+/// Whether two descriptors are of one open file (kcmp(2)).
+fn is_same(one: &OwnedFd, other: &OwnedFd) -> bool {
+    const KCMP_FILE: libc::c_int = 0;
+    let own = std::process::id();
+    // SAFETY: the call compares two numbers.
+    let result = unsafe {
+        libc::syscall(
+            libc::SYS_kcmp,
+            own,
+            own,
+            KCMP_FILE,
+            one.as_raw_fd(),
+            other.as_raw_fd(),
+        )
+    };
+    result == 0
+}
