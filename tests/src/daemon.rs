@@ -506,7 +506,7 @@ fn spawn(netns: &Netns, words: &[String]) -> Result<(Child, Output)> {
 }
 
 /// `forwarder` in a namespace.
-fn forwarder(netns: &Netns) -> Command {
+pub fn forwarder(netns: &Netns) -> Command {
     netns.command(&binary().to_string_lossy())
 }
 
