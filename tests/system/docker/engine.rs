@@ -88,11 +88,18 @@ impl Engine {
         Ok(())
     }
 
-    /// Kills it, and nothing of what it has started.
+    /// Kills it. Its containerd ends by that, and nothing else of what it has started.
     pub(super) fn kill(&mut self) -> Result<()> {
+        let file = self.folder.path().join("exec/containerd/containerd.pid");
+        let containerd = fs::read_to_string(&file)?;
         self.child.kill()?;
         self.child.wait()?;
-        Ok(())
+        wait_at_most(PATIENCE, "the end of containerd", || {
+            let words = fs::read(format!("/proc/{containerd}/cmdline"));
+            words.map_or(true, |words| words.is_empty()).then_some(())
+        })?;
+        // The next dockerd would take it for running until somebody has waited for it.
+        fs::remove_file(file).context("containerd's pid file")
     }
 
     /// Starts it again as it was, after [`Engine::kill`].

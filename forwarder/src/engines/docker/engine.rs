@@ -76,7 +76,20 @@ impl Engine {
 
     /// A container, by its id or its name.
     pub(super) async fn container(&self, named: &str) -> Result<Option<Container>> {
-        self.document(&format!("/containers/{named}/json")).await
+        let path = format!("/containers/{named}/json");
+        let Some(mut container) = self.document::<Container>(&path).await? else {
+            return Ok(None);
+        };
+        if let Some(networks) = &mut container.network_settings.networks
+            && networks.len() > 1
+        {
+            for network in networks.values_mut() {
+                let path = format!("/networks/{}", network.id);
+                let about = self.document::<AboutNetwork>(&path).await?;
+                network.internal = about.is_some_and(|it| it.internal);
+            }
+        }
+        Ok(Some(container))
     }
 
     /// What an image is labelled with.
@@ -139,9 +152,20 @@ struct Networks {
     ports: Option<BTreeMap<String, Option<Vec<Binding>>>>,
 }
 
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "PascalCase")]
+struct AboutNetwork {
+    internal: bool,
+}
+
 #[derive(Debug, Default, Deserialize)]
 #[serde(default)]
 struct Network {
+    #[serde(rename = "NetworkID")]
+    id: String,
+    /// Nothing leads out of it.
+    #[serde(skip)]
+    internal: bool,
     #[serde(rename = "IPAddress")]
     v4: String,
     #[serde(rename = "GlobalIPv6Address")]
@@ -175,16 +199,15 @@ impl Container {
         self.config.labels.iter().flatten()
     }
 
-    /// The first of each family, in the order in which the engine itself chooses the network that leads out: one with a
-    /// gateway, with a higher priority, of both families, by its name (moby, `daemon/libnetwork/sandbox.go`).
+    /// The first of each family, in the order in which the engine itself chooses the network that leads out: one that is not
+    /// internal, with a higher priority, of both families, by its name (moby, `daemon/libnetwork/sandbox.go`).
     pub(super) fn addresses(&self) -> Vec<IpAddr> {
         let networks = self.network_settings.networks.iter().flatten();
         let mut networks: Vec<(&String, &Network)> = networks.collect();
         networks.sort_by_key(|(name, it)| {
             let gateways = [&it.gateway_v4, &it.gateway_v6];
             let gateways = gateways.iter().filter(|text| !text.is_empty()).count();
-            let order = (gateways > 0, it.priority, gateways);
-            (Reverse(order), *name)
+            (it.internal, Reverse((it.priority, gateways)), *name)
         });
         let first = |text: fn(&Network) -> &str| {
             let mut all = networks.iter().map(|(_, network)| text(network));
