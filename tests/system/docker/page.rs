@@ -135,7 +135,7 @@ fn follow(topology: &Topology) {
                         let listed = || String::from_utf8(run().stdout).unwrap();
                         let is_fast = || listed().contains("ebpf (").then_some(());
                         wait_for("the fast path in the list", is_fast)
-                            .unwrap_or_else(|error| panic!("{error:#}: {}", listed()));
+                            .unwrap_or_else(|error| panic!("{error:#}: {:?}", run()));
                         let port = if flags.is_empty() { 8080 } else { 8081 };
                         another_machine_is_served(topology, port);
                     }
