@@ -366,6 +366,22 @@ fn a_publish_follows_its_container() {
 }
 
 #[test]
+fn a_container_that_goes_while_it_is_being_published_is_noticed() {
+    let scene = Scene::new(&[]);
+    scene.run("a1", &scene.topology.backend, &Value::Null);
+    scene.owned("docker:a1", 3);
+    // From here on, only the command looks.
+    scene.engine.remove_after_next_look("a1");
+    let publish = ["publish", "--container", "web", "8081:9000"];
+    scene.daemon.control(&publish).unwrap();
+    scene.wait("its end", |rows| {
+        let stopped = "not served: container web is not running";
+        rows.iter().any(|row| row["reason"] == stopped)
+    });
+    scene.daemon.stop().unwrap();
+}
+
+#[test]
 fn a_container_of_both_families_is_published_in_both() {
     let scene = Scene::new(&[]);
     let backend = &scene.topology.backend;

@@ -19,6 +19,8 @@ struct State {
     containers: BTreeMap<String, Value>,
     /// Labels of the one image.
     image: Value,
+    /// One that is gone once it has been asked for.
+    leaving: Option<String>,
     /// Who hears of events.
     listeners: Vec<UnixStream>,
 }
@@ -87,6 +89,11 @@ impl Engine {
         self.state().containers.remove(id);
     }
 
+    /// Ends a container without a word, when somebody has asked for it once more.
+    pub fn remove_after_next_look(&self, id: &str) {
+        self.state().leaving = Some(id.into());
+    }
+
     /// What the image of all containers is labelled with.
     pub fn label_image(&self, labels: Value) {
         self.state().image = labels;
@@ -133,7 +140,13 @@ fn answer(mut stream: UnixStream, state: &Mutex<State>) -> Result<()> {
         [_, "containers", named, "json"] => {
             let name = format!("/{named}");
             let is_meant = |it: &&Value| it["Id"] == named || it["Name"] == name.as_str();
-            state.containers.values().find(is_meant).cloned()
+            let found = state.containers.values().find(is_meant).cloned();
+            if found.is_some()
+                && let Some(id) = state.leaving.take()
+            {
+                state.containers.remove(&id);
+            }
+            found
         }
         [_, "images", _, "json"] => Some(json!({"Config": {"Labels": state.image}})),
         _ => None,

@@ -426,7 +426,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::publish::Policy;
+    use crate::publish::{Container, Holder, Policy};
 
     fn publish(spec: &str) -> Publish {
         let spec = spec.parse().unwrap_or_else(|error| panic!("{error}"));
@@ -497,6 +497,71 @@ mod tests {
             error.contains("publish 75:") && error.contains("owner cli"),
             "{error}"
         );
+    }
+
+    fn held_by_the_engine(specs: &[&str]) -> Vec<Publish> {
+        let held = publishes(specs).into_iter().map(|publish| Publish {
+            holder: Holder::Engine,
+            ..publish
+        });
+        held.collect()
+    }
+
+    #[test]
+    fn what_an_engine_holds_is_left_out_where_another_has_the_port() {
+        let registry = registry(&[("cli", &["80-90:10.0.0.2:80-90"])]);
+        let wanted = held_by_the_engine(&["85:10.0.0.3:80", "8080:10.0.0.3:80"]);
+        let difference = registry.want(&owner("docker:web"), wanted);
+        let add = difference.expect("no conflict").add;
+        let specs: Vec<String> = add.iter().map(|it| it.publish.spec.to_string()).collect();
+        assert_eq!(specs, ["8080:10.0.0.3:80/tcp"]);
+    }
+
+    #[test]
+    fn what_an_engine_holds_gives_way_to_a_lease_alone() {
+        let mut registry = registry(&[]);
+        let wanted = held_by_the_engine(&["80-89:10.0.0.2:80-89", "99:10.0.0.2:99"]);
+        let wanted = registry.want(&owner("docker:web"), wanted).expect("room");
+        registry.apply(&wanted);
+        let cli = registry.want(&owner("cli"), publishes(&["80:10.0.0.3:80"]));
+        assert!(matches!(cli, Err(Conflict::Overlap { .. })), "{cli:?}");
+        let lease = registry.want(&owner("lease:1"), publishes(&["80:10.0.0.2:80"]));
+        let lease = lease.expect("its holder has the port");
+        assert_eq!((ids(&lease.remove), ids(&lease.add)), (vec![1], vec![3]));
+        assert_eq!(lease.in_the_way, BTreeSet::from([1]));
+    }
+
+    #[test]
+    fn what_leads_to_a_container_follows_it_and_stops_with_it() {
+        let mut registry = registry(&[("a", &["81:10.0.0.2:81"])]);
+        let to_web = |spec: &str| Publish {
+            container: Some(Container {
+                name: "web".into(),
+                runs: true,
+            }),
+            ..publish(spec)
+        };
+        for (name, spec) in [("cli", "80:10.0.0.2:80"), ("docker:web", "82:10.0.0.2:82")] {
+            let wanted = registry.add(&owner(name), vec![to_web(spec)]);
+            registry.apply(&wanted.expect("room"));
+        }
+        let address = "10.0.0.2".parse().expect("an address");
+        assert!(registry.follow("web", &[address]).is_empty(), "it is there");
+        let stopped = registry.follow("web", &[]);
+        let [(before, after)] = &stopped.change[..] else {
+            panic!("what others than the engine have published: {stopped:?}");
+        };
+        assert_eq!((before.id, after.id), (2, 2));
+        let words = "container web is not running";
+        assert_eq!(after.publish.stopped().as_deref(), Some(words));
+        assert_eq!(stopped.served().remove, std::slice::from_ref(before));
+        assert!(stopped.served().change.is_empty());
+        registry.apply(&stopped);
+        let address = "10.0.0.9".parse().expect("an address");
+        let back = registry.follow("web", &[address]);
+        let spec = |it: &Wanted| it.publish.spec.to_string();
+        assert_eq!(spec(&back.change[0].1), "80:10.0.0.9:80/tcp");
+        assert!(registry.follow("db", &[address]).is_empty());
     }
 
     #[test]
