@@ -240,9 +240,18 @@ fn labels_restrict_what_the_engine_publishes() {
     let scene = Scene::new(&["--docker-labels"]);
     let (held, _listener) = scene.held();
     let _backends = backends(&scene.topology.backend);
-    let labels = json!({"forwarder.allow": "203.0.113.0/24", "forwarder.max-flows": "7"});
+    // What is published by both ways is the engine's.
+    let labels = json!({
+        "forwarder.allow": "203.0.113.0/24",
+        "forwarder.max-flows": "7",
+        "forwarder.publish": "8080:9000,8081:9000",
+    });
     scene.run("a1", &scene.topology.backend, &labels);
-    let row = &scene.owned("docker:a1", 3)[0];
+    let rows = scene.owned("docker:a1", 4);
+    let of_forwarder = rows.iter().filter(|row| row["holder"] == "forwarder");
+    let ports: Vec<_> = of_forwarder.map(|row| &row["frontend"]["port"]).collect();
+    assert_eq!(ports, [8081]);
+    let row = &rows[0];
     assert_eq!(
         (&row["allow"][0], &row["max_flows"]),
         (&json!("203.0.113.0/24"), &json!(7))
