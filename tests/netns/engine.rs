@@ -7,6 +7,7 @@ use std::{
 };
 
 use forwarder_tests::{
+    api,
     daemon::{Daemon, Datapath, forwarder},
     deadline::wait_for,
     engine::Engine,
@@ -368,8 +369,15 @@ fn a_publish_follows_its_container() {
     for protocol in [Protocol::Tcp, Protocol::Udp] {
         served_to_the_client(&scene.topology, protocol, "elsewhere");
     }
-    scene.daemon.control(&["unpublish", "1", "2"]).unwrap();
+    // One that is given an address stays there.
+    let stays = json!([{"address": address, "port": 9000}]).to_string();
+    let replaced = api::ask(&scene.daemon, "PUT", "/v1/publishes/1/backends", &stays).unwrap();
+    assert_eq!(replaced.body[0]["container"], Value::Null, "{replaced:?}");
     scene.engine.end("b2", "web");
+    scene.wait("the end of the other", |rows| {
+        rows[0]["datapath"] == "ebpf" && rows[1]["reason_code"] == "waiting"
+    });
+    scene.daemon.control(&["unpublish", "1", "2"]).unwrap();
     scene.wait("nothing", <[Value]>::is_empty);
     scene.daemon.stop().unwrap();
 }

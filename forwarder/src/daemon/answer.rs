@@ -142,6 +142,7 @@ impl Daemon {
         let spec = spec.map_err(|problem| anyhow::anyhow!("publish {id}: {problem}"))?;
         Ok(Publish {
             spec,
+            container: None, // whoever names an address has it stay there
             ..Publish::clone(&before.publish)
         })
     }

@@ -1,7 +1,7 @@
 //! `run --docker`: dockerd holds the ports of `docker run -p` itself, starts no process for them, and the fast path serves them
 //! beside its rules.
 
-use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
 use forwarder_tests::{
     daemon::{Daemon, Datapath},
@@ -110,6 +110,22 @@ fn the_fast_path_serves_ports_that_dockerd_holds() {
     let (_container, _backends) = scene.run("next");
     scene.agrees_with_the_rules();
     scene.serves_the_lan("the next");
+    scene.stop();
+}
+
+#[test]
+fn the_fast_path_comes_before_dockers_own_proxy() {
+    let scene = scene(json!({}));
+    let _backends = scene.run("web");
+    assert!(scene.engine.proxies().unwrap().processes > 0);
+    scene.wait_for_list("both protocols", |rows| {
+        rows.len() == 2 && rows.iter().all(|row| row["datapath"] == "ebpf")
+    });
+    scene.serves_the_lan("by the fast path");
+    for protocol in BOTH {
+        let local = SocketAddr::new(Ipv6Addr::LOCALHOST.into(), PORT);
+        ask(scene.host(), protocol, local, "by the proxy").unwrap();
+    }
     scene.stop();
 }
 
