@@ -75,7 +75,7 @@ pub fn list(publishes: &[Listed]) -> String {
 }
 
 /// An engine's container by its short id, as engines print it, and any container by its name.
-fn owner(publish: &Listed) -> String {
+pub fn owner(publish: &Listed) -> String {
     let owner = publish.owner.as_str();
     let owner = match owner.strip_prefix("docker:") {
         Some(id) => format!("docker:{}", &id[..id.len().min(12)]),
