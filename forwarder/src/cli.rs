@@ -14,7 +14,7 @@ use crate::{
     control::api::NamedPublish,
     engines::docker,
     publish::{
-        Id, Limits, Owner, Policy, ProxyProtocol, Publish, Spec,
+        ContainerPort, Id, Limits, Owner, Policy, ProxyProtocol, Publish, Spec,
         allow::{network, source},
         limits::{Bandwidth, Rate},
         spec::SpecError,
@@ -42,8 +42,12 @@ pub enum Command {
     Run(Run),
     /// Publish ports on a running instance.
     Publish {
-        #[arg(required = true, value_name = "SPEC")]
-        specs: Vec<Spec>,
+        #[arg(required = true, value_name = "SPEC", value_parser = asked)]
+        specs: Vec<AskedPort>,
+        /// Publish ports of this Docker or podman container, as `[HOST_ADDR:]HOST_PORT[-END]:PORT[-END][/tcp|/udp|/sctp]`,
+        /// and follow it to new addresses; of an instance with `run --docker`.
+        #[arg(long, value_name = "NAME")]
+        container: Option<String>,
         /// Serve only clients of this network; may be given several times.
         #[arg(long, value_name = "CIDR", value_parser = network)]
         allow: Vec<IpNet>,
@@ -177,11 +181,12 @@ pub struct Run {
     /// Leave the pinned datapath forwarding when this process ends.
     #[arg(long)]
     pub keep: bool,
-    /// Follow the engine behind this socket, Docker or podman: with --docker-labels. Who may write to it is as good as root.
-    #[arg(long, value_name = "SOCKET", num_args = 0..=1, default_missing_value = docker::SOCKET, requires = "docker_labels")]
+    /// Follow the engine behind this socket, Docker or podman: the ports that it holds for running containers get the fast
+    /// path. Who may write to the socket is as good as root.
+    #[arg(long, value_name = "SOCKET", num_args = 0..=1, default_missing_value = docker::SOCKET)]
     pub docker: Option<PathBuf>,
-    /// Publish what running containers ask for by the label `forwarder.publish=[HOST_ADDR:]HOST_PORT:PORT[/udp],...`, but
-    /// not an image by its own.
+    /// Also publish what running containers ask for by the label `forwarder.publish=[HOST_ADDR:]HOST_PORT:PORT[/udp],...`,
+    /// and heed labels such as `forwarder.allow`; those that an image brings are ignored.
     #[arg(long, requires = "docker")]
     pub docker_labels: bool,
     /// Keep no state file: what is published at run time ends with this process.
@@ -242,10 +247,8 @@ pub struct Format {
 impl Run {
     /// What these flags say.
     pub fn flags(&self) -> Flags {
-        let publishes = self.publish.iter().map(|spec| Publish {
-            spec: spec.clone(),
-            policy: Policy::default(),
-        });
+        let publishes = self.publish.iter().cloned();
+        let publishes = publishes.map(|spec| Publish::new(spec, Policy::default()));
         Flags {
             publishes: publishes.collect(),
             file: self.config.clone(),
@@ -258,6 +261,7 @@ impl Run {
             keep: self.keep,
             ephemeral: self.ephemeral,
             docker: self.docker.clone(),
+            docker_labels: self.docker_labels,
             metrics: self.metrics,
             metrics_allow: self.metrics_allow.clone(),
         }
@@ -267,6 +271,43 @@ impl Run {
 /// A time with its unit; seconds without.
 fn time(text: &str) -> Result<Duration, String> {
     seconds(text).map(Duration::from_secs)
+}
+
+/// What a word asks `publish` for.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum AskedPort {
+    Spec(Spec),
+    /// With `--container`.
+    Container(ContainerPort),
+}
+
+impl AskedPort {
+    /// The word again, if it goes with `--container` being given or not.
+    ///
+    /// # Errors
+    /// It does not, in words.
+    pub fn with_container(&self, is_given: bool) -> Result<String, String> {
+        match self {
+            Self::Spec(spec) if !is_given => Ok(spec.to_string()),
+            Self::Container(port) if is_given => Ok(port.to_string()),
+            Self::Spec(spec) => Err(format!(
+                "{spec}: with --container, leave the backend's address out: [HOST_ADDR:]HOST_PORT:PORT[/udp]"
+            )),
+            Self::Container(port) => Err(format!(
+                "{port}: a SPEC names the backend's address: [HOST_ADDR:]HOST_PORT:BACKEND_ADDR:BACKEND_PORT[/udp]; \
+                 a container's is found with --container"
+            )),
+        }
+    }
+}
+
+/// A SPEC, or a container's port: no text is both.
+fn asked(text: &str) -> Result<AskedPort, SpecError> {
+    let spec = text.parse::<Spec>().map(AskedPort::Spec);
+    spec.or_else(|error| {
+        let port = text.parse().map(AskedPort::Container);
+        port.map_err(|_| error)
+    })
 }
 
 /// A publish, by its number or its SPEC.
@@ -295,6 +336,22 @@ mod tests {
     #[test]
     fn the_definition_is_consistent() {
         Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn a_containers_port_goes_with_the_container_alone() {
+        for (text, of_container) in [
+            ("8080:80", true),
+            ("[::1]:8080-8081:80-81/udp", true),
+            ("8080:172.17.0.2:80", false),
+            ("[::1]:8080:[fd00::2]:80", false),
+        ] {
+            let word = asked(text).expect(text);
+            assert!(word.with_container(of_container).is_ok(), "{text}");
+            let error = word.with_container(!of_container).expect_err(text);
+            assert!(error.contains("--container"), "{error}");
+        }
+        assert!(asked("80:80:80:80:80").is_err());
     }
 
     #[test]

@@ -70,6 +70,7 @@ pub struct Flags {
     pub ephemeral: bool,
     /// The socket of the engine whose containers' labels publish.
     pub docker: Option<PathBuf>,
+    pub docker_labels: bool,
     pub metrics: Option<SocketAddr>,
     pub metrics_allow: Vec<IpNet>,
 }

@@ -7,7 +7,7 @@ pub mod server;
 pub mod status;
 mod stream;
 
-use std::os::fd::OwnedFd;
+use std::{net::IpAddr, os::fd::OwnedFd};
 
 use ipnet::IpNet;
 use tokio::sync::{broadcast, mpsc, oneshot};
@@ -46,6 +46,11 @@ pub enum Change {
     Ban { bans: Vec<api::Ban>, all: bool },
     /// Takes bans back.
     Unban(Vec<IpNet>),
+    /// A container has these addresses now, and none if it has stopped.
+    Follow {
+        name: String,
+        addresses: Vec<IpAddr>,
+    },
     /// Another backend for a publish, in place.
     Replace(Id, api::AskedEndpoint),
 }

@@ -47,11 +47,11 @@ use crate::{
     control::{
         Call,
         api::{Ending, Reloaded},
-        server::Socket,
+        server::{Locate, Socket},
         status::Status,
     },
     datapath::{self, Datapath, kernel, resets},
-    engines::docker,
+    engines::docker::{self, engine::Engine},
     instance::Instance,
     memory,
     metrics::Slices,
@@ -143,7 +143,9 @@ pub async fn run(instance: Instance, flags: Flags) -> Result<()> {
     let (sender, mut calls) = mpsc::channel(64);
     let view = Arc::new(daemon.view.clone());
     let served = status.map_or(Ok(()), |status| status.serve(view.clone()));
-    let begun = match served.and_then(|()| socket.serve(sender.clone(), view)) {
+    let engine = daemon.flags.docker.clone().map(Engine::new);
+    let located = engine.clone().map(|it| Arc::new(it) as Arc<dyn Locate>);
+    let begun = match served.and_then(|()| socket.serve(sender.clone(), view, located)) {
         Ok(()) => daemon.begin(&instance, left, &mut calls).await,
         Err(error) => Err(error),
     };
@@ -154,9 +156,10 @@ pub async fn run(instance: Instance, flags: Flags) -> Result<()> {
             return Err(error);
         }
     };
-    if let Some(socket) = daemon.flags.docker.clone() {
+    if let Some(engine) = engine {
         let observed = Arc::new(daemon.view.clone());
-        tokio::spawn(docker::follow(socket, sender.clone(), observed));
+        let labels = daemon.flags.docker_labels;
+        tokio::spawn(docker::follow(engine, labels, sender.clone(), observed));
     }
     say("ready");
     if let Err(error) = sd_notify::notify(&[NotifyState::Ready]) {

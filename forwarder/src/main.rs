@@ -81,6 +81,7 @@ fn run(cli: Cli) -> Result<()> {
         }
         Command::Publish {
             specs,
+            container,
             allow,
             proxy_protocol,
             limits,
@@ -91,8 +92,16 @@ fn run(cli: Cli) -> Result<()> {
                 proxy_protocol,
                 limits: limits.into(),
             };
-            let asked = specs.iter().map(|spec| Asked {
-                spec: Some(spec.to_string()),
+            let specs = specs.iter();
+            let specs = specs.map(|spec| spec.with_container(container.is_some()));
+            let specs = specs.collect::<Result<Vec<String>, String>>();
+            let specs = specs.unwrap_or_else(|error| {
+                let kind = clap::error::ErrorKind::ValueValidation;
+                Cli::command().error(kind, error).exit()
+            });
+            let asked = specs.into_iter().map(|spec| Asked {
+                spec: Some(spec),
+                container: container.clone(),
                 policy: policy.clone(),
                 ..Asked::default()
             });

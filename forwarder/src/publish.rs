@@ -2,6 +2,7 @@
 
 pub mod allow;
 pub mod bans;
+pub mod container;
 pub mod limits;
 pub mod loops;
 pub mod owner;
@@ -15,6 +16,7 @@ use utoipa::ToSchema;
 
 pub use self::{
     bans::Bans,
+    container::{Container, ContainerPort},
     limits::Limits,
     owner::Owner,
     registry::{Conflict, Difference, Id, Registry, Wanted},
@@ -26,6 +28,44 @@ pub use self::{
 pub struct Publish {
     pub spec: Spec,
     pub policy: Policy,
+    pub holder: Holder,
+    /// The container that the backend is.
+    pub container: Option<Container>,
+}
+
+impl Publish {
+    /// A publish whose ports this program holds, to an address that stays.
+    pub const fn new(spec: Spec, policy: Policy) -> Self {
+        Self {
+            spec,
+            policy,
+            holder: Holder::Forwarder,
+            container: None,
+        }
+    }
+
+    /// Why it is not to be served now, in words.
+    pub fn stopped(&self) -> Option<String> {
+        let container = self.container.as_ref().filter(|it| !it.runs)?;
+        Some(format!("container {} is not running", container.name))
+    }
+}
+
+/// Who has the sockets that hold a publish's ports.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum Holder {
+    /// This program, which serves what the fast path leaves.
+    #[default]
+    Forwarder,
+    /// A container engine, to whose own rules the fast path leaves the rest.
+    Engine,
+}
+
+impl Holder {
+    pub(crate) fn is_forwarder(&self) -> bool {
+        *self == Self::Forwarder
+    }
 }
 
 /// Who is served by a publish, and how. What is left out, the instance decides.

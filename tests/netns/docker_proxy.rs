@@ -25,7 +25,7 @@ use nix::{
 use crate::scene::{BACKEND_PORT, PORT};
 
 /// A running one; killed when dropped.
-struct Shim {
+pub(crate) struct Shim {
     child: Child,
     status: File,
 }
@@ -63,14 +63,14 @@ impl Shim {
     }
 
     /// All that it says until it closes the pipe.
-    fn said(&mut self) -> String {
+    pub(crate) fn said(&mut self) -> String {
         let mut said = String::new();
         self.status.read_to_string(&mut said).unwrap();
         said
     }
 
     /// Ends it by a signal, and returns its status.
-    fn end(mut self, signal: Signal) -> Option<i32> {
+    pub(crate) fn end(mut self, signal: Signal) -> Option<i32> {
         kill(Pid::from_raw(self.child.id().cast_signed()), signal).unwrap();
         let ended = wait_for("the end of the proxy", || self.child.try_wait().unwrap());
         ended.unwrap().code()
@@ -102,7 +102,7 @@ fn flags(topology: &Topology, protocol: &str, host: &str) -> Vec<String> {
     words.map(Into::into).to_vec()
 }
 
-fn start(topology: &Topology, instance: &str, protocol: &str, host: &str) -> Shim {
+pub(crate) fn start(topology: &Topology, instance: &str, protocol: &str, host: &str) -> Shim {
     let flags = flags(topology, protocol, host);
     let flags: Vec<&str> = flags.iter().map(String::as_str).collect();
     Shim::start(&topology.host, instance, &flags, None)

@@ -16,6 +16,7 @@ mod cut;
 mod direct;
 mod docker_proxy;
 mod doctor;
+mod engine;
 mod filters;
 mod firewall;
 mod flood;

@@ -566,7 +566,7 @@ fn spawn(netns: &Netns, words: &[String], manager: Option<&Manager>) -> Result<(
 }
 
 /// `forwarder` in a namespace.
-fn forwarder(netns: &Netns) -> Command {
+pub fn forwarder(netns: &Netns) -> Command {
     netns.command(&binary().to_string_lossy())
 }
 

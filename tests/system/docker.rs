@@ -2,6 +2,7 @@
 //! client, and nothing that ends or hangs on our side keeps Docker from its work.
 
 mod engine;
+mod held;
 mod labels;
 mod page;
 mod podman;

@@ -58,8 +58,14 @@ const ELSEWHERE: &[(&str, Runner)] = &[
         Runner::Engines,
     ),
     ("sudo systemctl restart docker", Runner::Engines),
+    ("sudo systemctl restart docker forwarder", Runner::Engines),
+    ("docker run -d --name api -p 8081:80 nginx", Runner::Engines),
     (
-        "sudo podman run -d --name web --label forwarder.publish=8080:80 docker.io/library/nginx",
+        "sudo podman run -d --name web -p 8080:80 docker.io/library/nginx",
+        Runner::Engines,
+    ),
+    (
+        "sudo podman run -d --name api --label forwarder.publish=8081:80 docker.io/library/nginx",
         Runner::Engines,
     ),
     ("docker run -d --name web -p 8080:80 nginx", Runner::Engines),

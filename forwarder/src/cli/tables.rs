@@ -10,7 +10,7 @@ use ipnet::IpNet;
 
 use crate::{
     control::api::{Ban, Counter, Endpoint, Listed, ListedFlow, Traced},
-    publish::Id,
+    publish::{Holder, Id},
 };
 
 /// Rows under a header, columns as wide as they must be.
@@ -55,13 +55,10 @@ pub fn list(publishes: &[Listed]) -> String {
         .map(|p| {
             [
                 p.id.to_string(),
-                p.owner.to_string(),
+                owner(p),
                 format!("{}/{}", endpoint(&p.frontend), p.protocol),
                 endpoint(&p.backend),
-                match &p.delivery {
-                    Some(delivery) => format!("{} ({delivery})", p.datapath),
-                    None => p.datapath.clone(),
-                },
+                datapath(p),
                 p.flows.to_string(),
                 p.packets.to_string(),
                 p.bytes.to_string(),
@@ -75,6 +72,29 @@ pub fn list(publishes: &[Listed]) -> String {
         ],
         &rows,
     )
+}
+
+/// An engine's container by its short id, as engines print it, and any container by its name.
+pub fn owner(publish: &Listed) -> String {
+    let owner = publish.owner.as_str();
+    let owner = match owner.strip_prefix("docker:") {
+        Some(id) => format!("docker:{}", &id[..id.len().min(12)]),
+        None => owner.to_owned(),
+    };
+    match &publish.container {
+        Some(name) => format!("{owner} ({name})"),
+        None => owner,
+    }
+}
+
+/// What carries a publish; and beside the fast path, the engine if that holds the port.
+fn datapath(publish: &Listed) -> String {
+    let datapath = &publish.datapath;
+    match (&publish.delivery, publish.holder) {
+        (None, _) => datapath.clone(),
+        (Some(delivery), Holder::Forwarder) => format!("{datapath} ({delivery})"),
+        (Some(delivery), Holder::Engine) => format!("{datapath} ({delivery}), engine"),
+    }
 }
 
 /// `forwarder bans`: what is left of each.
@@ -136,7 +156,7 @@ pub fn published(row: &Listed) -> String {
     };
     let spec = format!("{frontend}:{}/{}", endpoint(&row.backend), row.protocol);
     let how = match (&row.reason, &row.delivery) {
-        (Some(reason), _) => format!("userland: {reason}"),
+        (Some(reason), _) => format!("{}: {reason}", row.datapath),
         (None, Some(delivery)) => match &row.xdp {
             Some(mode) => format!("ebpf, {delivery}, {mode} XDP"),
             None => format!("ebpf, {delivery}"),

@@ -129,7 +129,7 @@ impl View {
             let publish = rated.publish;
             [
                 publish.id.to_string(),
-                publish.owner.to_string(),
+                tables::owner(publish),
                 format!(
                     "{}/{}",
                     tables::endpoint(&publish.frontend),

@@ -7,7 +7,7 @@ use serde::{Deserialize, Deserializer, Serialize, de};
 use utoipa::ToSchema;
 
 use crate::publish::{
-    Id, Limits, Owner, Policy, ProxyProtocol, Publish, Spec, allow,
+    ContainerPort, Holder, Id, Limits, Owner, Policy, ProxyProtocol, Publish, Spec, allow,
     limits::{Bandwidth, Rate},
     spec::{Ports, Protocol, Zone},
 };
@@ -22,8 +22,14 @@ pub struct Listed {
     pub protocol: Protocol,
     pub frontend: Endpoint,
     pub backend: Endpoint,
-    /// `ebpf` or `userland`.
+    /// `ebpf`, `userland`, or `engine`: by the rules of the engine that holds the port.
     pub datapath: String,
+    /// Who has the sockets that hold its ports, and what the fast path leaves.
+    #[serde(default)]
+    pub holder: Holder,
+    /// The container that the backend is, by its name.
+    #[serde(default)]
+    pub container: Option<String>,
     /// How packets of other machines get to the backend: `peer`, `device`, `neighbour` or `stack`.
     pub delivery: Option<String>,
     /// How XDP takes part, for a backend on another machine: `native` or `generic`.
@@ -213,6 +219,10 @@ pub struct Asked {
     pub frontend: Option<AskedEndpoint>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub backend: Option<AskedEndpoint>,
+    /// The container that is the backend, by its name or id: its address is left out, and followed. The SPEC is
+    /// `[HOST_ADDR:]HOST_PORT[-END]:PORT[-END][/tcp|/udp|/sctp]` then.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub container: Option<String>,
     /// Its fields stand beside the others.
     #[serde(flatten)]
     #[schema(inline)]
@@ -244,6 +254,7 @@ impl<'de> Deserialize<'de> for Asked {
             protocol: Option<Protocol>,
             frontend: Option<AskedEndpoint>,
             backend: Option<AskedEndpoint>,
+            container: Option<String>,
             // Those of the policy, by name: what is flattened could not be refused.
             #[serde(alias = "proxy-protocol")]
             proxy_protocol: Option<ProxyProtocol>,
@@ -278,6 +289,7 @@ impl<'de> Deserialize<'de> for Asked {
                     protocol: object.protocol,
                     frontend: object.frontend,
                     backend: object.backend,
+                    container: object.container,
                     policy: Policy {
                         allow: object.allow.map(canonical),
                         proxy_protocol: object.proxy_protocol,
@@ -306,21 +318,56 @@ impl From<&Publish> for Asked {
     }
 }
 
+impl Asked {
+    /// What is asked for of a container.
+    ///
+    /// # Errors
+    /// It is none of a container's ports, in words.
+    pub fn container_port(&self) -> Result<ContainerPort, String> {
+        match (&self.spec, &self.frontend, &self.backend) {
+            (Some(spec), None, None) if self.protocol.is_none() => spec.parse(),
+            (None, Some(frontend), Some(backend)) if backend.address.is_none() => {
+                Ok(ContainerPort {
+                    address: frontend.address,
+                    zone: frontend.zone.clone(),
+                    ports: frontend.ports(),
+                    container_ports: backend.ports(),
+                    protocol: self.protocol.unwrap_or(Protocol::Tcp),
+                })
+            }
+            _ => Err(
+                "beside `container`, give either `spec`, or `frontend` and a `backend` without address"
+                    .into(),
+            ),
+        }
+    }
+}
+
+impl AskedEndpoint {
+    fn ports(&self) -> Ports {
+        Ports {
+            first: self.port,
+            last: self.end_port.unwrap_or(self.port),
+        }
+    }
+}
+
 impl TryFrom<Asked> for Publish {
     type Error = String;
 
     fn try_from(asked: Asked) -> Result<Self, String> {
+        if let Some(container) = asked.container {
+            return Err(format!(
+                "container {container}: only `publish --container` and the API follow one"
+            ));
+        }
         let spec = match (asked.spec, asked.frontend, asked.backend) {
             (Some(spec), None, None) if asked.protocol.is_none() => {
                 spec.parse::<Spec>().map_err(|error| error.to_string())?
             }
             (None, Some(frontend), Some(backend)) => {
-                let ports = |endpoint: &AskedEndpoint| Ports {
-                    first: endpoint.port,
-                    last: endpoint.end_port.unwrap_or(endpoint.port),
-                };
                 let address = backend.address.ok_or("a backend needs an address")?;
-                let (to, from) = (ports(&backend), ports(&frontend));
+                let (to, from) = (backend.ports(), frontend.ports());
                 Spec::new(
                     (frontend.address, frontend.zone),
                     from,
@@ -331,10 +378,7 @@ impl TryFrom<Asked> for Publish {
             }
             _ => return Err("give either `spec`, or `frontend` and `backend`".into()),
         };
-        Ok(Self {
-            spec,
-            policy: asked.policy,
-        })
+        Ok(Self::new(spec, asked.policy))
     }
 }
 

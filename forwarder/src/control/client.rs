@@ -7,19 +7,20 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, bail};
-use futures_util::StreamExt as _;
-use http_body_util::{BodyExt as _, BodyStream, Full};
+use http_body_util::{BodyExt as _, Full};
 use hyper::{
     Method, Request, Response,
     body::{Bytes, Incoming},
     header,
 };
-use hyper_util::rt::TokioIo;
 use serde::{Serialize, de::DeserializeOwned};
 use tokio::net::UnixStream;
 
 use super::{api::Problem, stream::Stream};
-use crate::instance::Instance;
+use crate::{
+    http::{self, Lines},
+    instance::Instance,
+};
 
 /// The longest text that is one line of a stream, in octets.
 const LONGEST_LINE: usize = 64 << 20;
@@ -72,19 +73,10 @@ impl Client {
         let body = body.map(serde_json::to_vec).transpose()?;
         block_on(async {
             let response = self.send(method, path, body, descriptors).await?;
-            let mut pieces = BodyStream::new(response.into_body());
-            let mut text = Vec::new();
-            while let Some(piece) = pieces.next().await {
-                let piece = piece.with_context(|| self.has_ended())?;
-                text.extend_from_slice(piece.data_ref().map_or(&[][..], |data| &data[..]));
-                while let Some(end) = text.iter().position(|octet| *octet == b'\n') {
-                    let line: Vec<u8> = text.drain(..=end).collect();
-                    if !each(serde_json::from_slice(&line)?)? {
-                        return Ok(());
-                    }
-                }
-                if text.len() > LONGEST_LINE {
-                    bail!("a line of the answer has no end");
+            let mut lines = Lines::new(response, LONGEST_LINE);
+            while let Some(line) = lines.next().await.with_context(|| self.has_ended())? {
+                if !each(serde_json::from_slice(&line)?)? {
+                    return Ok(());
                 }
             }
             bail!("{}", self.has_ended())
@@ -103,16 +95,13 @@ impl Client {
         descriptors: Vec<OwnedFd>,
     ) -> Result<Response<Incoming>> {
         let stream = Stream::new(self.connect().await?, descriptors);
-        let handshake = hyper::client::conn::http1::handshake(TokioIo::new(stream)).await;
-        let (mut sender, connection) = handshake.with_context(|| self.has_ended())?;
-        tokio::spawn(connection);
         let request = Request::builder()
             .method(method)
             .uri(path)
             .header(header::HOST, "forwarder")
             .header(header::CONTENT_TYPE, "application/json")
             .body(Full::new(Bytes::from(body.unwrap_or_default())))?;
-        let response = sender.send_request(request).await;
+        let response = http::send(stream, request).await;
         let response = response.with_context(|| self.has_ended())?;
         if response.status().is_success() {
             return Ok(response);

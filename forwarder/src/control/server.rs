@@ -2,6 +2,7 @@
 //! it, from what the daemon shows by [`Observe`].
 
 mod bans;
+mod containers;
 
 use std::{
     fs, io,
@@ -38,6 +39,7 @@ use tokio::{
 };
 use tracing::info;
 
+pub use self::containers::{Locate, Located};
 use super::{
     Call, Change, Changed, Lease, Named, Peer, Trace,
     api::{
@@ -49,7 +51,7 @@ use super::{
 use crate::{
     accept, memory,
     metrics::{self, Measured},
-    publish::{Id, Owner, Publish, Spec},
+    publish::{Id, Owner, Spec},
     seldom::Seldom,
 };
 
@@ -73,6 +75,8 @@ pub type Rows<T> = Box<dyn Iterator<Item = Result<T>> + Send>;
 pub trait Observe: Send + Sync + 'static {
     /// All publishes, or one.
     fn list(&self, id: Option<Id>) -> Rows<Listed>;
+    /// Of each publish, who wants it and which container it leads to.
+    fn containers(&self) -> Vec<(Owner, Option<String>)>;
     /// Live flows of the fast path, of one publish or of clients in a network if so asked.
     fn flows(&self, of: &FlowFilter) -> Rows<ListedFlow>;
     /// Ends such flows; how many there were.
@@ -127,16 +131,21 @@ impl Socket {
         })
     }
 
-    /// Serves clients: hands changes to `calls`, and reads from `observed`.
+    /// Serves clients: hands changes to `calls`, reads from `observed`, and asks an engine for containers if there is one.
     ///
     /// # Errors
     /// The runtime refuses the socket.
-    pub fn serve(&mut self, calls: mpsc::Sender<Call>, observed: Arc<dyn Observe>) -> Result<()> {
+    pub fn serve(
+        &mut self,
+        calls: mpsc::Sender<Call>,
+        observed: Arc<dyn Observe>,
+        engine: Option<Arc<dyn Locate>>,
+    ) -> Result<()> {
         let Some(listener) = self.listener.take() else {
             return Ok(());
         };
         let listener = UnixListener::from_std(listener)?;
-        let router = router(calls, observed);
+        let router = router(calls, observed, engine);
         let clients = Arc::new(Semaphore::new(CLIENTS));
         tokio::spawn(async move {
             let warned = Seldom::default();
@@ -207,6 +216,7 @@ async fn client(stream: tokio::net::UnixStream, router: Router) -> Result<()> {
 struct Shared {
     calls: mpsc::Sender<Call>,
     observed: Arc<dyn Observe>,
+    engine: Option<Arc<dyn Locate>>,
     /// Octets of long requests that may be read now.
     room: Arc<Semaphore>,
 }
@@ -217,10 +227,15 @@ impl FromRef<Shared> for Arc<dyn Observe> {
     }
 }
 
-fn router(calls: mpsc::Sender<Call>, observed: Arc<dyn Observe>) -> Router {
+fn router(
+    calls: mpsc::Sender<Call>,
+    observed: Arc<dyn Observe>,
+    engine: Option<Arc<dyn Locate>>,
+) -> Router {
     let shared = Shared {
         calls,
         observed,
+        engine,
         room: Arc::new(Semaphore::new(LONG_REQUESTS)),
     };
     Router::new()
@@ -419,13 +434,6 @@ async fn one(
     }
 }
 
-/// Publishes that a request asks for.
-fn publishes(asked: Vec<Asked>) -> Result<Vec<Publish>, Problem> {
-    let publishes = asked.into_iter().map(Publish::try_from);
-    let publishes: Result<_, String> = publishes.collect();
-    publishes.map_err(|error| problem(422, "Bad publish", &error))
-}
-
 #[utoipa::path(post, path = "/v1/publishes", summary = "Publishes these beside what the owner has, all or none", params(("owner" = Option<String>, Query, description = "cli if it is left out")), request_body = Vec<Asked>, responses((status = 201, body = Vec<Listed>), (status = "4XX", body = Problem)))]
 async fn add(
     State(shared): State<Shared>,
@@ -433,7 +441,8 @@ async fn add(
     request: Request,
 ) -> Result<(StatusCode, extract::Json<Vec<Listed>>), Problem> {
     let options: Options = query(&request)?;
-    let asked = publishes(shared.json(request).await?)?;
+    let asked = shared.json(request).await?;
+    let asked = shared.publishes(asked).await?;
     let changed = shared.change(options.owner, by, Change::Add(asked)).await?;
     Ok((StatusCode::CREATED, extract::Json(changed.publishes)))
 }
@@ -446,7 +455,8 @@ async fn want(
     request: Request,
 ) -> Result<extract::Json<Vec<Listed>>, Problem> {
     let owner = named_owner(&owner)?;
-    let asked = publishes(shared.json(request).await?)?;
+    let asked = shared.json(request).await?;
+    let asked = shared.publishes(asked).await?;
     let changed = shared.change(Some(owner), by, Change::Want(asked)).await?;
     Ok(extract::Json(changed.publishes))
 }
@@ -533,7 +543,8 @@ async fn lease(
     request: Request,
 ) -> Result<Response, Problem> {
     let options: Options = query(&request)?;
-    let asked = publishes(shared.json(request).await?)?;
+    let asked = shared.json(request).await?;
+    let asked = shared.publishes(asked).await?;
     let change = Change::Lease(asked, received.take());
     let changed = shared.change(options.owner, by, change).await?;
     let lease: Option<Lease> = changed.lease;

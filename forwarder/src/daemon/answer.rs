@@ -1,5 +1,7 @@
 //! What clients of the control socket ask for: a difference of the registry, put in force before they are answered.
 
+use std::net::IpAddr;
+
 use anyhow::{Result, bail};
 use tokio::sync::oneshot;
 use tracing::warn;
@@ -100,6 +102,10 @@ impl Daemon {
                 (self.registry.remove(&owner, &ids)?, ending)
             }
             Change::RemoveAll(ending) => (self.registry.want(&owner, Vec::new())?, ending),
+            Change::Follow { name, addresses } => {
+                let loose = self.follow_container(&name, &addresses).await?;
+                return Ok((Changed::default(), loose));
+            }
             Change::Replace(id, backend) => {
                 let publish = self.with_backend(id, &backend)?;
                 (self.registry.replace(&owner, id, publish)?, Ending::Drain)
@@ -136,8 +142,17 @@ impl Daemon {
         let spec = spec.map_err(|problem| anyhow::anyhow!("publish {id}: {problem}"))?;
         Ok(Publish {
             spec,
-            policy: before.publish.policy.clone(),
+            container: None, // whoever names an address has it stay there
+            ..Publish::clone(&before.publish)
         })
+    }
+
+    /// Has what leads to a container follow it. One whose port somebody else has got meanwhile waits for it.
+    async fn follow_container(&mut self, name: &str, addresses: &[IpAddr]) -> Result<Loose> {
+        let difference = self.registry.follow(name, addresses);
+        let loose = self.reconcile(&difference, Ending::Cut, Vec::new()).await?;
+        self.retry().await;
+        Ok(loose)
     }
 
     pub(super) async fn end_lease(&mut self, owner: &Owner) {

@@ -52,6 +52,10 @@ pub(super) fn describe(change: &Change) -> String {
             let networks = networks.iter().map(ToString::to_string);
             format!("unban {}", some(networks))
         }
+        Change::Follow { name, addresses } => {
+            let addresses = addresses.iter().map(ToString::to_string);
+            format!("container {name} has {}", some(addresses))
+        }
         Change::Replace(id, backend) => {
             let address = backend.address.map(|it| it.to_string()).unwrap_or_default();
             format!("backend of {id} to {address} port {}", backend.port)

@@ -29,7 +29,7 @@ use crate::{
     plan::{self, Planned, Unserved},
     proxy::{Held, Options as ProxyOptions, Proxy, Sockets, Stop, is_wide},
     publish::{
-        Difference, Id, Limits, ProxyProtocol, Publish, Spec, Wanted, loops, spec::Protocol,
+        Difference, Holder, Id, Limits, ProxyProtocol, Publish, Spec, Wanted, loops, spec::Protocol,
     },
 };
 
@@ -117,6 +117,7 @@ impl Daemon {
             return Ok(Loose::default());
         }
         let _timed = Timed::new(&self.view.durations.reconcile);
+        let (asked, difference) = (difference, &difference.served());
         let new = difference.add.iter();
         let new = new.chain(difference.change.iter().map(|(_, after)| after));
         self.refuse_loops(difference)?;
@@ -134,7 +135,7 @@ impl Daemon {
             (&mut done, &mut loose),
         );
         let result = match tried.await {
-            Ok(()) => self.record(difference),
+            Ok(()) => self.record(asked),
             Err(error) => Err(error),
         };
         if let Err(error) = result {
@@ -160,6 +161,7 @@ impl Daemon {
         if !difference.remove.is_empty() {
             tokio::task::block_in_place(|| self.idle.settle());
         }
+        self.wait_for_stopped(asked);
         if let Err(error) = self.follow_xdp(&difference.asked) {
             warn!("{error:#}");
         }
@@ -197,6 +199,10 @@ impl Daemon {
         let backends: Vec<_> = restored.iter().map(|it| it.publish.spec.backend).collect();
         self.ask_for_routes(backends).await;
         for wanted in restored {
+            if let Some(why) = wanted.publish.stopped() {
+                self.wait(wanted, why);
+                continue;
+            }
             let begun = tokio::task::block_in_place(|| {
                 self.begin_publish(&wanted, &mut Sockets::default())
             });
@@ -207,21 +213,36 @@ impl Daemon {
                 }
                 continue;
             };
-            if self.waiting.insert(wanted.id) {
+            if !self.waiting.contains(&wanted.id) {
                 warn!("{error:#}; it is tried again");
             }
-            self.view.show(&Arc::new(Row {
-                allow: Arc::default(),
-                wanted,
-                index: 0,
-                delivery: None,
-                xdp: None,
-                unserved: Some(Unserved::Waiting(format!("{error:#}"))),
-                draining: false,
-                meter: None,
-                ended: Arc::default(),
-            }));
+            self.wait(wanted, format!("{error:#}"));
         }
+    }
+
+    /// What has stopped of a difference waits.
+    fn wait_for_stopped(&mut self, difference: &Difference) {
+        for (_, after) in &difference.change {
+            if let Some(why) = after.publish.stopped() {
+                self.wait(after.clone(), why);
+            }
+        }
+    }
+
+    /// Shows that a publish is not served, and why.
+    fn wait(&mut self, wanted: Wanted, why: String) {
+        self.waiting.insert(wanted.id);
+        self.view.show(&Arc::new(Row {
+            allow: Arc::default(),
+            wanted,
+            index: 0,
+            delivery: None,
+            xdp: None,
+            unserved: Some(Unserved::Waiting(why)),
+            draining: false,
+            meter: None,
+            ended: Arc::default(),
+        }));
     }
 
     /// Tries again what waits.
@@ -338,7 +359,10 @@ impl Daemon {
                 .get(&id)
                 .and_then(|serving| serving.row.unserved.clone());
             match unserved {
-                Some(why) if self.config.datapath == DatapathChoice::Ebpf => {
+                Some(why)
+                    if self.config.datapath == DatapathChoice::Ebpf
+                        && wanted.publish.holder.is_forwarder() =>
+                {
                     bail!("publish {spec}: {why}; --datapath auto would serve it in user space")
                 }
                 _ => Ok(()),
@@ -358,7 +382,10 @@ impl Daemon {
     fn hold(&mut self, index: u32, wanted: &Wanted, given: &mut Sockets) -> Result<Serving> {
         let publish = &wanted.publish;
         let spec = &publish.spec;
-        let (held, steered) = self.bind(index, wanted, given)?;
+        let (held, steered) = match publish.holder {
+            Holder::Engine => (Held::default(), Vec::new()),
+            Holder::Forwarder => self.bind(index, wanted, given)?,
+        };
         let options = self.options(wanted)?;
         let limits = options.limits;
         let allow: Arc<[IpNet]> = options.allow.clone().into();
@@ -440,7 +467,7 @@ impl Daemon {
     /// # Errors
     /// There is no such device.
     fn options(&self, wanted: &Wanted) -> Result<ProxyOptions> {
-        let Publish { spec, policy } = &*wanted.publish;
+        let Publish { spec, policy, .. } = &*wanted.publish;
         let protocol = match spec.protocol {
             Protocol::Tcp => self.config.proxy_protocol,
             Protocol::Udp | Protocol::Sctp => ProxyProtocol::Off,
@@ -480,6 +507,12 @@ impl Daemon {
             return Ok(None);
         };
         let before = serving.row.clone();
+        if before.wanted.publish.holder != after.publish.holder {
+            bail!(
+                "publish {}: who holds its ports cannot change in place; unpublish it first",
+                after.publish.spec
+            );
+        }
         if before.wanted.publish.policy.limits.on != after.publish.policy.limits.on {
             bail!(
                 "publish {}: its interface cannot change in place; unpublish it first",

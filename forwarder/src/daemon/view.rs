@@ -34,7 +34,7 @@ use crate::{
     plan::Unserved,
     proxy::{Idle, Meter},
     publish::{
-        Id, Wanted,
+        Holder, Id, Owner, Wanted,
         spec::{Ports, Zone},
     },
 };
@@ -61,7 +61,8 @@ pub(super) struct Row {
 
 impl Row {
     fn listed(&self, live: Sum) -> Listed {
-        let spec = &self.wanted.publish.spec;
+        let publish = &self.wanted.publish;
+        let spec = &publish.spec;
         let endpoint = |address, zone: &Option<Zone>, ports: Ports| Endpoint {
             address,
             zone: zone.clone(),
@@ -76,17 +77,20 @@ impl Row {
             protocol: spec.protocol,
             frontend: endpoint(spec.address, &spec.zone, spec.ports),
             backend: endpoint(Some(spec.backend), &spec.backend_zone, spec.backend_ports),
-            datapath: if self.delivery.is_some() {
-                "ebpf".into()
-            } else {
-                "userland".into()
-            },
+            datapath: match (self.delivery, publish.holder) {
+                (Some(_), _) => "ebpf",
+                (None, Holder::Forwarder) => "userland",
+                (None, Holder::Engine) => "engine",
+            }
+            .into(),
+            holder: publish.holder,
+            container: publish.container.as_ref().map(|it| it.name.clone()),
             delivery: self.delivery.and_then(delivery_name).map(Into::into),
             xdp: self.xdp.map(Into::into),
             reason: self.unserved.as_ref().map(ToString::to_string),
             reason_code: self.unserved.as_ref().map(|why| why.code().into()),
             allow: self.allow.to_vec(),
-            limits: self.wanted.publish.policy.limits.clone(),
+            limits: publish.policy.limits.clone(),
             draining: self.draining,
             flows: live.flows + proxied.flows,
             packets: live.packets + packets.load(Relaxed) + proxied.packets,
@@ -304,6 +308,18 @@ impl Observe for Arc<View> {
             let live = sums.get(&row.wanted.id).copied();
             Ok(row.listed(live.unwrap_or_default()))
         }))
+    }
+
+    fn containers(&self) -> Vec<(Owner, Option<String>)> {
+        let rows = self.rows(None).into_iter();
+        let named = rows.map(|row| {
+            let container = row.wanted.publish.container.as_ref();
+            (
+                row.wanted.owner.clone(),
+                container.map(|it| it.name.clone()),
+            )
+        });
+        named.collect()
     }
 
     fn flows(&self, of: &FlowFilter) -> Rows<ListedFlow> {

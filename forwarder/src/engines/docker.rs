@@ -1,56 +1,45 @@
-//! Follows Docker, or podman by its compatible socket: what the label `forwarder.publish` of a running container asks for is
-//! published in the name of `docker:ID`, wherever the container's address is now.
-//!
-//! Labels that an image brings are ignored: whoever runs a container decides what it publishes, not who made its image.
+//! Follows Docker, or podman by its compatible socket. The ports that the engine holds for a running container get the fast
+//! path, and what the container's labels ask for is published, both in the name of `docker:ID`; what others have published to
+//! a container follows it by its name.
 
-use std::{
-    collections::{BTreeMap, BTreeSet, HashMap},
-    net::IpAddr,
-    path::PathBuf,
-    sync::Arc,
-    time::Duration,
-};
+pub mod engine;
+mod labels;
+
+use std::{collections::BTreeSet, sync::Arc, time::Duration};
 
 use anyhow::{Context as _, Result, bail};
-use futures_util::StreamExt as _;
-use http_body_util::{BodyExt as _, BodyStream, Empty};
-use hyper::{
-    Request, Response, StatusCode,
-    body::{Bytes, Incoming},
-    header,
-};
-use hyper_util::rt::TokioIo;
-use serde::{Deserialize, de::DeserializeOwned};
-use tokio::{
-    net::UnixStream,
-    sync::{mpsc, oneshot},
-};
+use futures_util::future::BoxFuture;
+use tokio::sync::{broadcast::error::RecvError, mpsc, oneshot};
 use tracing::{info, warn};
 
+use self::{
+    engine::{Container, Engine, Touched},
+    labels::Asked,
+};
 use crate::{
     control::{
-        Call, Change, Peer,
+        Call, Change, Changed, Peer,
         api::{Ending, Problem},
-        server::Observe,
+        server::{Locate, Located, Observe},
     },
-    publish::{Owner, Policy, Publish, Spec},
+    publish::{self, ContainerPort, Holder, Owner, Publish, Spec},
 };
 
 /// Where engines listen.
 pub const SOCKET: &str = "/var/run/docker.sock";
-/// `[HOST_ADDR:]HOST_PORT[-END]:PORT[-END][/PROTOCOL]`, several with commas between.
-const LABEL: &str = "forwarder.publish";
 /// An engine that has gone is asked for again after this time.
 const RETRY: Duration = Duration::from_secs(1);
-/// What one event may be, in octets.
-const LONGEST_EVENT: usize = 1 << 20;
-/// All of containers and networks, as the API wants it: `{"type":["container","network"]}`.
-const EVENTS: &str = "/events?filters=%7B%22type%22%3A%5B%22container%22%2C%22network%22%5D%7D";
 
 /// Follows the engine for as long as the daemon takes calls.
-pub async fn follow(socket: PathBuf, calls: mpsc::Sender<Call>, observed: Arc<dyn Observe>) {
+pub async fn follow(
+    engine: Engine,
+    reads_labels: bool,
+    calls: mpsc::Sender<Call>,
+    observed: Arc<dyn Observe>,
+) {
     let mut watcher = Watcher {
-        engine: Engine { socket },
+        engine,
+        reads_labels,
         calls,
         observed,
         refused: BTreeSet::new(),
@@ -66,303 +55,226 @@ pub async fn follow(socket: PathBuf, calls: mpsc::Sender<Call>, observed: Arc<dy
     }
 }
 
-/// The engine's API, of which only what is read is asked.
-struct Engine {
-    socket: PathBuf,
-}
-
-impl Engine {
-    async fn get(&self, path: &str) -> Result<Response<Incoming>> {
-        let shown = self.socket.display();
-        let stream = UnixStream::connect(&self.socket).await;
-        let stream = stream.with_context(|| format!("connect to the engine at {shown}"))?;
-        let handshake = hyper::client::conn::http1::handshake(TokioIo::new(stream));
-        let (mut sender, connection) = handshake.await?;
-        tokio::spawn(connection);
-        let request = Request::get(path)
-            .header(header::HOST, "engine")
-            .body(Empty::<Bytes>::new())?;
-        let response = sender.send_request(request).await;
-        response.with_context(|| format!("ask the engine at {shown}"))
-    }
-
-    /// A document; `None` if there is no such thing.
-    async fn document<T: DeserializeOwned>(&self, path: &str) -> Result<Option<T>> {
-        let response = self.get(path).await?;
-        match response.status() {
-            StatusCode::NOT_FOUND => return Ok(None),
-            status if !status.is_success() => bail!("the engine answers {status} to {path}"),
-            _ => {}
-        }
-        let text = response.into_body().collect().await?.to_bytes();
-        let value = serde_json::from_slice(&text);
-        value.with_context(|| format!("read {path}")).map(Some)
-    }
-}
-
-#[derive(Debug, Deserialize)]
-#[serde(rename_all = "PascalCase")]
-struct Running {
-    id: String,
-}
-
-#[derive(Debug, Default, Deserialize)]
-#[serde(rename_all = "PascalCase", default)]
-struct Labelled {
-    labels: Option<HashMap<String, String>>,
-}
-
-impl Labelled {
-    fn label(&self) -> Option<&str> {
-        self.labels.as_ref()?.get(LABEL).map(String::as_str)
-    }
-}
-
-#[derive(Debug, Deserialize)]
-#[serde(rename_all = "PascalCase")]
-struct Image {
-    config: Option<Labelled>,
-}
-
-#[derive(Debug, Deserialize)]
-#[serde(rename_all = "PascalCase")]
-struct Container {
-    name: String,
-    image: String,
-    state: State,
-    config: Labelled,
-    network_settings: Networks,
-}
-
-#[derive(Debug, Deserialize)]
-#[serde(rename_all = "PascalCase")]
-struct State {
-    running: bool,
-}
-
-#[derive(Debug, Deserialize)]
-#[serde(rename_all = "PascalCase")]
-struct Networks {
-    networks: Option<BTreeMap<String, Network>>,
-}
-
-#[derive(Debug, Default, Deserialize)]
-#[serde(default)]
-struct Network {
-    #[serde(rename = "IPAddress")]
-    v4: String,
-    #[serde(rename = "GlobalIPv6Address")]
-    v6: String,
-}
-
-impl Container {
-    /// The first of each family, by the networks' names.
-    fn addresses(&self) -> Vec<IpAddr> {
-        let networks = self.network_settings.networks.iter().flatten();
-        let networks: Vec<&Network> = networks.map(|(_, network)| network).collect();
-        let first = |text: fn(&Network) -> &str| {
-            let mut all = networks.iter().map(|network| text(network));
-            all.find_map(|text| text.parse::<IpAddr>().ok())
-        };
-        let addresses = [first(|network| &network.v4), first(|network| &network.v6)];
-        addresses.into_iter().flatten().collect()
-    }
-}
-
-/// Something that has happened.
-#[derive(Debug, Deserialize)]
-#[serde(rename_all = "PascalCase")]
-struct Event {
-    r#type: String,
-    action: String,
-    actor: Actor,
-}
-
-#[derive(Debug, Deserialize)]
-struct Actor {
-    #[serde(rename = "ID")]
-    id: String,
-    #[serde(rename = "Attributes", default)]
-    attributes: HashMap<String, String>,
-}
-
-impl Event {
-    /// The container whose address, or whose being there, may be another now.
-    fn container(self) -> Option<String> {
-        let mut actor = self.actor;
-        match (self.r#type.as_str(), self.action.as_str()) {
-            ("container", "start" | "die" | "died" | "destroy" | "remove") => Some(actor.id),
-            ("network", "connect" | "disconnect") => actor.attributes.remove("container"),
-            _ => None,
-        }
-    }
-}
-
-/// What a label asks for, of a container with these addresses: of every address of the host, in each family that the
-/// container has, unless one is named.
-fn publishes(label: &str, addresses: &[IpAddr]) -> Result<Vec<Spec>> {
-    let mut specs = Vec::new();
-    for text in label
-        .split(',')
-        .map(str::trim)
-        .filter(|text| !text.is_empty())
-    {
-        let (host, port) = text.rsplit_once(':').with_context(|| {
-            format!("{text:?}: expected [HOST_ADDR:]HOST_PORT[-END]:PORT[-END][/tcp|/udp|/sctp]")
-        })?;
-        let towards = |address: &IpAddr, host: &str| -> Result<Spec> {
-            let address = match address {
-                IpAddr::V4(v4) => v4.to_string(),
-                IpAddr::V6(v6) => format!("[{v6}]"),
+impl Locate for Engine {
+    fn locate(&self, name: &str) -> BoxFuture<'static, Result<Located, Problem>> {
+        let (engine, name) = (self.clone(), name.to_owned());
+        Box::pin(async move {
+            let found = engine.container(&name).await;
+            let found = found.map_err(|error| {
+                let message =
+                    format!("{error:#}; see that it runs, or name its socket by --docker");
+                Problem::new(503, "No engine", &message)
+            })?;
+            let Some(container) = found else {
+                let message = format!("no container {name}; `docker ps` shows those that run");
+                return Err(Problem::new(404, "No such container", &message));
             };
-            Ok(format!("{host}:{address}:{port}").parse()?)
-        };
-        let [first, others @ ..] = addresses else {
-            bail!("it has no address of its own");
-        };
-        let named = towards(first, host)?;
-        match (named.address, others) {
-            (Some(address), _) => {
-                let same = addresses
-                    .iter()
-                    .find(|it| it.is_ipv4() == address.is_ipv4());
-                specs.push(towards(same.unwrap_or(first), host)?);
+            if !container.runs() {
+                let message = format!("container {name} is not running; start it first");
+                return Err(Problem::new(409, "Not running", &message));
             }
-            (None, []) => specs.push(named),
-            (None, _) => {
-                for address in addresses {
-                    let every = if address.is_ipv4() { "0.0.0.0" } else { "[::]" };
-                    specs.push(towards(address, &format!("{every}:{host}"))?);
-                }
-            }
-        }
+            Ok(Located {
+                name: container.name().into(),
+                addresses: container.addresses(),
+            })
+        })
     }
-    Ok(specs)
+}
+
+/// What is published of a container: the ports that the engine holds, in the families in which it has an address, and what its
+/// labels ask for besides.
+fn publishes(container: &Container, asked: &Asked) -> Result<Vec<Publish>, String> {
+    let addresses = container.addresses();
+    let is_reached = |port: &ContainerPort| {
+        let address = port.address;
+        let mut same = addresses
+            .iter()
+            .filter(|it| address.is_none_or(|address| address.is_ipv4() == it.is_ipv4()));
+        same.next().is_some()
+    };
+    let towards = |ports: Vec<ContainerPort>| -> Result<Vec<Spec>, String> {
+        let specs = ports.iter().map(|port| {
+            let specs = port.towards(&addresses);
+            specs.map_err(|error| format!("{port}: {error}"))
+        });
+        Ok(specs.collect::<Result<Vec<_>, _>>()?.concat())
+    };
+    let mut held = container.ports();
+    held.retain(is_reached);
+    let held = towards(held)?;
+    let mut own = towards(asked.ports.clone())?;
+    own.retain(|spec| !held.iter().any(|held| held.overlaps(spec)));
+    let publish = |spec, holder| Publish {
+        spec,
+        policy: asked.policy.clone(),
+        holder,
+        container: Some(publish::Container {
+            name: container.name().into(),
+            runs: true,
+        }),
+    };
+    let held = held.into_iter().map(|spec| publish(spec, Holder::Engine));
+    let own = own.into_iter().map(|spec| publish(spec, Holder::Forwarder));
+    Ok(held.chain(own).collect())
 }
 
 struct Watcher {
     engine: Engine,
+    reads_labels: bool,
     calls: mpsc::Sender<Call>,
     observed: Arc<dyn Observe>,
-    /// Containers whose publishes could not be had; tried again when another one ends.
+    /// Containers some of whose publishes could not be had; tried again when another one ends.
     refused: BTreeSet<String>,
 }
 
 impl Watcher {
     /// Brings everything to where the engine is, and follows it until it ends.
     async fn session(&mut self) -> Result<()> {
-        // Before the list, so that nothing happens in between unseen.
-        let events = self.engine.get(EVENTS).await?;
-        let path = "/containers/json";
-        let running: Vec<Running> = self.engine.document(path).await?.unwrap_or_default();
-        info!("following {} containers", running.len());
-        let mut all: BTreeSet<String> = running.into_iter().map(|it| it.id).collect();
-        all.extend(self.published()?);
+        // Before the lists, so that nothing happens in between unseen.
+        let mut events = self.engine.events().await?;
+        let mut changes = self.observed.events();
+        let mut all = self.engine.running().await?;
+        info!("following {} containers", all.len());
+        all.extend(self.published());
         // What has gone first: another may have its port.
         let mut there = Vec::new();
         for id in all {
             match self.inspect(&id).await? {
-                Some(container) => there.push((id, container)),
-                None => self.change(&id, Change::RemoveAll(Ending::Cut)).await?,
+                Some(container) => there.push(container),
+                None => self.forget(&id).await?,
             }
         }
-        for (id, container) in there {
-            self.publish(&id, &container).await?;
+        for container in there {
+            self.publish(&container).await?;
         }
-        let mut pieces = BodyStream::new(events.into_body());
-        let mut text = Vec::new();
-        while let Some(piece) = pieces.next().await {
-            let piece = piece.context("the engine's events")?;
-            text.extend_from_slice(piece.data_ref().map_or(&[][..], |data| &data[..]));
-            while let Some(end) = text.iter().position(|octet| *octet == b'\n') {
-                let line: Vec<u8> = text.drain(..=end).collect();
-                let event = serde_json::from_slice::<Event>(&line).ok();
-                if let Some(id) = event.and_then(Event::container) {
-                    self.refresh(&id).await?;
-                }
-            }
-            if text.len() > LONGEST_EVENT {
-                bail!("an event of the engine has no end");
+        self.move_all().await?;
+        loop {
+            tokio::select! {
+                touched = events.next() => self.refresh(touched?).await?,
+                change = changes.recv() => match change {
+                    // It may have moved since the address was asked for.
+                    Ok(change) if change.event == "published" && !change.publish.owner.is_container() => {
+                        self.move_publishes(change.publish.container.into_iter().collect()).await?;
+                    }
+                    Ok(_) => {}
+                    Err(RecvError::Lagged(_)) => self.move_all().await?,
+                    Err(RecvError::Closed) => bail!("the instance is ending"),
+                },
             }
         }
-        bail!("the engine has ended")
     }
 
-    /// Containers that have publishes now, also from an earlier run.
-    fn published(&self) -> Result<BTreeSet<String>> {
-        let rows = self.observed.list(None);
-        let rows = rows.collect::<Result<Vec<_>>>()?;
-        let ids = rows
+    /// Containers that have publishes of their own now, also from an earlier run.
+    fn published(&self) -> BTreeSet<String> {
+        let all = self.observed.containers();
+        let ids = all
             .iter()
-            .filter_map(|row| row.owner.as_str().strip_prefix("docker:"));
-        Ok(ids.map(Into::into).collect())
+            .filter_map(|(owner, _)| owner.as_str().strip_prefix("docker:"));
+        ids.map(Into::into).collect()
     }
 
     /// A container that runs.
-    async fn inspect(&self, id: &str) -> Result<Option<Container>> {
-        let path = format!("/containers/{id}/json");
-        let container: Option<Container> = self.engine.document(&path).await?;
-        Ok(container.filter(|it| it.state.running))
+    async fn inspect(&self, named: &str) -> Result<Option<Container>> {
+        let container = self.engine.container(named).await?;
+        Ok(container.filter(Container::runs))
     }
 
-    async fn refresh(&mut self, id: &str) -> Result<()> {
-        if let Some(container) = self.inspect(id).await? {
-            return self.publish(id, &container).await;
+    async fn refresh(&mut self, touched: Touched) -> Result<()> {
+        let Touched { id, mut names } = touched;
+        if let Some(container) = self.inspect(&id).await? {
+            names.push(container.name().into());
+            self.publish(&container).await?;
+        } else {
+            self.forget(&id).await?;
+            for other in std::mem::take(&mut self.refused) {
+                if let Some(container) = self.inspect(&other).await? {
+                    self.publish(&container).await?;
+                }
+            }
         }
+        self.move_publishes(names).await
+    }
+
+    /// Takes back what a container has published that is no more, or does not run.
+    async fn forget(&mut self, id: &str) -> Result<()> {
         self.refused.remove(id);
-        self.change(id, Change::RemoveAll(Ending::Cut)).await?;
-        for other in std::mem::take(&mut self.refused) {
-            if let Some(container) = self.inspect(&other).await? {
-                self.publish(&other, &container).await?;
-            }
-        }
-        Ok(())
-    }
-
-    /// Publishes what its label asks for, or says why not.
-    async fn publish(&mut self, id: &str, container: &Container) -> Result<()> {
-        let name = container.name.trim_start_matches('/');
-        let label = self.label(container).await?;
-        let wanted = match publishes(label.unwrap_or_default(), &container.addresses()) {
-            Ok(wanted) => wanted,
-            Err(error) => {
-                warn!("container {name}: label {LABEL}: {error:#}");
-                Vec::new()
-            }
-        };
-        let wanted = wanted.into_iter().map(|spec| Publish {
-            spec,
-            policy: Policy::default(),
-        });
-        let change = Change::Want(wanted.collect());
-        if let Err(problem) = self.call(id, change).await? {
-            warn!("container {name}: {problem}");
-            self.refused.insert(id.into());
-        }
-        Ok(())
-    }
-
-    /// The label, unless the image has brought it.
-    async fn label<'a>(&self, container: &'a Container) -> Result<Option<&'a str>> {
-        let Some(label) = container.config.label() else {
-            return Ok(None);
-        };
-        let path = format!("/images/{}/json", container.image);
-        let image: Option<Image> = self.engine.document(&path).await?;
-        let of_image = image.and_then(|image| image.config).unwrap_or_default();
-        Ok(Some(label).filter(|label| of_image.label() != Some(label)))
-    }
-
-    async fn change(&self, id: &str, change: Change) -> Result<()> {
-        if let Err(problem) = self.call(id, change).await? {
+        let owner = Owner::container(id)?;
+        let change = Change::RemoveAll(Ending::Cut);
+        if let Err(problem) = self.call(owner, change).await? {
             warn!("container {id}: {problem}");
         }
         Ok(())
     }
 
-    /// Has the daemon change what a container's publishes are.
-    async fn call(&self, id: &str, change: Change) -> Result<Result<(), Problem>> {
-        let owner: Owner = format!("docker:{id}").parse()?;
+    /// Publishes what it asks for, or says why not.
+    async fn publish(&mut self, container: &Container) -> Result<()> {
+        let name = container.name();
+        let asked = self.asked(container).await?;
+        let wanted = asked.and_then(|asked| publishes(container, &asked));
+        let wanted = wanted.unwrap_or_else(|error| {
+            warn!("container {name}: {error}; nothing of it is published");
+            Vec::new()
+        });
+        let owner = Owner::container(&container.id)?;
+        let count = wanted.len();
+        match self.call(owner, Change::Want(wanted)).await? {
+            Ok(changed) if changed.publishes.len() == count => {
+                self.refused.remove(&container.id);
+                return Ok(());
+            }
+            // Others have some of the ports, as Docker's proxy has for the same container.
+            Ok(_) => {}
+            Err(problem) => warn!("container {name}: {problem}"),
+        }
+        self.refused.insert(container.id.clone());
+        Ok(())
+    }
+
+    async fn asked(&self, container: &Container) -> Result<Result<Asked, String>> {
+        let mut labels = container.labels();
+        let is_asked = labels.any(|(name, _)| name.starts_with(labels::PREFIX));
+        if !self.reads_labels || !is_asked {
+            return Ok(Ok(Asked::default()));
+        }
+        let of_image = self.engine.labels_of_image(&container.image).await?;
+        Ok(labels::read(container.labels(), &of_image))
+    }
+
+    /// Has what others have published to any container follow it.
+    async fn move_all(&self) -> Result<()> {
+        let all = self.observed.containers().into_iter();
+        let names = all.filter(|(owner, _)| !owner.is_container());
+        let names: BTreeSet<String> = names.filter_map(|(_, name)| name).collect();
+        self.move_publishes(names.into_iter().collect()).await
+    }
+
+    /// The same of containers of these names. One by that name that has gone may have a successor.
+    async fn move_publishes(&self, names: Vec<String>) -> Result<()> {
+        let followed = self.observed.containers();
+        for name in names {
+            let follows = |(owner, to): &(Owner, Option<String>)| {
+                !owner.is_container() && to.as_ref() == Some(&name)
+            };
+            if !followed.iter().any(follows) {
+                continue;
+            }
+            let container = self.inspect(&name).await?;
+            // An id may begin with what is a name.
+            let container = container.filter(|it| it.name() == name);
+            let addresses = container.map(|it| it.addresses()).unwrap_or_default();
+            let change = Change::Follow {
+                name: name.clone(),
+                addresses,
+            };
+            if let Err(problem) = self.call(Owner::cli(), change).await? {
+                warn!("container {name}: {problem}");
+            }
+        }
+        Ok(())
+    }
+
+    /// Has the daemon change what an owner's publishes are.
+    async fn call(&self, owner: Owner, change: Change) -> Result<Result<Changed, Problem>> {
         let (answer, answered) = oneshot::channel();
         let by = Peer {
             uid: nix::unistd::geteuid().as_raw(),
@@ -376,54 +288,6 @@ impl Watcher {
         };
         let sent = self.calls.send(call).await;
         sent.ok().context("the instance is ending")?;
-        Ok(answered.await?.map(|_| ()))
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn specs(label: &str, addresses: &[&str]) -> Result<Vec<String>, String> {
-        let parse = |text: &&str| text.parse().expect("an address");
-        let addresses: Vec<IpAddr> = addresses.iter().map(parse).collect();
-        let specs = publishes(label, &addresses).map_err(|error| format!("{error:#}"))?;
-        Ok(specs.iter().map(Spec::to_string).collect())
-    }
-
-    #[test]
-    fn a_label_is_published_to_the_containers_addresses() {
-        let (v4, v6) = ("172.17.0.2", "fd00::2");
-        for (label, addresses, expected) in [
-            ("8080:80", &[v4][..], &["8080:172.17.0.2:80/tcp"][..]),
-            (
-                "8080:80, 53:53/udp",
-                &[v4, v6],
-                &[
-                    "0.0.0.0:8080:172.17.0.2:80/tcp",
-                    "[::]:8080:[fd00::2]:80/tcp",
-                    "0.0.0.0:53:172.17.0.2:53/udp",
-                    "[::]:53:[fd00::2]:53/udp",
-                ],
-            ),
-            (
-                "127.0.0.1:1-9:11-19",
-                &[v4],
-                &["127.0.0.1:1-9:172.17.0.2:11-19/tcp"],
-            ),
-            ("[::1]:80:80", &[v4, v6], &["[::1]:80:[fd00::2]:80/tcp"]),
-            ("[::1]:80:80", &[v4], &["[::1]:80:172.17.0.2:80/tcp"]),
-            ("", &[], &[]),
-        ] {
-            assert_eq!(specs(label, addresses).expect(label), expected, "{label}");
-        }
-        for (label, addresses, part) in [
-            ("80", &[v4][..], "HOST_PORT"),
-            ("80:80/icmp", &[v4], "icmp"),
-            ("80:80", &[], "no address"),
-        ] {
-            let error = specs(label, addresses).expect_err(label);
-            assert!(error.contains(part), "{error}");
-        }
+        Ok(answered.await?)
     }
 }

@@ -80,7 +80,7 @@ impl Store {
 
     /// Keeps descriptors under a name, unless it has some already.
     pub(super) fn keep(&self, name: &str, descriptors: &[BorrowedFd<'_>]) {
-        if !self.is_there {
+        if !self.is_there || descriptors.is_empty() {
             return;
         }
         let mut kept = self.kept();

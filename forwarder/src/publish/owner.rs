@@ -37,6 +37,16 @@ impl Owner {
         self.0.starts_with("lease:")
     }
 
+    /// A container of Docker or podman, by its labels and its own ports.
+    pub fn container(id: &str) -> Result<Self, OwnerError> {
+        format!("docker:{id}").parse()
+    }
+
+    /// Whether a container of Docker or podman asks for its publishes itself.
+    pub fn is_container(&self) -> bool {
+        self.0.starts_with("docker:")
+    }
+
     pub fn as_str(&self) -> &str {
         &self.0
     }

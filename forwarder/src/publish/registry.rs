@@ -8,7 +8,7 @@ use std::{
 };
 
 use super::{
-    Owner, Publish,
+    Owner, Publish, container,
     spec::{Ports, Protocol, Spec, Zone},
 };
 
@@ -47,6 +47,21 @@ impl Difference {
                 .collect(),
             add: self.remove.clone(),
             ..Self::default()
+        }
+    }
+
+    /// The same without what has stopped: that is to be served no more, though it stays wanted.
+    pub fn served(&self) -> Self {
+        let (stopped, change): (Vec<_>, Vec<_>) = self
+            .change
+            .iter()
+            .cloned()
+            .partition(|(_, after)| after.publish.stopped().is_some());
+        let stopped = stopped.into_iter().map(|(before, _)| before);
+        Self {
+            remove: self.remove.iter().cloned().chain(stopped).collect(),
+            change,
+            ..self.clone()
         }
     }
 
@@ -182,12 +197,19 @@ impl Registry {
         self.last_id
     }
 
-    /// The difference that makes these *all* that the owner has.
+    /// The difference that makes these *all* that the owner has. Those whose ports an engine holds come second: they are left
+    /// out where another owner has the port, and give way to a lease, whose holder has it from the engine.
     ///
     /// # Errors
     /// One overlaps with another of them or of another owner, or there is no room.
-    pub fn want(&self, owner: &Owner, publishes: Vec<Publish>) -> Result<Difference, Conflict> {
-        let present: BTreeSet<Id> = self.of(owner).map(|wanted| wanted.id).collect();
+    pub fn want(&self, owner: &Owner, mut publishes: Vec<Publish>) -> Result<Difference, Conflict> {
+        let mut present: BTreeSet<Id> = self.of(owner).map(|wanted| wanted.id).collect();
+        publishes.retain(|it| {
+            it.holder.is_forwarder() || self.frontends.overlap(&it.spec, &present).is_none()
+        });
+        if owner.is_lease() {
+            present.extend(self.giving_way(&publishes));
+        }
         let difference = self.compare(owner, publishes, &present)?;
         let kept: BTreeSet<Id> = difference.asked.iter().copied().collect();
         let remove = present.difference(&kept).filter_map(|id| self.get(*id));
@@ -256,6 +278,40 @@ impl Registry {
         }
     }
 
+    /// Those whose ports an engine holds, and which these want.
+    fn giving_way(&self, publishes: &[Publish]) -> Vec<Id> {
+        let held = self.iter().filter(|it| !it.publish.holder.is_forwarder());
+        let held = held.filter(|it| {
+            let spec = &it.publish.spec;
+            publishes.iter().any(|publish| publish.spec.overlaps(spec))
+        });
+        held.map(|it| it.id).collect()
+    }
+
+    /// The difference after which what leads to a container follows it to these addresses, or stops if there are none. What
+    /// an engine's containers ask for themselves is the engine's to say.
+    pub fn follow(&self, name: &str, addresses: &[IpAddr]) -> Difference {
+        let follows = |it: &&Wanted| {
+            let container = it.publish.container.as_ref();
+            container.is_some_and(|it| it.name == name) && !it.owner.is_container()
+        };
+        let change = self.iter().filter(follows).filter_map(|before| {
+            let mut publish = Publish::clone(&before.publish);
+            let moved = container::moved(&publish.spec, addresses);
+            publish.container.as_mut()?.runs = moved.is_some();
+            publish.spec = moved.unwrap_or(publish.spec);
+            let after = Wanted {
+                publish: Arc::new(publish),
+                ..before.clone()
+            };
+            (*before != after).then(|| (before.clone(), after))
+        });
+        Difference {
+            change: change.collect(),
+            ..Difference::default()
+        }
+    }
+
     fn is_of(&self, wanted: &Wanted, owner: &Owner) -> Result<(), Conflict> {
         if wanted.owner == *owner {
             return Ok(());
@@ -307,6 +363,7 @@ impl Registry {
                 .frontends
                 .overlap(spec, &BTreeSet::new())
                 .and_then(|id| self.get(id))
+                .filter(|before| before.owner == *owner)
                 .filter(|before| before.publish.spec.has_same_frontend(spec));
             let id = before.map_or(last_id + 1, |before| before.id);
             last_id = last_id.max(id);
@@ -369,13 +426,11 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::publish::Policy;
+    use crate::publish::{Container, Holder, Policy};
 
     fn publish(spec: &str) -> Publish {
-        Publish {
-            spec: spec.parse().unwrap_or_else(|error| panic!("{error}")),
-            policy: Policy::default(),
-        }
+        let spec = spec.parse().unwrap_or_else(|error| panic!("{error}"));
+        Publish::new(spec, Policy::default())
     }
 
     fn publishes(specs: &[&str]) -> Vec<Publish> {
@@ -442,6 +497,71 @@ mod tests {
             error.contains("publish 75:") && error.contains("owner cli"),
             "{error}"
         );
+    }
+
+    fn held_by_the_engine(specs: &[&str]) -> Vec<Publish> {
+        let held = publishes(specs).into_iter().map(|publish| Publish {
+            holder: Holder::Engine,
+            ..publish
+        });
+        held.collect()
+    }
+
+    #[test]
+    fn what_an_engine_holds_is_left_out_where_another_has_the_port() {
+        let registry = registry(&[("cli", &["80-90:10.0.0.2:80-90"])]);
+        let wanted = held_by_the_engine(&["85:10.0.0.3:80", "8080:10.0.0.3:80"]);
+        let difference = registry.want(&owner("docker:web"), wanted);
+        let add = difference.expect("no conflict").add;
+        let specs: Vec<String> = add.iter().map(|it| it.publish.spec.to_string()).collect();
+        assert_eq!(specs, ["8080:10.0.0.3:80/tcp"]);
+    }
+
+    #[test]
+    fn what_an_engine_holds_gives_way_to_a_lease_alone() {
+        let mut registry = registry(&[]);
+        let wanted = held_by_the_engine(&["80-89:10.0.0.2:80-89", "99:10.0.0.2:99"]);
+        let wanted = registry.want(&owner("docker:web"), wanted).expect("room");
+        registry.apply(&wanted);
+        let cli = registry.want(&owner("cli"), publishes(&["80:10.0.0.3:80"]));
+        assert!(matches!(cli, Err(Conflict::Overlap { .. })), "{cli:?}");
+        let lease = registry.want(&owner("lease:1"), publishes(&["80:10.0.0.2:80"]));
+        let lease = lease.expect("its holder has the port");
+        assert_eq!((ids(&lease.remove), ids(&lease.add)), (vec![1], vec![3]));
+        assert_eq!(lease.in_the_way, BTreeSet::from([1]));
+    }
+
+    #[test]
+    fn what_leads_to_a_container_follows_it_and_stops_with_it() {
+        let mut registry = registry(&[("a", &["81:10.0.0.2:81"])]);
+        let to_web = |spec: &str| Publish {
+            container: Some(Container {
+                name: "web".into(),
+                runs: true,
+            }),
+            ..publish(spec)
+        };
+        for (name, spec) in [("cli", "80:10.0.0.2:80"), ("docker:web", "82:10.0.0.2:82")] {
+            let wanted = registry.add(&owner(name), vec![to_web(spec)]);
+            registry.apply(&wanted.expect("room"));
+        }
+        let address = "10.0.0.2".parse().expect("an address");
+        assert!(registry.follow("web", &[address]).is_empty(), "it is there");
+        let stopped = registry.follow("web", &[]);
+        let [(before, after)] = &stopped.change[..] else {
+            panic!("what others than the engine have published: {stopped:?}");
+        };
+        assert_eq!((before.id, after.id), (2, 2));
+        let words = "container web is not running";
+        assert_eq!(after.publish.stopped().as_deref(), Some(words));
+        assert_eq!(stopped.served().remove, std::slice::from_ref(before));
+        assert!(stopped.served().change.is_empty());
+        registry.apply(&stopped);
+        let address = "10.0.0.9".parse().expect("an address");
+        let back = registry.follow("web", &[address]);
+        let spec = |it: &Wanted| it.publish.spec.to_string();
+        assert_eq!(spec(&back.change[0].1), "80:10.0.0.9:80/tcp");
+        assert!(registry.follow("db", &[address]).is_empty());
     }
 
     #[test]

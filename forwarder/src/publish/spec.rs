@@ -46,6 +46,14 @@ pub struct Ports {
 }
 
 impl Ports {
+    /// A single port.
+    pub const fn one(port: u16) -> Self {
+        Self {
+            first: port,
+            last: port,
+        }
+    }
+
     /// How many ports.
     pub const fn count(self) -> u32 {
         self.last as u32 - self.first as u32 + 1
@@ -107,6 +115,13 @@ pub struct Spec {
 pub struct SpecError {
     spec: String,
     problem: String,
+}
+
+impl SpecError {
+    /// What is wrong, without the SPEC.
+    pub fn problem(&self) -> &str {
+        &self.problem
+    }
 }
 
 const GRAMMAR: &str = "[HOST_ADDR:]HOST_PORT[-END]:BACKEND_ADDR:BACKEND_PORT[-END][/tcp|/udp|/sctp], \

@@ -13,7 +13,7 @@ use std::{
 use anyhow::{Context as _, Result, bail};
 use serde::{Deserialize, Serialize};
 
-use super::{Id, Owner, Policy, Publish, Registry, Spec, Wanted};
+use super::{Container, Holder, Id, Owner, Policy, Publish, Registry, Spec, Wanted};
 use crate::instance::make_private;
 
 const VERSION: u32 = 1;
@@ -41,6 +41,10 @@ struct StoredPublish {
     spec: String,
     #[serde(flatten)]
     policy: Policy,
+    #[serde(default, skip_serializing_if = "Holder::is_forwarder")]
+    holder: Holder,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    container: Option<Container>,
     /// Its place in the kernel's tables, where its counters and flows are.
     #[serde(default)]
     place: u32,
@@ -103,6 +107,8 @@ impl State {
             let publish = Publish {
                 spec: spec.with_context(|| format!("in {}", self.path.display()))?,
                 policy: stored.policy.clone(),
+                holder: stored.holder,
+                container: stored.container.clone(),
             };
             let restored = registry.restore(Wanted {
                 id: stored.id,
@@ -149,6 +155,8 @@ impl State {
             owner: wanted.owner.clone(),
             spec: wanted.publish.spec.to_string(),
             policy: wanted.publish.policy.clone(),
+            holder: wanted.publish.holder,
+            container: wanted.publish.container.clone(),
             configured: is_configured(wanted),
             place: place(wanted),
         });

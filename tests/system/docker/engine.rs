@@ -28,6 +28,8 @@ const PATIENCE: Duration = Duration::from_secs(90);
 pub(super) struct Engine {
     child: Child,
     host: Netns,
+    /// Which our program is to ask, if it is Docker's proxy.
+    instance: Option<String>,
     folder: tempfile::TempDir,
 }
 
@@ -65,40 +67,45 @@ impl Engine {
         config["storage-driver"] = "vfs".into();
         config["exec-opts"] = json!(["native.cgroupdriver=cgroupfs"]);
         fs::write(path("daemon.json"), config.to_string())?;
-        let mut command = host.command("dockerd");
-        match instance {
-            Some(instance) => command.env("FORWARDER_INSTANCE", instance),
-            None => command.env_remove("FORWARDER_INSTANCE"),
-        };
-        for (flag, name) in [
-            ("--config-file", "daemon.json"),
-            ("--data-root", "data"),
-            ("--exec-root", "exec"),
-            ("--pidfile", "pid"),
-        ] {
-            command.arg(flag).arg(path(name));
-        }
-        let socket = format!("unix://{}", path("socket").display());
-        let log = File::create(path("log"))?;
-        let child = command
-            .args(["-H", &socket])
-            .stdin(Stdio::null())
-            .stdout(log.try_clone()?)
-            .stderr(log)
-            .spawn()
-            .context("start dockerd")?;
+        let child = spawn(host, folder.path(), instance)?;
         let mut engine = Self {
             child,
             host: host.clone(),
+            instance: instance.map(Into::into),
             folder,
         };
-        wait_at_most(PATIENCE, "dockerd", || {
-            let ended = engine.child.try_wait().ok().flatten();
-            (ended.is_some() || engine.docker(&["version"]).is_ok()).then_some(())
-        })?;
-        engine.docker(&["version"]).with_context(|| engine.log())?;
+        engine.wait_until_ready()?;
         engine.import_image()?;
         Ok(engine)
+    }
+
+    fn wait_until_ready(&mut self) -> Result<()> {
+        wait_at_most(PATIENCE, "dockerd", || {
+            let ended = self.child.try_wait().ok().flatten();
+            (ended.is_some() || self.docker(&["version"]).is_ok()).then_some(())
+        })?;
+        self.docker(&["version"]).with_context(|| self.log())?;
+        Ok(())
+    }
+
+    /// Kills it. Its containerd ends by that, and nothing else of what it has started.
+    pub(super) fn kill(&mut self) -> Result<()> {
+        let file = self.folder.path().join("exec/containerd/containerd.pid");
+        let containerd = fs::read_to_string(&file)?;
+        self.child.kill()?;
+        self.child.wait()?;
+        wait_at_most(PATIENCE, "the end of containerd", || {
+            let words = fs::read(format!("/proc/{containerd}/cmdline"));
+            words.map_or(true, |words| words.is_empty()).then_some(())
+        })?;
+        // The next dockerd would take it for running until somebody has waited for it.
+        fs::remove_file(file).context("containerd's pid file")
+    }
+
+    /// Starts it again as it was, after [`Engine::kill`].
+    pub(super) fn restart(&mut self) -> Result<()> {
+        self.child = spawn(&self.host, self.folder.path(), self.instance.as_deref())?;
+        self.wait_until_ready()
     }
 
     fn log(&self) -> String {
@@ -227,6 +234,36 @@ impl Drop for Engine {
             eprintln!("{}", self.log());
         }
     }
+}
+
+/// Starts dockerd with what is in its folder.
+fn spawn(host: &Netns, folder: &Path, instance: Option<&str>) -> Result<Child> {
+    let path = |name: &str| folder.join(name);
+    let mut command = host.command("dockerd");
+    match instance {
+        Some(instance) => command.env("FORWARDER_INSTANCE", instance),
+        None => command.env_remove("FORWARDER_INSTANCE"),
+    };
+    for (flag, name) in [
+        ("--config-file", "daemon.json"),
+        ("--data-root", "data"),
+        ("--exec-root", "exec"),
+        ("--pidfile", "pid"),
+    ] {
+        command.arg(flag).arg(path(name));
+    }
+    let socket = format!("unix://{}", path("socket").display());
+    let log = File::options()
+        .create(true)
+        .append(true)
+        .open(path("log"))?;
+    command
+        .args(["-H", &socket])
+        .stdin(Stdio::null())
+        .stdout(log.try_clone()?)
+        .stderr(log)
+        .spawn()
+        .context("start dockerd")
 }
 
 /// Makes the archive of an image in a folder: busybox, and the page that its web server shows.

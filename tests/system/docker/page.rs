@@ -61,9 +61,10 @@ pub(super) fn isolate(folders: &[&str]) {
     .unwrap();
 }
 
-fn start_instance(host: &Netns) -> Instance {
+fn start_instance(host: &Netns, flags: &[String]) -> Instance {
+    let _ = fs::remove_file("/run/forwarder/default.sock");
     let mut command = host.command(&binary().to_string_lossy());
-    command.arg("run").stdin(Stdio::null());
+    command.arg("run").args(flags).stdin(Stdio::null());
     let instance = Instance(command.spawn().unwrap());
     let socket = Path::new("/run/forwarder/default.sock");
     wait_for("the instance", || socket.exists().then_some(())).unwrap();
@@ -91,48 +92,84 @@ fn follow(topology: &Topology) {
         tools.path().display(),
         std::env::var("PATH").unwrap()
     );
+    let mut flags = Vec::new();
     let mut instance = None;
     let mut engine: Option<Engine> = None;
     let page = fs::read_to_string(repository().join("docs/with-docker.md")).unwrap();
-    let mut last = String::new();
     for block in blocks(&page) {
-        if block.language == "json" {
-            fs::write("/etc/docker/daemon.json", &block.text).unwrap();
+        match block.language.as_str() {
+            "json" => fs::write("/etc/docker/daemon.json", &block.text).unwrap(),
+            "ini" => flags.extend(flags_of_the_service(&block.text)),
+            _ => {}
         }
         if block.language != "sh" {
             continue;
         }
         for command in commands(&block.text) {
             match command.as_str() {
-                "sudo systemctl enable --now forwarder" => instance = Some(start_instance(host)),
-                "sudo systemctl restart docker" => {
-                    let config = fs::read_to_string("/etc/docker/daemon.json").unwrap();
-                    let config = serde_json::from_str(&config).unwrap();
-                    let folder = tempfile::tempdir().unwrap();
-                    let started = Engine::start_with(host, folder, config, None).unwrap();
-                    started.import_web_server("nginx").unwrap();
-                    engine = Some(started);
+                "sudo systemctl enable --now forwarder" => {
+                    instance = Some(start_instance(host, &flags));
+                }
+                "sudo systemctl restart docker" => engine = Some(start_engine(host)),
+                "sudo systemctl restart docker forwarder" => {
+                    drop((engine.take(), instance.take()));
+                    let started = start_engine(host);
+                    // Where the flag says nothing, it is the usual place.
+                    let at = flags.iter().position(|flag| flag == "--docker").unwrap();
+                    flags.insert(at + 1, started.socket());
+                    (engine, instance) = (Some(started), Some(start_instance(host, &flags)));
                 }
                 command => {
                     let words = command.strip_prefix("sudo ").unwrap_or(command);
                     let socket = engine.as_ref().map(Engine::socket).unwrap_or_default();
-                    let mut shell = host.command("sh");
-                    shell.args(["-c", words]).env("PATH", &path);
-                    shell.env("DOCKER_HOST", format!("unix://{socket}"));
-                    let output = shell.output().unwrap();
+                    let run = || {
+                        let mut shell = host.command("sh");
+                        shell.args(["-c", words]).env("PATH", &path);
+                        shell.env("DOCKER_HOST", format!("unix://{socket}"));
+                        shell.output().unwrap()
+                    };
+                    let output = run();
                     assert!(output.status.success(), "{command}: {output:?}");
-                    last = String::from_utf8(output.stdout).unwrap();
+                    if words == "forwarder list" {
+                        // An engine that is followed is heard a moment later.
+                        let listed = || String::from_utf8(run().stdout).unwrap();
+                        let is_fast = || listed().contains("ebpf (").then_some(());
+                        wait_for("the fast path in the list", is_fast)
+                            .unwrap_or_else(|error| panic!("{error:#}: {:?}", run()));
+                        let port = if flags.is_empty() { 8080 } else { 8081 };
+                        another_machine_is_served(topology, port);
+                    }
                 }
             }
         }
     }
-    assert!(
-        last.contains("0.0.0.0:8080") && last.contains("ebpf"),
-        "the list: {last}"
-    );
-    let url = format!("http://{}:8080/", topology.host_address(Family::V4));
-    let answer = topology.client.run(&format!("curl -fsS {url}")).unwrap();
-    assert_eq!(answer, engine::PAGE);
+    assert!(!flags.is_empty(), "the page has come to the flags");
+    another_machine_is_served(topology, 8090);
     engine.unwrap().stop().unwrap();
     drop(instance);
+}
+
+fn start_engine(host: &Netns) -> Engine {
+    let config = fs::read_to_string("/etc/docker/daemon.json").unwrap();
+    let config = serde_json::from_str(&config).unwrap();
+    let folder = tempfile::tempdir().unwrap();
+    let started = Engine::start_with(host, folder, config, None).unwrap();
+    started.import_web_server("nginx").unwrap();
+    started
+}
+
+/// What a file of the service's environment has it run with.
+fn flags_of_the_service(text: &str) -> Vec<String> {
+    let lines = text.lines();
+    let flags = lines.filter_map(|line| line.strip_prefix("FORWARDER_FLAGS="));
+    flags
+        .flat_map(str::split_whitespace)
+        .map(Into::into)
+        .collect()
+}
+
+fn another_machine_is_served(topology: &Topology, port: u16) {
+    let url = format!("http://{}:{port}/", topology.host_address(Family::V4));
+    let answer = topology.client.run(&format!("curl -fsS {url}")).unwrap();
+    assert_eq!(answer, engine::PAGE);
 }

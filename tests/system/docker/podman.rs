@@ -1,4 +1,4 @@
-//! podman by its compatible socket: docs/with-podman.md, followed. Its own `-p` binds the port itself, so a label publishes.
+//! podman by its compatible socket: docs/with-podman.md, followed. It binds the ports of its own `-p` itself.
 
 use std::{
     fs,
@@ -109,34 +109,61 @@ fn follow(topology: &Topology) {
     ));
     let flags = ["--docker", SOCKET, "--docker-labels"];
     let daemon = Daemon::start_with(&topology.host, &[], Datapath::Auto, &flags).unwrap();
-    let served = || {
-        let row = daemon.entry().ok()?;
-        (row["delivery"] == "peer").then(|| row["backend"]["address"].clone())
+    // The backends' addresses, once the fast path has them all.
+    let served = |count: usize| {
+        let rows = daemon.list().ok()?;
+        let is_fast = rows.iter().all(|row| row["delivery"] == "peer");
+        let backends = rows.iter().map(|row| row["backend"]["address"].clone());
+        (is_fast && rows.len() == count).then(|| backends.collect::<Vec<_>>())
     };
     let page = fs::read_to_string(repository().join("docs/with-podman.md")).unwrap();
     let blocks = blocks(&page)
         .into_iter()
         .filter(|block| block.language == "sh");
-    let mut followed = 0;
-    for command in blocks.flat_map(|block| commands(&block.text)) {
-        followed += 1;
-        podman.run(command.strip_prefix("sudo ").unwrap_or(&command));
-        wait_for("the container on the fast path", served)
-            .unwrap_or_else(|error| panic!("{error:#}\n{}", daemon.said()));
+    let mut count = 0;
+    for block in blocks {
+        count += 1;
+        for command in commands(&block.text) {
+            match command.strip_prefix("sudo forwarder ") {
+                Some(words) => drop(
+                    daemon
+                        .control(&words.split(' ').collect::<Vec<_>>())
+                        .unwrap(),
+                ),
+                None => drop(podman.run(command.strip_prefix("sudo ").unwrap_or(&command))),
+            }
+            wait_for("the container on the fast path", || served(count)).unwrap_or_else(|error| {
+                panic!("{error:#}\n{:?}\n{}", daemon.list(), daemon.said())
+            });
+        }
     }
-    assert!(followed > 1, "the page has no commands");
-    let url = format!("http://{}:8080/", topology.host_address(Family::V4));
-    let asked = || topology.client.run(&format!("curl -fsS {url}")).unwrap();
-    assert_eq!(asked(), engine::PAGE);
-    let before = served();
-    podman.run("podman restart -t 0 web");
-    wait_for("the new address", || {
-        served().filter(|address| Some(address) != before.as_ref())
+    let rows = daemon.list().unwrap();
+    let holders: Vec<_> = rows.iter().map(|row| row["holder"].as_str()).collect();
+    let expected = ["engine", "forwarder", "forwarder"].map(Some);
+    assert_eq!(holders, expected, "the page's three ways: {rows:?}");
+    let asked = || {
+        for port in [8080, 8081, 8090] {
+            let url = format!("http://{}:{port}/", topology.host_address(Family::V4));
+            let answer = topology.client.run(&format!("curl -fsS {url}"));
+            assert_eq!(answer.unwrap(), engine::PAGE);
+        }
+    };
+    asked();
+    let before = served(count).unwrap();
+    podman.run("podman restart -t 0 web api");
+    wait_for("the new addresses", || {
+        let after = served(count)?;
+        let moved = before.iter().all(|address| !after.contains(address));
+        moved.then_some(())
     })
-    .unwrap();
-    assert_eq!(asked(), engine::PAGE);
-    podman.run("podman rm -f -t 0 web");
-    let empty = || daemon.list().ok()?.is_empty().then_some(());
-    wait_for("the end of its publish", empty).unwrap();
+    .unwrap_or_else(|error| panic!("{error:#}\n{:?}\n{}", daemon.list(), daemon.said()));
+    asked();
+    podman.run("podman rm -f -t 0 web api");
+    let waits = |row: &serde_json::Value| row["reason_code"] == "waiting";
+    let left = || {
+        let rows = daemon.list().ok()?;
+        (rows.len() == 1 && rows.iter().all(waits)).then_some(())
+    };
+    wait_for("the end of what they published themselves", left).unwrap();
     daemon.stop().unwrap();
 }

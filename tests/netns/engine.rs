@@ -1,0 +1,481 @@
+//! `run --docker`: ports that the engine holds for its containers, and publishes that follow a container.
+
+use std::{
+    net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, UdpSocket},
+    process::Output,
+    time::Duration,
+};
+
+use forwarder_tests::{
+    api,
+    daemon::{Daemon, Datapath, forwarder},
+    deadline::wait_for,
+    engine::Engine,
+    topology::{Container, Family, Topology},
+    traffic::{Backend, Protocol, ask, ask_by, send_datagram},
+};
+use nix::sys::signal::Signal;
+use serde_json::{Value, json};
+
+use crate::{
+    docker_proxy,
+    scene::{BACKEND_PORT, PORT, served_to_the_client},
+};
+
+/// An instance that follows an engine, and the backends of two containers.
+struct Scene {
+    daemon: Daemon,
+    engine: Engine,
+    topology: Topology,
+}
+
+impl Scene {
+    fn new(flags: &[&str]) -> Self {
+        let topology = Topology::new().unwrap();
+        let engine = Engine::start().unwrap();
+        let socket = engine.socket().display().to_string();
+        let flags = [&["--docker", &socket][..], flags].concat();
+        let daemon = Daemon::start_with_state(&topology.host, &[], Datapath::Auto, &flags).unwrap();
+        let scene = Self {
+            daemon,
+            engine,
+            topology,
+        };
+        scene.is_heard();
+        scene
+    }
+
+    /// Waits until the instance follows the engine.
+    fn is_heard(&self) {
+        wait_for("the watcher", || {
+            (self.engine.listeners() > 0).then_some(())
+        })
+        .unwrap();
+    }
+
+    /// Starts a container that publishes the port.
+    fn run(&self, id: &str, container: &Container, labels: &Value) {
+        let addresses = [container.address(Family::V4)];
+        self.engine.run(id, "web", &addresses, &published(), labels);
+    }
+
+    fn frontend(&self) -> SocketAddr {
+        SocketAddr::new(self.topology.host_address(Family::V4), PORT)
+    }
+
+    /// A socket that holds the port as an engine's does, without a backlog that anybody reads.
+    fn held(&self) -> (UdpSocket, TcpListener) {
+        self.topology.host.enter(|| {
+            let udp = UdpSocket::bind((Ipv4Addr::UNSPECIFIED, PORT)).unwrap();
+            udp.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
+            let tcp = TcpListener::bind((Ipv4Addr::UNSPECIFIED, PORT)).unwrap();
+            (udp, tcp)
+        })
+    }
+
+    #[track_caller]
+    fn wait(&self, what: &str, is_so: impl Fn(&[Value]) -> bool) -> Vec<Value> {
+        let rows = wait_for(what, || self.daemon.list().ok().filter(|rows| is_so(rows)));
+        rows.unwrap_or_else(|error| {
+            panic!(
+                "{error:#}: {:#?}\n{}",
+                self.daemon.list(),
+                self.daemon.said()
+            )
+        })
+    }
+
+    /// Waits until all publishes are this owner's, and so many.
+    #[track_caller]
+    fn owned(&self, owner: &str, count: usize) -> Vec<Value> {
+        self.wait(owner, |rows| {
+            rows.len() == count && rows.iter().all(|row| row["owner"] == owner)
+        })
+    }
+
+    fn control(&self, words: &[&str]) -> Output {
+        let mut command = forwarder(&self.topology.host);
+        command.args(words);
+        command.args(["--instance", self.daemon.instance()]);
+        command.output().unwrap()
+    }
+
+    /// What a command fails with, and its status.
+    fn refused(&self, words: &[&str]) -> (String, Option<i32>) {
+        let output = self.control(words);
+        let said = String::from_utf8_lossy(&output.stderr).into_owned();
+        (said, output.status.code())
+    }
+}
+
+fn published() -> Value {
+    let port = json!([{"HostIp": "0.0.0.0", "HostPort": PORT.to_string()}]);
+    json!({"9000/tcp": port, "9000/udp": port, "9000/sctp": port, "9001/tcp": null})
+}
+
+fn backends(container: &Container) -> [Backend; 2] {
+    [Protocol::Tcp, Protocol::Udp]
+        .map(|protocol| Backend::start(&container.netns, protocol, BACKEND_PORT).unwrap())
+}
+
+#[test]
+fn a_port_that_the_engine_holds_gets_the_fast_path() {
+    let scene = Scene::new(&[]);
+    let (held, _listener) = scene.held();
+    let [tcp, udp] = backends(&scene.topology.backend);
+    scene.run("a1", &scene.topology.backend, &Value::Null);
+    for row in scene.owned("docker:a1", 3) {
+        let expected = match row["protocol"].as_str() {
+            Some("sctp") => "engine",
+            _ => "ebpf",
+        };
+        assert_eq!(row["datapath"], expected, "{row}");
+        assert_eq!(row["holder"], "engine", "{row}");
+        assert_eq!(row["container"], "web", "{row}");
+    }
+    let listed = scene.daemon.control(&["list"]).unwrap();
+    assert!(
+        listed.contains("docker:a1 (web)") && listed.contains("), engine"),
+        "{listed}"
+    );
+    for protocol in [Protocol::Tcp, Protocol::Udp] {
+        served_to_the_client(&scene.topology, protocol, "by the fast path");
+    }
+    let client = scene.topology.client.enter(|| {
+        let any = (Ipv4Addr::UNSPECIFIED, 0);
+        UdpSocket::bind(any).unwrap()
+    });
+    ask_by(&client, scene.frontend(), "while it is there").unwrap();
+    let before = (tcp.requests(), udp.requests());
+    scene.engine.end("a1", "web");
+    scene.wait("the end of its publishes", <[Value]>::is_empty);
+    // What the fast path does not take is the holder's, also of a flow that was there.
+    client.send_to(b"after its end", scene.frontend()).unwrap();
+    let mut datagram = [0; 64];
+    let (length, _) = held.recv_from(&mut datagram).unwrap();
+    assert_eq!(&datagram[..length], b"after its end");
+    assert_eq!((tcp.requests(), udp.requests()), before);
+    scene.daemon.stop().unwrap();
+}
+
+#[test]
+fn a_late_end_of_a_container_takes_nothing_of_its_successor() {
+    let scene = Scene::new(&[]);
+    let (_held, _listener) = scene.held();
+    let _backends = backends(&scene.topology.backend);
+    scene.run("a1", &scene.topology.backend, &Value::Null);
+    scene.owned("docker:a1", 3);
+    // The next has its port and its address before anything is heard of the end.
+    scene.engine.remove("a1");
+    scene.run("b2", &scene.topology.backend, &Value::Null);
+    scene.engine.tell("die", "a1", "web");
+    scene.owned("docker:b2", 3);
+    scene.engine.tell("destroy", "a1", "web");
+    // Events are taken one after another.
+    let addresses = [scene.topology.peer.address(Family::V4)];
+    let other = json!({"1/tcp": [{"HostIp": "", "HostPort": "1"}]});
+    scene
+        .engine
+        .run("c3", "other", &addresses, &other, &Value::Null);
+    scene.wait("the one behind it", |rows| rows.len() == 4);
+    served_to_the_client(&scene.topology, Protocol::Udp, "the successor");
+    scene.daemon.stop().unwrap();
+}
+
+#[test]
+fn what_has_changed_while_the_engine_was_away_is_seen_at_its_return() {
+    let mut scene = Scene::new(&[]);
+    let (_held, _listener) = scene.held();
+    let _backends = backends(&scene.topology.backend);
+    scene.run("a1", &scene.topology.backend, &Value::Null);
+    scene.owned("docker:a1", 3);
+    scene.engine.hang_up();
+    scene.engine.remove("a1");
+    let addresses = [scene.topology.backend.address(Family::V4)];
+    scene
+        .engine
+        .put("b2", "web", &addresses, &published(), &Value::Null);
+    scene.owned("docker:b2", 3);
+    // The instance too comes back with what it had.
+    scene.daemon.kill().unwrap();
+    scene.engine.hang_up();
+    scene.daemon.restart().unwrap();
+    assert_eq!(scene.owned("docker:b2", 3)[0]["holder"], "engine");
+    served_to_the_client(&scene.topology, Protocol::Tcp, "again");
+    scene.daemon.stop().unwrap();
+}
+
+#[test]
+fn a_port_of_dockers_proxy_is_the_leases() {
+    let scene = Scene::new(&[]);
+    let port = json!([{"HostIp": "0.0.0.0", "HostPort": PORT.to_string()}]);
+    let _backend =
+        Backend::start(&scene.topology.backend.netns, Protocol::Tcp, BACKEND_PORT).unwrap();
+    let addresses = [scene.topology.backend.address(Family::V4)];
+    let ports = json!({"9000/tcp": port});
+    // The watcher was first, as after a restart of the instance.
+    scene
+        .engine
+        .run("a1", "web", &addresses, &ports, &Value::Null);
+    scene.owned("docker:a1", 1);
+    let instance = scene.daemon.instance();
+    let mut proxy = docker_proxy::start(&scene.topology, instance, "tcp", "0.0.0.0");
+    assert_eq!(proxy.said(), "0\n");
+    let row = &scene.owned("lease:1", 1)[0];
+    assert_eq!(row["holder"], "forwarder", "{row}");
+    // And now it comes second.
+    scene.engine.tell("start", "a1", "web");
+    let other = json!({"1/udp": [{"HostIp": "0.0.0.0", "HostPort": "1"}]});
+    scene
+        .engine
+        .run("b2", "other", &addresses, &other, &Value::Null);
+    let rows = scene.wait("the one behind it", |rows| rows.len() == 2);
+    assert_eq!(rows[0]["owner"], "lease:1", "{rows:?}");
+    served_to_the_client(&scene.topology, Protocol::Tcp, "by the lease");
+    assert_eq!(proxy.end(Signal::SIGINT), Some(0));
+    scene.daemon.stop().unwrap();
+}
+
+#[test]
+fn labels_restrict_what_the_engine_publishes() {
+    let scene = Scene::new(&["--docker-labels"]);
+    let (held, _listener) = scene.held();
+    let _backends = backends(&scene.topology.backend);
+    // What is published by both ways is the engine's.
+    let labels = json!({
+        "forwarder.allow": "203.0.113.0/24",
+        "forwarder.max-flows": "7",
+        "forwarder.publish": "8080:9000,8081:9000",
+    });
+    scene.run("a1", &scene.topology.backend, &labels);
+    let rows = scene.owned("docker:a1", 4);
+    let of_forwarder = rows.iter().filter(|row| row["holder"] == "forwarder");
+    let ports: Vec<_> = of_forwarder.map(|row| &row["frontend"]["port"]).collect();
+    assert_eq!(ports, [8081]);
+    let row = &rows[0];
+    assert_eq!(
+        (&row["allow"][0], &row["max_flows"]),
+        (&json!("203.0.113.0/24"), &json!(7))
+    );
+    let refused = || scene.daemon.counted("not_allowed").unwrap();
+    let before = refused();
+    send_datagram(&scene.topology.client, scene.frontend(), "from elsewhere").unwrap();
+    wait_for("the refusal", || (refused() > before).then_some(())).unwrap();
+    held.set_nonblocking(true).unwrap();
+    assert!(held.recv_from(&mut [0; 64]).is_err(), "the holder got it");
+    scene.engine.end("a1", "web");
+    scene.wait("its end", <[Value]>::is_empty);
+    // The image's own say nothing, and what has no meaning opens nothing.
+    scene.engine.label_image(labels.clone());
+    scene.run("b2", &scene.topology.backend, &labels);
+    let row = &scene.owned("docker:b2", 3)[0];
+    assert_eq!(
+        (&row["allow"], &row["max_flows"]),
+        (&json!([]), &Value::Null)
+    );
+    scene.engine.end("b2", "web");
+    scene.run(
+        "c3",
+        &scene.topology.backend,
+        &json!({"forwarder.alow": "203.0.113.0/24"}),
+    );
+    let told = || {
+        scene
+            .daemon
+            .said()
+            .contains("forwarder.alow: there is no such label")
+            .then_some(())
+    };
+    wait_for("the mistake", told).unwrap();
+    scene.wait("nothing of it", <[Value]>::is_empty);
+    scene.daemon.stop().unwrap();
+}
+
+#[test]
+fn a_publish_follows_its_container() {
+    let mut scene = Scene::new(&[]);
+    let there = backends(&scene.topology.backend);
+    let _elsewhere = backends(&scene.topology.peer);
+    let requests = || there.iter().map(Backend::requests).sum::<u64>();
+    let run = |scene: &Scene, id: &str, container: &Container| {
+        let addresses = [container.address(Family::V4)];
+        scene
+            .engine
+            .run(id, "web", &addresses, &json!({}), &Value::Null);
+    };
+    run(&scene, "a1", &scene.topology.backend);
+    let publish = [
+        "publish",
+        "--container",
+        "web",
+        "--max-flows",
+        "9",
+        "8080:9000",
+        "8080:9000/udp",
+    ];
+    let said = scene.daemon.control(&publish).unwrap();
+    assert!(
+        said.starts_with("1: 8080:172.31.0.2:9000/tcp (ebpf"),
+        "{said}"
+    );
+    let rows = scene.owned("cli", 2);
+    assert_eq!(
+        (&rows[0]["container"], &rows[0]["max_flows"]),
+        (&json!("web"), &json!(9))
+    );
+    served_to_the_client(&scene.topology, Protocol::Tcp, "where it is");
+    let client = scene.topology.client.enter(|| {
+        let any = (Ipv4Addr::UNSPECIFIED, 0);
+        UdpSocket::bind(any).unwrap()
+    });
+    ask_by(&client, scene.frontend(), "begins a flow").unwrap();
+    scene.engine.end("a1", "web");
+    let stopped = |rows: &[Value]| {
+        let all = rows.iter().all(|row| row["reason_code"] == "waiting");
+        all && rows.len() == 2
+    };
+    let rows = scene.wait("its end", stopped);
+    assert_eq!(
+        rows[0]["reason"],
+        "not served: container web is not running"
+    );
+    // Its port is free, and nothing reaches its address, which may be another's.
+    let before = requests();
+    let (held, listener) = scene.held();
+    client.send_to(b"too late", scene.frontend()).unwrap();
+    held.recv_from(&mut [0; 64]).unwrap();
+    assert_eq!(requests(), before);
+    // A restart knows it all.
+    scene.daemon.kill().unwrap();
+    scene.engine.hang_up();
+    scene.daemon.restart().unwrap();
+    scene.wait("the same after a restart", stopped);
+    scene.is_heard();
+    run(&scene, "b2", &scene.topology.peer);
+    let is_taken = |row: &Value| {
+        row["reason"]
+            .as_str()
+            .is_some_and(|why| why.contains("already in use"))
+    };
+    scene.wait("somebody else's port", |rows| rows.iter().all(is_taken));
+    drop((held, listener));
+    let address = scene.topology.peer.address(Family::V4).to_string();
+    scene.wait("its successor", |rows| {
+        let served = |row: &Value| {
+            row["datapath"] == "ebpf" && row["backend"]["address"] == address.as_str()
+        };
+        rows.iter().all(served)
+    });
+    for protocol in [Protocol::Tcp, Protocol::Udp] {
+        served_to_the_client(&scene.topology, protocol, "elsewhere");
+    }
+    // One that is given an address stays there.
+    let stays = json!([{"address": address, "port": 9000}]).to_string();
+    let replaced = api::ask(&scene.daemon, "PUT", "/v1/publishes/1/backends", &stays).unwrap();
+    assert_eq!(replaced.body[0]["container"], Value::Null, "{replaced:?}");
+    scene.engine.end("b2", "web");
+    scene.wait("the end of the other", |rows| {
+        rows[0]["datapath"] == "ebpf" && rows[1]["reason_code"] == "waiting"
+    });
+    scene.daemon.control(&["unpublish", "1", "2"]).unwrap();
+    scene.wait("nothing", <[Value]>::is_empty);
+    scene.daemon.stop().unwrap();
+}
+
+#[test]
+fn a_container_that_goes_while_it_is_being_published_is_noticed() {
+    let scene = Scene::new(&[]);
+    scene.run("a1", &scene.topology.backend, &Value::Null);
+    scene.owned("docker:a1", 3);
+    // From here on, only the command looks.
+    scene.engine.remove_after_next_look("a1");
+    let publish = ["publish", "--container", "web", "8081:9000"];
+    scene.daemon.control(&publish).unwrap();
+    scene.wait("its end", |rows| {
+        let stopped = "not served: container web is not running";
+        rows.iter().any(|row| row["reason"] == stopped)
+    });
+    scene.daemon.stop().unwrap();
+}
+
+#[test]
+fn a_container_of_both_families_is_published_in_both() {
+    let scene = Scene::new(&[]);
+    let backend = &scene.topology.backend;
+    let _backend = Backend::start(&backend.netns, Protocol::Tcp, BACKEND_PORT).unwrap();
+    let addresses = [Family::V4, Family::V6].map(|family| backend.address(family));
+    let both =
+        json!([{"HostIp": "0.0.0.0", "HostPort": "8081"}, {"HostIp": "::", "HostPort": "8081"}]);
+    let ports = json!({"9000/tcp": both});
+    scene
+        .engine
+        .run("a1", "web", &addresses, &ports, &Value::Null);
+    scene.owned("docker:a1", 2);
+    scene
+        .daemon
+        .control(&["publish", "--container", "web", "8080:9000"])
+        .unwrap();
+    scene.wait("all", |rows| rows.len() == 4);
+    let hosts = [
+        (
+            &scene.topology.client,
+            scene.topology.host_address(Family::V4),
+        ),
+        (
+            &scene.topology.client,
+            scene.topology.host_address(Family::V6),
+        ),
+        (&scene.topology.host, Ipv4Addr::LOCALHOST.into()),
+        (
+            &scene.topology.host,
+            IpAddr::V6(std::net::Ipv6Addr::LOCALHOST),
+        ),
+    ];
+    for port in [PORT, PORT + 1] {
+        for (netns, host) in hosts {
+            let answer = ask(netns, Protocol::Tcp, SocketAddr::new(host, port), "hello");
+            let answer = answer.unwrap_or_else(|error| panic!("{host} port {port}: {error:#}"));
+            assert_eq!(answer.seen.is_ipv4(), host.is_ipv4(), "the family stays");
+        }
+    }
+    scene.daemon.stop().unwrap();
+}
+
+#[test]
+fn a_container_that_cannot_be_followed_is_an_error_in_one_line() {
+    let scene = Scene::new(&[]);
+    scene.run("a1", &scene.topology.backend, &Value::Null);
+    scene.owned("docker:a1", 3);
+    let publish = |name: &str, port: &str| {
+        let (said, status) = scene.refused(&["publish", "--container", name, port]);
+        assert!(said.starts_with("error: "), "{said}");
+        (said.lines().next().unwrap().to_owned(), status)
+    };
+    let none = "error: no container db; `docker ps` shows those that run";
+    assert_eq!(publish("db", "80:80"), (none.into(), Some(1)));
+    let (said, status) = publish("web", "8080:172.17.0.2:80");
+    assert!(said.contains("leave the backend's address out"), "{said}");
+    assert_eq!(status, Some(2));
+    let (said, status) = publish("../images", "80:80");
+    assert!(said.contains("no container's name"), "{said}");
+    assert_eq!(status, Some(1));
+    let (said, status) = publish("web", "8080:80");
+    assert!(
+        said.contains("overlaps with") && said.contains("of owner docker:a1"),
+        "{said}"
+    );
+    assert_eq!(status, Some(1));
+    let (said, status) = scene.refused(&["publish", "8080:80"]);
+    assert!(said.contains("found with --container"), "{said}");
+    assert_eq!(status, Some(2));
+    let Scene {
+        daemon, topology, ..
+    } = scene;
+    daemon.stop().unwrap();
+    let alone = Daemon::start(&topology.host, &[], Datapath::Auto).unwrap();
+    let error = alone.control(&["publish", "--container", "web", "80:80"]);
+    let error = error.unwrap_err().to_string();
+    let words = "the instance follows no engine; start it by `forwarder run --docker`";
+    assert!(error.ends_with(words), "{error}");
+    alone.stop().unwrap();
+}

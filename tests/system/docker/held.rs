@@ -1,0 +1,198 @@
+//! `run --docker`: dockerd holds the ports of `docker run -p` itself, starts no process for them, and the fast path serves them
+//! beside its rules.
+
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+
+use forwarder_tests::{
+    daemon::{Daemon, Datapath},
+    deadline::wait_for,
+    topology::Topology,
+    traffic::{Connection, Protocol, ask},
+};
+use serde_json::{Value, json};
+
+use super::{BOTH, Engine, GATEWAY, PORT, Scene};
+
+fn scene(config: Value) -> Scene {
+    let topology = Topology::new().unwrap();
+    let folder = tempfile::tempdir().unwrap();
+    let engine = Engine::start_with(&topology.host, folder, config, None).unwrap();
+    let socket = engine.socket();
+    let flags = ["--docker", socket.as_str()];
+    let daemon = Daemon::start_with_state(&topology.host, &[], Datapath::Auto, &flags).unwrap();
+    Scene {
+        engine,
+        daemon,
+        topology,
+    }
+}
+
+impl Scene {
+    /// Waits for what the list is to say.
+    #[track_caller]
+    fn wait_for_list(&self, what: &str, is_so: impl Fn(&[Value]) -> bool) -> Vec<Value> {
+        let found = wait_for(what, || self.daemon.list().ok().filter(|rows| is_so(rows)));
+        found.unwrap_or_else(|error| panic!("{error:#}\n{}", self.shown()))
+    }
+
+    /// Where Docker's own rules send the port.
+    fn backend_of_rules(&self) -> String {
+        let rules = self.host().run("iptables -t nat -S DOCKER").unwrap();
+        let port = format!("--dport {PORT} ");
+        let rule = rules.lines().find(|rule| rule.contains(&port));
+        let rule = rule.unwrap_or_else(|| panic!("no rule: {rules}"));
+        let (_, backend) = rule.split_once("--to-destination ").unwrap();
+        backend.split(':').next().unwrap().to_owned()
+    }
+
+    /// Waits until the fast path sends the port where Docker's rules do.
+    #[track_caller]
+    fn agrees_with_the_rules(&self) {
+        let backend = self.backend_of_rules();
+        self.wait_for_list("the same backend", |rows| {
+            let is_so = |row: &Value| row["backend"]["address"] == backend.as_str();
+            rows.len() == 2 && rows.iter().all(is_so)
+        });
+    }
+}
+
+#[test]
+fn the_fast_path_serves_ports_that_dockerd_holds() {
+    let scene = scene(json!({"userland-proxy": false}));
+    let (container, backends) = scene.run("web");
+    let rows = scene.wait_for_list("both protocols", |rows| rows.len() == 2);
+    for row in &rows {
+        let served = (&row["datapath"], &row["holder"], &row["container"]);
+        assert_eq!(
+            served,
+            (&json!("ebpf"), &json!("engine"), &json!("web")),
+            "{row}"
+        );
+    }
+    assert_eq!(scene.engine.proxies().unwrap().processes, 0);
+    let forwarded = || scene.daemon.counted("forwarded_original").unwrap();
+    let before = forwarded();
+    scene.serves_the_lan("by the fast path");
+    assert!(forwarded() >= before + 2);
+    for (who, host) in [
+        (scene.host(), IpAddr::from(Ipv4Addr::LOCALHOST)),
+        (scene.host(), scene.lan().ip()),
+        (&container, GATEWAY.into()),
+        (&container, scene.lan().ip()),
+    ] {
+        for protocol in BOTH {
+            let answer = ask(who, protocol, SocketAddr::new(host, PORT), "hello");
+            answer.unwrap_or_else(|error| panic!("{} to {host}: {error:#}", who.label()));
+        }
+    }
+    // What does not move a container changes nothing, and its name is followed.
+    scene.engine.docker(&["pause", "web"]).unwrap();
+    scene.engine.docker(&["unpause", "web"]).unwrap();
+    scene.engine.docker(&["rename", "web", "www"]).unwrap();
+    let after = scene.wait_for_list("the new name", |rows| {
+        rows.len() == 2 && rows.iter().all(|row| row["container"] == "www")
+    });
+    assert_eq!(rows[0]["id"], after[0]["id"]);
+    scene.serves_the_lan("under another name");
+    drop((container, backends));
+    // A restart may give it another address.
+    let address = scene.engine.address("www").unwrap();
+    scene.engine.docker(&["stop", "-t", "0", "www"]).unwrap();
+    scene.wait_for_list("its end", <[Value]>::is_empty);
+    scene.engine.run("squatter", &[]).unwrap();
+    scene.engine.docker(&["start", "www"]).unwrap();
+    assert_ne!(scene.engine.address("www").unwrap(), address);
+    scene.agrees_with_the_rules();
+    let _backends = scene.backends("www");
+    scene.serves_the_lan("elsewhere");
+    // By force, and the port is the next one's.
+    scene.engine.docker(&["rm", "-f", "www"]).unwrap();
+    let (_container, _backends) = scene.run("next");
+    scene.agrees_with_the_rules();
+    scene.serves_the_lan("the next");
+    scene.stop();
+}
+
+#[test]
+fn the_fast_path_comes_before_dockers_own_proxy() {
+    let scene = scene(json!({}));
+    let _backends = scene.run("web");
+    assert!(scene.engine.proxies().unwrap().processes > 0);
+    scene.wait_for_list("both protocols", |rows| {
+        rows.len() == 2 && rows.iter().all(|row| row["datapath"] == "ebpf")
+    });
+    scene.serves_the_lan("by the fast path");
+    for protocol in BOTH {
+        let local = SocketAddr::new(Ipv6Addr::LOCALHOST.into(), PORT);
+        ask(scene.host(), protocol, local, "by the proxy").unwrap();
+    }
+    scene.stop();
+}
+
+#[test]
+fn a_port_leads_to_the_network_that_dockers_rules_lead_to() {
+    let scene = scene(json!({"userland-proxy": false}));
+    // By their names, one comes before the usual `bridge`, one behind; from one nothing leads out.
+    for (name, flags) in [("a", &[][..]), ("z", &[]), ("aa", &["--internal"])] {
+        let words = [&["network", "create"], flags, &[name]].concat();
+        scene.engine.docker(&words).unwrap();
+    }
+    scene.run("web");
+    scene.agrees_with_the_rules();
+    for network in ["z", "aa", "a"] {
+        scene
+            .engine
+            .docker(&["network", "connect", network, "web"])
+            .unwrap();
+        scene.agrees_with_the_rules();
+    }
+    for network in ["bridge", "a", "aa"] {
+        scene
+            .engine
+            .docker(&["network", "disconnect", network, "web"])
+            .unwrap();
+        scene.agrees_with_the_rules();
+    }
+    let _backends = scene.backends("web");
+    scene.serves_the_lan("by the last one");
+    let range = [
+        "-p",
+        "127.0.0.1:20000-20099:20000-20099",
+        "-p",
+        "[::1]:53:53/udp",
+    ];
+    scene.engine.run("range", &range).unwrap();
+    let rows = scene.wait_for_list("a range as one", |rows| rows.len() == 3);
+    let frontend = json!({"address": "127.0.0.1", "port": 20000, "end_port": 20099});
+    assert!(
+        rows.iter().any(|row| row["frontend"] == frontend),
+        "{rows:?}"
+    );
+    scene.stop();
+}
+
+#[test]
+fn containers_outlive_dockerd_and_are_served_meanwhile() {
+    let mut scene = scene(json!({"userland-proxy": false, "live-restore": true}));
+    let (_container, backends) = scene.run("web");
+    let rows = scene.wait_for_list("its publishes", |rows| rows.len() == 2);
+    let mut connection = Connection::open(&scene.topology.client, scene.lan()).unwrap();
+    connection.ask("before").unwrap();
+    scene.engine.kill().unwrap();
+    connection.ask("while it is dead").unwrap();
+    scene.serves_the_lan("while it is dead");
+    scene.engine.restart().unwrap();
+    connection.ask("after").unwrap();
+    let same = scene.wait_for_list("the same", |rows| rows.len() == 2);
+    assert_eq!(same[0]["id"], rows[0]["id"]);
+    scene.serves_the_lan("after");
+    // One that ends while nobody looks is seen to have ended.
+    scene.engine.kill().unwrap();
+    drop(backends);
+    scene.engine.restart().unwrap();
+    scene.engine.docker(&["rm", "-f", "web"]).unwrap();
+    scene.wait_for_list("its end", <[Value]>::is_empty);
+    let answer = ask(&scene.topology.client, Protocol::Tcp, scene.lan(), "nobody");
+    assert!(answer.is_err());
+    scene.stop();
+}
