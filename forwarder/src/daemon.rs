@@ -417,7 +417,7 @@ impl Daemon {
                 _ = heal.tick() => self.heal().await,
                 _ = retry.tick(), if !self.waiting.is_empty() => self.retry().await,
                 _ = sweep.tick() => {
-                    sweeping.get_or_insert_default();
+                    sweeping.get_or_insert_with(|| self.begin_sweep());
                     self.ask_for_neighbours().await;
                 }
                 // A slice at a time, and whatever else is due in between.

@@ -23,14 +23,24 @@ use crate::{
 };
 
 /// A walk over all flows, a slice at a time.
-#[derive(Default)]
 pub(super) struct Sweep {
     walk: Walk,
+    /// The places of what drained when it began: flows of others may have come where it had been already.
+    drained: BTreeSet<u32>,
     /// Publishes that still have flows, by their places.
     alive: HashSet<u32>,
 }
 
 impl Daemon {
+    /// A walk that begins now.
+    pub(super) fn begin_sweep(&self) -> Sweep {
+        Sweep {
+            walk: Walk::default(),
+            drained: self.draining.keys().copied().collect(),
+            alive: HashSet::new(),
+        }
+    }
+
     /// Ends flows, beside the daemon's other work, and then gives places back. Who is cut off has heard of it on return, if
     /// the other end listens.
     pub(super) fn end_flows_of(&self, loose: Loose) -> impl Future<Output = ()> + Send + use<> {
@@ -138,7 +148,7 @@ impl Daemon {
     pub(super) fn sweep(&mut self, sweep: &mut Sweep) -> bool {
         match self.sweep_slice(sweep) {
             Ok(true) => return true,
-            Ok(false) => self.end_all_drained(&sweep.alive),
+            Ok(false) => self.end_all_drained(sweep),
             Err(error) => warn!("{error:#}"),
         }
         false
@@ -182,11 +192,12 @@ impl Daemon {
     }
 
     /// What has drained: neither path has a flow of it.
-    fn end_all_drained(&mut self, alive: &HashSet<u32>) {
+    fn end_all_drained(&mut self, sweep: &Sweep) {
+        let Sweep { drained, alive, .. } = sweep;
         let is_over = |(place, draining): &(&u32, &Draining)| {
             let meter = draining.row.meter.as_ref().filter(|_| draining.is_shown());
             let proxied = meter.map_or(0, |meter| meter.counters().flows);
-            !alive.contains(place) && proxied == 0 && !draining.is_cut
+            drained.contains(place) && !alive.contains(place) && proxied == 0 && !draining.is_cut
         };
         let over = self.draining.iter().filter(is_over);
         let over: Vec<u32> = over.map(|(place, _)| *place).collect();
