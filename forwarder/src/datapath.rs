@@ -32,7 +32,7 @@ use tokio::io::{Interest, unix::AsyncFd};
 
 use self::devices::{Attachment, Hook, Place};
 use crate::{
-    datapath::kernel::{Attach, kernel},
+    datapath::kernel::{Attach, NEEDED, kernel},
     datapath::maps::Maps,
 };
 
@@ -287,7 +287,7 @@ impl Drop for Datapath {
 ///
 /// # Errors
 /// Something cannot be removed.
-pub fn remove_left(instance: &str, directory: &Path) -> Result<bool> {
+pub fn remove_left(instance: &str, directory: Option<&Path>) -> Result<bool> {
     let mut found = false;
     if kernel().attach == Attach::Clsact {
         for hook in Hook::ALL {
@@ -297,14 +297,17 @@ pub fn remove_left(instance: &str, directory: &Path) -> Result<bool> {
                 found = true;
             }
         }
-        let marks = fs::read_dir(directory.join(LAYOUT).join(QDISCS));
-        for mark in marks.into_iter().flatten().flatten() {
+        let marks = directory.map(|directory| fs::read_dir(directory.join(LAYOUT).join(QDISCS)));
+        for mark in marks.into_iter().flatten().flatten().flatten() {
             if let Some(ifindex) = mark.file_name().to_str().and_then(|name| name.parse().ok()) {
                 let _ = clsact::remove_idle_qdisc(ifindex);
             }
         }
     }
-    Ok(remove_pins(directory)? || found)
+    match directory {
+        Some(directory) => Ok(remove_pins(directory)? || found),
+        None => Ok(found),
+    }
 }
 
 /// Removes what a version with another layout of its maps left: its links, so that no packet meets two programs, and
@@ -427,8 +430,8 @@ fn explain(error: impl std::error::Error + Send + Sync + 'static) -> anyhow::Err
             match io.raw_os_error() {
                 Some(libc::EPERM) => {
                     return anyhow::anyhow!(
-                        "the kernel refuses eBPF (EPERM): run as root or with CAP_BPF and \
-                         CAP_NET_ADMIN, outside of sandboxes that filter bpf(2)"
+                        "the kernel refuses eBPF (EPERM): run as root or with {NEEDED}, outside of sandboxes that \
+                         filter bpf(2)"
                     );
                 }
                 Some(libc::ENOSYS) => {
