@@ -50,13 +50,18 @@ use crate::{
         server::{Locate, Socket},
         status::Status,
     },
-    datapath::{self, Datapath, kernel, resets},
+    datapath::{
+        self, Datapath,
+        kernel::{self, kernel},
+        resets,
+    },
     engines::docker::{self, engine::Engine},
     instance::Instance,
     memory,
     metrics::Slices,
     network::{self as net, Change as NetworkChange},
     plan::Unserved,
+    privilege,
     proxy::{Idle, Left, Sockets, Store, raise_descriptor_limit},
     publish::{
         Difference, Id, Owner, ProxyProtocol, Publish, Registry, Spec, Wanted, bans::BansFile,
@@ -161,6 +166,7 @@ pub async fn run(instance: Instance, flags: Flags) -> Result<()> {
         let labels = daemon.flags.docker_labels;
         tokio::spawn(docker::follow(engine, labels, sender.clone(), observed));
     }
+    privilege::confine();
     say("ready");
     if let Err(error) = sd_notify::notify(&[NotifyState::Ready]) {
         warn!("NOTIFY_SOCKET: {error}");
@@ -568,7 +574,8 @@ fn store_name(id: Id) -> String {
 }
 
 fn load(instance: &Instance, config: &Config) -> Result<Datapath> {
-    let pins = kernel::has_bpffs().then(|| instance.pins());
+    let can_pin = kernel().refusal().is_none() && kernel::has_bpffs();
+    let pins = can_pin.then(|| instance.make_pins()).transpose()?;
     let snat = kernel::snat_ports();
     if snat.1 == 0 {
         warn!(
@@ -607,5 +614,6 @@ pub fn down(instance: &Instance) -> Result<bool> {
     let _ = std::fs::remove_file(state.with_extension("bans"));
     let state = std::fs::remove_file(state).is_ok();
     let files = instance.remove_files();
-    Ok(datapath::remove_left(&instance.name, &instance.pins())? || files || state)
+    let pins = instance.find_pins()?;
+    Ok(datapath::remove_left(&instance.name, pins.as_deref())? || files || state)
 }

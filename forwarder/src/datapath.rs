@@ -29,7 +29,7 @@ use tokio::io::{Interest, unix::AsyncFd};
 
 use self::devices::{Attachment, Hook, Place};
 use crate::{
-    datapath::kernel::{Attach, kernel},
+    datapath::kernel::{Attach, NEEDED, kernel},
     datapath::maps::Maps,
 };
 
@@ -130,7 +130,8 @@ impl Datapath {
             .map(|directory| directory.join(LAYOUT));
         let mut inherits = false;
         if let Some(pins) = &pins {
-            inherits = pins.parent().is_some_and(Path::exists);
+            let left = pins.parent().map(fs::read_dir);
+            inherits = left.is_some_and(|left| left.is_ok_and(|mut left| left.next().is_some()));
             fs::create_dir_all(pins.join("links"))
                 .with_context(|| format!("create {}", pins.display()))?;
             for map in ADOPTED {
@@ -334,7 +335,7 @@ impl Drop for Datapath {
 ///
 /// # Errors
 /// Something cannot be removed.
-pub fn remove_left(instance: &str, directory: &Path) -> Result<bool> {
+pub fn remove_left(instance: &str, directory: Option<&Path>) -> Result<bool> {
     let mut found = false;
     if kernel().attach == Attach::Clsact {
         for hook in Hook::ALL {
@@ -344,14 +345,17 @@ pub fn remove_left(instance: &str, directory: &Path) -> Result<bool> {
                 found = true;
             }
         }
-        let marks = fs::read_dir(directory.join(LAYOUT).join(QDISCS));
-        for mark in marks.into_iter().flatten().flatten() {
+        let marks = directory.map(|directory| fs::read_dir(directory.join(LAYOUT).join(QDISCS)));
+        for mark in marks.into_iter().flatten().flatten().flatten() {
             if let Some(ifindex) = mark.file_name().to_str().and_then(|name| name.parse().ok()) {
                 let _ = clsact::remove_idle_qdisc(ifindex);
             }
         }
     }
-    Ok(remove_pins(directory)? || found)
+    match directory {
+        Some(directory) => Ok(remove_pins(directory)? || found),
+        None => Ok(found),
+    }
 }
 
 /// Removes an instance's pins, and with them the links and maps that nobody else holds. Returns
@@ -391,8 +395,8 @@ fn explain(error: impl std::error::Error + Send + Sync + 'static) -> anyhow::Err
             match io.raw_os_error() {
                 Some(libc::EPERM) => {
                     return anyhow::anyhow!(
-                        "the kernel refuses eBPF (EPERM): run as root or with CAP_BPF and \
-                         CAP_NET_ADMIN, outside of sandboxes that filter bpf(2)"
+                        "the kernel refuses eBPF (EPERM): run as root or with {NEEDED}, outside of sandboxes that \
+                         filter bpf(2)"
                     );
                 }
                 Some(libc::ENOSYS) => {

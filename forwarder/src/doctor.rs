@@ -12,9 +12,12 @@ use serde::Serialize;
 
 use crate::{
     datapath::clsact::Side,
-    datapath::kernel::{Attach, Kernel, Memory, SNAT_REMEDY, has_bpffs, kernel, snat_ports},
+    datapath::kernel::{
+        Attach, Kernel, Memory, NEEDED, SNAT_REMEDY, has_bpffs, kernel, snat_ports,
+    },
     datapath::{self, Datapath, devices::has_others},
     network::containers::Watch,
+    network::firewall,
     network::xfrm::Policy,
     network::{Link, Reader, Snapshot},
     plan,
@@ -47,8 +50,8 @@ pub fn examine() -> Vec<Finding> {
     add(
         "privilege",
         kernel.missing_capabilities.is_empty(),
-        &listed(&kernel.missing_capabilities, "CAP_BPF and CAP_NET_ADMIN"),
-        "run as root or with CAP_BPF and CAP_NET_ADMIN",
+        &listed(&kernel.missing_capabilities, NEEDED),
+        &format!("run as root or with {NEEDED}"),
     );
     let load = Datapath::load(&datapath::Options {
         instance: "doctor".into(),
@@ -113,6 +116,20 @@ pub fn examine() -> Vec<Finding> {
                 disputed.join("; ")
             },
             "take the address from the container that should not have it",
+        );
+    }
+    if let Ok(banning) = firewall::banning() {
+        let text = banning.iter().copied().collect::<Vec<_>>().join(", ");
+        add(
+            "bans",
+            banning.is_empty(),
+            if banning.is_empty() {
+                "nobody bans by the firewall"
+            } else {
+                &text
+            },
+            "`forwarder ban` for published ports: they pass by rules of INPUT, and without --respect-firewall by those of \
+             FORWARD; docs/with-crowdsec-fail2ban-ufw.md",
         );
     }
     let ipv6 = Path::new("/proc/net/if_inet6").exists();

@@ -17,6 +17,8 @@ use nix::fcntl::{Flock, FlockArg};
 const RUN: &str = "/run/forwarder";
 const STATE: &str = "/var/lib/forwarder";
 const PINS: &str = "/sys/fs/bpf/forwarder";
+/// The user of the service, whose directories its unit makes, and the group that may use the control socket.
+pub const USER: &str = "forwarder";
 
 /// How often the lock is tried, and after which time.
 const TRIES: u32 = 30;
@@ -169,8 +171,29 @@ impl Instance {
         removed
     }
 
-    /// This instance's directory under bpffs, whose names have no dots.
-    pub fn pins(&self) -> PathBuf {
+    /// This instance's directory under bpffs, whose names have no dots. Anybody may make directories in a bpffs, so the
+    /// one above is made, or found to be ours.
+    ///
+    /// # Errors
+    /// It is somebody else's.
+    pub fn make_pins(&self) -> Result<PathBuf> {
+        make_with_mode(Path::new(PINS), 0o700)?;
+        Ok(self.pins())
+    }
+
+    /// The same directory, if there is one.
+    ///
+    /// # Errors
+    /// The one above is somebody else's.
+    pub fn find_pins(&self) -> Result<Option<PathBuf>> {
+        let pins = self.pins();
+        if !pins.exists() {
+            return Ok(None);
+        }
+        is_private(Path::new(PINS)).map(|()| Some(pins))
+    }
+
+    fn pins(&self) -> PathBuf {
         Path::new(PINS).join(self.name.replace('.', "%"))
     }
 
@@ -196,22 +219,27 @@ impl Instance {
 /// # Errors
 /// It cannot be made, or belongs to somebody else.
 pub fn make_private(directory: &Path) -> Result<()> {
-    let made = DirBuilder::new().mode(0o755).create(directory);
+    make_with_mode(directory, 0o755)
+}
+
+fn make_with_mode(directory: &Path, mode: u32) -> Result<()> {
+    let made = DirBuilder::new().mode(mode).create(directory);
     match made {
         // Whatever the umask is.
-        Ok(()) => fs::set_permissions(directory, Permissions::from_mode(0o755))?,
+        Ok(()) => fs::set_permissions(directory, Permissions::from_mode(mode))?,
         Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
         Err(error) if error.kind() == io::ErrorKind::NotFound => {
             let parent = directory.parent().context("no parent")?;
             fs::create_dir_all(parent).with_context(|| format!("create {}", parent.display()))?;
-            return make_private(directory);
+            return make_with_mode(directory, mode);
         }
         Err(error) => return Err(error).with_context(|| format!("create {}", directory.display())),
     }
     is_private(directory)
 }
 
-/// Whether a directory, which is no link, is of this process's user, and only that user may write to it.
+/// Whether a directory, which is no link, is of this process's user, and only that user may write to it. Root takes the
+/// service's user for its own, whose capabilities are hardly less.
 ///
 /// # Errors
 /// What is wrong with it.
@@ -223,7 +251,11 @@ pub fn is_private(directory: &Path) -> Result<()> {
         bail!("{shown} is no directory; remove it");
     }
     let (owner, own) = (about.uid(), nix::unistd::geteuid());
-    if owner != own.as_raw() {
+    let is_the_services = || {
+        let user = nix::unistd::User::from_name(USER).ok().flatten();
+        user.is_some_and(|user| user.uid.as_raw() == owner)
+    };
+    if owner != own.as_raw() && !(own.is_root() && is_the_services()) {
         bail!("{shown} belongs to user {owner}, not to {own}; remove it");
     }
     if about.mode() & 0o022 != 0 {

@@ -14,6 +14,7 @@ mod memory;
 pub mod metrics;
 pub mod network;
 pub mod plan;
+pub mod privilege;
 pub mod proxy;
 pub mod publish;
 mod seldom;

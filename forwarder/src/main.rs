@@ -19,6 +19,7 @@ use forwarder::{
     daemon, doctor,
     engines::{cni, docker_proxy},
     instance::Instance,
+    privilege,
     publish::{Policy, allow},
 };
 use hyper::Method;
@@ -75,6 +76,7 @@ fn run(cli: Cli) -> Result<()> {
                 .init();
             tokio::runtime::Builder::new_multi_thread()
                 .enable_all()
+                .on_thread_start(privilege::reduce)
                 .build()
                 .context("start the runtime")?
                 .block_on(daemon::run(instance, options.flags()))

@@ -80,8 +80,11 @@ fn doctor_shows_what_is_found() {
 fn doctor_names_what_a_process_may_not_do_and_the_remedy() {
     let privilege = &findings(&WITHOUT_CAPABILITIES)["privilege"];
     assert_eq!(privilege["ok"], false);
-    assert_eq!(privilege["found"], "no CAP_BPF, no CAP_NET_ADMIN");
-    let remedy = "run as root or with CAP_BPF and CAP_NET_ADMIN";
+    assert_eq!(
+        privilege["found"],
+        "no CAP_BPF, no CAP_PERFMON, no CAP_NET_ADMIN"
+    );
+    let remedy = "run as root or with CAP_BPF, CAP_PERFMON and CAP_NET_ADMIN";
     assert_eq!(privilege["remedy"], remedy);
 }
 
@@ -191,4 +194,30 @@ fn a_kernel_without_btf_serves() {
 #[test]
 fn a_machine_without_bpffs_serves() {
     served_without(&WITHOUT_BPFFS, "bpffs");
+}
+
+#[test]
+fn doctor_names_who_bans_by_the_firewall_and_the_remedy() {
+    let netns = Netns::new("host").unwrap();
+    netns.ip("link set lo up").unwrap();
+    let bans = || doctor(&netns, &[]).unwrap()["bans"].clone();
+    let nft = |rules: &str| netns.run(&format!("nft {rules}")).unwrap();
+    nft("add table inet filter");
+    nft("add chain inet filter somebody");
+    assert_eq!(bans()["ok"], true, "chains of others are no bans");
+    for (rules, found) in [
+        ("inet f2b-table f2b-chain", "fail2ban"),
+        ("ip crowdsec crowdsec-chain-input", "CrowdSec, fail2ban"),
+        ("ip filter ufw-before-input", "CrowdSec, fail2ban, ufw"),
+    ] {
+        let [family, table, chain] = rules.split(' ').collect::<Vec<_>>()[..] else {
+            panic!("{rules}");
+        };
+        nft(&format!("add table {family} {table}"));
+        nft(&format!("add chain {family} {table} {chain}"));
+        assert_eq!(bans()["found"], found);
+    }
+    let bans = bans();
+    assert_eq!(bans["ok"], false);
+    assert!(bans["remedy"].as_str().unwrap().contains("forwarder ban"));
 }

@@ -3,7 +3,7 @@
 //! `matrix` has every kind of client, `firewall` what a firewall does meanwhile, `flood` what a flood does, `forged` what says it comes from somebody else, `cut` who hears that a publish is no more, `lifecycle` what
 //! comes and goes, `metrics` what is counted, `top` a terminal, `moved` clients that get another MAC or link, `filters` other people's tc filters, `shaping` their limits, `ipsec` their policies, `rules` their routes, `promises` what must
 //! not be reachable, `timeout` when a flow ends, `fragment` datagrams in parts, `direct` connections past the published port,
-//! `scale` as many flows as there may be, `coalesced` datagrams that come in one buffer, `crowd` as many connections of this host as there are source ports, `selftests`
+//! `privilege` what an instance may do, `scale` as many flows as there may be, `coalesced` datagrams that come in one buffer, `crowd` as many connections of this host as there are source ports, `selftests`
 //! the scenarios of the kernel's own tests, `starved` who takes what others need, `twins` what both paths do alike, and `usage` what a mistake is answered with. Every test makes its own machine,
 //! so they run side by side.
 
@@ -34,6 +34,7 @@ mod matrix;
 mod metrics;
 mod moved;
 mod policy;
+mod privilege;
 mod promises;
 mod range;
 mod remote;

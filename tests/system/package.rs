@@ -11,6 +11,7 @@ use std::{
     time::Duration,
 };
 
+use forwarder::privilege::CAPABILITIES;
 use forwarder_tests::{
     deadline::wait_for,
     machine::Machine,
@@ -139,6 +140,7 @@ fn a_debian_package_serves_and_purged_leaves_nothing() {
     assert_eq!(entry["datapath"], "ebpf", "{entry}");
     assert!(entry["packets"].as_u64() > Some(0), "{entry}");
 
+    is_confined(&scene);
     // Killed, it is started again, and forwards meanwhile.
     scene.run("systemctl kill --signal=KILL forwarder");
     scene.serves();
@@ -166,6 +168,75 @@ fn a_debian_package_serves_and_purged_leaves_nothing() {
         .run("tc filter show dev eth0 ingress")
         .unwrap_or_default();
     assert_eq!(filters, "");
+}
+
+/// The service has a user of its own, whose files are its own, and who may do no more than the list says.
+#[track_caller]
+fn is_confined(scene: &Scene) {
+    for (path, wanted) in [
+        ("/run/forwarder", "forwarder forwarder 755"),
+        ("/run/forwarder/default.sock", "forwarder forwarder 660"),
+        ("/run/forwarder/default.lock", "forwarder forwarder 600"),
+        ("/var/lib/forwarder", "forwarder forwarder 700"),
+        ("/var/lib/forwarder/default.json", "forwarder forwarder 600"),
+        ("/sys/fs/bpf/forwarder", "forwarder forwarder 700"),
+    ] {
+        let found = scene.run(&format!("stat --format='%U %G %a' {path}"));
+        assert_eq!(found.trim(), wanted, "{path}");
+    }
+    let status =
+        scene.run("cat /proc/$(systemctl show --property=MainPID --value forwarder)/status");
+    let all: u64 = CAPABILITIES.iter().map(caps::Capability::bitmask).sum();
+    let user = scene.run("id -u forwarder").trim().to_owned();
+    for (name, wanted) in [
+        ("Uid", [user.as_str(); 4].join("\t")),
+        ("CapPrm", format!("{all:016x}")),
+        ("CapBnd", format!("{all:016x}")),
+        ("NoNewPrivs", "1".into()),
+        ("Seccomp", "2".into()),
+    ] {
+        let line = format!("{name}:\t{wanted}");
+        assert!(status.lines().any(|it| it == line), "no {line} in {status}");
+    }
+    let list = |user: &str| {
+        let groups = "--reuid=65534 --clear-groups";
+        scene
+            .machine
+            .run(&format!("setpriv {groups} --regid={user} forwarder list"))
+    };
+    assert!(
+        list("forwarder").unwrap().contains("8080"),
+        "a member of the group"
+    );
+    let error = list("nogroup").unwrap_err().to_string();
+    assert!(error.contains("ermission denied"), "{error}");
+    // What is not confined weighs no more than 2.0 of 10.
+    scene.run("systemd-analyze security --offline=true --threshold=20 /lib/systemd/system/forwarder.service");
+}
+
+#[test]
+fn the_service_takes_over_what_an_instance_of_root_left() {
+    let scene = Scene::new();
+    scene
+        .machine
+        .put(&package(".deb"), "/tmp/forwarder.deb")
+        .unwrap();
+    scene.run("apt-get install -y /tmp/forwarder.deb");
+    let backend = SocketAddr::new(scene.topology.backend.address(Family::V4), BACKEND_PORT);
+    scene.run("systemd-run --unit=by-hand forwarder run");
+    wait_for("root's instance", || {
+        scene.machine.run("forwarder list").ok()
+    })
+    .unwrap();
+    scene.run(&format!("forwarder publish {PORT}:{backend}"));
+    scene.serves();
+    scene.run("systemctl kill --signal=KILL by-hand; systemctl start forwarder");
+    scene.serves();
+    let entry = scene.entry();
+    assert_eq!(entry["datapath"], "ebpf", "{entry}");
+    is_confined(&scene);
+    scene.run("apt-get purge -y forwarder");
+    scene.is_closed();
 }
 
 #[test]
@@ -259,6 +330,7 @@ fn an_rpm_package_is_installed_and_erased() {
     for path in [
         "/usr/bin/forwarder",
         "/usr/lib/systemd/system/forwarder.service",
+        "/usr/lib/sysusers.d/forwarder.conf",
         "/usr/share/man/man1/forwarder-run.1",
     ] {
         assert!(

@@ -63,6 +63,11 @@ impl<'a> Layout<'a> {
         written.find_map(|(file, name)| (file == path).then_some(name))
     }
 
+    /// The file from which systemd-sysusers makes the user of the unit.
+    fn user(&self) -> PathBuf {
+        self.prefix.join("lib/sysusers.d/forwarder.conf")
+    }
+
     /// The list of what was installed, with which it is removed.
     fn list(&self) -> PathBuf {
         self.prefix.join("share/forwarder/installed")
@@ -125,8 +130,9 @@ pub(crate) fn install(options: &Options) -> Result<()> {
         exec::run(copy.arg(tree.join(path)).arg(to))?;
     }
     step(&format!(
-        "installed: {}; its configuration as a service, after `systemctl daemon-reload`: {}",
+        "installed: {}; as a service, after `systemd-sysusers {} && systemctl daemon-reload`, it is configured by {}",
         prefix.join("bin/forwarder").display(),
+        layout.user().display(),
         layout.configuration.display()
     ));
     Ok(())
@@ -249,6 +255,11 @@ pub(crate) fn stage(tree: &Path, layout: &Layout, binary: &Path, runs: &Path) ->
         &prefix.join("lib/systemd/system/forwarder.service"),
         0o644,
         unit.as_bytes(),
+    )?;
+    write(
+        &below(&layout.user()),
+        0o644,
+        &fs::read(packaging.join("sysusers.conf"))?,
     )?;
     for (path, name) in layout.written() {
         write(&below(path), 0o644, &fs::read(packaging.join(name))?)?;

@@ -49,7 +49,7 @@ use super::{
     stream::{Received, Stream},
 };
 use crate::{
-    accept, memory,
+    accept, instance, memory,
     metrics::{self, Measured},
     publish::{Id, Owner, Spec},
     seldom::Seldom,
@@ -178,7 +178,7 @@ fn bind_private(path: &Path) -> io::Result<std::os::unix::net::UnixListener> {
     umask(before);
     let listener = listener?;
     listener.set_nonblocking(true)?;
-    if let Ok(Some(group)) = nix::unistd::Group::from_name("forwarder") {
+    if let Ok(Some(group)) = nix::unistd::Group::from_name(instance::USER) {
         let _ = nix::unistd::chown(path, None, Some(group.gid));
     }
     fs::set_permissions(path, fs::Permissions::from_mode(0o660))?;

@@ -10,6 +10,7 @@ use aya::{
     sys::{BpfHelper, SyscallError, is_helper_supported},
     util::KernelVersion,
 };
+use caps::{CapSet, Capability};
 use nix::sys::resource::{RLIM_INFINITY, Resource, setrlimit};
 
 /// How a program gets to a device's tc ingress.
@@ -50,6 +51,9 @@ pub struct Kernel {
     /// What lockdown restricts: `none`, `integrity`, `confidentiality`; `None` where that cannot be read.
     pub lockdown: Option<String>,
 }
+
+/// The capabilities without which there is no fast path.
+pub const NEEDED: &str = "CAP_BPF, CAP_PERFMON and CAP_NET_ADMIN";
 
 /// The running kernel, probed when this is first called.
 pub fn kernel() -> &'static Kernel {
@@ -107,7 +111,7 @@ impl Kernel {
     pub fn refusal(&self) -> Option<String> {
         if !self.missing_capabilities.is_empty() {
             return Some(format!(
-                "no privilege for eBPF: {} missing; run as root or with CAP_BPF and CAP_NET_ADMIN",
+                "no privilege for eBPF: {} missing; run as root or with {NEEDED}",
                 self.missing_capabilities.join(" and ")
             ));
         }
@@ -192,20 +196,20 @@ fn chosen(lockdown: &str) -> Option<&str> {
     Some(lockdown.split_once('[')?.1.split_once(']')?.0)
 }
 
-/// Of CAP_NET_ADMIN (12) and CAP_BPF (39), which CAP_SYS_ADMIN (21) includes.
+/// Of those that eBPF needs. CAP_SYS_ADMIN includes two of them.
 fn missing_capabilities() -> Vec<&'static str> {
-    let status = fs::read_to_string("/proc/self/status").unwrap_or_default();
-    let effective = status
-        .lines()
-        .find_map(|line| line.strip_prefix("CapEff:"))
-        .and_then(|set| u64::from_str_radix(set.trim(), 16).ok())
-        .unwrap_or(0);
-    let has = |number: u32| effective & (1 << number) != 0;
+    let effective = caps::read(None, CapSet::Effective).unwrap_or_default();
+    let has = |capability| effective.contains(&capability);
     let mut missing = Vec::new();
-    if !has(39) && !has(21) {
-        missing.push("CAP_BPF");
+    for (capability, name) in [
+        (Capability::CAP_BPF, "CAP_BPF"),
+        (Capability::CAP_PERFMON, "CAP_PERFMON"),
+    ] {
+        if !has(capability) && !has(Capability::CAP_SYS_ADMIN) {
+            missing.push(name);
+        }
     }
-    if !has(12) {
+    if !has(Capability::CAP_NET_ADMIN) {
         missing.push("CAP_NET_ADMIN");
     }
     missing

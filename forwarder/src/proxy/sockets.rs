@@ -380,7 +380,7 @@ fn ports_in_use(spec: &Spec) -> BTreeSet<u16> {
     all.flat_map(|text| {
         let ports = text
             .lines()
-            .filter_map(|line| held_port(line).map(|(port, _)| port));
+            .filter_map(|line| held_port(line).map(|held| held.port));
         ports.collect::<Vec<_>>()
     })
     .filter(|port| (spec.ports.first..=spec.ports.last).contains(port))
@@ -417,10 +417,8 @@ fn descriptors(wanted: u64) -> Result<(), u64> {
 fn explain(error: &io::Error, address: IpAddr, port: u16, spec: &Spec) -> String {
     match error.raw_os_error() {
         Some(libc::EADDRINUSE) => match holder(address, port, spec.protocol) {
-            Some((pid, name)) => format!("address already in use (held by pid {pid}, {name})"),
-            None => "address already in use (held by a process that only root can name, or by one \
-                     in another container)"
-                .into(),
+            Some(holder) => format!("address already in use (held by {holder})"),
+            None => "address already in use; `ss -Sanp` as root names who holds it".into(),
         },
         Some(libc::EACCES) => {
             "permission denied: ports below 1024 need root or CAP_NET_BIND_SERVICE".into()
@@ -440,26 +438,39 @@ fn explain(error: &io::Error, address: IpAddr, port: u16, spec: &Spec) -> String
     }
 }
 
-/// Who holds a port: the socket's inode from /proc/net, its owner from /proc/PID/fd.
-fn holder(address: IpAddr, port: u16, protocol: Protocol) -> Option<(u32, String)> {
+/// Who holds a port, in words: the socket's inode and user from /proc/net, its process from /proc/PID/fd. A daemon that
+/// runs may not look into the processes of others.
+fn holder(address: IpAddr, port: u16, protocol: Protocol) -> Option<String> {
     // A dual-stack socket on [::] holds the port for IPv4 as well.
-    let inodes: Vec<String> = tables(protocol)
+    let tables = tables(protocol)
         .into_iter()
-        .skip(usize::from(address.is_ipv6()))
+        .skip(usize::from(address.is_ipv6()));
+    let tables: Vec<String> = tables
         .filter_map(|table| fs::read_to_string(table).ok())
-        .flat_map(|text| {
-            let held = text.lines().filter_map(held_port);
-            held.filter(|(held, _)| *held == port)
-                .map(|(_, inode)| format!("socket:[{inode}]"))
-                .collect::<Vec<_>>()
-        })
+        .collect();
+    let sockets = tables.iter().flat_map(|table| table.lines());
+    let sockets = sockets
+        .filter_map(held_port)
+        .filter(|held| held.port == port);
+    let sockets: Vec<HeldPort<'_>> = sockets.collect();
+    process(&sockets).or_else(|| {
+        let user = nix::unistd::Uid::from_raw(sockets.first()?.uid);
+        let name = nix::unistd::User::from_uid(user).ok().flatten();
+        let name = name.map_or_else(|| user.to_string(), |user| user.name);
+        Some(format!(
+            "a process of user {name}, which `ss -tulpn` as root names"
+        ))
+    })
+}
+
+fn process(sockets: &[HeldPort<'_>]) -> Option<String> {
+    let links: Vec<String> = sockets
+        .iter()
+        .map(|held| format!("socket:[{}]", held.inode))
         .collect();
     for process in fs::read_dir("/proc").ok()?.flatten() {
-        let Some(pid) = process
-            .file_name()
-            .to_str()
-            .and_then(|name| name.parse().ok())
-        else {
+        let name = process.file_name();
+        let Some(pid) = name.to_str().and_then(|name| name.parse::<u32>().ok()) else {
             continue;
         };
         for descriptor in fs::read_dir(process.path().join("fd"))
@@ -468,12 +479,9 @@ fn holder(address: IpAddr, port: u16, protocol: Protocol) -> Option<(u32, String
             .flatten()
         {
             let link = fs::read_link(descriptor.path()).unwrap_or_default();
-            if inodes
-                .iter()
-                .any(|inode| link.as_os_str() == inode.as_str())
-            {
+            if links.iter().any(|held| link.as_os_str() == held.as_str()) {
                 let name = fs::read_to_string(process.path().join("comm")).unwrap_or_default();
-                return Some((pid, name.trim().into()));
+                return Some(format!("pid {pid}, {}", name.trim()));
             }
         }
     }
@@ -488,15 +496,22 @@ fn tables(protocol: Protocol) -> Vec<&'static str> {
     }
 }
 
-/// The port and inode of a line of /proc/net/tcp and its like (proc_net_tcp, Documentation/networking), if it
-/// is a listener or a bound socket.
-fn held_port(line: &str) -> Option<(u16, &str)> {
+struct HeldPort<'a> {
+    port: u16,
+    uid: u32,
+    inode: &'a str,
+}
+
+/// A line of /proc/net/tcp and its like (proc_net_tcp, Documentation/networking), if it is a listener or a bound socket.
+fn held_port(line: &str) -> Option<HeldPort<'_>> {
     let mut words = line.split_whitespace();
     let local = words.nth(1)?;
     let state = words.nth(1)?;
+    let uid = words.nth(3)?.parse().ok()?;
+    let inode = words.nth(1)?;
     let port = u16::from_str_radix(local.rsplit_once(':')?.1, 16).ok()?;
-    let inode = words.nth(5)?;
-    ["0A", "07"].contains(&state).then_some((port, inode))
+    let is_held = ["0A", "07"].contains(&state);
+    is_held.then_some(HeldPort { port, uid, inode })
 }
 
 #[cfg(test)]

@@ -1,0 +1,97 @@
+//! What a running instance may do: what it needs, and no more.
+
+use std::{collections::BTreeSet, fs};
+
+use forwarder::privilege::CAPABILITIES;
+use forwarder_tests::{
+    daemon::{Daemon, Datapath, WITHOUT_CAPABILITIES},
+    deadline::wait_for,
+    topology::{Family, Topology},
+    traffic::{Backend, Protocol},
+};
+
+use crate::scene::{BACKEND_PORT, on_the_fast_path, served_to_the_client, spec};
+
+/// The lines of /proc/PID/status that say what each of its threads may do, without repetition.
+fn privileges(daemon: &Daemon) -> BTreeSet<String> {
+    let tasks = fs::read_dir(format!("/proc/{}/task", daemon.pid())).unwrap();
+    let tasks = tasks.filter_map(|task| fs::read_to_string(task.ok()?.path().join("status")).ok());
+    let lines = tasks.flat_map(|status| {
+        let lines = status.lines().filter(|line| {
+            ["CapPrm", "CapEff", "CapBnd", "NoNewPrivs", "Seccomp:"]
+                .iter()
+                .any(|name| line.starts_with(name))
+        });
+        lines
+            .map(|line| line.split_whitespace().collect::<Vec<_>>().join(" "))
+            .collect::<Vec<_>>()
+    });
+    lines.collect()
+}
+
+#[track_caller]
+fn has(daemon: &Daemon, permitted: u64) {
+    let all: u64 = CAPABILITIES.iter().map(caps::Capability::bitmask).sum();
+    let bounding = if permitted == 0 { 0 } else { all };
+    let expected = [
+        format!("CapPrm: {permitted:016x}"),
+        format!("CapEff: {permitted:016x}"),
+        format!("CapBnd: {bounding:016x}"),
+        "NoNewPrivs: 1".into(),
+        "Seccomp: 2".into(),
+    ];
+    // A thread that has just begun gives up the rest as the first thing that it does.
+    let found = wait_for("every thread has given up the rest", || {
+        (privileges(daemon) == BTreeSet::from(expected.clone())).then_some(())
+    });
+    found.unwrap_or_else(|error| panic!("{error}: {:?}", privileges(daemon)));
+}
+
+#[test]
+fn started_by_root_it_keeps_what_it_needs_alone() {
+    let topology = Topology::new().unwrap();
+    let _backend = Backend::start(&topology.backend.netns, Protocol::Tcp, BACKEND_PORT).unwrap();
+    let spec = spec(&topology.backend, Family::V4, Protocol::Tcp);
+    let daemon = Daemon::start(&topology.host, &[&spec], Datapath::Ebpf).unwrap();
+    has(
+        &daemon,
+        CAPABILITIES.iter().map(caps::Capability::bitmask).sum(),
+    );
+    on_the_fast_path(&daemon, || {
+        served_to_the_client(&topology, Protocol::Tcp, "hello")
+    });
+    daemon.stop().unwrap();
+}
+
+#[test]
+fn without_capabilities_it_is_confined_too() {
+    let topology = Topology::new().unwrap();
+    let daemon = Daemon::start_wrapped(
+        &topology.host,
+        &WITHOUT_CAPABILITIES,
+        &["8080:172.31.0.2:80"],
+        Datapath::Auto,
+        &[],
+    )
+    .unwrap();
+    has(&daemon, 0);
+    daemon.stop().unwrap();
+}
+
+/// Nothing of the eBPF programs is loaded by anybody who has less.
+#[test]
+fn each_capability_that_the_fast_path_takes_is_missed() {
+    let topology = Topology::new().unwrap();
+    for left_out in ["bpf", "perfmon", "net_admin"] {
+        let bounding = format!("--bounding-set=-{left_out},-sys_admin");
+        let wrapper = ["setpriv", &bounding, "--"];
+        let specs = ["8080:172.31.0.2:80"];
+        let daemon =
+            Daemon::start_wrapped(&topology.host, &wrapper, &specs, Datapath::Auto, &[]).unwrap();
+        let entry = daemon.entry().unwrap();
+        let name = format!("CAP_{} missing", left_out.to_uppercase());
+        let reason = entry["reason"].as_str().unwrap_or_default();
+        assert!(reason.contains(&name), "{entry}");
+        daemon.stop().unwrap();
+    }
+}
