@@ -74,6 +74,17 @@ fn tcp_in_bulk_arrives_whole_from_everywhere() {
     daemon.stop().unwrap();
 }
 
+/// By splice(2), which a running instance has to be allowed.
+#[test]
+fn tcp_in_bulk_arrives_whole_in_user_space() {
+    let topology = Topology::new().unwrap();
+    let spec = spec(&topology.backend, Family::V4, Protocol::Tcp);
+    let daemon = Daemon::start(&topology.host, &[&spec], Datapath::Userland).unwrap();
+    let lan = topology.host_address(Family::V4);
+    there_and_back(&topology.backend.netns, &topology.client, lan);
+    daemon.stop().unwrap();
+}
+
 /// Datagrams of several lengths, each echoed by the backend.
 fn datagrams(family: Family, clients: impl Fn(&Topology) -> Vec<(&Netns, IpAddr)>) {
     let topology = Topology::new().unwrap();
