@@ -423,6 +423,19 @@ impl Daemon {
         Ok(programs)
     }
 
+    /// Its resident memory, in MiB.
+    ///
+    /// # Errors
+    /// It has ended.
+    pub fn resident(&self) -> Result<u64> {
+        let status = fs::read_to_string(format!("/proc/{}/status", self.pid()))?;
+        let mut lines = status.lines();
+        let line = lines.find_map(|line| line.strip_prefix("VmRSS:"));
+        let kilobytes = line.and_then(|line| line.split_whitespace().next());
+        let kilobytes: u64 = kilobytes.context("no VmRSS")?.parse()?;
+        Ok(kilobytes >> 10)
+    }
+
     /// Ends it as Ctrl-C does.
     ///
     /// # Errors
