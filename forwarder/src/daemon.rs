@@ -418,7 +418,7 @@ impl Daemon {
                         Ok(()) => self.network.asks_again(),
                         Err(error) => {
                             warn!("{error:#}");
-                            None
+                            Some(Instant::now() + RETRY)
                         }
                     };
                     deaf_until = Instant::now() + CONTAINERS.max(begun.elapsed() * SHARE);
@@ -426,7 +426,9 @@ impl Daemon {
                 }
                 freed = self.slots.freed() => self.freed(freed),
                 _ = expire.tick() => self.expire_bans(),
-                _ = heal.tick() => self.heal().await,
+                _ = heal.tick() => if self.heal().await.is_err() {
+                    sooner(&mut settled, Instant::now() + RETRY);
+                },
                 _ = retry.tick(), if !self.waiting.is_empty() => self.retry().await,
                 _ = sweep.tick() => {
                     sweeping.get_or_insert_with(|| self.begin_sweep());

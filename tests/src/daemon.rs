@@ -252,7 +252,9 @@ impl Daemon {
     pub fn links(&self) -> Vec<PathBuf> {
         let layouts = fs::read_dir(self.pins()).into_iter().flatten().flatten();
         let links = layouts.flat_map(|layout| fs::read_dir(layout.path().join("links")));
-        links.flatten().flatten().map(|link| link.path()).collect()
+        let mut links: Vec<_> = links.flatten().flatten().map(|link| link.path()).collect();
+        links.sort();
+        links
     }
 
     /// Starts it again as it was, after [`Daemon::kill`].
