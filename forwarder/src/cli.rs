@@ -135,6 +135,8 @@ pub enum Command {
     /// Be a CNI plugin with the capability `portMappings`, also under the names portmap and forwarder-portmap: publishes on
     /// the instance that its configuration's key `instance` or FORWARDER_INSTANCE names (default).
     Cni,
+    /// Be the program of crowdsec-custom-bouncer, with its `feed_via_stdin`: does what CrowdSec decides about addresses.
+    Crowdsec,
     /// Remove what an instance left: programs, links, pins, state file.
     Down,
     /// Print a completion script for a shell.

@@ -618,10 +618,10 @@ pub fn down(instance: &Instance) -> Result<bool> {
             instance.name
         );
     }
+    let pins = instance.find_pins()?;
     let state = instance.state();
     let _ = std::fs::remove_file(state.with_extension("bans"));
     let state = std::fs::remove_file(state).is_ok();
     let files = instance.remove_files();
-    let pins = instance.find_pins()?;
     Ok(datapath::remove_left(&instance.name, pins.as_deref())? || files || state)
 }

@@ -129,7 +129,7 @@ pub fn examine() -> Vec<Finding> {
                 &text
             },
             "`forwarder ban` for published ports: they pass by rules of INPUT, and without --respect-firewall by those of \
-             FORWARD; docs/with-crowdsec-fail2ban-ufw.md",
+             FORWARD; docs/with-bans.md",
         );
     }
     let ipv6 = Path::new("/proc/net/if_inet6").exists();

@@ -17,7 +17,7 @@ use forwarder::{
         client::Client,
     },
     daemon, doctor,
-    engines::{cni, docker_proxy},
+    engines::{cni, crowdsec, docker_proxy},
     instance::Instance,
     privilege,
     publish::{Policy, allow},
@@ -201,6 +201,7 @@ fn run(cli: Cli) -> Result<()> {
             )
         }
         Command::Cni => bail!("cni comes first, and alone: forwarder cni"),
+        Command::Crowdsec => crowdsec::run(&client),
         Command::Down => {
             let found = daemon::down(&instance)?;
             print(if found {

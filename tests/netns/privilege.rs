@@ -4,7 +4,7 @@ use std::{collections::BTreeSet, fs};
 
 use forwarder::privilege::CAPABILITIES;
 use forwarder_tests::{
-    daemon::{Daemon, Datapath, WITHOUT_CAPABILITIES},
+    daemon::{Daemon, Datapath, WITHOUT_CAPABILITIES, binary},
     deadline::wait_for,
     topology::{Family, Topology},
     traffic::{Backend, Protocol},
@@ -94,4 +94,43 @@ fn each_capability_that_the_fast_path_takes_is_missed() {
         assert!(reason.contains(&name), "{entry}");
         daemon.stop().unwrap();
     }
+}
+
+/// Runs what follows where somebody has made the directory of all pins before, and may change what is in it.
+const SOMEBODYS_PINS: [&str; 6] = [
+    "unshare",
+    "--mount",
+    "sh",
+    "-c",
+    "mount -t bpf bpf /sys/fs/bpf && mkdir -p /sys/fs/bpf/forwarder/probe/v6/links \
+     && chown -R 65534 /sys/fs/bpf/forwarder && exec \"$@\"",
+    "sh",
+];
+
+#[test]
+fn nothing_is_pinned_in_somebodys_directory_and_nothing_removed() {
+    let topology = Topology::new().unwrap();
+    let specs = ["8080:172.31.0.2:80"];
+    let daemon =
+        Daemon::start_wrapped(&topology.host, &SOMEBODYS_PINS, &specs, Datapath::Auto, &[]);
+    let daemon = daemon.unwrap();
+    let entry = daemon.entry().unwrap();
+    let reason = entry["reason"].as_str().unwrap_or_default();
+    let refusal = "/sys/fs/bpf/forwarder belongs to user 65534, not to 0; remove it";
+    assert!(reason.contains(refusal), "{entry}");
+    daemon.stop().unwrap();
+
+    let binary = binary().to_string_lossy().into_owned();
+    let words = [
+        &SOMEBODYS_PINS[1..],
+        &[binary.as_str(), "down", "--instance", "probe"],
+    ]
+    .concat();
+    let mut command = topology.host.command(SOMEBODYS_PINS[0]);
+    let output = command.args(words).output().unwrap();
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(
+        !output.status.success() && said.contains(refusal),
+        "{output:?}"
+    );
 }

@@ -77,6 +77,14 @@ const ELSEWHERE: &[(&str, Runner)] = &[
         "cargo +nightly fuzz run program -- -max_total_time=300",
         Runner::Person,
     ),
+    (
+        "cargo +nightly fuzz run control -- -max_total_time=300",
+        Runner::Person,
+    ),
+    (
+        "cargo +nightly fuzz run configuration -- -max_total_time=300",
+        Runner::Person,
+    ),
     ("cargo xtask vm --jobs 2 --write", Runner::Person),
     ("cargo xtask vm 6.1 sid", Runner::Person),
     ("cargo xtask vm 5.10 --filter localhost", Runner::Person),

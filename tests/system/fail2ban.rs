@@ -7,7 +7,7 @@ use std::{
 };
 
 use forwarder_tests::{
-    daemon::{Daemon, Datapath, binary},
+    daemon::{Daemon, Datapath, binary, doctor},
     deadline::wait_for,
     topology::Topology,
 };
@@ -94,4 +94,15 @@ fn what_fail2ban_bans_gets_into_no_published_port() {
     server.wait().unwrap();
     outcome.unwrap_or_else(|error| panic!("{error:#}\n{said}"));
     daemon.stop().unwrap();
+}
+
+/// The older tables of iptables, which nftables does not show.
+#[test]
+fn doctor_finds_chains_of_older_iptables() {
+    let topology = Topology::new().unwrap();
+    let bans = || doctor(&topology.host, &[]).unwrap()["bans"].clone();
+    topology.host.run("iptables-legacy -N other").unwrap();
+    assert_eq!(bans()["ok"], true);
+    topology.host.run("iptables-legacy -N f2b-sshd").unwrap();
+    assert_eq!(bans()["found"], "fail2ban");
 }

@@ -4,6 +4,7 @@
 //! Takes more programs and more time than the other tiers, so `cargo xtask test` runs it only with `--tier 3`.
 
 mod cni;
+mod crowdsec;
 mod docker;
 mod documents;
 mod fail2ban;

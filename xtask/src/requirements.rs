@@ -39,6 +39,14 @@ const PACKAGES: &[Package] = &[
             "chromium ttf-dejavu",
         ],
     ),
+    package(
+        "crowdsec-custom-bouncer",
+        [
+            "crowdsec-custom-bouncer",
+            "crowdsec-custom-bouncer",
+            "crowdsec-custom-bouncer",
+        ],
+    ),
     package("curl", ["curl", "curl", "curl"]),
     package("debootstrap", ["debootstrap", "debootstrap", "debootstrap"]),
     package("depmod", ["kmod", "kmod", "kmod"]),
@@ -54,6 +62,10 @@ const PACKAGES: &[Package] = &[
     package("haproxy", ["haproxy", "haproxy", "haproxy"]),
     package("ip", ["iproute2", "iproute", "iproute2"]),
     package("iperf3", ["iperf3", "iperf3", "iperf3"]),
+    package(
+        "iptables-legacy",
+        ["iptables", "iptables-legacy", "iptables"],
+    ),
     package("iptables-restore", ["iptables", "iptables-nft", "iptables"]),
     package("nft", ["nftables", "nftables", "nftables"]),
     package(

@@ -77,9 +77,11 @@ impl Options {
             programs.extend([
                 "/usr/lib/cni/bridge",
                 "busybox",
+                "crowdsec-custom-bouncer",
                 "docker",
                 "dockerd",
                 "fail2ban-server",
+                "iptables-legacy",
                 "podman",
                 "tar",
             ]);

@@ -22,7 +22,7 @@ fn flags(device: &str) -> Option<u32> {
     let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
     let (name, _) = request.ifr_name.split_at_mut(libc::IFNAMSIZ - 1);
     for (to, from) in name.iter_mut().zip(device.bytes()) {
-        *to = from.cast_signed();
+        *to = libc::c_char::from_ne_bytes([from]); // signed or not, as the processor has it
     }
     request.ifr_ifru.ifru_data = (&raw mut value).cast();
     // SAFETY: the request reads and writes two words, which live until it returns.
