@@ -33,6 +33,7 @@ for node in null zero full random urandom tty; do
 done
 mkdir dev/pts dev/shm old
 mount -t devpts -o newinstance,ptmxmode=0666 devpts dev/pts
+ln -s pts/ptmx dev/ptmx
 mount -t tmpfs run run
 pivot_root . old
 exec chroot . sh -c 'umount -l /old && rmdir /old && exec env -i container=forwarder /lib/systemd/systemd'

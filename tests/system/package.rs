@@ -85,7 +85,13 @@ impl Scene {
                 self.run("journalctl --no-pager -u forwarder; forwarder list; true")
             )
         });
-        assert_eq!(answer.seen.ip(), self.topology.client_address(Family::V4));
+        let client = self.topology.client_address(Family::V4);
+        assert_eq!(
+            answer.seen.ip(),
+            client,
+            "{}",
+            self.run("forwarder list; journalctl --no-pager -u forwarder")
+        );
     }
 
     #[track_caller]
@@ -209,7 +215,12 @@ fn is_confined(scene: &Scene) {
         "a member of the group"
     );
     let error = list("nogroup").unwrap_err().to_string();
-    assert!(error.contains("ermission denied"), "{error}");
+    assert!(
+        error.contains("no permission for instance default"),
+        "{error}"
+    );
+    let journal = scene.run("journalctl --no-pager -u forwarder");
+    assert!(!journal.contains("not restricted"), "{journal}");
     // What is not confined weighs no more than 2.0 of 10.
     scene.run("systemd-analyze security --offline=true --threshold=20 /lib/systemd/system/forwarder.service");
 }
@@ -230,7 +241,7 @@ fn the_service_takes_over_what_an_instance_of_root_left() {
     .unwrap();
     scene.run(&format!("forwarder publish {PORT}:{backend}"));
     scene.serves();
-    scene.run("systemctl kill --signal=KILL by-hand; systemctl start forwarder");
+    scene.run("systemctl kill --signal=KILL by-hand; systemctl start forwarder || { journalctl --no-pager -u forwarder; false; }");
     scene.serves();
     let entry = scene.entry();
     assert_eq!(entry["datapath"], "ebpf", "{entry}");
