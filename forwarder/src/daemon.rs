@@ -75,6 +75,8 @@ const SETTLE: Duration = Duration::from_millis(10);
 const CONTAINERS: Duration = Duration::from_millis(100);
 /// For these, of each second at most a twentieth is spent, however many containers there are.
 const SHARE: u32 = 20;
+/// For changes of this host's own network a fifth, however many routes there are.
+const OWN_SHARE: u32 = 4;
 const SWEEP: Duration = Duration::from_secs(2);
 /// Whether the programs are still attached is looked at this often.
 const HEAL: Duration = Duration::from_millis(500);
@@ -365,6 +367,7 @@ impl Daemon {
         };
         // Until then nothing is heard of containers, whatever they do.
         let mut deaf_until = Instant::now();
+        let mut busy_until = Instant::now();
         let mut sweep = tokio::time::interval(SWEEP);
         let mut sweeping: Option<sweep::Sweep> = None;
         let mut slices = Slices::default();
@@ -402,7 +405,9 @@ impl Daemon {
                 }
                 Some(change) = events.network.next() => {
                     self.network.routing_changed |= change == NetworkChange::Routing;
-                    sooner(&mut settled, Instant::now() + SETTLE);
+                    if change.matters_to(&self.network.snapshot) {
+                        sooner(&mut settled, busy_until.max(Instant::now() + SETTLE));
+                    }
                 }
                 () = self.network.watch.changed(), if settled.is_none() && follows => {
                     settled = Some(deaf_until.max(Instant::now() + SETTLE));
@@ -413,14 +418,17 @@ impl Daemon {
                         Ok(()) => self.network.asks_again(),
                         Err(error) => {
                             warn!("{error:#}");
-                            None
+                            Some(Instant::now() + RETRY)
                         }
                     };
                     deaf_until = Instant::now() + CONTAINERS.max(begun.elapsed() * SHARE);
+                    busy_until = Instant::now() + begun.elapsed() * OWN_SHARE;
                 }
                 freed = self.slots.freed() => self.freed(freed),
                 _ = expire.tick() => self.expire_bans(),
-                _ = heal.tick() => self.heal().await,
+                _ = heal.tick() => if self.heal().await.is_err() {
+                    sooner(&mut settled, Instant::now() + RETRY);
+                },
                 _ = retry.tick(), if !self.waiting.is_empty() => self.retry().await,
                 _ = sweep.tick() => {
                     sweeping.get_or_insert_with(|| self.begin_sweep());

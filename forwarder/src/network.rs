@@ -12,13 +12,14 @@ mod snapshot;
 pub mod xfrm;
 
 use std::{
-    collections::{BTreeMap, BTreeSet},
+    collections::{BTreeMap, BTreeSet, HashMap},
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
+    ops::ControlFlow,
 };
 
 use anyhow::{Context as _, Result};
 use futures_util::{Stream, StreamExt as _};
-use netlink_packet_core::NetlinkPayload;
+use netlink_packet_core::{NLM_F_ACK, NetlinkPayload};
 use netlink_packet_route::{
     AddressFamily, RouteNetlinkMessage,
     address::{AddressAttribute, AddressFlags, AddressMessage},
@@ -103,30 +104,12 @@ impl Reader {
         let neighbours: Vec<_> =
             collect(self.handle.neighbours().get().execute(), "neighbours").await?;
         snapshot.neighbours = neighbours.iter().filter_map(neighbour).collect();
-        let bridges = self
-            .handle
-            .neighbours()
-            .get()
-            .set_address_family(AddressFamily::Bridge);
-        let entries: Vec<_> = collect(bridges.execute(), "bridge forwarding tables").await?;
         snapshot.rules = self.has_rules().await?;
         snapshot.answers = previous.answers.clone();
         snapshot.policies = xfrm::policies().await?;
         snapshot.forwards = (is_on("ipv4/ip_forward"), is_on("ipv6/conf/all/forwarding"));
         snapshot.strict = strict(&snapshot);
-        let links = &snapshot.links;
-        snapshot.forwarding = entries
-            .iter()
-            .filter_map(|e| forwarding(e, links))
-            .collect();
-        for (&(bridge, mac), &port) in &previous.forwarding {
-            if links
-                .get(&port)
-                .is_some_and(|link| link.controller == Some(bridge))
-            {
-                snapshot.forwarding.entry((bridge, mac)).or_insert(port);
-            }
-        }
+        snapshot.forwarding = ports(&snapshot, previous)?;
         Ok(snapshot)
     }
 }
@@ -163,6 +146,50 @@ impl Reader {
     }
 }
 
+/// The ports that bridges have learnt their neighbours' MACs on. Each is asked for by itself: a container may send from any
+/// number of MACs, and a table may be long.
+fn ports(snapshot: &Snapshot, previous: &Snapshot) -> Result<HashMap<(u32, Mac), u32>> {
+    let links = &snapshot.links;
+    let is_bridge = |bridge: &u32| links.get(bridge).is_some_and(|it| it.kind == Kind::Bridge);
+    let neighbours = snapshot.neighbours.iter();
+    let neighbours = neighbours.map(|((device, _), neighbour)| (*device, neighbour.mac));
+    let wanted: BTreeSet<(u32, Mac)> = neighbours.filter(|(it, _)| is_bridge(it)).collect();
+    let socket = netlink::Socket::open().context("open a netlink socket")?;
+    let mut ports = HashMap::new();
+    for (bridge, mac) in wanted {
+        let known = previous.forwarding.get(&(bridge, mac)).copied();
+        let known = known.filter(|port| {
+            let link = links.get(port);
+            link.is_some_and(|link| link.controller == Some(bridge))
+        });
+        let mut question = NeighbourMessage::default();
+        question.header.family = AddressFamily::Bridge;
+        question.attributes = vec![
+            NeighbourAttribute::LinkLayerAddress(mac.to_vec()),
+            NeighbourAttribute::Controller(bridge),
+        ];
+        let mut port = None;
+        let asked = socket.ask(
+            RouteNetlinkMessage::GetNeighbour(question),
+            NLM_F_ACK,
+            |answer| {
+                if let Some(RouteNetlinkMessage::NewNeighbour(entry)) = answer {
+                    port = learnt(&entry, links).or(port);
+                }
+                ControlFlow::Continue(())
+            },
+        );
+        match asked.map_err(|error| error.raw_os_error()) {
+            Ok(()) | Err(Some(libc::ENOENT | libc::ENODEV)) => {}
+            Err(_) => tracing::debug!("bridge {bridge} does not say where {mac:02x?} is"),
+        }
+        if let Some(port) = port.or(known) {
+            ports.insert((bridge, mac), port);
+        }
+    }
+    Ok(ports)
+}
+
 /// The devices with routes to networks that have rp_filter 1: the greater of the device's own value and that of all counts
 /// (Documentation/networking/ip-sysctl.rst).
 fn strict(snapshot: &Snapshot) -> BTreeSet<u32> {
@@ -194,7 +221,22 @@ fn is_on(setting: &str) -> bool {
 pub enum Change {
     /// Something that decides by which route an address is reached, and from which source.
     Routing,
+    /// What is known of a neighbour now, by its device and address.
+    Neighbour((u32, IpAddr), Option<Neighbour>),
+    /// A bridge has learnt, or forgotten, where a MAC is.
+    Learnt(Mac),
     Other,
+}
+
+impl Change {
+    /// Whether it changes anything that a snapshot tells.
+    pub fn matters_to(&self, snapshot: &Snapshot) -> bool {
+        match self {
+            Self::Neighbour(key, neighbour) => snapshot.neighbours.get(key) != neighbour.as_ref(),
+            Self::Learnt(mac) => snapshot.neighbours.values().any(|it| it.mac == *mac),
+            Self::Routing | Self::Other => true,
+        }
+    }
 }
 
 /// A stream that yields when something that a snapshot holds has changed.
@@ -225,10 +267,14 @@ pub fn changes() -> Result<impl Stream<Item = Change> + Unpin> {
 fn change(event: &NetlinkPayload<RouteNetlinkMessage>) -> Change {
     use RouteNetlinkMessage as Message;
     match event {
+        NetlinkPayload::InnerMessage(Message::NewNeighbour(message)) => {
+            neighbour_change(message, neighbour(message).map(|(_, it)| it))
+        }
+        NetlinkPayload::InnerMessage(Message::DelNeighbour(message)) => {
+            neighbour_change(message, None)
+        }
         NetlinkPayload::InnerMessage(
-            Message::NewNeighbour(_)
-            | Message::DelNeighbour(_)
-            | Message::NewQueueDiscipline(_)
+            Message::NewQueueDiscipline(_)
             | Message::DelQueueDiscipline(_)
             | Message::NewTrafficFilter(_)
             | Message::DelTrafficFilter(_),
@@ -236,6 +282,16 @@ fn change(event: &NetlinkPayload<RouteNetlinkMessage>) -> Change {
         // Where events were lost, any may have been.
         _ => Change::Routing,
     }
+}
+
+fn neighbour_change(message: &NeighbourMessage, neighbour: Option<Neighbour>) -> Change {
+    if message.header.family == AddressFamily::Bridge {
+        return mac(message).map_or(Change::Other, Change::Learnt);
+    }
+    let address = neighbour_address(message);
+    address.map_or(Change::Other, |address| {
+        Change::Neighbour((message.header.ifindex, address), neighbour)
+    })
 }
 
 async fn collect<T>(
@@ -492,6 +548,17 @@ fn mac(message: &NeighbourMessage) -> Option<Mac> {
         })
 }
 
+fn neighbour_address(message: &NeighbourMessage) -> Option<IpAddr> {
+    message
+        .attributes
+        .iter()
+        .find_map(|attribute| match attribute {
+            NeighbourAttribute::Destination(NeighbourAddress::Inet(v4)) => Some(IpAddr::V4(*v4)),
+            NeighbourAttribute::Destination(NeighbourAddress::Inet6(v6)) => Some(IpAddr::V6(*v6)),
+            _ => None,
+        })
+}
+
 fn neighbour(message: &NeighbourMessage) -> Option<((u32, IpAddr), Neighbour)> {
     if matches!(
         message.header.state,
@@ -499,14 +566,7 @@ fn neighbour(message: &NeighbourMessage) -> Option<((u32, IpAddr), Neighbour)> {
     ) {
         return None;
     }
-    let address = message
-        .attributes
-        .iter()
-        .find_map(|attribute| match attribute {
-            NeighbourAttribute::Destination(NeighbourAddress::Inet(v4)) => Some(IpAddr::V4(*v4)),
-            NeighbourAttribute::Destination(NeighbourAddress::Inet6(v6)) => Some(IpAddr::V6(*v6)),
-            _ => None,
-        })?;
+    let address = neighbour_address(message)?;
     let permanent = message.header.state == NeighbourState::Permanent;
     let neighbour = Neighbour {
         mac: mac(message)?,
@@ -515,14 +575,11 @@ fn neighbour(message: &NeighbourMessage) -> Option<((u32, IpAddr), Neighbour)> {
     Some(((message.header.ifindex, address), neighbour))
 }
 
-fn forwarding(
-    message: &NeighbourMessage,
-    links: &BTreeMap<u32, Link>,
-) -> Option<((u32, Mac), u32)> {
+/// The port of an entry of a bridge's table.
+fn learnt(message: &NeighbourMessage, links: &BTreeMap<u32, Link>) -> Option<u32> {
     let port = message.header.ifindex;
-    let bridge = links.get(&port)?.controller?;
     // The port's own address is listed as permanent, and is the bridge's.
-    (message.header.state != NeighbourState::Permanent || links[&port].mac != mac(message))
-        .then_some(())?;
-    Some(((bridge, mac(message)?), port))
+    let is_own =
+        message.header.state == NeighbourState::Permanent && links.get(&port)?.mac == mac(message);
+    (!is_own).then_some(port)
 }

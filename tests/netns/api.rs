@@ -399,21 +399,6 @@ fn events_tell_what_changes() {
     daemon.stop().unwrap();
 }
 
-/// A process's resident memory, in MiB.
-fn resident(daemon: &Daemon) -> u64 {
-    let status = std::fs::read_to_string(format!("/proc/{}/status", daemon.pid())).unwrap();
-    let line = status
-        .lines()
-        .find(|line| line.starts_with("VmRSS:"))
-        .unwrap();
-    line.split_whitespace()
-        .nth(1)
-        .unwrap()
-        .parse::<u64>()
-        .unwrap()
-        >> 10
-}
-
 #[test]
 fn clients_that_stop_halfway_take_no_memory_and_hold_nobody_up() {
     let (_topology, daemon) = idle(Datapath::Userland);
@@ -432,7 +417,7 @@ fn clients_that_stop_halfway_take_no_memory_and_hold_nobody_up() {
         .collect();
     assert!(daemon.list().unwrap().is_empty());
     daemon.control(&["publish", "8080:172.31.0.2:80"]).unwrap();
-    let resident = resident(&daemon);
+    let resident = daemon.resident().unwrap();
     assert!(resident < 100, "{resident} MiB");
     drop(halves);
     daemon.stop().unwrap();
@@ -451,12 +436,12 @@ fn readers_that_do_not_read_take_no_memory_and_hold_nobody_up() {
             .status,
         201
     );
-    let before = resident(&daemon);
+    let before = daemon.resident().unwrap();
     let lazy: Vec<_> = (0..50)
         .map(|_| api::open(&daemon, "GET", "/v1/publishes", "", &[]).unwrap())
         .collect();
     assert_eq!(daemon.list().unwrap().len(), 5000);
-    let more = resident(&daemon).saturating_sub(before);
+    let more = daemon.resident().unwrap().saturating_sub(before);
     assert!(more < 64, "{more} MiB for {} readers", lazy.len());
     daemon.stop().unwrap();
 }

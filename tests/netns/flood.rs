@@ -11,10 +11,11 @@ use forwarder_tests::{
     daemon::{Daemon, Datapath},
     deadline::wait_for,
     topology::{Family, Topology},
-    traffic::{Backend, Connection, Protocol},
+    traffic::{Backend, Connection, Protocol, ask},
+    wire::Wire,
 };
 
-use crate::scene::{BACKEND_PORT, PORT, served_to_the_client, spec};
+use crate::scene::{BACKEND_PORT, PORT, packets, served_to_the_client, spec};
 
 /// Ports of a source address that the flood uses.
 const PORTS: u32 = 1000;
@@ -36,6 +37,40 @@ fn flood(frontend: SocketAddr, ended: &AtomicBool, sent: &AtomicU32) {
             }
         }
     }
+}
+
+/// A bridge learns all of them, and tells.
+#[test]
+fn a_container_that_sends_from_many_macs_takes_no_memory_and_holds_nobody_up() {
+    const MACS: u32 = 200_000;
+    let topology = Topology::new().unwrap();
+    let _backend = Backend::start(&topology.backend.netns, Protocol::Tcp, BACKEND_PORT).unwrap();
+    let spec = spec(&topology.backend, Family::V4, Protocol::Tcp);
+    let daemon = Daemon::start(&topology.host, &[&spec], Datapath::Ebpf).unwrap();
+    served_to_the_client(&topology, Protocol::Tcp, "before");
+    let before = daemon.resident().unwrap();
+    let wire = Wire::open(&topology.peer.netns, "eth0").unwrap();
+    let mut frame = [0; 60];
+    frame[..6].fill(0xff);
+    frame[12..14].copy_from_slice(&[0x88, 0xb5]); // of nobody (IEEE 802)
+    for number in 0..MACS {
+        frame[6..8].copy_from_slice(&[0x02, 0x77]);
+        frame[8..12].copy_from_slice(&number.to_be_bytes());
+        wire.send(&frame).unwrap();
+    }
+    // What changes meanwhile is followed: an address that comes now is served by the fast path.
+    let host = &topology.host;
+    host.ip("addr add 198.51.100.77/24 dev eth0").unwrap();
+    let frontend = SocketAddr::from(([198, 51, 100, 77], PORT));
+    let followed = wait_for("the new address is served", || {
+        let before = packets(&daemon);
+        ask(&topology.client, Protocol::Tcp, frontend, "after").ok()?;
+        (packets(&daemon).0 > before.0).then_some(())
+    });
+    followed.unwrap_or_else(|error| panic!("{error:#}\n{}", daemon.said()));
+    let after = daemon.resident().unwrap();
+    assert!(after < before + 16, "{before} MiB, then {after}");
+    daemon.stop().unwrap();
 }
 
 #[test]

@@ -116,10 +116,13 @@ fn pins_that_somebody_removed_are_made_again_and_outlive_a_kill() {
     for pin in &before {
         fs::remove_file(pin).unwrap();
     }
-    wait_for("the pins are back", || {
-        (scene.daemon.links().len() == before.len()).then_some(())
-    })
-    .unwrap();
+    let back = wait_for("the pins are back", || {
+        (scene.daemon.links() == before).then_some(())
+    });
+    back.unwrap_or_else(|error| {
+        let now = scene.daemon.links();
+        panic!("{error:#}: {now:?} of {before:?}\n{}", scene.daemon.said())
+    });
     scene.heals();
     scene.daemon.kill().unwrap();
     scene.asks("while it is dead");

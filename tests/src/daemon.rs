@@ -252,7 +252,9 @@ impl Daemon {
     pub fn links(&self) -> Vec<PathBuf> {
         let layouts = fs::read_dir(self.pins()).into_iter().flatten().flatten();
         let links = layouts.flat_map(|layout| fs::read_dir(layout.path().join("links")));
-        links.flatten().flatten().map(|link| link.path()).collect()
+        let mut links: Vec<_> = links.flatten().flatten().map(|link| link.path()).collect();
+        links.sort();
+        links
     }
 
     /// Starts it again as it was, after [`Daemon::kill`].
@@ -421,6 +423,19 @@ impl Daemon {
         programs.sort_unstable();
         programs.dedup();
         Ok(programs)
+    }
+
+    /// Its resident memory, in MiB.
+    ///
+    /// # Errors
+    /// It has ended.
+    pub fn resident(&self) -> Result<u64> {
+        let status = fs::read_to_string(format!("/proc/{}/status", self.pid()))?;
+        let mut lines = status.lines();
+        let line = lines.find_map(|line| line.strip_prefix("VmRSS:"));
+        let kilobytes = line.and_then(|line| line.split_whitespace().next());
+        let kilobytes: u64 = kilobytes.context("no VmRSS")?.parse()?;
+        Ok(kilobytes >> 10)
     }
 
     /// Ends it as Ctrl-C does.

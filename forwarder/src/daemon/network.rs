@@ -147,19 +147,20 @@ impl Daemon {
     }
 
     /// Attaches again what somebody else has detached.
-    pub(super) async fn heal(&mut self) {
+    ///
+    /// # Errors
+    /// The network cannot be read.
+    pub(super) async fn heal(&mut self) -> Result<()> {
         let Some(datapath) = &mut self.datapath else {
-            return;
+            return Ok(());
         };
         let lost = datapath.take_lost();
         if lost.is_empty() {
-            return;
+            return Ok(());
         }
-        if let Err(error) = self.refresh().await {
-            warn!("{error:#}");
-        }
+        self.refresh().await?;
         let Some(datapath) = &mut self.datapath else {
-            return;
+            return Ok(());
         };
         let back: BTreeSet<u32> = datapath.attached().map(|(ifindex, _)| ifindex).collect();
         for ifindex in lost.devices().intersection(&back) {
@@ -167,6 +168,7 @@ impl Daemon {
             warn!("somebody detached our program from {name}; it is attached again");
         }
         datapath.forget(lost);
+        Ok(())
     }
 
     /// Publishes that an IPsec policy covers: flows that were begun before would go round it.

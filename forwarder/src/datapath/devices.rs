@@ -1,7 +1,11 @@
 //! The tc programs on devices, in either direction: attached, found again after an earlier instance, replaced in one
 //! step by the traced ones and back, taken away.
 
-use std::{collections::BTreeSet, fs, path::PathBuf};
+use std::{
+    collections::BTreeSet,
+    fs,
+    path::{Path, PathBuf},
+};
 
 use anyhow::{Context as _, Result};
 use aya::programs::{
@@ -159,17 +163,46 @@ impl Datapath {
         let pin = self.link_pin(place);
         let program = self.current(place.1)?;
         let options = TcAttachOptions::TcxOrder(LinkOrder::default());
-        let mut link = program.attach_with_options(name, place.1.attach_type(), options)?;
-        if let Some(pin) = pin {
-            // The new link works before an earlier instance's goes.
-            link::remove(&pin);
-            let fd_link: FdLink = program.take_link(link)?.try_into()?;
-            let pinned: PinnedLink = fd_link
-                .pin(&pin)
-                .with_context(|| format!("pin {}", pin.display()))?;
-            link = program.attach_to_link(FdLink::from(pinned).try_into()?)?;
+        let link = program.attach_with_options(name, place.1.attach_type(), options)?;
+        let Some(pin) = pin else {
+            return Ok(Attachment::Link(link));
+        };
+        // The new link works before an earlier instance's goes.
+        link::remove(&pin);
+        self.pinned(place.1, link, &pin).map(Attachment::Link)
+    }
+
+    /// Pins a link.
+    fn pinned(
+        &mut self,
+        hook: Hook,
+        link: SchedClassifierLinkId,
+        pin: &Path,
+    ) -> Result<SchedClassifierLinkId> {
+        let program = self.current(hook)?;
+        let fd_link: FdLink = program.take_link(link)?.try_into()?;
+        let pinned: PinnedLink = fd_link
+            .pin(pin)
+            .with_context(|| format!("pin {}", pin.display()))?;
+        Ok(program.attach_to_link(FdLink::from(pinned).try_into()?)?)
+    }
+
+    /// Pins those again whose pins somebody has removed; they are still attached.
+    fn pin_again(&mut self) {
+        for (place, attachment) in std::mem::take(&mut self.attached) {
+            let pin = self.link_pin(place).filter(|pin| !pin.exists());
+            let attachment = match (attachment, pin) {
+                (Attachment::Link(link), Some(pin)) => match self.pinned(place.1, link, &pin) {
+                    Ok(link) => Attachment::Link(link),
+                    Err(error) => {
+                        tracing::warn!("{error:#}");
+                        continue; // its link has gone, and another is attached
+                    }
+                },
+                (attachment, _) => attachment,
+            };
+            self.attached.insert(place, attachment);
         }
-        Ok(Attachment::Link(link))
     }
 
     fn attach_filter(&mut self, (ifindex, hook): Place, name: &str) -> Result<Attachment> {
@@ -283,8 +316,9 @@ impl Datapath {
         }
     }
 
-    /// Takes those out that somebody else has taken away, or whose pins: of this the kernel tells nobody.
+    /// Takes those out that somebody else has detached: of this the kernel tells nobody.
     pub fn take_lost(&mut self) -> Lost {
+        self.pin_again();
         let is_lost = |(&place, attachment): (&Place, &Attachment)| match attachment {
             Attachment::Link(_) => self
                 .link_pin(place)
@@ -299,7 +333,7 @@ impl Datapath {
         let tc: Vec<Place> = tc.map(|(place, _)| *place).collect();
         let is_lost = |(ifindex, mode): &(u32, xdp::Mode)| {
             let pin = self.xdp_pin(*ifindex, *mode);
-            pin.is_some_and(|pin| link::device(&pin) != Some(*ifindex))
+            pin.is_some_and(|pin| pin.exists() && link::device(&pin) != Some(*ifindex))
         };
         let xdp: Vec<u32> = self.xdp().filter(is_lost).map(|(it, _)| it).collect();
         let tc = tc

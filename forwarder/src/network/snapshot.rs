@@ -154,7 +154,7 @@ pub struct Snapshot {
     pub routes: Vec<Route>,
     /// By device and address.
     pub neighbours: HashMap<(u32, IpAddr), Neighbour>,
-    /// Bridge and MAC to port.
+    /// Bridge and MAC to port, of neighbours.
     pub forwarding: HashMap<(u32, Mac), u32>,
     /// By the host's end, of containers whose namespace answers.
     pub far_ends: BTreeMap<u32, FarEnd>,
