@@ -98,6 +98,8 @@ pub struct Daemon {
     bans_file: Option<BansFile>,
     /// What is served of it.
     serving: BTreeMap<Id, Serving>,
+    /// What flags and file ask for is served.
+    serves: bool,
     /// Publishes of before that cannot be served now.
     waiting: BTreeSet<Id>,
     /// Those that take no new flows, and both ends of whose flows are about to be told.
@@ -231,6 +233,7 @@ impl Daemon {
             state: None,
             bans_file: None,
             serving: BTreeMap::new(),
+            serves: false,
             waiting: BTreeSet::new(),
             closing: BTreeSet::new(),
             draining: BTreeMap::new(),
@@ -289,6 +292,7 @@ impl Daemon {
         let (asked, restored) = self.restore(&before)?;
         // Flows of what is wanted no more are not adopted below.
         let Loose { gone, .. } = self.reconcile(&asked, Ending::Cut, Vec::new()).await?;
+        self.serves = true;
         self.give_back(&gone.into_iter().collect::<Vec<_>>());
         self.serve_or_wait(restored).await;
         let leased = state.as_ref().map(State::leases).unwrap_or_default();
@@ -450,13 +454,18 @@ impl Daemon {
 
     /// Leaves everything to the next process: what forwards, the sockets that hold ports, and conversations.
     async fn pass_on(&mut self) -> Result<()> {
-        let count = self.idle.pass_on().await;
-        info!("{} conversations in user space are passed on", count?);
+        let count = self.idle.pass_on().await?;
+        info!("{count} conversations in user space are passed on");
         Ok(())
     }
 
-    /// Undoes what a start has made that fails.
-    async fn abandon(self) {
+    /// Undoes what a start has made that fails. What it was handed is for the next one.
+    async fn abandon(mut self) {
+        if self.idle.has_store()
+            && let Err(error) = self.pass_on().await
+        {
+            warn!("conversations end: {error:#}");
+        }
         let keep = self.datapath.as_ref().is_some_and(Datapath::inherits);
         self.stop(keep).await;
     }

@@ -140,9 +140,7 @@ impl Common {
     /// Resolves when conversations are to be passed on.
     async fn passed_on(&self) {
         let mut passing_on = self.passing_on.subscribe();
-        if passing_on.wait_for(Option::is_some).await.is_err() {
-            std::future::pending().await // nobody is left who could ask for it
-        }
+        let _ = passing_on.wait_for(Option::is_some).await; // whose other end is `self`'s
     }
 
     fn pass_on(&self, conversation: PassedOn) {
@@ -319,15 +317,12 @@ impl Proxy {
             let _ = task.await;
         }
         self.ports = None;
-        self.give_up_store();
+        self.forget_stored();
     }
 
-    /// In the next process, the sockets are its own.
-    fn give_up_store(&self) {
-        let common = self.idle.common();
-        if common.passing_on.borrow().is_none() {
-            common.store.forget(&self.shared.options.name);
-        }
+    fn forget_stored(&self) {
+        let store = &self.idle.common().store;
+        store.forget(&self.shared.options.name);
     }
 
     fn remove_waiting(&mut self) {
@@ -347,6 +342,6 @@ impl Drop for Proxy {
         for task in self.shared.serving().iter() {
             task.abort();
         }
-        self.give_up_store();
+        self.forget_stored();
     }
 }

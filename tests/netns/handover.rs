@@ -238,6 +238,59 @@ fn nobody_notices_a_restart_in_user_space() {
     nobody_notices(Datapath::Userland);
 }
 
+/// A start that fails loses nothing of what it was handed: the next one has it.
+fn outlives_a_start_that_fails(
+    spoil: impl FnOnce(&Scene, &Daemon) -> Box<dyn FnOnce()>,
+    why: &str,
+) {
+    let scene = Scene::new();
+    let mut daemon = scene.start(Datapath::Userland);
+    let client = &scene.topology.client;
+    let mut conversation = Connection::open(client, scene.frontend(PORT)).unwrap();
+    conversation.ask("before").unwrap();
+    daemon.quit().unwrap();
+    let mend = spoil(&scene, &daemon);
+    let failed = format!("{:#}", daemon.restart().unwrap_err());
+    assert!(failed.contains(why), "{failed}");
+    let waiting = client.enter(|| TcpStream::connect(scene.frontend(PORT)).unwrap());
+    mend();
+    daemon.restart().unwrap();
+    conversation.ask("after").unwrap();
+    waiting.set_read_timeout(Some(patience())).unwrap();
+    (&waiting).write_all(b"hello\n").unwrap();
+    assert!((&waiting).read(&mut [0; 64]).unwrap() > 0);
+    daemon.stop().unwrap();
+}
+
+#[test]
+fn conversations_outlive_a_start_that_finds_a_port_taken() {
+    outlives_a_start_that_fails(
+        |scene, daemon| {
+            daemon.manager().unwrap().lose("p2");
+            let somebody = scene
+                .topology
+                .host
+                .enter(|| UdpSocket::bind(("0.0.0.0", PORT)));
+            let somebody = somebody.unwrap();
+            Box::new(move || drop(somebody))
+        },
+        "address already in use",
+    );
+}
+
+#[test]
+fn conversations_outlive_a_start_that_cannot_read_its_state() {
+    outlives_a_start_that_fails(
+        |_, daemon| {
+            let state = format!("/var/lib/forwarder/{}.json", daemon.instance());
+            let before = std::fs::read(&state).unwrap();
+            std::fs::write(&state, "{").unwrap();
+            Box::new(move || std::fs::write(&state, before).unwrap())
+        },
+        ".json",
+    );
+}
+
 /// What a kill leaves: its own conversations end, but whoever comes waits, and is served.
 #[test]
 fn who_comes_after_a_kill_waits_for_the_next_process() {

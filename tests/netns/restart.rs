@@ -16,7 +16,7 @@ use forwarder_tests::{
 use nix::net::if_::if_nametoindex;
 
 use crate::scene::{
-    BACKEND_PORT, PORT, on_the_fast_path, served_to_the_client, spec, wait_for_delivery,
+    BACKEND_PORT, PORT, on_the_fast_path, packets, served_to_the_client, spec, wait_for_delivery,
 };
 
 #[test]
@@ -138,24 +138,36 @@ fn leaves_what_was_forwarding(prepare: impl FnOnce(&Daemon)) {
     let topology = Topology::new().unwrap();
     let _backend = Backend::start(&topology.backend.netns, Protocol::Tcp, BACKEND_PORT).unwrap();
     let spec = spec(&topology.backend, Family::V4, Protocol::Tcp);
-    let mut daemon = Daemon::start(&topology.host, &[&spec], Datapath::Ebpf).unwrap();
+    let taken = spec.replacen(&PORT.to_string(), &(PORT + 1).to_string(), 1);
+    let mut daemon = Daemon::start(&topology.host, &[&spec, &taken], Datapath::Ebpf).unwrap();
     let frontend = SocketAddr::new(topology.host_address(Family::V4), PORT);
-    let mut conversation = Connection::open(&topology.client, frontend).unwrap();
-    conversation.ask("before").unwrap();
+    let localhost = SocketAddr::from(([127, 0, 0, 1], PORT));
+    let ends = [(&topology.client, frontend), (&topology.host, localhost)];
+    let mut conversations = ends.map(|(netns, to)| Connection::open(netns, to).unwrap());
+    let mut ask = |payload| {
+        for conversation in &mut conversations {
+            conversation.ask(payload).unwrap();
+        }
+    };
+    ask("before");
     daemon.kill().unwrap();
     prepare(&daemon);
     let somebody = topology
         .host
-        .enter(|| TcpListener::bind(("0.0.0.0", PORT)).unwrap());
+        .enter(|| TcpListener::bind(("0.0.0.0", PORT + 1)).unwrap());
     let failed = format!("{:#}", daemon.restart().unwrap_err());
     assert!(failed.contains("address already in use"), "{failed}");
-    conversation.ask("after").unwrap();
+    ask("after");
     served_to_the_client(&topology, Protocol::Tcp, "a new connection");
     drop(somebody);
     daemon.restart().unwrap();
-    on_the_fast_path(&daemon, || {
-        served_to_the_client(&topology, Protocol::Tcp, "later")
-    });
+    let before = packets(&daemon);
+    served_to_the_client(&topology, Protocol::Tcp, "later");
+    let after = packets(&daemon);
+    assert!(
+        after.0 > before.0 && after.1 > before.1,
+        "{before:?}, then {after:?}"
+    );
     daemon.stop().unwrap();
 }
 

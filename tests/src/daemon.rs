@@ -160,6 +160,14 @@ impl Daemon {
             .unwrap_or_default()
     }
 
+    /// The service manager, of a service.
+    ///
+    /// # Errors
+    /// It is none.
+    pub fn manager(&self) -> Result<&Manager> {
+        self.manager.as_ref().context("no service")
+    }
+
     /// What `systemctl restart` does: the next process takes over from this one.
     ///
     /// # Errors

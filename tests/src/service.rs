@@ -69,6 +69,11 @@ impl Manager {
         names
     }
 
+    /// Closes what has a name, as if it had never been kept.
+    pub fn lose(&self, name: &str) {
+        self.kept().retain(|(it, _)| it != name);
+    }
+
     /// Has a command, which runs [`AS_SERVICE`], find what is kept.
     ///
     /// # Errors

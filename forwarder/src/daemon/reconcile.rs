@@ -139,8 +139,11 @@ impl Daemon {
             Err(error) => Err(error),
         };
         if let Err(error) = result {
-            self.undo(done, &in_the_way).await;
-            drop(tokio::spawn(self.end_flows_of(loose)));
+            // A start is abandoned as a whole: flows and conversations that it took over are the next one's.
+            if self.serves {
+                self.undo(done, &in_the_way).await;
+                drop(tokio::spawn(self.end_flows_of(loose)));
+            }
             return Err(error);
         }
         for (_, after) in &difference.change {

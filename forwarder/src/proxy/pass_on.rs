@@ -179,13 +179,19 @@ impl Idle {
     /// As socketpair(2).
     pub async fn pass_on(&self) -> io::Result<usize> {
         let (ours, theirs) = stream()?;
-        self.common().store.keep_conversations(theirs.as_fd());
+        self.common().store.leave(theirs.as_fd());
         Ok(self.pass_on_by(&ours).await)
     }
 
     pub(super) async fn pass_on_by(&self, stream: &UnixStream) -> usize {
         let common = self.common();
         let (sender, mut leaving) = mpsc::unbounded_channel();
+        for conversation in std::mem::take(&mut *common.arrived())
+            .into_values()
+            .flatten()
+        {
+            let _ = sender.send(conversation);
+        }
         common.passing_on.send_replace(Some(sender));
         let deadline = tokio::time::Instant::now() + LEAVING;
         let mut count = 0;
@@ -228,6 +234,7 @@ impl Idle {
             });
             count += 1;
         }
+        self.common().store.forget_conversations();
         Ok(count)
     }
 

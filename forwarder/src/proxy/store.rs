@@ -28,8 +28,32 @@ const CONVERSATIONS: &str = "conversations";
 #[derive(Debug, Default)]
 pub struct Store {
     is_there: bool,
-    /// By name, how many.
-    kept: Mutex<BTreeMap<String, usize>>,
+    kept: Mutex<Kept>,
+}
+
+#[derive(Debug, Default)]
+struct Kept {
+    /// How many, by name.
+    counts: BTreeMap<String, usize>,
+    /// Octets that the names take in the next process's environment.
+    length: usize,
+    /// Something is not kept any more, of which systemd may not know yet.
+    is_unsettled: bool,
+    /// It is the next process's, whatever this one gives up.
+    is_left: bool,
+}
+
+impl Kept {
+    fn add(&mut self, name: &str, count: usize) {
+        *self.counts.entry(name.to_owned()).or_default() += count;
+        self.length += (name.len() + 1) * count;
+    }
+
+    fn remove(&mut self, name: &str) -> bool {
+        let count = self.counts.remove(name).unwrap_or(0);
+        self.length -= (name.len() + 1) * count;
+        count > 0
+    }
 }
 
 /// What an earlier process has kept there.
@@ -47,16 +71,16 @@ impl Store {
     /// The environment is not as systemd makes it.
     pub fn open() -> io::Result<(Self, Left)> {
         let mut left = Left::default();
-        let mut kept = BTreeMap::<String, usize>::new();
+        let mut kept = Kept::default();
         for (descriptor, name) in sd_notify::listen_fds_with_names()? {
             // SAFETY: whoever started this process has opened it, and nothing else uses it.
             let descriptor = unsafe { OwnedFd::from_raw_fd(descriptor) };
+            kept.add(&name, 1);
             if name == CONVERSATIONS {
                 left.conversations = Some(descriptor);
             } else {
                 left.sockets.add(descriptor);
             }
-            *kept.entry(name).or_default() += 1;
         }
         let is_unset = std::env::var_os("NOTIFY_SOCKET").is_none();
         // Where it says how many, systemd is new enough to.
@@ -65,7 +89,6 @@ impl Store {
             is_there: !is_unset && !has_none,
             kept: Mutex::new(kept),
         };
-        store.forget(CONVERSATIONS);
         Ok((store, left))
     }
 
@@ -74,7 +97,7 @@ impl Store {
         self.is_there
     }
 
-    fn kept(&self) -> MutexGuard<'_, BTreeMap<String, usize>> {
+    fn kept(&self) -> MutexGuard<'_, Kept> {
         self.kept.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -84,14 +107,11 @@ impl Store {
             return;
         }
         let mut kept = self.kept();
-        let names: usize = kept
-            .iter()
-            .map(|(name, count)| (name.len() + 1) * count)
-            .sum();
-        if kept.contains_key(name) || names + (name.len() + 1) * descriptors.len() > NAMES {
+        let length = kept.length + (name.len() + 1) * descriptors.len();
+        if kept.counts.contains_key(name) || length > NAMES {
             return;
         }
-        kept.insert(name.to_owned(), descriptors.len());
+        kept.add(name, descriptors.len());
         for descriptors in descriptors.chunks(AT_ONCE) {
             let state = [
                 NotifyState::FdStore,
@@ -104,16 +124,25 @@ impl Store {
         }
     }
 
-    /// Keeps the stream that conversations are read from.
-    pub(super) fn keep_conversations(&self, stream: BorrowedFd<'_>) {
-        self.keep(CONVERSATIONS, &[stream]);
+    /// Leaves all that is kept to the next process, with the stream that it reads conversations from. One that this process has
+    /// not read itself stays instead.
+    pub(super) fn leave(&self, conversations: BorrowedFd<'_>) {
+        self.keep(CONVERSATIONS, &[conversations]);
+        self.kept().is_left = true;
+    }
+
+    /// The conversations of an earlier process have been read.
+    pub(super) fn forget_conversations(&self) {
+        self.forget(CONVERSATIONS);
     }
 
     /// Keeps what has a name no more; [`Store::settle`] waits until it is closed there.
     pub(super) fn forget(&self, name: &str) {
-        if self.kept().remove(name).is_none() || !self.is_there {
+        let mut kept = self.kept();
+        if !self.is_there || kept.is_left || !kept.remove(name) {
             return;
         }
+        kept.is_unsettled = true;
         let state = [NotifyState::FdStoreRemove, NotifyState::FdName(name)];
         if let Err(error) = sd_notify::notify(&state) {
             warn!("systemd still keeps the sockets of {name}: {error}");
@@ -124,7 +153,8 @@ impl Store {
     pub fn retain(&self, known: impl Fn(&str) -> bool) {
         let unknown: Vec<String> = {
             let kept = self.kept();
-            let names = kept.keys().filter(|name| !known(name));
+            let names = kept.counts.keys();
+            let names = names.filter(|name| *name != CONVERSATIONS && !known(name));
             names.cloned().collect()
         };
         unknown.iter().for_each(|name| self.forget(name));
@@ -132,7 +162,7 @@ impl Store {
 
     /// Waits until systemd has done all that it was sent (sd_notify_barrier(3)).
     pub fn settle(&self) {
-        if !self.is_there {
+        if !std::mem::take(&mut self.kept().is_unsettled) {
             return;
         }
         let settled = || -> io::Result<bool> {
