@@ -17,4 +17,5 @@ pub mod plan;
 pub mod privilege;
 pub mod proxy;
 pub mod publish;
+pub mod rights;
 mod seldom;

@@ -3,16 +3,14 @@
 use std::{
     io::{BufRead, BufReader, IoSlice, Read as _, Write as _},
     net::Shutdown,
-    os::{
-        fd::{AsRawFd as _, BorrowedFd},
-        unix::net::UnixStream,
-    },
+    os::{fd::BorrowedFd, unix::net::UnixStream},
     path::Path,
     time::Duration,
 };
 
 use anyhow::{Context as _, Result};
-use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
+use forwarder::rights;
+use nix::sys::socket::MsgFlags;
 use serde_json::Value;
 
 use crate::daemon::Daemon;
@@ -88,12 +86,9 @@ pub fn open(
     descriptors: &[BorrowedFd<'_>],
 ) -> Result<Open> {
     let stream = connect(&daemon.socket())?;
-    let raw: Vec<_> = descriptors.iter().map(BorrowedFd::as_raw_fd).collect();
-    let rights = [ControlMessage::ScmRights(&raw)];
-    let rights = if raw.is_empty() { &[][..] } else { &rights[..] };
     let text = text(method, path, body);
-    let slices = [IoSlice::new(text.as_bytes())];
-    sendmsg::<()>(stream.as_raw_fd(), &slices, rights, MsgFlags::empty(), None)?;
+    let parts = [IoSlice::new(text.as_bytes())];
+    rights::send(&stream, &parts, descriptors, MsgFlags::empty())?;
     Ok(Open {
         reader: BufReader::new(stream),
     })

@@ -2,8 +2,7 @@
 //! barriers, and hands all to the next start (sd_notify(3), sd_listen_fds(3)).
 
 use std::{
-    fs,
-    io::{self, IoSliceMut},
+    fs, io,
     os::{
         fd::{AsRawFd as _, FromRawFd as _, OwnedFd, RawFd},
         unix::{net::UnixDatagram, process::CommandExt as _},
@@ -18,9 +17,10 @@ use std::{
 };
 
 use anyhow::{Context as _, Result};
+use forwarder::rights;
 use nix::{
     fcntl::{FcntlArg, fcntl},
-    sys::socket::{ControlMessageOwned, MsgFlags, recvmsg},
+    sys::socket::MsgFlags,
 };
 
 type Kept = Arc<Mutex<Vec<(String, OwnedFd)>>>;
@@ -117,21 +117,7 @@ impl Drop for Manager {
 /// Receives one message and does what it says.
 fn heed(listener: &UnixDatagram, kept: &Kept) -> io::Result<()> {
     let mut text = [0; 4096];
-    let mut room = nix::cmsg_space!([RawFd; 253]);
-    let mut slices = [IoSliceMut::new(&mut text)];
-    let flags = MsgFlags::MSG_CMSG_CLOEXEC;
-    let message = recvmsg::<()>(listener.as_raw_fd(), &mut slices, Some(&mut room), flags)?;
-    let mut descriptors = Vec::new();
-    for control in message.cmsgs()? {
-        if let ControlMessageOwned::ScmRights(received) = control {
-            // SAFETY: the kernel has just made them.
-            let received = received
-                .into_iter()
-                .map(|it| unsafe { OwnedFd::from_raw_fd(it) });
-            descriptors.extend(received);
-        }
-    }
-    let length = message.bytes;
+    let (length, descriptors) = rights::receive::<253>(listener, &mut text, MsgFlags::empty())?;
     let text = String::from_utf8_lossy(&text[..length]).into_owned();
     let value = |key: &str| {
         let mut lines = text.lines();

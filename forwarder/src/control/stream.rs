@@ -2,18 +2,20 @@
 //! first octets of its request, and the server keeps what has come until the request asks for it.
 
 use std::{
-    io::{self, IoSlice, IoSliceMut},
-    os::fd::{AsRawFd as _, FromRawFd as _, OwnedFd, RawFd},
+    io::{self, IoSlice},
+    os::fd::{AsFd as _, OwnedFd},
     pin::Pin,
     sync::{Arc, Mutex, PoisonError},
     task::{Context, Poll, ready},
 };
 
-use nix::sys::socket::{ControlMessage, ControlMessageOwned, MsgFlags, recvmsg, sendmsg};
+use nix::sys::socket::MsgFlags;
 use tokio::{
     io::{AsyncRead, AsyncWrite, Interest, ReadBuf},
     net::UnixStream,
 };
+
+use crate::rights;
 
 /// Descriptors that one request may bring. More are closed.
 pub(super) const MOST: usize = 64;
@@ -54,38 +56,16 @@ impl Stream {
     }
 
     fn receive(&self, buffer: &mut [u8]) -> io::Result<usize> {
-        let mut room = nix::cmsg_space!([RawFd; MOST]);
-        let mut slices = [IoSliceMut::new(buffer)];
-        let message = recvmsg::<()>(
-            self.inner.as_raw_fd(),
-            &mut slices,
-            Some(&mut room),
-            MsgFlags::MSG_CMSG_CLOEXEC | MsgFlags::MSG_DONTWAIT,
-        )?;
-        for control in message.cmsgs()? {
-            if let ControlMessageOwned::ScmRights(descriptors) = control {
-                for descriptor in descriptors {
-                    // SAFETY: the kernel has just made this descriptor, for this process alone.
-                    self.received
-                        .add(unsafe { OwnedFd::from_raw_fd(descriptor) });
-                }
-            }
-        }
-        Ok(message.bytes)
+        let (count, descriptors) =
+            rights::receive::<MOST>(&self.inner, buffer, MsgFlags::MSG_DONTWAIT)?;
+        descriptors.into_iter().for_each(|it| self.received.add(it));
+        Ok(count)
     }
 
     fn send(&self, octets: &[u8]) -> io::Result<usize> {
-        let descriptors: Vec<RawFd> = self.sending.iter().map(|fd| fd.as_raw_fd()).collect();
-        let rights = [ControlMessage::ScmRights(&descriptors)];
-        let flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL;
-        let slices = [IoSlice::new(octets)];
-        Ok(sendmsg::<()>(
-            self.inner.as_raw_fd(),
-            &slices,
-            &rights,
-            flags,
-            None,
-        )?)
+        let descriptors: Vec<_> = self.sending.iter().map(|it| it.as_fd()).collect();
+        let parts = [IoSlice::new(octets)];
+        rights::send(&self.inner, &parts, &descriptors, MsgFlags::MSG_DONTWAIT)
     }
 }
 

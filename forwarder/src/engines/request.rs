@@ -4,16 +4,16 @@
 use std::{
     io::{self, BufRead as _, BufReader, IoSlice, Read as _, Write as _},
     os::{
-        fd::{AsRawFd as _, OwnedFd},
+        fd::{AsFd as _, OwnedFd},
         unix::net::UnixStream,
     },
     time::Duration,
 };
 
-use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
+use nix::sys::socket::MsgFlags;
 use serde_json::Value;
 
-use crate::instance::Instance;
+use crate::{instance::Instance, rights};
 
 /// What an instance may take for an answer. dockerd waits for 16 s.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -83,16 +83,9 @@ pub(super) fn send<'a>(
     let text = format!(
         "{method} {path} HTTP/1.0\r\nHost: forwarder\r\nContent-Type: application/json\r\nContent-Length: {length}\r\n\r\n{body}"
     );
-    let descriptors: Vec<i32> = descriptor.iter().map(|it| it.as_raw_fd()).collect();
-    let rights = [ControlMessage::ScmRights(&descriptors)];
-    let rights = if descriptor.is_some() {
-        &rights[..]
-    } else {
-        &[]
-    };
-    let slices = [IoSlice::new(text.as_bytes())];
-    let flags = MsgFlags::MSG_NOSIGNAL;
-    let sent = sendmsg::<()>(stream.as_raw_fd(), &slices, rights, flags, None)?;
+    let descriptors: Vec<_> = descriptor.iter().map(|it| it.as_fd()).collect();
+    let parts = [IoSlice::new(text.as_bytes())];
+    let sent = rights::send(stream, &parts, &descriptors, MsgFlags::empty())?;
     let mut writer = stream;
     writer.write_all(&text.as_bytes()[sent..])?;
     let mut reader = BufReader::new(stream);

@@ -2,24 +2,23 @@
 //! pipes beside it (SCM_RIGHTS, unix(7)). The stream holds them while there is no process.
 
 use std::{
-    io::{self, IoSlice, IoSliceMut},
+    io::{self, IoSlice},
     net::SocketAddr,
     os::{
-        fd::{AsFd as _, AsRawFd as _, BorrowedFd, FromRawFd as _, OwnedFd, RawFd},
+        fd::{AsFd as _, BorrowedFd, OwnedFd},
         unix::net::UnixStream,
     },
     sync::atomic::Ordering::Relaxed,
     time::Duration,
 };
 
-use nix::sys::socket::{
-    ControlMessage, ControlMessageOwned, MsgFlags, recvmsg, sendmsg, setsockopt, sockopt,
-};
+use nix::sys::socket::{MsgFlags, setsockopt, sockopt};
 use serde::{Deserialize, Serialize};
 use tokio::sync::mpsc;
 use tracing::warn;
 
 use super::{Idle, control::Local};
+use crate::rights;
 
 /// What a conversation is passed on as. Descriptors: of TCP the client, then the backend if there is one, then both ends of the
 /// pipe of each way that has one; of UDP the backend.
@@ -96,17 +95,9 @@ pub(super) fn send(
 ) -> io::Result<()> {
     let body = serde_json::to_vec(message)?;
     let length = u32::try_from(body.len()).map_err(io::Error::other)?;
-    let descriptors: Vec<RawFd> = descriptors.iter().map(|it| it.as_raw_fd()).collect();
-    let rights = [ControlMessage::ScmRights(&descriptors)];
     let length = length.to_ne_bytes();
-    let slices = [IoSlice::new(&length), IoSlice::new(&body)];
-    let sent = sendmsg::<()>(
-        stream.as_raw_fd(),
-        &slices,
-        &rights,
-        MsgFlags::MSG_NOSIGNAL,
-        None,
-    )?;
+    let parts = [IoSlice::new(&length), IoSlice::new(&body)];
+    let sent = rights::send(stream, &parts, descriptors, MsgFlags::empty())?;
     if sent < length.len() + body.len() {
         return Err(io::ErrorKind::WouldBlock.into()); // the rest would not be found
     }
@@ -119,10 +110,13 @@ pub(super) fn send(
 /// The stream is none of [`send`].
 pub(super) fn receive(stream: &UnixStream) -> io::Result<Option<(Message, Vec<OwnedFd>)>> {
     let mut length = [0; 4];
-    let descriptors = match receive_part(stream, &mut length)? {
-        Some(descriptors) => descriptors,
-        None => return Ok(None),
-    };
+    let (count, descriptors) =
+        rights::receive::<DESCRIPTORS>(stream, &mut length, MsgFlags::MSG_WAITALL)?;
+    match count {
+        0 => return Ok(None),
+        4 => {}
+        _ => return Err(io::ErrorKind::UnexpectedEof.into()),
+    }
     let length = u32::from_ne_bytes(length);
     if length > LONGEST {
         return Err(io::Error::other("a message that is too long"));
@@ -130,28 +124,6 @@ pub(super) fn receive(stream: &UnixStream) -> io::Result<Option<(Message, Vec<Ow
     let mut body = vec![0; length as usize];
     io::Read::read_exact(&mut &*stream, &mut body)?;
     Ok(Some((serde_json::from_slice(&body)?, descriptors)))
-}
-
-/// Fills a buffer, and takes the descriptors that come with its first octet. `None` at the end.
-fn receive_part(stream: &UnixStream, buffer: &mut [u8]) -> io::Result<Option<Vec<OwnedFd>>> {
-    let mut room = nix::cmsg_space!([RawFd; DESCRIPTORS]);
-    let mut slices = [IoSliceMut::new(buffer)];
-    let flags = MsgFlags::MSG_CMSG_CLOEXEC | MsgFlags::MSG_WAITALL;
-    let message = recvmsg::<()>(stream.as_raw_fd(), &mut slices, Some(&mut room), flags)?;
-    let mut descriptors = Vec::new();
-    for control in message.cmsgs()? {
-        if let ControlMessageOwned::ScmRights(received) = control {
-            for descriptor in received {
-                // SAFETY: the kernel has just made this descriptor, for this process alone.
-                descriptors.push(unsafe { OwnedFd::from_raw_fd(descriptor) });
-            }
-        }
-    }
-    match message.bytes {
-        0 => Ok(None),
-        4 => Ok(Some(descriptors)),
-        _ => Err(io::ErrorKind::UnexpectedEof.into()),
-    }
 }
 
 /// How long conversations may take to leave.
