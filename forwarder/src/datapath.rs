@@ -130,8 +130,9 @@ impl Datapath {
             .map(|directory| directory.join(LAYOUT));
         let mut inherits = false;
         if let Some(pins) = &pins {
-            let left = pins.parent().map(fs::read_dir);
-            inherits = left.is_some_and(|left| left.is_ok_and(|mut left| left.next().is_some()));
+            inherits = pins
+                .parent()
+                .is_some_and(|left| entries(left).next().is_some());
             fs::create_dir_all(pins.join("links"))
                 .with_context(|| format!("create {}", pins.display()))?;
             for map in ADOPTED {
@@ -161,7 +162,10 @@ impl Datapath {
             steering: false,
             inherits,
         };
-        datapath.current(Hook::Ingress)?;
+        if let Err(error) = datapath.current(Hook::Ingress) {
+            datapath.abandon();
+            return Err(error);
+        }
         Ok(datapath)
     }
 
@@ -282,11 +286,7 @@ impl Datapath {
             let Some(pins) = &self.pins else { return };
             for folder in ["links", QDISCS] {
                 let _ = fs::create_dir_all(pins.join(folder));
-                for entry in fs::read_dir(other.join(folder))
-                    .into_iter()
-                    .flatten()
-                    .flatten()
-                {
+                for entry in entries(&other.join(folder)) {
                     let _ = fs::rename(entry.path(), pins.join(folder).join(entry.file_name()));
                 }
             }
@@ -297,12 +297,9 @@ impl Datapath {
         let Some(pins) = &self.pins else {
             return Vec::new();
         };
-        let layouts = pins.parent().map(fs::read_dir);
-        let layouts = layouts.into_iter().flatten().flatten().flatten();
-        layouts
-            .map(|it| it.path())
-            .filter(|it| it != pins)
-            .collect()
+        let layouts = pins.parent().into_iter().flat_map(entries);
+        let layouts = layouts.map(|it| it.path());
+        layouts.filter(|it| it != pins).collect()
     }
 
     /// Detaches everything and removes the pins.
@@ -345,8 +342,8 @@ pub fn remove_left(instance: &str, directory: Option<&Path>) -> Result<bool> {
                 found = true;
             }
         }
-        let marks = directory.map(|directory| fs::read_dir(directory.join(LAYOUT).join(QDISCS)));
-        for mark in marks.into_iter().flatten().flatten().flatten() {
+        let marks = directory.map(|directory| directory.join(LAYOUT).join(QDISCS));
+        for mark in marks.iter().flat_map(|marks| entries(marks)) {
             if let Some(ifindex) = mark.file_name().to_str().and_then(|name| name.parse().ok()) {
                 let _ = clsact::remove_idle_qdisc(ifindex);
             }
@@ -358,17 +355,18 @@ pub fn remove_left(instance: &str, directory: Option<&Path>) -> Result<bool> {
     }
 }
 
+/// What is in a directory; nothing if there is none.
+fn entries(directory: &Path) -> impl Iterator<Item = fs::DirEntry> + use<> {
+    fs::read_dir(directory).into_iter().flatten().flatten()
+}
+
 /// Removes an instance's pins, and with them the links and maps that nobody else holds. Returns
 /// whether there were any.
 fn remove_pins(directory: &Path) -> Result<bool> {
     if !directory.exists() {
         return Ok(false);
     }
-    for entry in fs::read_dir(directory.join(LAYOUT).join("links"))
-        .into_iter()
-        .flatten()
-        .flatten()
-    {
+    for entry in entries(&directory.join(LAYOUT).join("links")) {
         link::remove(&entry.path());
     }
     fs::remove_dir_all(directory).with_context(|| format!("remove {}", directory.display()))?;

@@ -157,11 +157,11 @@ fn ports(snapshot: &Snapshot, previous: &Snapshot) -> Result<HashMap<(u32, Mac),
     let socket = netlink::Socket::open().context("open a netlink socket")?;
     let mut ports = HashMap::new();
     for (bridge, mac) in wanted {
-        let known = previous.forwarding.get(&(bridge, mac)).copied();
-        let known = known.filter(|port| {
+        let is_port = |port: &u32| {
             let link = links.get(port);
             link.is_some_and(|link| link.controller == Some(bridge))
-        });
+        };
+        let known = previous.forwarding.get(&(bridge, mac)).copied();
         let mut question = NeighbourMessage::default();
         question.header.family = AddressFamily::Bridge;
         question.attributes = vec![
@@ -183,7 +183,7 @@ fn ports(snapshot: &Snapshot, previous: &Snapshot) -> Result<HashMap<(u32, Mac),
             Ok(()) | Err(Some(libc::ENOENT | libc::ENODEV)) => {}
             Err(_) => tracing::debug!("bridge {bridge} does not say where {mac:02x?} is"),
         }
-        if let Some(port) = port.or(known) {
+        if let Some(port) = port.filter(is_port).or(known.filter(is_port)) {
             ports.insert((bridge, mac), port);
         }
     }

@@ -327,6 +327,15 @@ fn xdp_that_somebody_detached_is_attached_again() {
         (daemon.counted("forwarded_xdp").ok()? > before + 2).then_some(())
     })
     .unwrap();
+    // Its pin alone is made again.
+    let links = daemon.links();
+    for pin in &links {
+        std::fs::remove_file(pin).unwrap();
+    }
+    wait_for("the pins are back", || {
+        (daemon.links() == links).then_some(())
+    })
+    .unwrap();
     daemon.stop().unwrap();
 }
 

@@ -162,12 +162,10 @@ impl Daemon {
         let Some(datapath) = &mut self.datapath else {
             return Ok(());
         };
-        let back: BTreeSet<u32> = datapath.attached().map(|(ifindex, _)| ifindex).collect();
-        for ifindex in lost.devices().intersection(&back) {
-            let name = &self.network.snapshot.links[ifindex].name;
+        for ifindex in datapath.forget(lost) {
+            let name = &self.network.snapshot.links[&ifindex].name;
             warn!("somebody detached our program from {name}; it is attached again");
         }
-        datapath.forget(lost);
         Ok(())
     }
 

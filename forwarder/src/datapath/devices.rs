@@ -16,7 +16,7 @@ use aya::programs::{
 };
 use nix::net::if_::if_indextoname;
 
-use super::{Datapath, QDISCS, explain, link, xdp};
+use super::{Datapath, QDISCS, entries, explain, link};
 use crate::{
     datapath::clsact::{self, Side},
     datapath::kernel::{Attach, kernel},
@@ -100,23 +100,16 @@ pub(super) enum Attachment {
     },
 }
 
-/// Attachments that somebody else has taken away.
+/// Attachments that somebody else has taken away, with what is left of them.
 #[derive(Debug, Default)]
 pub struct Lost {
-    tc: Vec<(Place, Attachment)>,
-    xdp: Vec<(u32, XdpLinkId)>,
+    tc: Vec<(Place, Option<Attachment>)>,
+    xdp: Vec<(u32, Option<XdpLinkId>)>,
 }
 
 impl Lost {
     pub fn is_empty(&self) -> bool {
         self.tc.is_empty() && self.xdp.is_empty()
-    }
-
-    /// The devices that they were on.
-    pub fn devices(&self) -> BTreeSet<u32> {
-        let tc = self.tc.iter().map(|((ifindex, _), _)| *ifindex);
-        tc.chain(self.xdp.iter().map(|(ifindex, _)| *ifindex))
-            .collect()
     }
 }
 
@@ -187,21 +180,30 @@ impl Datapath {
         Ok(program.attach_to_link(FdLink::from(pinned).try_into()?)?)
     }
 
-    /// Pins those again whose pins somebody has removed; they are still attached.
-    fn pin_again(&mut self) {
-        for (place, attachment) in std::mem::take(&mut self.attached) {
-            let pin = self.link_pin(place).filter(|pin| !pin.exists());
-            let attachment = match (attachment, pin) {
-                (Attachment::Link(link), Some(pin)) => match self.pinned(place.1, link, &pin) {
-                    Ok(link) => Attachment::Link(link),
-                    Err(error) => {
-                        tracing::warn!("{error:#}");
-                        continue; // its link has gone, and another is attached
-                    }
-                },
-                (attachment, _) => attachment,
-            };
-            self.attached.insert(place, attachment);
+    /// Pins it again if somebody has removed its pin: it is still attached. `None` if that fails, and with its descriptor the
+    /// link has gone.
+    fn pinned_again(&mut self, place: Place, attachment: Attachment) -> Option<Attachment> {
+        match (self.link_pin(place), attachment) {
+            (Some(pin), Attachment::Link(link)) if !pin.exists() => {
+                let pinned = self.pinned(place.1, link, &pin);
+                let pinned = pinned.inspect_err(|error| tracing::warn!("{error:#}"));
+                pinned.ok().map(Attachment::Link)
+            }
+            (_, attachment) => Some(attachment),
+        }
+    }
+
+    /// Whether nobody has detached it.
+    fn is_attached(&self, place: Place, attachment: &Attachment) -> bool {
+        match attachment {
+            Attachment::Link(_) => self
+                .link_pin(place)
+                .is_none_or(|pin| link::device(&pin) == Some(place.0)),
+            Attachment::Filter { .. } => {
+                let (side, programs) = (place.1.side(), place.1.programs());
+                let found = clsact::find(place.0, side, self.handle, &programs);
+                !matches!(found, Ok(None))
+            }
         }
     }
 
@@ -299,52 +301,52 @@ impl Datapath {
         }
     }
 
-    /// What is left of them goes, once others are in their places.
-    pub fn forget(&mut self, lost: Lost) {
-        for (place, attachment) in lost.tc {
-            if let Attachment::Link(link) = attachment
+    /// Takes those out that somebody else has detached: of this the kernel tells nobody.
+    pub fn take_lost(&mut self) -> Lost {
+        let mut lost = Lost::default();
+        for (place, attachment) in std::mem::take(&mut self.attached) {
+            match self.pinned_again(place, attachment) {
+                Some(attachment) if self.is_attached(place, &attachment) => {
+                    self.attached.insert(place, attachment);
+                }
+                attachment => lost.tc.push((place, attachment)),
+            }
+        }
+        for (ifindex, (mode, link)) in std::mem::take(&mut self.xdp) {
+            match self.xdp_pinned_again(ifindex, mode, link) {
+                Some(link) if self.has_xdp(ifindex, mode) => {
+                    self.xdp.insert(ifindex, (mode, link));
+                }
+                link => lost.xdp.push((ifindex, link)),
+            }
+        }
+        lost
+    }
+
+    /// What is left of them goes, once others are in their places. Returns the devices that have all of theirs again.
+    pub fn forget(&mut self, lost: Lost) -> BTreeSet<u32> {
+        let Lost { tc, xdp } = lost;
+        let lost_tc = tc
+            .iter()
+            .map(|(place, _)| (place.0, self.attached.contains_key(place)));
+        let lost_xdp = xdp.iter().map(|(it, _)| (*it, self.xdp.contains_key(it)));
+        let all: Vec<(u32, bool)> = lost_tc.chain(lost_xdp).collect();
+        for (place, attachment) in tc {
+            if let Some(Attachment::Link(link)) = attachment
                 && let Ok(program) = self.current(place.1)
             {
                 let _ = program.detach(link);
             }
         }
         let traced = self.traced;
-        for (_, link) in lost.xdp {
+        for link in xdp.into_iter().filter_map(|(_, link)| link) {
             if let Ok(program) = self.xdp_program(traced) {
                 let _ = program.detach(link);
             }
         }
-    }
-
-    /// Takes those out that somebody else has detached: of this the kernel tells nobody.
-    pub fn take_lost(&mut self) -> Lost {
-        self.pin_again();
-        let is_lost = |(&place, attachment): (&Place, &Attachment)| match attachment {
-            Attachment::Link(_) => self
-                .link_pin(place)
-                .is_some_and(|pin| link::device(&pin) != Some(place.0)),
-            Attachment::Filter { .. } => {
-                let (side, programs) = (place.1.side(), place.1.programs());
-                let found = clsact::find(place.0, side, self.handle, &programs);
-                matches!(found, Ok(None))
-            }
-        };
-        let tc = self.attached.iter().filter(|it| is_lost(*it));
-        let tc: Vec<Place> = tc.map(|(place, _)| *place).collect();
-        let is_lost = |(ifindex, mode): &(u32, xdp::Mode)| {
-            let pin = self.xdp_pin(*ifindex, *mode);
-            pin.is_some_and(|pin| pin.exists() && link::device(&pin) != Some(*ifindex))
-        };
-        let xdp: Vec<u32> = self.xdp().filter(is_lost).map(|(it, _)| it).collect();
-        let tc = tc
-            .into_iter()
-            .filter_map(|place| self.attached.remove_entry(&place));
-        let tc = tc.collect();
-        let xdp = xdp
-            .into_iter()
-            .filter_map(|it| Some((it, self.xdp.remove(&it)?.1)));
-        let xdp = xdp.collect();
-        Lost { tc, xdp }
+        let missing: BTreeSet<u32> = all.iter().filter(|it| !it.1).map(|it| it.0).collect();
+        let devices: BTreeSet<u32> = all.iter().map(|it| it.0).collect();
+        &devices - &missing
     }
 
     /// Makes every attachment log its packets, or stop it: links are replaced atomically.
@@ -410,7 +412,7 @@ impl Datapath {
         };
         let pins = self.attached().map(|(ifindex, hook)| hook.pin(ifindex));
         let ours: BTreeSet<_> = pins.chain(self.xdp_pins()).collect();
-        for entry in fs::read_dir(links).into_iter().flatten().flatten() {
+        for entry in entries(&links) {
             let name = entry.file_name();
             if !name.to_str().is_some_and(|name| ours.contains(name)) {
                 link::remove(&entry.path());

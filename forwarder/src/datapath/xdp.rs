@@ -1,7 +1,10 @@
 //! The XDP program on uplinks: attached once there is something for it to do, pinned, taken over by the next instance,
 //! and replaced in one step by one that passes everything while somebody traces.
 
-use std::{fs, path::PathBuf};
+use std::{
+    fs,
+    path::{Path, PathBuf},
+};
 
 use anyhow::{Context as _, Result};
 use aya::programs::{
@@ -106,11 +109,40 @@ impl Datapath {
             return Ok(link);
         };
         let _ = fs::remove_file(&pin);
+        self.pinned_xdp(link, &pin)
+    }
+
+    /// Pins a link.
+    fn pinned_xdp(&mut self, link: XdpLinkId, pin: &Path) -> Result<XdpLinkId> {
+        let program = self.xdp_program(self.traced)?;
         let link: FdLink = program.take_link(link)?.try_into()?;
         let pinned = link
-            .pin(&pin)
+            .pin(pin)
             .with_context(|| format!("pin {}", pin.display()))?;
         Ok(program.attach_to_link(FdLink::from(pinned).try_into()?)?)
+    }
+
+    /// The same if somebody has removed its pin. `None` if that fails, and the link has gone.
+    pub(super) fn xdp_pinned_again(
+        &mut self,
+        ifindex: u32,
+        mode: Mode,
+        link: XdpLinkId,
+    ) -> Option<XdpLinkId> {
+        match self.xdp_pin(ifindex, mode) {
+            Some(pin) if !pin.exists() => {
+                let pinned = self.pinned_xdp(link, &pin);
+                let pinned = pinned.inspect_err(|error| tracing::warn!("{error:#}"));
+                pinned.ok()
+            }
+            _ => Some(link),
+        }
+    }
+
+    /// Whether nobody has detached it.
+    pub(super) fn has_xdp(&self, ifindex: u32, mode: Mode) -> bool {
+        let pin = self.xdp_pin(ifindex, mode);
+        pin.is_none_or(|pin| link::device(&pin) == Some(ifindex))
     }
 
     /// Detaches from a device that may have gone.
@@ -164,7 +196,7 @@ impl Datapath {
         self.xdp().map(|(ifindex, mode)| mode.pin(ifindex))
     }
 
-    pub(super) fn xdp_pin(&self, ifindex: u32, mode: Mode) -> Option<PathBuf> {
+    fn xdp_pin(&self, ifindex: u32, mode: Mode) -> Option<PathBuf> {
         self.pins
             .as_ref()
             .map(|pins| pins.join("links").join(mode.pin(ifindex)))
