@@ -36,6 +36,19 @@ struct Scene {
 }
 
 impl Scene {
+    /// An instance that follows the engine.
+    fn followed(topology: Topology, engine: Engine, flags: &[&str]) -> Self {
+        let socket = engine.socket();
+        let flags = [&["--docker", socket.as_str()], flags].concat();
+        let host = &topology.host;
+        let daemon = Daemon::start_with_state(host, &[], Datapath::Auto, &flags).unwrap();
+        Self {
+            engine,
+            daemon,
+            topology,
+        }
+    }
+
     fn new(iptables: bool) -> Self {
         let topology = Topology::new().unwrap();
         let daemon = Daemon::start_with_state(&topology.host, &[], Datapath::Auto, &[]).unwrap();

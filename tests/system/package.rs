@@ -66,6 +66,12 @@ impl Scene {
             .unwrap_or_else(|error| panic!("{error:#}"))
     }
 
+    fn install(&self) {
+        let package = package(".deb");
+        self.machine.put(&package, "/tmp/forwarder.deb").unwrap();
+        self.run("apt-get install -y /tmp/forwarder.deb");
+    }
+
     fn frontend(&self) -> SocketAddr {
         SocketAddr::new(self.topology.host_address(Family::V4), PORT)
     }
@@ -125,11 +131,7 @@ impl Scene {
 fn a_debian_package_serves_and_purged_leaves_nothing() {
     let scene = Scene::new();
     let before = scene.machine.files().unwrap();
-    scene
-        .machine
-        .put(&package(".deb"), "/tmp/forwarder.deb")
-        .unwrap();
-    scene.run("apt-get install -y /tmp/forwarder.deb");
+    scene.install();
 
     assert_eq!(
         scene.run("systemctl is-enabled forwarder || true").trim(),
@@ -228,11 +230,7 @@ fn is_confined(scene: &Scene) {
 #[test]
 fn the_service_takes_over_what_an_instance_of_root_left() {
     let scene = Scene::new();
-    scene
-        .machine
-        .put(&package(".deb"), "/tmp/forwarder.deb")
-        .unwrap();
-    scene.run("apt-get install -y /tmp/forwarder.deb");
+    scene.install();
     let backend = SocketAddr::new(scene.topology.backend.address(Family::V4), BACKEND_PORT);
     scene.run("systemd-run --unit=by-hand forwarder run");
     wait_for("root's instance", || {
@@ -253,11 +251,7 @@ fn the_service_takes_over_what_an_instance_of_root_left() {
 #[test]
 fn a_debian_package_is_replaced_while_it_serves() {
     let scene = Scene::new();
-    scene
-        .machine
-        .put(&package(".deb"), "/tmp/forwarder.deb")
-        .unwrap();
-    scene.run("apt-get install -y /tmp/forwarder.deb");
+    scene.install();
     scene.start();
     scene.serves();
     // A port that no fast path serves: its conversations are the proxy's.

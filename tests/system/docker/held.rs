@@ -4,7 +4,6 @@
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
 use forwarder_tests::{
-    daemon::{Daemon, Datapath},
     deadline::wait_for,
     topology::Topology,
     traffic::{Connection, Protocol, ask},
@@ -17,14 +16,7 @@ fn scene(config: Value) -> Scene {
     let topology = Topology::new().unwrap();
     let folder = tempfile::tempdir().unwrap();
     let engine = Engine::start_with(&topology.host, folder, config, None).unwrap();
-    let socket = engine.socket();
-    let flags = ["--docker", socket.as_str()];
-    let daemon = Daemon::start_with_state(&topology.host, &[], Datapath::Auto, &flags).unwrap();
-    Scene {
-        engine,
-        daemon,
-        topology,
-    }
+    Scene::followed(topology, engine, &[])
 }
 
 impl Scene {

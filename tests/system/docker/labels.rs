@@ -3,12 +3,7 @@
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
-use forwarder_tests::{
-    daemon::{Daemon, Datapath},
-    deadline::wait_for,
-    topology::Topology,
-    traffic::ask,
-};
+use forwarder_tests::{deadline::wait_for, topology::Topology, traffic::ask};
 
 use super::{BOTH, Engine, PORT, Scene};
 
@@ -17,14 +12,7 @@ const LABEL: &str = "forwarder.publish=8080:9000,8080:9000/udp";
 fn scene() -> Scene {
     let topology = Topology::new().unwrap();
     let engine = Engine::start(&topology.host, true, None).unwrap();
-    let socket = engine.socket();
-    let flags = ["--docker", socket.as_str(), "--docker-labels"];
-    let daemon = Daemon::start_with_state(&topology.host, &[], Datapath::Auto, &flags).unwrap();
-    Scene {
-        engine,
-        daemon,
-        topology,
-    }
+    Scene::followed(topology, engine, &["--docker-labels"])
 }
 
 impl Scene {

@@ -2,7 +2,7 @@
 
 use std::{
     io::{Read as _, Write as _},
-    net::{Shutdown, TcpListener},
+    net::{Shutdown, TcpListener, TcpStream},
     os::unix::net::UnixStream,
     sync::Arc,
     time::Instant,
@@ -56,16 +56,45 @@ impl Process {
     }
 }
 
+/// A client's with a server, by the first process.
+struct Conversation {
+    first: Process,
+    client: TcpStream,
+    server: TcpStream,
+    /// What both processes serve.
+    listener: TcpListener,
+    spec: Arc<Spec>,
+}
+
+impl Conversation {
+    fn begin() -> Self {
+        let (server, backend) = listen("127.0.0.1:0");
+        let (listener, frontend) = listen("127.0.0.1:0");
+        let spec = format!("127.0.0.1:{}:{backend}", frontend.port());
+        let spec: Arc<Spec> = Arc::new(spec.parse().expect("a spec"));
+        let first = Process::new(&listener, &spec, None);
+        let client = connect(frontend);
+        let (server, _) = server.accept().expect("the proxy connects");
+        Self {
+            first,
+            client,
+            server,
+            listener,
+            spec,
+        }
+    }
+}
+
 /// Short pieces, each of which the proxy has read before the next comes, until the backend takes no more.
 #[test]
 fn what_could_not_be_written_yet_is_passed_on() {
-    let (server, backend) = listen("127.0.0.1:0");
-    let (listener, frontend) = listen("127.0.0.1:0");
-    let spec = format!("127.0.0.1:{}:{backend}", frontend.port());
-    let spec: Arc<Spec> = Arc::new(spec.parse().expect("a spec"));
-    let first = Process::new(&listener, &spec, None);
-    let mut client = connect(frontend);
-    let (mut server, _) = server.accept().expect("the proxy connects");
+    let Conversation {
+        first,
+        mut client,
+        mut server,
+        listener,
+        spec,
+    } = Conversation::begin();
     let mut sent = Vec::new();
     let read = |sent: &[u8]| first.proxy.counters().bytes == sent.len() as u64;
     loop {
@@ -96,13 +125,13 @@ fn what_could_not_be_written_yet_is_passed_on() {
 /// A direction that has ended stays so, and the other goes on.
 #[test]
 fn what_is_half_closed_stays_so() {
-    let (server, backend) = listen("127.0.0.1:0");
-    let (listener, frontend) = listen("127.0.0.1:0");
-    let spec = format!("127.0.0.1:{}:{backend}", frontend.port());
-    let spec: Arc<Spec> = Arc::new(spec.parse().expect("a spec"));
-    let first = Process::new(&listener, &spec, None);
-    let mut client = connect(frontend);
-    let (mut server, _) = server.accept().expect("the proxy connects");
+    let Conversation {
+        first,
+        mut client,
+        mut server,
+        listener,
+        spec,
+    } = Conversation::begin();
     client.write_all(b"question").expect("room");
     client.shutdown(Shutdown::Write).expect("half-closed");
     let mut question = Vec::new();
