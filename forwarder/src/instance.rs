@@ -20,7 +20,11 @@ const PINS: &str = "/sys/fs/bpf/forwarder";
 /// The user of the service, whose directories its unit makes, and the group that may use the control socket.
 pub const USER: &str = "forwarder";
 
-/// How often the lock is tried, and after which time.
+/// Modes of directories that others may look into, and that nobody else may.
+const OPEN: u32 = 0o755;
+const CLOSED: u32 = 0o700;
+
+/// How often the lock and a directory are tried, and the lock after which time.
 const TRIES: u32 = 30;
 const RETRY: Duration = Duration::from_millis(10);
 
@@ -101,18 +105,17 @@ impl Instance {
     /// Another process has it, or there is no place for the lock.
     pub fn lock(&self) -> Result<Lock> {
         let [system, own] = Self::directories();
-        let directory = match make_private(&system) {
-            Ok(()) => system,
-            Err(_) => make_private(&own).map(|()| own)?,
-        };
-        let path = directory.join(format!("{}.lock", self.name));
         let mut options = OpenOptions::new();
         options.create(true).truncate(false).write(true);
         options.mode(0o600).custom_flags(libc::O_NOFOLLOW);
+        let open = |directory: &Path| {
+            let path = directory.join(format!("{}.lock", self.name));
+            make_within(directory, OPEN, || options.open(&path))
+                .with_context(|| format!("open {}", path.display()))
+                .map(|file| (file, path))
+        };
         loop {
-            let file = options
-                .open(&path)
-                .with_context(|| format!("open {}", path.display()))?;
+            let (file, path) = open(&system).or_else(|_| open(&own))?;
             match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
                 Ok(file) => {
                     // One that ends just now has removed what was opened.
@@ -171,14 +174,18 @@ impl Instance {
         removed
     }
 
-    /// This instance's directory under bpffs, whose names have no dots. Anybody may make directories in a bpffs, so the
-    /// one above is made, or found to be ours.
+    /// Makes this instance's directory under bpffs, whose names have no dots. Anybody may make directories in a bpffs, so
+    /// the one above is made, or found to be ours.
     ///
     /// # Errors
     /// It is somebody else's.
     pub fn make_pins(&self) -> Result<PathBuf> {
-        make_with_mode(Path::new(PINS), 0o700)?;
-        Ok(self.pins())
+        let pins = self.pins();
+        make_within(Path::new(PINS), CLOSED, || match fs::create_dir(&pins) {
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Ok(()),
+            made => made,
+        })?;
+        Ok(pins)
     }
 
     /// The same directory, if there is one.
@@ -219,7 +226,24 @@ impl Instance {
 /// # Errors
 /// It cannot be made, or belongs to somebody else.
 pub fn make_private(directory: &Path) -> Result<()> {
-    make_with_mode(directory, 0o755)
+    make_within(directory, OPEN, || Ok(()))
+}
+
+/// Makes a private directory and at once what `make` makes in it. Again if the directory goes meanwhile: an instance that
+/// ends removes what it leaves empty.
+fn make_within<T>(directory: &Path, mode: u32, make: impl Fn() -> io::Result<T>) -> Result<T> {
+    let mut tries = TRIES;
+    loop {
+        let made = make_with_mode(directory, mode).and_then(|()| Ok(make()?));
+        let is_gone = |error: &anyhow::Error| {
+            let io = error.downcast_ref::<io::Error>();
+            io.is_some_and(|error| error.kind() == io::ErrorKind::NotFound)
+        };
+        match made {
+            Err(error) if is_gone(&error) && tries > 0 => tries -= 1,
+            made => return made,
+        }
+    }
 }
 
 fn make_with_mode(directory: &Path, mode: u32) -> Result<()> {
@@ -282,6 +306,24 @@ mod tests {
         fs::remove_file(link)
             .and_then(|()| fs::remove_dir(directory))
             .expect("removed");
+    }
+
+    #[test]
+    fn a_directory_that_others_remove_when_they_leave_it_empty_is_made_all_the_same() {
+        let shared = std::env::temp_dir().join(format!("forwarder-shared-{}", std::process::id()));
+        std::thread::scope(|scope| {
+            for instance in ["a", "b", "c", "d"] {
+                let own = shared.join(instance);
+                let shared = &shared;
+                scope.spawn(move || {
+                    for _ in 0..2000 {
+                        make_within(shared, CLOSED, || fs::create_dir(&own)).expect("made");
+                        fs::remove_dir(&own).expect("its own");
+                        let _ = fs::remove_dir(shared); // stays while another is in it
+                    }
+                });
+            }
+        });
     }
 
     #[test]
