@@ -3,7 +3,10 @@
 
 use bytemuck::{Pod, Zeroable};
 
-use crate::tuple::{Address, Tuple};
+use crate::{
+    layout::layout,
+    tuple::{Address, Tuple},
+};
 
 /// How a packet leaves towards somebody.
 pub mod delivery {
@@ -121,6 +124,10 @@ pub struct Flow {
 }
 
 const _: () = assert!(size_of::<Flow>() == 120);
+
+layout!(
+    Flow: client, frontend, client_port, frontend_port, publish, back, state, acknowledged, sent, last_seen, packets, bytes
+);
 
 impl Flow {
     /// The conversation's tuple as the client sends it.

@@ -8,6 +8,7 @@
 pub mod checksum;
 pub mod flow;
 pub mod handover;
+pub mod layout;
 pub mod limits;
 pub mod policy;
 pub mod publish;

@@ -4,6 +4,8 @@ use core::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use bytemuck::{Pod, Zeroable};
 
+use crate::layout::layout;
+
 /// IANA protocol numbers of what can be published.
 pub const TCP: u8 = 6;
 pub const UDP: u8 = 17;
@@ -105,6 +107,8 @@ pub struct Tuple {
 }
 
 const _: () = assert!(size_of::<Tuple>() == 40);
+
+layout!(Tuple: source, destination, source_port, destination_port, protocol);
 
 impl Tuple {
     /// A hash that nobody without the keys can foresee: UMAC's NH (RFC 4418 section 5.2.2), whose multiplications do not

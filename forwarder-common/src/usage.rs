@@ -2,6 +2,8 @@
 
 use bytemuck::{Pod, Zeroable};
 
+use crate::layout::layout;
+
 /// An element of `USAGE`, by the publish's index. Each field only grows, by atomic additions of the program and of user space.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Pod, Zeroable)]
@@ -19,6 +21,8 @@ pub struct Usage {
 }
 
 const _: () = assert!(size_of::<Usage>() == 64);
+
+layout!(Usage: begun, kept, ended, packets, bytes, reserved);
 
 /// The key of `REFUSED`.
 #[repr(C)]

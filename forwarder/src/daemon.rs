@@ -307,7 +307,7 @@ impl Daemon {
         // An earlier instance's programs know its publishes until these take over.
         self.datapath.iter().for_each(Datapath::take_over);
         self.reconcile_devices()?;
-        if let Some(datapath) = &self.datapath {
+        if let Some(datapath) = &mut self.datapath {
             datapath.forget_others();
         }
         self.adopt();

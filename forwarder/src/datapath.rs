@@ -30,13 +30,14 @@ use tokio::io::{Interest, unix::AsyncFd};
 use self::devices::{Attachment, Hook, Place};
 use crate::{
     datapath::kernel::{Attach, NEEDED, kernel},
-    datapath::maps::Maps,
+    datapath::maps::{
+        Maps,
+        earlier::{self, Earlier},
+    },
 };
 
 static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/forwarder.o"));
 
-/// Part of the pins' path: the layout of what is pinned. Another layout is not adopted.
-const LAYOUT: &str = "v6";
 /// Folder of the marks of qdiscs.
 const QDISCS: &str = "qdiscs";
 /// The maps that a later instance takes over, so that established flows survive a restart. The kernel empties
@@ -84,6 +85,10 @@ pub struct Datapath {
     steering: bool,
     /// An earlier instance has left programs that may forward.
     inherits: bool,
+    /// This start has made the pins' directory: its tables had nothing that is newer than what an earlier layout's have.
+    is_new: bool,
+    /// What versions with another layout left.
+    earlier: Vec<Earlier>,
 }
 
 /// A program of the object, by its name and of its type.
@@ -127,12 +132,13 @@ impl Datapath {
         let pins = options
             .pins
             .as_ref()
-            .map(|directory| directory.join(LAYOUT));
-        let mut inherits = false;
+            .map(|directory| directory.join(earlier::name()));
+        let (mut inherits, mut is_new) = (false, false);
         if let Some(pins) = &pins {
             inherits = pins
                 .parent()
                 .is_some_and(|left| entries(left).next().is_some());
+            is_new = !pins.exists();
             fs::create_dir_all(pins.join("links"))
                 .with_context(|| format!("create {}", pins.display()))?;
             for map in ADOPTED {
@@ -148,6 +154,14 @@ impl Datapath {
                 remove_empty(pins);
             }
         })?;
+        let mut earlier: Vec<Earlier> = Vec::new();
+        if let Some(pins) = &pins {
+            earlier::describe(pins)?;
+            earlier.extend(other_layouts(pins).flat_map(Earlier::open));
+            for earlier in earlier.iter().filter(|_| is_new) {
+                warn_of(earlier.carry_keys(pins));
+            }
+        }
         let mut maps = Maps::take(&mut ebpf)?;
         maps.choose_keys()?;
         let mut datapath = Self {
@@ -161,6 +175,8 @@ impl Datapath {
             own_mark,
             steering: false,
             inherits,
+            is_new,
+            earlier,
         };
         if let Err(error) = datapath.current(Hook::Ingress) {
             datapath.abandon();
@@ -271,19 +287,31 @@ impl Datapath {
     /// Removes what a start has made that fails; what an earlier instance left stays.
     pub fn abandon(self) {
         if !self.inherits {
-            self.remove();
+            return self.remove();
+        }
+        if let Some(pins) = self.pins.as_ref().filter(|_| self.is_new) {
+            let mut attached = ["links", QDISCS]
+                .map(|folder| pins.join(folder))
+                .into_iter();
+            if attached.all(|folder| entries(&folder).next().is_none()) {
+                let _ = fs::remove_dir_all(pins);
+            }
         }
     }
 
-    /// What a version with another layout of its maps left is this instance's from now on: its links, so that each is replaced
-    /// as one of the same layout is, and its marks of qdiscs. Its flows cannot be read, and end.
+    /// What a version with another layout of its maps left is this instance's from now on: its flows as they are now, its
+    /// links, so that each is replaced as one of the same layout is, and its marks of qdiscs.
     pub fn take_over(&self) {
-        for other in self.other_layouts() {
-            tracing::warn!(
-                "{} is of another version: its flows end, and clients connect anew",
-                other.display()
-            );
-            let Some(pins) = &self.pins else { return };
+        let Some(pins) = &self.pins else { return };
+        for other in other_layouts(pins) {
+            match self.earlier.iter().find(|it| it.pins() == other) {
+                Some(earlier) if self.is_new => warn_of(earlier.carry(pins)),
+                Some(_) => {}
+                None => tracing::warn!(
+                    "{} is of a version that does not say how its tables are laid out: its flows end, and clients connect anew",
+                    other.display()
+                ),
+            }
             for folder in ["links", QDISCS] {
                 let _ = fs::create_dir_all(pins.join(folder));
                 for entry in entries(&other.join(folder)) {
@@ -291,15 +319,6 @@ impl Datapath {
                 }
             }
         }
-    }
-
-    fn other_layouts(&self) -> Vec<PathBuf> {
-        let Some(pins) = &self.pins else {
-            return Vec::new();
-        };
-        let layouts = pins.parent().into_iter().flat_map(entries);
-        let layouts = layouts.map(|it| it.path());
-        layouts.filter(|it| it != pins).collect()
     }
 
     /// Detaches everything and removes the pins.
@@ -342,8 +361,8 @@ pub fn remove_left(instance: &str, directory: Option<&Path>) -> Result<bool> {
                 found = true;
             }
         }
-        let marks = directory.map(|directory| directory.join(LAYOUT).join(QDISCS));
-        for mark in marks.iter().flat_map(|marks| entries(marks)) {
+        let layouts = directory.into_iter().flat_map(entries);
+        for mark in layouts.flat_map(|layout| entries(&layout.path().join(QDISCS))) {
             if let Some(ifindex) = mark.file_name().to_str().and_then(|name| name.parse().ok()) {
                 let _ = clsact::remove_idle_qdisc(ifindex);
             }
@@ -360,14 +379,29 @@ fn entries(directory: &Path) -> impl Iterator<Item = fs::DirEntry> + use<> {
     fs::read_dir(directory).into_iter().flatten().flatten()
 }
 
+/// The pins of versions with another layout, beside these.
+fn other_layouts(pins: &Path) -> impl Iterator<Item = PathBuf> {
+    let layouts = pins.parent().into_iter().flat_map(entries);
+    layouts.map(|it| it.path()).filter(move |it| it != pins)
+}
+
+/// What fails while flows are carried over costs flows, and nothing else.
+fn warn_of(carried: Result<()>) {
+    if let Err(error) = carried {
+        tracing::warn!("flows of the earlier version end: {error:#}");
+    }
+}
+
 /// Removes an instance's pins, and with them the links and maps that nobody else holds. Returns
 /// whether there were any.
 fn remove_pins(directory: &Path) -> Result<bool> {
     if !directory.exists() {
         return Ok(false);
     }
-    for entry in entries(&directory.join(LAYOUT).join("links")) {
-        link::remove(&entry.path());
+    for layout in entries(directory) {
+        for entry in entries(&layout.path().join("links")) {
+            link::remove(&entry.path());
+        }
     }
     fs::remove_dir_all(directory).with_context(|| format!("remove {}", directory.display()))?;
     if let Some(parent) = directory.parent() {

@@ -12,6 +12,7 @@ use std::{
 use forwarder_tests::{
     daemon::{Daemon, Datapath},
     deadline::{patience, wait_for},
+    layout::lay_out_otherwise,
     topology::{Family, Topology},
     traffic::{Backend, Connection, Protocol, ask},
 };
@@ -69,7 +70,14 @@ impl Scene {
     }
 
     fn conversations(&self) -> Vec<Connection> {
-        let open = |_| Connection::open(&self.topology.client, self.frontend(PORT)).unwrap();
+        let localhost = SocketAddr::from(([127, 0, 0, 1], PORT));
+        let open = |number| {
+            if number % 4 == 0 {
+                Connection::open(&self.topology.host, localhost).unwrap()
+            } else {
+                Connection::open(&self.topology.client, self.frontend(PORT)).unwrap()
+            }
+        };
         let mut all: Vec<Connection> = (0..CONVERSATIONS).map(open).collect();
         all.iter_mut()
             .for_each(|it| drop(it.ask("before").unwrap()));
@@ -193,7 +201,13 @@ impl Drop for End<'_> {
     }
 }
 
-fn nobody_notices(datapath: Datapath) {
+/// Of all publishes.
+fn packets(daemon: &Daemon) -> u64 {
+    let all = daemon.list().unwrap();
+    all.iter().map(|it| it["packets"].as_u64().unwrap()).sum()
+}
+
+fn nobody_notices(datapath: Datapath, hand_over: impl Fn(&mut Daemon)) {
     let scene = Scene::new();
     let mut daemon = scene.start(datapath);
     let mut conversations = scene.conversations();
@@ -213,8 +227,13 @@ fn nobody_notices(datapath: Datapath) {
         });
         for _ in 0..3 {
             load.goes_on();
-            daemon.hand_over().unwrap();
+            let before = packets(&daemon);
+            hand_over(&mut daemon);
             load.goes_on();
+            let after = packets(&daemon);
+            if datapath == Datapath::Ebpf {
+                assert!(after > before, "{after} packets, and {before} before");
+            }
         }
         drop(end);
         talk.join().unwrap();
@@ -230,12 +249,24 @@ fn nobody_notices(datapath: Datapath) {
 
 #[test]
 fn nobody_notices_a_restart_by_ebpf() {
-    nobody_notices(Datapath::Ebpf);
+    nobody_notices(Datapath::Ebpf, |daemon| daemon.hand_over().unwrap());
+}
+
+#[test]
+fn nobody_notices_a_version_whose_tables_are_laid_out_in_another_way() {
+    nobody_notices(Datapath::Ebpf, |daemon| {
+        daemon.quit().unwrap();
+        let other = lay_out_otherwise(&daemon.pins()).unwrap();
+        daemon.restart().unwrap();
+        assert!(!other.exists());
+        let said = daemon.said();
+        assert!(!said.contains("earlier version"), "{said}");
+    });
 }
 
 #[test]
 fn nobody_notices_a_restart_in_user_space() {
-    nobody_notices(Datapath::Userland);
+    nobody_notices(Datapath::Userland, |daemon| daemon.hand_over().unwrap());
 }
 
 /// A start that fails loses nothing of what it was handed: the next one has it.

@@ -2,10 +2,13 @@
 
 use forwarder::datapath::{Options, maps::Usage};
 use forwarder_common::{
-    flow::{Phase, Timeouts},
+    flow::{Flow, Phase, Timeouts, state},
     publish::flag,
 };
-use forwarder_tests::frame::{ACK, Frame, Protocol};
+use forwarder_tests::{
+    frame::{ACK, Frame, Protocol},
+    layout::lay_out_otherwise,
+};
 
 use crate::bench::{Bench, LO, XDP_DROP, at, bench, bench_with, options};
 
@@ -168,12 +171,67 @@ fn a_later_instance_knows_which_flows_are_there() {
         let mut later = later.datapath;
         assert_eq!(later.maps.usage(1).unwrap().flows, 1);
         // Its publish has another number there.
-        let flow = forwarder_common::flow::Flow { publish: 7, ..flow };
+        let flow = Flow { publish: 7, ..flow };
         later.maps.flows.set(&key, &flow).unwrap();
         assert_eq!(later.maps.usage(1).unwrap().flows, 0);
         assert_eq!(later.maps.usage(7).unwrap().flows, 1);
         later.maps.flows.end(&key, |_| true).unwrap();
         assert_eq!(later.maps.usage(7).unwrap().flows, 0);
+        later.remove();
+    });
+    let _ = std::fs::remove_dir_all(pins);
+}
+
+#[test]
+fn flows_are_carried_over_from_another_layout_as_far_as_they_have_come() {
+    let pins = std::path::PathBuf::from("/sys/fs/bpf/forwarder-layout-test");
+    let options = Options {
+        pins: Some(pins.clone()),
+        ..options()
+    };
+    bench_with(options.clone(), |bench| {
+        bench.publish(Protocol::Tcp, PORT, V4[2]);
+        let first = Frame::first(Protocol::Tcp, at(V4[0]), at(V4[1]));
+        prove(bench, &first, bench.uplink);
+        let (key, flow) = bench.flow();
+        let other = lay_out_otherwise(&pins).unwrap();
+        let mut later = Bench::here(&options).datapath;
+        assert_eq!(later.maps.usage(1).unwrap().flows, 1);
+        assert_eq!(later.maps.flows.get(&key).unwrap(), None);
+        later.take_over();
+        assert_eq!(later.maps.flows.get(&key).unwrap(), Some(flow));
+        // What the earlier programs have done since.
+        let behind = Flow {
+            state: flow.state & !state::ESTABLISHED,
+            packets: [1, 0],
+            sent: [1, 1],
+            ..flow
+        };
+        later.maps.flows.set(&key, &behind).unwrap();
+        later.forget_others();
+        assert_eq!(later.maps.flows.get(&key).unwrap(), Some(flow));
+        assert!(!other.exists());
+        later.remove();
+    });
+    let _ = std::fs::remove_dir_all(pins);
+}
+
+#[test]
+fn flows_that_began_while_the_programs_were_replaced_are_carried_over_too() {
+    let pins = std::path::PathBuf::from("/sys/fs/bpf/forwarder-late-test");
+    let options = Options {
+        pins: Some(pins.clone()),
+        ..options()
+    };
+    bench_with(options.clone(), |bench| {
+        bench.publish(Protocol::Tcp, PORT, V4[2]);
+        let first = Frame::first(Protocol::Tcp, at(V4[0]), at(V4[1]));
+        prove(bench, &first, bench.uplink);
+        let (key, flow) = bench.flow();
+        lay_out_otherwise(&pins).unwrap();
+        let mut later = Bench::here(&options).datapath;
+        later.forget_others();
+        assert_eq!(later.maps.flows.get(&key).unwrap(), Some(flow));
         later.remove();
     });
     let _ = std::fs::remove_dir_all(pins);

@@ -12,6 +12,7 @@ pub mod fragment;
 pub mod frame;
 pub mod hearsay;
 pub mod icmp;
+pub mod layout;
 pub mod machine;
 pub mod netns;
 pub mod sctp;

@@ -390,8 +390,8 @@ impl Datapath {
     }
 
     /// Removes the attachments that an earlier instance left on devices this one has not, and what it had pinned in another
-    /// layout.
-    pub fn forget_others(&self) {
+    /// layout, when what became of its flows meanwhile is known.
+    pub fn forget_others(&mut self) {
         if kernel().attach == Attach::Clsact {
             for hook in Hook::ALL {
                 let left = clsact::find_all(hook.side(), self.handle, &hook.programs());
@@ -418,7 +418,10 @@ impl Datapath {
                 link::remove(&entry.path());
             }
         }
-        for other in self.other_layouts() {
+        for earlier in std::mem::take(&mut self.earlier) {
+            super::warn_of(earlier.catch_up(&mut self.maps.flows));
+        }
+        for other in self.pins.iter().flat_map(|pins| super::other_layouts(pins)) {
             if let Err(error) = fs::remove_dir_all(&other) {
                 tracing::warn!("remove {}: {error}", other.display());
             }

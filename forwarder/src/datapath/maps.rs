@@ -3,6 +3,7 @@
 
 mod bans;
 mod batch;
+pub mod earlier;
 mod flows;
 mod install;
 mod limits;

@@ -1,0 +1,348 @@
+//! What an instance of another version left, whose tables are laid out in another way: `FORMAT`, pinned beside them, says in
+//! which, and what both versions know by name is carried over.
+
+use std::{
+    collections::BTreeMap,
+    hash::{Hash as _, Hasher},
+    path::{Path, PathBuf},
+};
+
+use anyhow::{Context as _, Result, bail};
+use aya::maps::{Array, HashMap, Map, MapData};
+use bytemuck::Pod;
+use forwarder_common::{
+    flow::{Flow, state},
+    layout::{self, Layout},
+    tuple::Tuple,
+    usage::Usage,
+};
+use serde::{Deserialize, Serialize};
+
+use super::{
+    FlowTables,
+    batch::{Batch, Command},
+    mirror::errno,
+};
+
+/// The name of the pin. That map holds a text of JSON with zeros behind it.
+const FORMAT: &str = "FORMAT";
+/// Octets of it. It stays as it is, since each version reads what others left.
+const LENGTH: usize = 4096;
+/// Entries read by one system call.
+const SLICE: usize = 4096;
+
+/// What an entry of a table consists of.
+#[derive(Debug, Serialize, Deserialize)]
+struct Entry {
+    key: Vec<Field>,
+    value: Vec<Field>,
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+struct Field {
+    name: String,
+    offset: usize,
+    size: usize,
+}
+
+impl Entry {
+    fn of<K: Layout, V: Layout>() -> Self {
+        let fields = |fields: &[layout::Field]| {
+            let fields = fields.iter().map(|field| Field {
+                name: field.name.to_owned(),
+                offset: field.offset,
+                size: field.size,
+            });
+            fields.collect()
+        };
+        Self {
+            key: fields(K::FIELDS),
+            value: fields(V::FIELDS),
+        }
+    }
+}
+
+/// How this version's tables are laid out.
+fn format() -> String {
+    let flow = Entry::of::<Tuple, Flow>;
+    let tables: BTreeMap<&str, Entry> = [
+        ("FLOWS", flow()),
+        ("HALF_OPEN", flow()),
+        ("USAGE", Entry::of::<u32, Usage>()),
+        ("LEFT", Entry::of::<Tuple, u64>()),
+        ("DIRECT", Entry::of::<Tuple, u32>()),
+        ("KEYS", Entry::of::<u32, [u64; 5]>()),
+    ]
+    .into();
+    serde_json::to_string(&tables).expect("names and numbers")
+}
+
+/// The name of this layout: another one has another.
+pub fn name() -> String {
+    /// FNV-1a (draft-eastlake-fnv), which is the same for every version.
+    struct Fnv(u64);
+    impl Hasher for Fnv {
+        fn finish(&self) -> u64 {
+            self.0
+        }
+        fn write(&mut self, octets: &[u8]) {
+            for octet in octets {
+                self.0 = (self.0 ^ u64::from(*octet)).wrapping_mul(0x100_0000_01b3);
+            }
+        }
+    }
+    let mut hasher = Fnv(0xcbf2_9ce4_8422_2325);
+    format().as_bytes().hash(&mut hasher);
+    format!("{:016x}", hasher.finish())
+}
+
+/// Says beside this version's pins how they are laid out.
+///
+/// # Errors
+/// The kernel refuses the map or the pin.
+pub fn describe(pins: &Path) -> Result<()> {
+    let pin = pins.join(FORMAT);
+    if pin.exists() {
+        return Ok(());
+    }
+    let mut octets = [0; LENGTH];
+    let text = format();
+    octets[..text.len()].copy_from_slice(text.as_bytes());
+    let mut map: Array<MapData, [u8; LENGTH]> =
+        Array::create(1, 0).with_context(|| format!("make {FORMAT}"))?;
+    map.set(0, octets, 0)?;
+    map.pin(&pin)
+        .with_context(|| format!("pin {}", pin.display()))
+}
+
+/// Another version's pins.
+#[derive(Debug)]
+pub struct Earlier {
+    pins: PathBuf,
+    tables: BTreeMap<String, Entry>,
+}
+
+impl Earlier {
+    /// # Errors
+    /// They do not say how they are laid out.
+    pub fn open(pins: PathBuf) -> Result<Self> {
+        let map = Map::Array(MapData::from_pin(pins.join(FORMAT))?);
+        let map: Array<_, [u8; LENGTH]> = Array::try_from(map)?;
+        let octets = map.get(&0, 0)?;
+        let end = octets.iter().position(|octet| *octet == 0);
+        let tables = serde_json::from_slice(&octets[..end.unwrap_or(LENGTH)])?;
+        Ok(Self { pins, tables })
+    }
+
+    /// Carries over what flows are found by and counted with, into the tables that are pinned in `own`.
+    ///
+    /// # Errors
+    /// The kernel refuses a read or an update.
+    pub fn carry_keys(&self, own: &Path) -> Result<()> {
+        let mut keys: Array<_, [u64; 5]> = Array::try_from(Map::Array(open(own, "KEYS")?))?;
+        self.each("KEYS", |at, value: [u64; 5]| Ok(keys.set(at, value, 0)?))?;
+        let mut usage: Array<_, Usage> = Array::try_from(Map::Array(open(own, "USAGE")?))?;
+        self.each("USAGE", |at, value: Usage| {
+            if value == Usage::default() {
+                return Ok(());
+            }
+            Ok(usage.set(at, value, 0)?)
+        })
+    }
+
+    /// Carries over everything as it is now, while the earlier programs go on with it.
+    ///
+    /// # Errors
+    /// The kernel refuses a read or an update.
+    pub fn carry(&self, own: &Path) -> Result<()> {
+        self.carry_keys(own)?;
+        self.carry_table::<Tuple, Flow>("FLOWS", own)?;
+        self.carry_table::<Tuple, Flow>("HALF_OPEN", own)?;
+        self.carry_table::<Tuple, u64>("LEFT", own)?;
+        self.carry_table::<Tuple, u32>("DIRECT", own)
+    }
+
+    fn carry_table<K, V>(&self, name: &str, own: &Path) -> Result<()>
+    where
+        K: Layout + Pod + aya::Pod,
+        V: Layout + Pod + aya::Pod,
+    {
+        let mut table: HashMap<_, K, V> = HashMap::try_from(Map::HashMap(open(own, name)?))?;
+        self.each(name, |key, value| {
+            put(&mut table, &key, &value, 0).map(drop)
+        })
+    }
+
+    /// Makes up for what has become of flows since they were carried over, when the earlier programs have ended.
+    ///
+    /// # Errors
+    /// The kernel refuses a read or an update.
+    pub fn catch_up(&self, tables: &mut FlowTables) -> Result<()> {
+        self.each("HALF_OPEN", |key: Tuple, flow: Flow| {
+            if flow.state & state::KEPT != 0 {
+                return Ok(());
+            }
+            match tables.get(&key)? {
+                Some(now) => proceed(tables, &key, &now, &flow),
+                None => put(&mut tables.half_open, &key, &flow, BPF_NOEXIST).map(drop),
+            }
+        })?;
+        self.each("FLOWS", |key: Tuple, flow: Flow| {
+            if put(&mut tables.flows, &key, &flow, BPF_NOEXIST)? {
+                return Ok(());
+            }
+            match tables.get(&key)? {
+                Some(now) => proceed(tables, &key, &now, &flow),
+                None => Ok(()),
+            }
+        })
+    }
+
+    /// The pins.
+    pub fn pins(&self) -> &Path {
+        &self.pins
+    }
+
+    /// Hands each entry of a table to `take`, as this version has it; nothing if there is none.
+    ///
+    /// # Errors
+    /// Its keys lack a part, the kernel refuses the read, or `take` fails.
+    fn each<K: Layout + Pod, V: Layout + Pod>(
+        &self,
+        name: &str,
+        mut take: impl FnMut(K, V) -> Result<()>,
+    ) -> Result<()> {
+        let Some(table) = self.tables.get(name) else {
+            return Ok(());
+        };
+        let keys = Copies::new(&table.key, K::FIELDS);
+        let values = Copies::new(&table.value, V::FIELDS);
+        if keys.0.len() < K::FIELDS.len() {
+            bail!("keys of the earlier version's {name} have other parts");
+        }
+        let map = open(&self.pins, name)?;
+        let info = map.info()?;
+        let (key_size, value_size) = (info.key_size() as usize, info.value_size() as usize);
+        if !within(&table.key, key_size) || !within(&table.value, value_size) {
+            bail!("{name} of the earlier version is not as {FORMAT} says");
+        }
+        let mut token = None;
+        loop {
+            let slice = read(&map, key_size, value_size, &mut token)?;
+            let entries = slice.0.chunks(key_size).zip(slice.1.chunks(value_size));
+            for (key, value) in entries {
+                take(keys.copy(key), values.copy(value))?;
+            }
+            if token.is_none() {
+                return Ok(());
+            }
+        }
+    }
+}
+
+fn open(pins: &Path, name: &str) -> Result<MapData> {
+    let pin = pins.join(name);
+    MapData::from_pin(&pin).with_context(|| format!("open {}", pin.display()))
+}
+
+const BPF_NOEXIST: u64 = 1;
+
+/// Writes an entry. Returns whether it is there now as it was given: not if there was one that was not to be
+/// overwritten, or no room.
+fn put<K: aya::Pod, V: aya::Pod>(
+    table: &mut HashMap<MapData, K, V>,
+    key: &K,
+    value: &V,
+    flags: u64,
+) -> Result<bool> {
+    match table.insert(key, value, flags) {
+        Err(error) if matches!(errno(&error), Some(libc::EEXIST | libc::E2BIG)) => Ok(false),
+        written => written.map(|()| true).context("carry an entry over"),
+    }
+}
+
+/// A flow that both versions have, as far as either has come with it.
+fn proceed(tables: &mut FlowTables, key: &Tuple, now: &Flow, earlier: &Flow) -> Result<()> {
+    let most = |a: [u64; 2], b: [u64; 2]| [0, 1].map(|at| a[at].max(b[at]));
+    let carried = |flow: &Flow| flow.packets.iter().sum::<u64>();
+    let further = if carried(earlier) > carried(now) {
+        earlier
+    } else {
+        now
+    };
+    let flow = Flow {
+        state: now.state | earlier.state & state::PROGRESS,
+        acknowledged: further.acknowledged,
+        sent: further.sent,
+        packets: most(now.packets, earlier.packets),
+        bytes: most(now.bytes, earlier.bytes),
+        ..*now
+    };
+    if flow != *now {
+        // RACE: what it carries at this moment it forgets to have carried.
+        tables.set(key, &flow)?;
+    }
+    Ok(())
+}
+
+/// Where each part of an entry comes from, where it goes to, and how long it is.
+struct Copies(Vec<(usize, usize, usize)>);
+
+impl Copies {
+    fn new(from: &[Field], to: &[layout::Field]) -> Self {
+        let copies = to.iter().filter_map(|to| {
+            let same = |from: &&Field| from.name == to.name && from.size == to.size;
+            let from = from.iter().find(same)?;
+            Some((from.offset, to.offset, to.size))
+        });
+        Self(copies.collect())
+    }
+
+    fn copy<T: Pod>(&self, from: &[u8]) -> T {
+        let mut to = T::zeroed();
+        let octets = bytemuck::bytes_of_mut(&mut to);
+        for &(offset, at, size) in &self.0 {
+            octets[at..at + size].copy_from_slice(&from[offset..offset + size]);
+        }
+        to
+    }
+}
+
+fn within(fields: &[Field], size: usize) -> bool {
+    let mut ends = fields
+        .iter()
+        .map(|field| field.offset.checked_add(field.size));
+    ends.all(|end| end.is_some_and(|end| end <= size))
+}
+
+/// Reads a slice of keys and values, one behind the other. `token` is moved on, and is `None` at the end of the table.
+fn read(
+    map: &MapData,
+    key_size: usize,
+    value_size: usize,
+    token: &mut Option<u32>,
+) -> Result<(Vec<u8>, Vec<u8>)> {
+    let mut keys = vec![0; SLICE * key_size];
+    let mut values = vec![0; SLICE * value_size.next_multiple_of(8)];
+    let start = *token;
+    let mut next = 0_u32;
+    let mut batch = Batch {
+        in_batch: start.as_ref().map_or(0, |start| &raw const *start as u64),
+        out_batch: &raw mut next as u64,
+        keys: keys.as_mut_ptr() as u64,
+        values: values.as_mut_ptr() as u64,
+        count: SLICE as u32,
+        ..Batch::default()
+    };
+    // SAFETY: the kernel reads `start` and writes `next`, which are words as tokens of arrays and hash tables are, and at
+    // most `count` keys and values of the map's sizes; all of them live until it returns.
+    let result = unsafe { batch.run(Command::Lookup, map) };
+    *token = Some(next);
+    match result {
+        Err(error) if error.raw_os_error() == Some(libc::ENOENT) => *token = None,
+        result => result.context("read a table")?,
+    }
+    keys.truncate(batch.count as usize * key_size);
+    values.truncate(batch.count as usize * value_size);
+    Ok((keys, values))
+}
