@@ -6,7 +6,7 @@ use std::{
     os::fd::{AsFd as _, AsRawFd as _},
     ptr::NonNull,
     sync::{
-        Arc,
+        Arc, OnceLock,
         atomic::{AtomicU64, Ordering::Relaxed},
     },
 };
@@ -51,38 +51,58 @@ struct Counters {
 
 const _: () = assert!(size_of::<Counters>() == size_of::<Element>());
 
-/// `USAGE`, mapped: the program and user space add to the same memory.
+/// `USAGE`, mapped: the program and user space add to the same memory. It is mapped piece by piece, as places are asked for:
+/// what is mapped counts as the process's memory.
 pub struct Mapped {
-    at: NonNull<Counters>,
-    /// Programs are loaded by its descriptor.
-    _map: Array<MapData, Element>,
+    pieces: [OnceLock<Option<Piece>>; limits::PUBLISHES as usize / PIECE],
+    map: Array<MapData, Element>,
+}
+
+/// Elements of a piece, which are whole pages.
+const PIECE: usize = 4096;
+
+struct Piece(NonNull<Counters>);
+
+impl Drop for Piece {
+    fn drop(&mut self) {
+        // SAFETY: the mapping that `Mapped::piece` has made, which nobody has a reference into any more.
+        unsafe { libc::munmap(self.0.as_ptr().cast(), PIECE * size_of::<Counters>()) };
+    }
 }
 
 // SAFETY: shared memory of atomic counters, which belongs to no thread.
-unsafe impl Send for Mapped {}
+unsafe impl Send for Piece {}
 // SAFETY: as above.
-unsafe impl Sync for Mapped {}
-
-const LENGTH: usize = limits::PUBLISHES as usize * size_of::<Counters>();
+unsafe impl Sync for Piece {}
 
 impl Mapped {
     pub(super) fn new(map: Array<MapData, Element>) -> Result<Self> {
-        // SAFETY: a new mapping of a map that has been made to be mapped, as long as its elements are.
+        let mapped = Self {
+            pieces: Default::default(),
+            map,
+        };
+        mapped.get(0).context("map USAGE into memory")?;
+        Ok(mapped)
+    }
+
+    fn piece(&self, number: usize) -> Option<Piece> {
+        let length = PIECE * size_of::<Counters>();
+        // SAFETY: a new mapping of a part of a map that has been made to be mapped.
         let at = unsafe {
             libc::mmap(
                 std::ptr::null_mut(),
-                LENGTH,
+                length,
                 libc::PROT_READ | libc::PROT_WRITE,
                 libc::MAP_SHARED,
-                map.map().fd().as_fd().as_raw_fd(),
-                0,
+                self.map.map().fd().as_fd().as_raw_fd(),
+                (number * length) as libc::off_t,
             )
         };
         if at == libc::MAP_FAILED {
-            return Err(io::Error::last_os_error()).context("map USAGE into memory");
+            tracing::warn!("map USAGE into memory: {}", io::Error::last_os_error());
+            return None;
         }
-        let at = NonNull::new(at.cast()).context("map USAGE into memory")?;
-        Ok(Self { at, _map: map })
+        NonNull::new(at.cast()).map(Piece)
     }
 
     /// Flows that are there and are proven.
@@ -106,8 +126,11 @@ impl Mapped {
     }
 
     fn get(&self, index: u32) -> Option<&Counters> {
-        // SAFETY: the mapping has so many elements and lives as long as this.
-        (index < limits::PUBLISHES).then(|| unsafe { self.at.add(index as usize).as_ref() })
+        let (number, within) = (index as usize / PIECE, index as usize % PIECE);
+        let piece = self.pieces.get(number)?;
+        let piece = piece.get_or_init(|| self.piece(number)).as_ref()?;
+        // SAFETY: the piece has so many elements and lives as long as this.
+        Some(unsafe { piece.0.add(within).as_ref() })
     }
 
     /// A flow is there no more. It was in `FLOWS` or not.
@@ -144,13 +167,6 @@ impl Mapped {
 impl std::fmt::Debug for Mapped {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.write_str("USAGE")
-    }
-}
-
-impl Drop for Mapped {
-    fn drop(&mut self) {
-        // SAFETY: the mapping that `new` has made, which nobody has a reference into any more.
-        unsafe { libc::munmap(self.at.as_ptr().cast(), LENGTH) };
     }
 }
 
