@@ -1,14 +1,19 @@
 //! An instance as an administrator meets it: its name, its signals, its configuration file, and what outlives it.
 
 use std::{
+    collections::BTreeMap,
     fs,
+    hash::{BuildHasher as _, RandomState},
     io::{BufRead as _, BufReader},
     net::{Ipv4Addr, SocketAddr, TcpListener},
-    path::PathBuf,
+    path::{Path, PathBuf},
     process::{Command, Stdio},
+    thread,
+    time::Duration,
 };
 
 use forwarder_tests::{
+    api,
     daemon::{Daemon, Datapath, binary, run_to_failure},
     deadline::wait_for,
     topology::{Family, Topology},
@@ -66,6 +71,83 @@ fn what_was_published_survives_a_stop_and_a_kill() {
     daemon.control(&["publish", "8084:172.31.0.2:84"]).unwrap();
     let last = daemon.list().unwrap().pop().unwrap();
     assert_eq!(last["id"], 5, "numbers go on: {last}");
+    daemon.stop().unwrap();
+}
+
+/// What a client knows to be published, while the instance may die at any moment.
+#[derive(Default)]
+struct Acknowledged {
+    /// By port, with its number.
+    ports: BTreeMap<u16, u64>,
+    /// The port of the request that no answer has come to.
+    asked: Option<u16>,
+}
+
+impl Acknowledged {
+    /// Publishes and takes back until nobody answers.
+    fn go_on(&mut self, socket: &Path) {
+        for turn in 0_u16.. {
+            let port = 20_000 + turn % 500;
+            self.asked = Some(port);
+            let (method, path, body) = match self.ports.get(&port) {
+                Some(id) => ("DELETE", format!("/v1/publishes/{id}"), String::new()),
+                None => (
+                    "POST",
+                    "/v1/publishes".into(),
+                    format!(r#"["{port}:172.31.0.2:80"]"#),
+                ),
+            };
+            let Ok(answer) = api::send(socket, api::text(method, &path, &body).as_bytes()) else {
+                return;
+            };
+            // An answer that was cut off is none.
+            match (answer.status, answer.body[0]["id"].as_u64(), method) {
+                (200 | 201, Some(id), "POST") => drop(self.ports.insert(port, id)),
+                (200 | 204, _, "DELETE") => drop(self.ports.remove(&port)),
+                _ => return,
+            }
+            self.asked = None;
+        }
+    }
+
+    /// Compares with what there is, and takes on what the last request came to.
+    fn compare(&mut self, listed: &[Value]) {
+        let number = |row: &Value| {
+            let port = row["frontend"]["port"].as_u64().unwrap() as u16;
+            (port, row["id"].as_u64().unwrap())
+        };
+        let mut there: BTreeMap<u16, u64> = listed.iter().map(number).collect();
+        if let Some(port) = self.asked.take() {
+            let came_to = there.remove(&port);
+            self.ports.remove(&port);
+            assert_eq!(self.ports, there);
+            self.ports.extend(came_to.map(|id| (port, id)));
+        }
+        assert_eq!(self.ports.len(), listed.len());
+    }
+}
+
+#[test]
+fn a_hundred_kills_lose_nothing_that_was_acknowledged() {
+    let topology = Topology::new().unwrap();
+    let mut daemon =
+        Daemon::start_with_state(&topology.host, &[], Datapath::Userland, &[]).unwrap();
+    let mut acknowledged = Acknowledged::default();
+    let mut answered = 0;
+    for _ in 0..100 {
+        let socket = daemon.socket();
+        let moment = Duration::from_micros(u64::from(RandomState::new().hash_one(0) as u16));
+        thread::scope(|scope| {
+            let client = scope.spawn(|| acknowledged.go_on(&socket));
+            thread::sleep(moment);
+            daemon.kill().unwrap();
+            client.join().unwrap();
+        });
+        daemon.restart().unwrap();
+        answered += acknowledged.ports.len();
+        acknowledged.compare(&daemon.list().unwrap());
+    }
+    assert!(answered > 100, "{answered}");
     daemon.stop().unwrap();
 }
 
