@@ -164,7 +164,8 @@ const _: () = assert!(size_of::<Interface>() == 32);
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Pod, Zeroable)]
 pub struct Location {
-    /// The device of the container network, as in [`Interface::network`]; [`Location::HERE`] for addresses of this host.
+    /// The device of the container network, as in [`Interface::network`]; that of [`Location::HERE`] for addresses of this
+    /// host, and of [`Location::EVERYBODY`] for broadcast addresses.
     pub network: u32,
     /// The device that the address's own container is behind; 0 where that is not known.
     pub device: u32,
@@ -174,6 +175,11 @@ impl Location {
     /// An address of this host: what is behind lo, which is device 1 in every network namespace (include/net/flow.h).
     pub const HERE: Self = Self {
         network: 1,
+        device: 0,
+    };
+    /// All machines of a network: the address is no single one's, by whatever device a packet comes.
+    pub const EVERYBODY: Self = Self {
+        network: u32::MAX,
         device: 0,
     };
 }

@@ -294,8 +294,9 @@ fn synchronize(flow: &mut Flow, direction: usize, segment: Segment) -> u32 {
     after
 }
 
-/// Whether a reset may be the sender's own: it answers the SYN, or carries on from what was acknowledged. A forger that
-/// sees nothing of the conversation has to guess that.
+/// Whether a reset may be the sender's own: it answers the SYN, or has the number that its receiver waits for or the one
+/// behind all that its sender has sent, as nf_conntrack has it. A forger that sees nothing of the conversation has to guess
+/// that; who sends one for another number is asked for the right one (RFC 5961 section 3).
 #[inline(always)]
 fn is_heeded(flow: &Flow, direction: usize, segment: Segment) -> bool {
     if direction == REPLY && flow.state & (state::REPLIED | state::PICKED_UP) == 0 {
@@ -306,11 +307,11 @@ fn is_heeded(flow: &Flow, direction: usize, segment: Segment) -> bool {
                 EARLY_DATA,
             );
     }
-    within(
-        segment.sequence,
-        flow.acknowledged[other(direction)],
-        WINDOW,
-    )
+    let waited_for = flow.acknowledged[other(direction)];
+    if flow.state & state::ESTABLISHED != 0 {
+        return segment.sequence == waited_for || segment.sequence == flow.sent[direction];
+    }
+    within(segment.sequence, waited_for, WINDOW)
 }
 
 #[inline(always)]

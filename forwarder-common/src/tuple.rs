@@ -55,6 +55,13 @@ impl Address {
         }
     }
 
+    /// 0.0.0.0 or ::, which is nobody's (RFC 1122 section 3.2.1.3, RFC 4291 section 2.5.2).
+    #[inline(always)]
+    pub const fn is_unspecified(self) -> bool {
+        let [a, b, c, d] = self.0;
+        a == 0 && b == 0 && d == 0 && (c == 0 || c == V4_MAPPED)
+    }
+
     /// An address of one host: not unspecified ("this network", 0.0.0.0/8), not multicast, not
     /// IPv4's 240.0.0.0/4 with the limited broadcast (RFC 1122 section 3.2.1.3, RFC 4291 section 2.7).
     #[inline(always)]

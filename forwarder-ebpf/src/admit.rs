@@ -1,20 +1,24 @@
 //! Who may begin a flow: not whom a ban, the publish's allow-list, its device or its limits keep out. The proxy asks the same
 //! (`forwarder/src/proxy`).
 
-use aya_ebpf::{helpers::bpf_ktime_get_boot_ns, maps::lpm_trie::Key};
+use aya_ebpf::{
+    bindings::__sk_buff, helpers::bpf_ktime_get_boot_ns, maps::lpm_trie::Key, programs::TcContext,
+};
 use forwarder_common::{
-    flow::delivery,
+    flow::{Hop, delivery},
     publish::{Allowed, Publish, allow, ban, flag},
     reason::Reason,
-    tuple::Address,
+    tuple::{Address, Tuple},
 };
 
 use crate::{
+    flow,
+    frame::Frame as _,
     limit,
     maps::{ALLOW, BANNED, BANNED_NETWORKS, BANS},
-    parse::Packet,
+    parse::{self, LOOPBACK_IFINDEX, Packet},
     publish::{self, Published},
-    usage,
+    route, usage,
 };
 
 /// Whether a new flow may begin with this packet, which has arrived. If so, it counts among the new flows.
@@ -50,12 +54,72 @@ pub fn admit(packet: &Packet, publish: &'static Publish, index: u32) -> Result<(
 /// `Martian`, `Banned`, `NotAllowed` or `OtherInterface`.
 #[inline(always)]
 pub fn permitted(packet: &Packet, published: &Published) -> Result<(), Reason> {
-    let source = &packet.tuple.source;
-    let from_outside = !packet.is_from_this_host();
-    if from_outside && (!source.is_unicast() || source.is_loopback() || !publish::belongs(packet)) {
+    comes_from(&packet.tuple.source, packet.ifindex)?;
+    policy(packet, published).map_err(|reason| usage::refused(published.index, reason))
+}
+
+/// Whether a packet that came by that device may be of that source. What is on lo has been through this host's own checks.
+///
+/// # Errors
+/// `Martian`.
+#[inline(always)]
+fn comes_from(source: &Address, ifindex: u32) -> Result<(), Reason> {
+    let is_possible = ifindex == LOOPBACK_IFINDEX
+        || source.is_unicast() && !source.is_loopback() && publish::is_behind(source, ifindex);
+    if is_possible {
+        Ok(())
+    } else {
+        Err(Reason::Martian)
+    }
+}
+
+/// Whether an ICMP error about a packet that has left by `way` may be of the router that it says it is of.
+///
+/// # Errors
+/// `Martian`.
+#[inline(always)]
+pub fn error(skb: *mut __sk_buff, packet: &Packet, way: &Hop) -> Result<(), Reason> {
+    if !publish::leads(way, packet.ifindex) {
         return Err(Reason::Martian);
     }
-    policy(packet, published).map_err(|reason| usage::refused(published.index, reason))
+    let router = router(skb, packet.ifindex)?;
+    route::came_back(skb.cast(), packet, &router.source)
+}
+
+// VERIFIER (and below): a function of its own, for its share of the stack.
+#[inline(never)]
+fn router(skb: *mut __sk_buff, ifindex: u32) -> Result<&'static Tuple, Reason> {
+    let own = own_header(skb).ok_or(Reason::NotOurs)?;
+    comes_from(&own.source, ifindex)?;
+    Ok(own)
+}
+
+/// Why a packet goes on that the pipeline does not read: for `reason`, unless it is for this host, whose proxy would serve it,
+/// and of a source that cannot be.
+#[inline(never)]
+pub fn unread(skb: *mut __sk_buff, reason: Reason) -> Reason {
+    let ctx = &TcContext::new(skb);
+    let ifindex = ctx.ifindex();
+    if reason != Reason::Options || ifindex == LOOPBACK_IFINDEX {
+        return reason;
+    }
+    let Some(own) = own_header(skb) else {
+        return reason;
+    };
+    if !publish::is_of_this_host(&own.destination) {
+        return reason;
+    }
+    publish::may_ask(&own.source, ifindex)
+        .err()
+        .unwrap_or(reason)
+}
+
+/// The addresses of a packet's own IP header, where no flow is drafted yet: the stack has no room for them.
+#[inline(always)]
+fn own_header(skb: *mut __sk_buff) -> Option<&'static Tuple> {
+    let own = &mut flow::draft()?.other;
+    parse::addresses(&TcContext::new(skb), own)?;
+    Some(own)
 }
 
 #[inline(always)]

@@ -49,7 +49,7 @@ fn go_on(ctx: &XdpContext) -> Result<u32, Reason> {
         return Err(Reason::NotOurs);
     }
     let opens = packet.flags & SYN != 0; // tc clamps the segments' size
-    let published = publish::find(ctx, packet);
+    let published = publish::find(ctx, packet)?;
     if let Some(published) = published
         && published.publish.flags & flag::REMOTE != 0
         && !opens
@@ -62,11 +62,11 @@ fn go_on(ctx: &XdpContext) -> Result<u32, Reason> {
         if !parse::is_to(ctx, &flow.back.source_mac) && !publish::is_to_device(ctx, packet) {
             return Err(Reason::NotOurs);
         }
-        ingress::is_from_client(packet, flow)?;
+        ingress::is_from_client(ctx.ctx.cast(), packet, flow)?;
         return to_backend(ctx, packet, flow, &published);
     }
     if !opens && let Some(flow) = flow::get_by_reply(packet) {
-        let flags = publish::is_from_backend(packet, flow.publish)?;
+        let flags = ingress::is_from_backend(ctx.ctx.cast(), packet, flow.publish)?;
         return to_client(ctx, packet, flow, flags);
     }
     let published = published.ok_or(Reason::NotOurs)?;

@@ -1,5 +1,7 @@
 //! The pipeline: every packet that enters by a device of this host, from top to bottom.
 
+use core::ffi::c_void;
+
 use aya_ebpf::{bindings::__sk_buff, programs::TcContext};
 use forwarder_common::{
     flow::{Flow, Hop, ORIGINAL, REPLY, delivery, state},
@@ -41,11 +43,11 @@ static THROUGH_THE_STACK: Hop = Hop {
 /// An existing flow in either direction comes first, then a published port may begin one.
 #[inline(always)]
 pub fn ingress(ctx: &TcContext, trail: &mut Trail) -> Verdict {
-    let packet = parse::packet(ctx)?;
+    let packet = parse::packet(ctx).map_err(|reason| admit::unread(ctx.skb.skb, reason))?;
     if fragment::complete(packet).is_err() {
         fragment::leave(ctx.skb.skb, packet)?;
     }
-    let published = publish::find(ctx, packet);
+    let published = publish::find(ctx, packet)?;
     if published.is_some() {
         fragment::rejoin(packet)?;
     }
@@ -71,7 +73,11 @@ fn forward(
     if let Some(published) = published
         && let Some((published, flow)) = original(packet, published)
     {
-        is_from_client(packet, flow)?;
+        if packet.is_error() {
+            admit::error(ctx.skb.skb, packet, &flow.back)?;
+        } else {
+            is_from_client(ctx.skb.skb.cast(), packet, flow)?;
+        }
         if flow.state & state::CUT != 0 {
             return reset(ctx, packet);
         }
@@ -85,7 +91,13 @@ fn forward(
         return to_backend(ctx, packet, &published, trail);
     }
     if let Some(flow) = flow::get_by_reply(packet) {
-        let flags = publish::is_from_backend(packet, flow.publish)?;
+        let flags = if packet.is_error() {
+            let publish = PUBLISHES.get(flow.publish).ok_or(Reason::Unresolved)?;
+            admit::error(ctx.skb.skb, packet, &publish.hop)?;
+            0
+        } else {
+            is_from_backend(ctx.skb.skb.cast(), packet, flow.publish)?
+        };
         if flow.state & state::CUT != 0 {
             return reset(ctx, packet);
         }
@@ -160,7 +172,7 @@ fn may_begin(
         return Err(Reason::NotSyn);
     }
     admit::admit(packet, publish, index)?;
-    route::came_back(ctx, packet)
+    route::came_back(skb.cast(), packet, &packet.tuple.source)
 }
 
 /// Whether a connection whose flow is not known, any more or yet, goes on by this packet: as nf_conntrack_tcp_loose has it
@@ -270,22 +282,41 @@ fn former(packet: &mut Packet, mut index: u32) -> u32 {
     0
 }
 
-/// Whether a packet of a flow's original direction came in as its client's may. An ICMP error may come from anywhere.
+/// Whether a packet of a flow's original direction came in as its client's may.
 ///
 /// # Errors
 /// `Martian`.
 #[inline(always)]
-pub fn is_from_client(packet: &Packet, flow: &Flow) -> Result<(), Reason> {
+pub fn is_from_client(context: *mut c_void, packet: &Packet, flow: &Flow) -> Result<(), Reason> {
     let back = &flow.back;
-    let is = packet.ifindex == back.ifindex
-        || packet.is_error()
-        || publish::layer3(packet.ifindex) == back.ifindex
-        || publish::moved(packet, back);
-    if is { Ok(()) } else { Err(Reason::Martian) }
+    if packet.ifindex == back.ifindex || publish::layer3(packet.ifindex) == back.ifindex {
+        return Ok(());
+    }
+    if !publish::moved(packet, back) {
+        return Err(Reason::Martian);
+    }
+    if is_stack(back) {
+        return Ok(()); // which asks itself
+    }
+    route::came_back(context, packet, &packet.tuple.source)
+}
+
+/// Whether a packet, whose source is the backend of a publish, came from there. Returns the publish's bits.
+///
+/// # Errors
+/// `Martian`, or `Unresolved` while the backend's device is not known or has gone.
+#[inline(always)]
+pub fn is_from_backend(context: *mut c_void, packet: &Packet, index: u32) -> Result<u16, Reason> {
+    let publish = PUBLISHES.get(index).ok_or(Reason::Unresolved)?;
+    if !publish::is_at_backend(packet, publish)? {
+        route::came_back(context, packet, &packet.tuple.source)?;
+    }
+    Ok(publish.flags)
 }
 
 /// Has answers go where the client's packets come from now: to another MAC behind its device, by another uplink, or by
-/// another device if its own has gone. By no other, or a container could speak for somebody else and be answered.
+/// another device if its own has gone or its address is another container's now. By no other, or a container could speak for
+/// somebody else and be answered.
 #[inline(always)]
 fn follow_client(ctx: &TcContext, packet: &Packet, way: &mut Hop) {
     let stays = way.ifindex == packet.ifindex;
@@ -301,7 +332,7 @@ fn follow_client(ctx: &TcContext, packet: &Packet, way: &mut Hop) {
         way.ifindex = ifindex;
         return;
     }
-    if !stays && publish::exists(way.ifindex) {
+    if !stays && publish::exists(way.ifindex) && !publish::is_known_behind(packet) {
         return;
     }
     let mut new = Hop::default();

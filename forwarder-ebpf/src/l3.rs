@@ -20,7 +20,7 @@ pub fn enter(ctx: &TcContext) -> Result<(), Reason> {
     // Clients ask this host, and backends behind such a device answer it: SNAT sees to that.
     publish::arrived(&packet)?;
     let without_ports = packet.part == Part::Later;
-    let published = publish::find(ctx, &packet);
+    let published = publish::find(ctx, &packet)?;
     if published.is_some_and(|published| published.publish.flags & flag::STACK != 0) {
         return Err(Reason::NotOurs); // answers could not be rewritten where they leave
     }

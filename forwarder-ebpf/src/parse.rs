@@ -31,6 +31,8 @@ pub const L4_V4: usize = L3 + 20;
 pub const L4_V6: usize = L3 + 40;
 /// Behind IPv6's fragment header (RFC 8200 section 4.5), the one extension header that is understood.
 pub const L4_V6_FRAGMENT: usize = L4_V6 + 8;
+/// Frames of no more octets may have been filled up to that (IEEE 802.3 section 4.2.3.3). Over IPv6, none of ours is so short.
+const PADDED: u32 = 60;
 /// The part of TCP's header that is read.
 pub const TCP_LENGTH: usize = 20;
 /// Where the checksums are in their headers.
@@ -202,6 +204,28 @@ pub fn is_to(frame: &impl Frame, mac: &[u8; 6]) -> bool {
     })
 }
 
+/// Reads the addresses of the packet's own IP header, whatever is behind that.
+#[inline(always)]
+pub fn addresses(frame: &impl Frame, to: &mut Tuple) -> Option<()> {
+    let ethernet = header::<Ethernet>(frame, 0)?;
+    // SAFETY: `header` checked the bounds; packed structs have no alignment.
+    if unsafe { (*ethernet).ethertype } == ETHERTYPE_IPV4 {
+        let ip = header::<Ipv4>(frame, L3)?;
+        // SAFETY: as above.
+        let ip = unsafe { &*ip };
+        to.source = Address::from_v4(ip.source);
+        to.destination = Address::from_v4(ip.destination);
+    } else {
+        let ip = header::<Ipv6>(frame, L3)?;
+        // SAFETY: as above, and references to both, which are aligned to two.
+        unsafe {
+            read_address(&raw const (*ip).source, &mut to.source);
+            read_address(&raw const (*ip).destination, &mut to.destination);
+        }
+    }
+    Some(())
+}
+
 /// What the header of a TCP packet says, if the packet has one.
 #[inline(always)]
 pub fn segment(frame: &impl Frame, packet: &Packet) -> Option<Segment> {
@@ -313,6 +337,10 @@ fn ipv4(frame: &impl Frame, packet: &mut Packet) -> Result<(), Reason> {
         return Err(behind_options(ip.protocol));
     }
     let fragment = u16::from_be(ip.fragment);
+    if packet.length <= PADDED {
+        let length = L3 as u32 + u16::from_be(ip.total_length) as u32;
+        packet.length = packet.length.min(length);
+    }
     packet.is_v4 = true;
     packet.dont_fragment = fragment & DONT != 0;
     packet.tos = ip.tos;
@@ -350,6 +378,9 @@ fn ipv6(frame: &impl Frame, packet: &mut Packet) -> Result<(), Reason> {
         read_address(&raw const ip.source, &mut packet.tuple.source);
         read_address(&raw const ip.destination, &mut packet.tuple.destination);
     }
+    if packet.tuple.source.is_v4() || packet.tuple.destination.is_v4() {
+        return Err(Reason::NotOurs); // it would pass for the IPv4 address, and the stack takes none (RFC 4291 section 2.5.5.2)
+    }
     let mut l4 = L4_V6;
     if ip.next_header == FRAGMENT_HEADER {
         linear(frame, L4_V6_FRAGMENT)?;
@@ -374,13 +405,12 @@ fn ipv6(frame: &impl Frame, packet: &mut Packet) -> Result<(), Reason> {
     transport(frame, l4, packet)
 }
 
-/// What is behind them is the slow path's. Only what could be ours is counted.
+/// What is behind them is the slow path's. Only what could be ours is counted: one header may follow another.
 #[inline(always)]
 fn behind_options(protocol: u8) -> Reason {
-    if protocol == TCP || protocol == UDP {
-        Reason::Options
-    } else {
-        Reason::NotOurs
+    match protocol {
+        TCP | UDP | HOP_BY_HOP | ROUTING | DESTINATION | FRAGMENT_HEADER => Reason::Options,
+        _ => Reason::NotOurs,
     }
 }
 

@@ -11,7 +11,7 @@ use forwarder_common::{
 use crate::{
     frame::{Frame, SentTo},
     maps::{BACKENDS, FRONTENDS, INTERFACES, LOCAL_FILTER, LOCATIONS, PORTS, PUBLISHES},
-    parse::{self, Packet},
+    parse::{self, LOOPBACK_IFINDEX, Packet},
     words::copy_address,
 };
 
@@ -24,13 +24,36 @@ pub struct Published {
 
 /// The publish of the packet's destination, unless a few instructions tell that the packet is for somebody else. What they
 /// leave, [`arrived`] tells.
+///
+/// # Errors
+/// `Martian` for a frame to everybody from a source that cannot be: the stack would give it to the proxy.
 #[inline(always)]
-pub fn find(frame: &impl Frame, packet: &Packet) -> Option<Published> {
+pub fn find(frame: &impl Frame, packet: &Packet) -> Result<Option<Published>, Reason> {
     let tuple = &packet.tuple;
-    let published = at(&tuple.destination, tuple.destination_port, packet.protocol)?;
-    let is_here =
-        packet.is_from_this_host() || may_be_local(&tuple.destination) && reaches(frame, packet);
-    is_here.then_some(published)
+    let Some(published) = at(&tuple.destination, tuple.destination_port, packet.protocol) else {
+        return Ok(None);
+    };
+    if packet.is_from_this_host() {
+        return Ok(Some(published));
+    }
+    if packet.sent_to == SentTo::Everybody && !packet.is_error() {
+        may_ask(&tuple.source, packet.ifindex)?;
+    }
+    let is_here = may_be_local(&tuple.destination) && reaches(frame, packet);
+    Ok(is_here.then_some(published))
+}
+
+/// Whether what has that source and came by that device may go up the stack. Who has no address yet may ask for one.
+///
+/// # Errors
+/// `Martian`.
+#[inline(always)]
+pub fn may_ask(source: &Address, ifindex: u32) -> Result<(), Reason> {
+    if source.is_unspecified() || is_behind(source, ifindex) {
+        Ok(())
+    } else {
+        Err(Reason::Martian)
+    }
 }
 
 /// Whether the port (wire order) is published on any address.
@@ -110,26 +133,35 @@ fn exact(address: &Address, port: u16, protocol: u16) -> Option<u32> {
 #[inline(always)]
 pub fn arrived(packet: &Packet) -> Result<(), Reason> {
     let destination = &packet.tuple.destination;
-    let is_here = packet.is_from_this_host() && destination.is_loopback()
-        || location(destination).network == Location::HERE.network;
-    if is_here {
+    if packet.is_from_this_host() && destination.is_loopback() || is_of_this_host(destination) {
         Ok(())
     } else {
         Err(Reason::NotLocal)
     }
 }
 
+/// Whether it is an address of this host other than a loopback one.
+#[inline(always)]
+pub fn is_of_this_host(address: &Address) -> bool {
+    location(address).network == Location::HERE.network
+}
+
 /// Whether the packet came in by the device that its source is behind, as far as this host and container networks are
 /// concerned: a container cannot speak for another container, another network or another machine, no other machine for a
 /// container, and nobody outside for this host.
-#[inline(never)]
+#[inline(always)]
 pub fn belongs(packet: &Packet) -> bool {
-    let there = location_here(&packet.tuple.source);
-    if packet.tuple.source.is_link_local() {
+    is_behind(&packet.tuple.source, packet.ifindex)
+}
+
+/// The same of any address and device.
+#[inline(never)]
+pub fn is_behind(source: &Address, ifindex: u32) -> bool {
+    let there = location_here(source);
+    if source.is_link_local() {
         return there.network != Location::HERE.network; // the others are everywhere
     }
-    there.network == network(packet.ifindex)
-        && (there.device == 0 || there.device == packet.ifindex)
+    there.network == network(ifindex) && (there.device == 0 || there.device == ifindex)
 }
 
 // VERIFIER: as above.
@@ -145,10 +177,28 @@ fn location_here(address: &Address) -> Location {
 }
 
 /// Whether a packet of a flow's client, which came in by another device than the flow's `way` back, may be the client's: by
-/// another uplink, or of a container whose device has gone. A container does not speak by two devices.
+/// another uplink, of a container whose device has gone, or of the one that has the client's address now. A container does
+/// not speak by two devices.
 #[inline(always)]
 pub fn moved(packet: &Packet, way: &Hop) -> bool {
-    (network(packet.ifindex) == 0 || !exists(way.ifindex)) && belongs(packet)
+    (network(packet.ifindex) == 0 || !exists(way.ifindex) || is_known_behind(packet))
+        && belongs(packet)
+}
+
+/// Whether an ICMP error that came by a device may be about a packet that has left by `way`: only who is on that sees such a
+/// packet. This host's own come by lo.
+#[inline(always)]
+pub fn leads(way: &Hop, ifindex: u32) -> bool {
+    way.ifindex == ifindex
+        || ifindex == LOOPBACK_IFINDEX
+        || way.delivery == delivery::NEIGHBOUR && network(way.ifindex) == network(ifindex)
+        || !exists(way.ifindex)
+}
+
+/// Whether the packet came in by the device of the one container that has its source.
+#[inline(always)]
+pub fn is_known_behind(packet: &Packet) -> bool {
+    location(&packet.tuple.source).device == packet.ifindex
 }
 
 /// The bits of a publish.
@@ -157,23 +207,19 @@ pub fn flags(publish: u32) -> u16 {
     PUBLISHES.get(publish).map_or(0, |publish| publish.flags)
 }
 
-/// Whether the packet, whose source is the backend of a publish, came from there: from the backend's own device, or where
-/// that is not known, from its network. A remote backend's may come by any uplink. Returns the publish's bits.
+/// Whether the packet, whose source is the backend of a publish, came in where packets leave for that: by the backend's own
+/// device, or where that is not known, from its network. If not, but by another uplink, routes tell whether it may.
 ///
 /// # Errors
 /// `Martian`, or `Unresolved` while the backend's device is not known or has gone.
 #[inline(always)]
-pub fn is_from_backend(packet: &Packet, publish: u32) -> Result<u16, Reason> {
-    if packet.is_error() {
-        return Ok(0); // any router on the way may send one
-    }
-    let publish = PUBLISHES.get(publish).ok_or(Reason::Unresolved)?;
+pub fn is_at_backend(packet: &Packet, publish: &Publish) -> Result<bool, Reason> {
     let (device, known) = (publish.hop.ifindex, publish.hop.delivery);
     if device == packet.ifindex {
-        return Ok(publish.flags);
+        return Ok(true);
     }
     if known == delivery::NEIGHBOUR && network(device) == network(packet.ifindex) {
-        return Ok(publish.flags);
+        return Ok(layer3(packet.ifindex) == device);
     }
     if known == delivery::NONE || !exists(device) {
         return Err(Reason::Unresolved);
@@ -197,7 +243,7 @@ pub fn way_back(packet: &Packet) -> (u32, u32) {
         return (ifindex, delivery::NEIGHBOUR);
     };
     let is_straight = interface.delivery != delivery::NEIGHBOUR
-        && (interface.layer3 == ifindex || location(&packet.tuple.source).device == ifindex);
+        && (interface.layer3 == ifindex || is_known_behind(packet));
     if is_straight {
         (ifindex, interface.delivery)
     } else {

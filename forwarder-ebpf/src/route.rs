@@ -11,7 +11,6 @@ use aya_ebpf::{
         BPF_FIB_LKUP_RET_NO_NEIGH, BPF_FIB_LKUP_RET_SUCCESS, BPF_FIB_LOOKUP_OUTPUT, bpf_fib_lookup,
     },
     helpers::bpf_fib_lookup as lookup,
-    programs::TcContext,
 };
 use forwarder_common::{
     limits,
@@ -24,7 +23,7 @@ use crate::{
     maps::{INTERFACES, ROUTES, SEVERAL_UPLINKS},
     parse::{LOOPBACK_IFINDEX, Packet},
     publish,
-    words::{copy_address, reverse},
+    words::copy_address,
 };
 
 const AF_INET: u8 = 2;
@@ -126,9 +125,9 @@ impl Route {
     }
 
     #[inline(always)]
-    fn begin(&mut self, new: &Tuple, wanted: u32, class: u32, now: u64) {
-        copy_address(&new.source, &mut self.source);
-        copy_address(&new.destination, &mut self.destination);
+    fn begin(&mut self, [from, to]: [&Address; 2], wanted: u32, class: u32, now: u64) {
+        copy_address(from, &mut self.source);
+        copy_address(to, &mut self.destination);
         (self.wanted, self.ifindex, self.class) = (wanted, wanted, class);
         (self.tended, self.asked) = (now, now);
         (self.length, self.is_known, self.is_passed) = (u32::MAX, false, false);
@@ -176,7 +175,7 @@ pub fn get(
             };
             route = last;
         }
-        route.begin(new, wanted, class, now);
+        route.begin([&new.source, &new.destination], wanted, class, now);
         choose(context, route);
         if !is_taken || !is_early {
             return (route.ifindex, None); // the stack's output takes no longer than the question
@@ -237,21 +236,21 @@ fn choose_uplink(context: *mut c_void, route: &mut Route) {
     }
 }
 
-/// Whether a packet that begins a flow came by the device that this host's best route to its source leads to, where that is
-/// asked for (rp_filter is 1). A host that does not forward cannot be asked, and then answers by routes all the same.
+/// Whether a packet that begins a flow, or comes by another device than those before it, came by the device that this host's
+/// best route to its source leads to, where that is asked for (rp_filter is 1). A host that does not forward cannot be asked,
+/// and then answers by routes all the same. `context` is the program's.
 ///
 /// # Errors
 /// `Martian` if not.
 #[inline(always)]
-pub fn came_back(ctx: &TcContext, packet: &mut Packet) -> Result<(), Reason> {
+pub fn came_back(context: *mut c_void, packet: &Packet, source: &Address) -> Result<(), Reason> {
     // IPv6 has no such setting.
     if !several() || packet.is_from_this_host() || !packet.is_v4 {
         return Ok(());
     }
     match publish::interface(packet.ifindex) {
         Some(interface) if interface.strict != 0 && interface.network == 0 => {
-            let route = element(limits::ROUTES).ok_or(Reason::NotOurs)?;
-            is_reverse_path(ctx.skb.skb.cast(), packet, route, interface.layer3)
+            is_reverse_path(context, packet, source, interface.layer3)
         }
         _ => Ok(()),
     }
@@ -261,13 +260,13 @@ pub fn came_back(ctx: &TcContext, packet: &mut Packet) -> Result<(), Reason> {
 #[inline(never)]
 fn is_reverse_path(
     context: *mut c_void,
-    packet: &mut Packet,
-    route: &mut Route,
+    packet: &Packet,
+    source: &Address,
     device: u32,
 ) -> Result<(), Reason> {
+    let route = element(limits::ROUTES).ok_or(Reason::NotOurs)?;
     let class = u32::from_ne_bytes([packet.is_v4 as u8, packet.protocol, packet.tos & DSCP, 0]);
-    reverse(&packet.tuple, &mut packet.new);
-    route.begin(&packet.new, device, class, 0);
+    route.begin([&packet.tuple.destination, source], device, class, 0);
     let best = look_up(context, route, LOOPBACK_IFINDEX, 0, 0);
     if !best || route.lookup.ifindex == device {
         return Ok(());

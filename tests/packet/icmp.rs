@@ -1,11 +1,19 @@
 //! ICMP errors about packets of a flow: they go to who sent the packet, and speak of the packet that it sent.
 
+use forwarder_common::{
+    flow::delivery,
+    publish::{Interface, Location},
+};
 use forwarder_tests::{
     frame::{Frame, Mac, Protocol},
     icmp::{IcmpError, quote},
+    netns::Netns,
 };
+use nix::net::if_::if_nametoindex;
 
-use crate::bench::{BRIDGE_MAC, CONTAINER_MAC, HOST_MAC, LO, Outcome, REDIRECT, at, bench};
+use crate::bench::{
+    BRIDGE_MAC, CONTAINER_MAC, HOST_MAC, LO, Outcome, REDIRECT, UPLINK, at, behind, bench,
+};
 
 /// Everything; and the least that an error quotes.
 const LENGTHS: [usize; 2] = [1000, 8];
@@ -325,4 +333,149 @@ fn other_peoples_errors_are_untouched() {
             assert_eq!(bench.flow().1.packets, [1, 0], "none of them made a flow");
         });
     }
+}
+
+/// A router speaks by an address of its own. One that cannot be comes from somebody who wants to be taken for another.
+#[test]
+fn an_error_from_a_source_that_cannot_be_is_dropped() {
+    for (addresses, sent) in conversations() {
+        bench(|bench| {
+            bench.publish(sent.protocol, 8080, addresses.backend);
+            let forwarded = bench.send(&sent, bench.uplink).forwarded();
+            let reply = bench.send(&forwarded.reply(), bench.container).forwarded();
+            let impossible = if at(addresses.client).is_ipv4() {
+                ["127.0.0.1:0", "0.0.0.0:0", "224.0.0.1:0", "198.51.100.2:0"]
+            } else {
+                ["[::1]:0", "[::]:0", "[ff02::1]:0", "[2001:db8:100::2]:0"]
+            };
+            for from in impossible {
+                let error = too_big(&forwarded, from, 8);
+                bench
+                    .send_bytes(&error.bytes(), bench.container)
+                    .dropped("martian_source");
+                let mut error = too_big(&reply, from, 8);
+                error.destination_mac = HOST_MAC;
+                bench
+                    .send_bytes(&error.bytes(), bench.uplink)
+                    .dropped("martian_source");
+            }
+            // About other conversations it is none of ours.
+            let mut other = sent.clone();
+            other.source.set_port(4001);
+            let mut error = too_big(&other.reply(), impossible[0], 8);
+            error.destination_mac = HOST_MAC;
+            let outcome = bench.send_bytes(&error.bytes(), bench.uplink);
+            outcome.passed(&error.bytes(), "");
+        });
+    }
+}
+
+/// Who is not on a packet's way has not seen it. A neighbour on the bridge, or another machine, could frighten off a client or a
+/// backend in a router's name.
+#[test]
+fn an_error_comes_from_where_the_packet_went() {
+    for (addresses, sent) in conversations() {
+        bench(|bench| {
+            let netns = Netns::current().unwrap();
+            netns
+                .ip("link add veth1 type veth peer name veth1p")
+                .unwrap();
+            let neighbour = if_nametoindex("veth1").unwrap();
+            let device = bench.container;
+            for ifindex in [device, neighbour] {
+                let container = Interface {
+                    delivery: delivery::PEER,
+                    network: ifindex,
+                    ..UPLINK
+                };
+                let maps = &mut bench.datapath.maps;
+                maps.set_interface(ifindex, Some(behind(ifindex, container)))
+                    .unwrap();
+            }
+            let [about_client, about_backend] =
+                [addresses.router_at_client, addresses.router_at_backend];
+            for (router, network) in [(about_backend, device), (about_client, 0)] {
+                let there = Location { network, device: 0 };
+                bench.locate(&at(router).ip().to_string(), there);
+            }
+            bench.publish(sent.protocol, 8080, addresses.backend);
+            let forwarded = bench.send(&sent, bench.uplink).forwarded();
+            let reply = bench.send(&forwarded.reply(), device).forwarded();
+            let mut to_client = too_big(&forwarded, about_client, 8);
+            to_client.destination_mac = HOST_MAC;
+            let mut to_backend = too_big(&reply, about_client, 8);
+            to_backend.destination_mac = HOST_MAC;
+            // By the uplink, about what went to the backend, and by a container, about what went to the client.
+            bench
+                .send_bytes(&to_client.bytes(), bench.uplink)
+                .dropped("martian_source");
+            translated(bench.send_bytes(&to_backend.bytes(), bench.uplink));
+            let there = Location {
+                network: neighbour,
+                device: 0,
+            };
+            bench.locate(&at(about_client).ip().to_string(), there);
+            for error in [&to_client, &to_backend] {
+                bench
+                    .send_bytes(&error.bytes(), neighbour)
+                    .dropped("martian_source");
+            }
+            let own = too_big(&forwarded, about_backend, 8);
+            translated(bench.send_bytes(&own.bytes(), device));
+        });
+    }
+}
+
+/// What was cut up already may still be too long for a link further on, and its sender is told by a quotation of the first
+/// part.
+#[test]
+fn an_error_about_a_fragment_is_translated_like_another() {
+    for (addresses, sent) in conversations() {
+        bench(|bench| {
+            bench.publish(sent.protocol, 8080, addresses.backend);
+            let answer = bench.send(&sent, bench.uplink).forwarded().reply();
+            let reply = bench.send(&answer, bench.container).forwarded();
+            for octets in LENGTHS {
+                let mut error = too_big(&reply, addresses.router_at_client, octets);
+                error.destination_mac = HOST_MAC;
+                as_first_part(&mut error.quoted);
+                let outcome = bench.send_bytes(&error.bytes(), bench.uplink);
+                let answer = Frame {
+                    ttl: 63,
+                    ..answer.clone()
+                };
+                let mut quoted = quote(&answer, octets);
+                as_first_part(&mut quoted);
+                let translated = translated(outcome);
+                assert_eq!(translated.quoted, quoted);
+                assert_eq!(translated.destination, at(addresses.backend).ip());
+
+                let mut later = error.clone();
+                as_later_part(&mut later.quoted);
+                let bytes = later.bytes();
+                bench.send_bytes(&bytes, bench.uplink).passed(&bytes, "");
+            }
+        });
+    }
+}
+
+/// Has the quoted packet say that it is the first of several (RFC 791 section 3.1, RFC 8200 section 4.5).
+fn as_first_part(quoted: &mut Vec<u8>) {
+    if quoted[0] >> 4 == 4 {
+        quoted[6] |= 0x20;
+        let sum = u16::from_be_bytes([quoted[10], quoted[11]]);
+        let (sum, borrowed) = sum.overflowing_sub(0x2000);
+        let sum = sum - u16::from(borrowed);
+        quoted[10..12].copy_from_slice(&sum.to_be_bytes());
+    } else {
+        let header = [quoted[6], 0, 0, 1, 0x12, 0x34, 0x56, 0x78];
+        quoted.splice(40..40, header);
+        quoted[6] = 44;
+    }
+}
+
+/// The same of one that has no ports.
+fn as_later_part(quoted: &mut [u8]) {
+    let offset = if quoted[0] >> 4 == 4 { 7 } else { 43 };
+    quoted[offset] |= 8;
 }

@@ -398,3 +398,173 @@ fn a_container_does_not_speak_for_its_neighbour() {
         }
     });
 }
+
+/// An IPv4 address in an IPv6 header (RFC 4291 section 2.5.5.2) is nobody's: it would pass for that machine on lists and in
+/// flows of IPv4.
+#[test]
+fn an_ipv4_address_in_an_ipv6_header_is_not_ours() {
+    bench(|bench| {
+        let mut entry = bench.entry(8080, "[fd00:31::2]:80");
+        entry.flags |= flag::ALLOW_LIST;
+        let mut installed = bench.installed(None, Protocol::Udp, 8080, &entry);
+        installed.allow = vec![network("198.51.100.0/24")];
+        bench.datapath.maps.install(1, &installed).unwrap();
+        let [mapped, frontend] = ["[::ffff:198.51.100.9]:4000", "[2001:db8:100::2]:8080"];
+        let forged = Frame::first(Protocol::Udp, at(mapped), at(frontend));
+        bench
+            .send(&forged, bench.uplink)
+            .passed(&forged.bytes(), "");
+
+        for protocol in PROTOCOLS {
+            let (backend, _, client, frontend) = FAMILIES[0];
+            bench.publish(protocol, 8080, backend);
+            let frame = Frame::first(protocol, at(client), at(frontend));
+            bench.send(&frame, bench.uplink).forwarded();
+            let [source, destination] = [client, frontend].map(|text| {
+                let (address, port) = text.split_once(':').unwrap();
+                at(&format!("[::ffff:{address}]:{port}"))
+            });
+            let joining = Frame {
+                source,
+                destination,
+                ..frame
+            };
+            let outcome = bench.send(&joining, bench.uplink);
+            outcome.passed(&joining.bytes(), "");
+        }
+    });
+}
+
+/// What the program does not read on is not kept from a source that cannot be: the proxy would take its word for it.
+#[test]
+fn a_source_behind_options_is_no_better_than_another() {
+    everywhere(
+        |bench, protocol, device, [_, neighbour, machine, frontend]| {
+            let with_options = |source, frontend| {
+                let frame = Frame::first(protocol, at(source), at(frontend));
+                with_options(&frame)
+            };
+            let forged = with_options(machine, frontend);
+            bench.send_bytes(&forged, device).dropped("martian_source");
+            for (source, device) in [(machine, bench.uplink), (neighbour, device)] {
+                let honest = with_options(source, frontend);
+                bench.send_bytes(&honest, device).passed(&honest, "options");
+            }
+            // One header may follow another.
+            if !at(machine).is_ipv4() {
+                let mut forged = forged.clone();
+                forged.splice(54..54, [60, 0, 1, 4, 0, 0, 0, 0]);
+                forged[19] += 8;
+                bench.send_bytes(&forged, device).dropped("martian_source");
+            }
+            let elsewhere = if at(frontend).is_ipv4() {
+                "203.0.113.5:8080"
+            } else {
+                "[2001:db8:5::5]:8080"
+            };
+            let transit = with_options(machine, elsewhere);
+            bench
+                .send_bytes(&transit, device)
+                .passed(&transit, "options");
+        },
+    );
+}
+
+/// One that says nothing: IPv4's no operation and end, or IPv6's padding in a header for the destination.
+fn with_options(frame: &Frame) -> Vec<u8> {
+    let mut bytes = frame.bytes();
+    if frame.source.is_ipv4() {
+        bytes.splice(34..34, [1, 1, 1, 0]);
+        bytes[14] = 0x46;
+        let length = (bytes.len() - 14) as u16;
+        bytes[16..18].copy_from_slice(&length.to_be_bytes());
+    } else {
+        let padding = [bytes[20], 0, 1, 4, 0, 0, 0, 0];
+        bytes.splice(54..54, padding);
+        bytes[20] = 60;
+        let length = (bytes.len() - 54) as u16;
+        bytes[18..20].copy_from_slice(&length.to_be_bytes());
+    }
+    bytes
+}
+
+/// A frame to everybody is the stack's, which gives a datagram to the proxy.
+#[test]
+fn a_source_in_a_frame_to_everybody_is_no_better_than_another() {
+    everywhere(
+        |bench, protocol, device, [_, neighbour, machine, frontend]| {
+            let to_everybody = |source| Frame {
+                destination_mac: [0xff; 6],
+                ..Frame::first(protocol, at(source), at(frontend))
+            };
+            let forged = to_everybody(machine);
+            bench.send(&forged, device).dropped("martian_source");
+            for (source, device) in [(machine, bench.uplink), (neighbour, device)] {
+                let honest = to_everybody(source);
+                bench.send(&honest, device).passed(&honest.bytes(), "");
+            }
+            // Who has no address yet asks for one (RFC 2131).
+            let mut asking = to_everybody(neighbour);
+            asking.source.set_ip(if asking.source.is_ipv4() {
+                "0.0.0.0".parse().unwrap()
+            } else {
+                "::".parse().unwrap()
+            });
+            bench.send(&asking, device).passed(&asking.bytes(), "");
+        },
+    );
+}
+
+/// The address that stands for all machines of a network is no single machine's.
+#[test]
+fn a_networks_broadcast_address_speaks_for_nobody() {
+    bench(|bench| {
+        let device = containers(bench);
+        bench.publish(Protocol::Udp, 8080, "172.31.0.2:80");
+        for address in ["198.51.100.255", "172.31.0.255"] {
+            bench.locate(address, Location::EVERYBODY);
+        }
+        for (source, device) in [
+            ("198.51.100.255:4000", bench.uplink),
+            ("172.31.0.255:4000", device),
+        ] {
+            let frame = Frame::first(Protocol::Udp, at(source), at("198.51.100.2:8080"));
+            bench.send(&frame, device).dropped("martian_source");
+        }
+        let to = Frame::first(
+            Protocol::Udp,
+            at("198.51.100.9:4000"),
+            at("198.51.100.255:8080"),
+        );
+        bench.send(&to, bench.uplink).passed(&to.bytes(), "");
+    });
+}
+
+/// An address that has been given to another container takes its conversations along.
+#[test]
+fn a_conversation_is_continued_by_the_container_that_has_the_address_now() {
+    for (backend, client, _, frontend) in FAMILIES {
+        for protocol in PROTOCOLS {
+            bench(|bench| {
+                let neighbour = containers(bench);
+                let bridge = if_nametoindex("br0").unwrap();
+                let address = at(client).ip().to_string();
+                let behind = |device| Location {
+                    network: bridge,
+                    device,
+                };
+                bench.publish(protocol, 8080, backend);
+                let frame = Frame::first(protocol, at(client), at(frontend));
+                let way = |bench: &Bench| bench.flow().1.back.ifindex;
+                bench.locate(&address, behind(neighbour));
+                bench.send(&frame, neighbour).forwarded();
+                bench.send(&frame, bridge).dropped("martian_source");
+                assert_eq!(way(bench), neighbour);
+                bench.locate(&address, behind(bench.container));
+                bench.send(&frame, bench.container).forwarded();
+                assert_eq!(way(bench), bench.container);
+                bench.send(&frame, neighbour).dropped("martian_source");
+            });
+        }
+    }
+}

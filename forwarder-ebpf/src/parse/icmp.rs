@@ -7,8 +7,8 @@ use forwarder_common::{
 };
 
 use super::{
-    ICMP, ICMP_LENGTH, ICMPV6, Icmp, Ipv4, Ipv6, L3, L4_V4, L4_V6, MORE, OFFSET, Packet, Part,
-    Ports, TCP_LENGTH, Udp, linear,
+    FRAGMENT_HEADER, FragmentHeader, ICMP, ICMP_LENGTH, ICMPV6, Icmp, Ipv4, Ipv6, L3, L4_V4, L4_V6,
+    MORE, OFFSET, OFFSET_V6, Packet, Part, Ports, TCP_LENGTH, Udp, linear,
 };
 use crate::frame::{Frame, header};
 
@@ -56,7 +56,7 @@ pub(super) fn v6(frame: &impl Frame, packet: &mut Packet) -> Result<(), Reason> 
     if packet.protocol != ICMPV6 || packet.part != Part::Whole {
         return Err(Reason::NotOurs);
     }
-    linear(frame, QUOTED + 40 + TCP_LENGTH)?;
+    linear(frame, QUOTED + 48 + TCP_LENGTH)?;
     let outer = header::<Ipv6>(frame, L3).ok_or(Reason::NotOurs)?;
     let message = header::<Icmp>(frame, L4_V6).ok_or(Reason::NotOurs)?;
     let quoted = header::<Ipv6>(frame, QUOTED).ok_or(Reason::NotOurs)?;
@@ -64,14 +64,25 @@ pub(super) fn v6(frame: &impl Frame, packet: &mut Packet) -> Result<(), Reason> 
     // SAFETY: `header` checked the bounds of all four; packed structs have no alignment.
     let (outer, message, quoted, ports) =
         unsafe { (&*outer, &*message, &*quoted, &(*transport).ports) };
+    let length = u16::from_be(outer.payload_length) as usize;
     if !matches!(message.kind, 1..=4)
-        || (u16::from_be(outer.payload_length) as usize) < ICMP_LENGTH + 40 + QUOTED_LENGTH
+        || length < ICMP_LENGTH + 40 + QUOTED_LENGTH
         || Address(quoted.source) != packet.tuple.destination
     {
         return Err(Reason::NotOurs); // as above
     }
     packet.tuple.source = Address(quoted.destination);
-    about(packet, quoted.next_header, ports)
+    if quoted.next_header != FRAGMENT_HEADER {
+        return about(packet, quoted.next_header, ports);
+    }
+    let fragment = header::<FragmentHeader>(frame, QUOTED + 40).ok_or(Reason::NotOurs)?;
+    let transport = header::<Udp>(frame, QUOTED + 48).ok_or(Reason::NotOurs)?;
+    // SAFETY: as above.
+    let (fragment, ports) = unsafe { (&*fragment, &(*transport).ports) };
+    if length < ICMP_LENGTH + 48 + QUOTED_LENGTH || u16::from_be(fragment.offset) & OFFSET_V6 != 0 {
+        return Err(Reason::NotOurs);
+    }
+    about(packet, fragment.next_header, ports)
 }
 
 /// What the two families' errors have in common.

@@ -9,7 +9,7 @@ use forwarder_common::{checksum, reason::Reason, tuple::Tuple};
 
 use super::{header_changed, ipv4, pseudo_header};
 use crate::frame::header;
-use crate::parse::{ICMP_LENGTH, Ipv4, Ipv6, L3, L4_V4, L4_V6, Ports, Tcp, Udp};
+use crate::parse::{FRAGMENT_HEADER, ICMP_LENGTH, Ipv4, Ipv6, L3, L4_V4, L4_V6, Ports, Tcp, Udp};
 
 /// Bits of `how`.
 pub(super) const HOP: u32 = 1;
@@ -87,16 +87,34 @@ fn v6(ctx: &TcContext, new: &Tuple, how: u32) -> Result<(), Reason> {
     }
     quoted.source = new.destination.0;
     quoted.destination = new.source.0;
-    let ports = ports(ctx, QUOTED + 40, new)?;
-    let below = checksum::add(addresses, ports);
-    let mut change = below;
-    if transport(ctx, QUOTED + 40, end, below, how)? {
-        change = checksum::add(change, !below);
-    }
+    let change = if quoted.next_header == FRAGMENT_HEADER {
+        below_v6(ctx, QUOTED + 48, end, addresses, new, how)?
+    } else {
+        below_v6(ctx, QUOTED + 40, end, addresses, new, how)?
+    };
     ctx.l4_csum_replace(L4_V6 + 2, 0, change as u64, 0)
         .map_err(|_| Reason::Unwritable)?;
     header_changed(ctx, pseudo, how & HOP != 0);
     pseudo_header(ctx, L4_V6 + 2, pseudo, 0)
+}
+
+/// What the quoted IPv6 header has behind it, with its change of addresses; returns the change of the error's sum.
+// VERIFIER: called with each offset by itself, so that it is a constant.
+#[inline(always)]
+fn below_v6(
+    ctx: &TcContext,
+    l4: usize,
+    end: usize,
+    addresses: u32,
+    new: &Tuple,
+    how: u32,
+) -> Result<u32, Reason> {
+    let below = checksum::add(addresses, ports(ctx, l4, new)?);
+    if transport(ctx, l4, end, below, how)? {
+        Ok(checksum::add(below, !below))
+    } else {
+        Ok(below)
+    }
 }
 
 /// The change of a sum when `length` octets of a header are replaced by those at `new`.

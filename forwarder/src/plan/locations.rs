@@ -9,7 +9,7 @@ use std::{
 use forwarder_common::{flow::delivery, limits, publish::Location};
 use ipnet::IpNet;
 
-use crate::network::{Kind, Link, Peer, Route, Snapshot};
+use crate::network::{Kind, Link, Local, Peer, Route, Snapshot};
 
 /// The container network that each device leads to, as [`forwarder_common::publish::Interface::network`] has it; those of uplinks are missing. LAN
 /// machines are behind other ports of a bridge that an uplink is a port of, so its ports have none.
@@ -151,8 +151,8 @@ pub fn dispute(snapshot: &Snapshot, veth: u32, address: IpAddr) -> String {
     format!("{address} is taken to be behind {owner}: {other} claims it too, and did so later")
 }
 
-/// What addresses are behind, as `LOCATIONS` has it: [`networks`], containers' own addresses, and this host's own addresses
-/// and local prefixes but for loopback ones, which only `lo` serves. Prefixes that are local in another table than *local* (a
+/// What addresses are behind, as `LOCATIONS` has it: [`networks`] and their broadcast addresses, containers' own addresses, and
+/// this host's own addresses and local prefixes but for loopback ones, which only `lo` serves. Prefixes that are local in another table than *local* (a
 /// transparent proxy's) are not this host's.
 pub fn locations(snapshot: &Snapshot) -> BTreeMap<IpNet, Location> {
     let devices = container_networks(snapshot);
@@ -180,7 +180,21 @@ pub fn locations(snapshot: &Snapshot) -> BTreeMap<IpNet, Location> {
         .chain(prefixes)
         .filter(|prefix| !prefix.addr().is_loopback())
         .map(|prefix| (prefix.trunc(), Location::HERE));
-    networks.chain(containers).chain(local).collect()
+    let everybody = snapshot.addresses.iter().filter_map(broadcast);
+    let everybody = everybody.map(|address| (IpNet::from(address), Location::EVERYBODY));
+    networks
+        .chain(everybody)
+        .chain(containers)
+        .chain(local)
+        .collect()
+}
+
+/// The broadcast address of a network that this host is on. A network of two machines has none (RFC 3021).
+fn broadcast(local: &Local) -> Option<IpAddr> {
+    match IpNet::new(local.address, local.prefix).ok()? {
+        IpNet::V4(network) if network.prefix_len() < 31 => Some(network.broadcast().into()),
+        _ => None,
+    }
 }
 
 /// How frames get to what is behind a container's or a virtual machine's device. Straight to a veth's other end nothing waits
@@ -435,7 +449,9 @@ pub(crate) mod tests {
             ("10.44.0.2/32", container(5)),
             ("172.31.0.0/24", container(3)),
             ("172.31.0.1/32", Location::HERE),
+            ("172.31.0.255/32", Location::EVERYBODY),
             ("198.51.100.2/32", Location::HERE),
+            ("198.51.100.255/32", Location::EVERYBODY),
             ("203.0.113.0/28", Location::HERE),
         ];
         let shown: Vec<_> = locations(&snapshot).into_iter().collect();
