@@ -3,8 +3,9 @@
 
 pub mod tables;
 pub mod top;
+pub mod usage;
 
-use std::{net::SocketAddr, path::PathBuf, time::Duration};
+use std::{net::SocketAddr, num::NonZeroU64, path::PathBuf, time::Duration};
 
 use clap::{Parser, Subcommand};
 use ipnet::IpNet;
@@ -97,7 +98,7 @@ pub enum Command {
     /// Show live flows of the fast path.
     Flows {
         /// Only those of this publish.
-        #[arg(long, value_name = "ID")]
+        #[arg(long, value_name = "ID", value_parser = id)]
         publish: Option<Id>,
         /// Only those of clients in this network.
         #[arg(long, value_name = "CIDR", value_parser = source)]
@@ -114,9 +115,10 @@ pub enum Command {
     /// Show what happens to each packet, live.
     Trace {
         /// Only packets of this publish.
+        #[arg(value_parser = id)]
         id: Option<Id>,
         /// Only packets from or to this network.
-        #[arg(long, value_name = "CIDR", value_parser = network)]
+        #[arg(long, value_name = "CIDR", value_parser = source)]
         client: Option<IpNet>,
     },
     /// Validate a configuration file, and those in `conf.d` beside it.
@@ -196,14 +198,14 @@ pub struct Run {
     pub ephemeral: bool,
     /// Serve metrics for Prometheus at `/metrics`, and a page for people at `/`, on this address, such as 127.0.0.1:9100;
     /// not at all if it is left out.
-    #[arg(long, value_name = "ADDR:PORT")]
+    #[arg(long, value_name = "ADDR:PORT", value_parser = socket_address)]
     pub metrics: Option<SocketAddr>,
     /// Serve metrics only to clients of this network; needed for an address that is not loopback, and may be given several
     /// times.
     #[arg(long, value_name = "CIDR", value_parser = network)]
     pub metrics_allow: Vec<IpNet>,
     /// What to log on standard error: a level, or a filter such as `forwarder=debug`.
-    #[arg(long, value_name = "LEVEL|FILTER", default_value = "warn")]
+    #[arg(long, value_name = "LEVEL|FILTER", default_value = "warn", value_parser = filter)]
     pub log: String,
 }
 
@@ -212,7 +214,7 @@ pub struct Run {
 pub struct LimitFlags {
     /// Serve so many flows at once.
     #[arg(long, value_name = "N")]
-    pub max_flows: Option<u64>,
+    pub max_flows: Option<NonZeroU64>,
     /// Let so many flows begin, such as `1000/s`.
     #[arg(long, value_name = "N/s")]
     pub rate: Option<Rate>,
@@ -273,6 +275,31 @@ impl Run {
 /// A time with its unit; seconds without.
 fn time(text: &str) -> Result<Duration, String> {
     seconds(text).map(Duration::from_secs)
+}
+
+/// The number of a publish.
+fn id(text: &str) -> Result<Id, String> {
+    let id = text.parse();
+    id.map_err(|_| format!("{text:?} is no publish's number; `forwarder list` shows them"))
+}
+
+fn socket_address(text: &str) -> Result<SocketAddr, String> {
+    let address = text.parse();
+    address.map_err(|_| format!("{text:?} is no address with a port, such as 127.0.0.1:9100"))
+}
+
+/// What to log. A word that is no level would be the name of a module, of which there is none.
+fn filter(text: &str) -> Result<String, String> {
+    let is_known = |part: &str| {
+        part.contains(['=', '[']) || part.parse::<tracing::level_filters::LevelFilter>().is_ok()
+    };
+    let is_read = tracing_subscriber::EnvFilter::try_new(text).is_ok();
+    if is_read && text.split(',').all(is_known) {
+        return Ok(text.into());
+    }
+    Err(format!(
+        "{text:?} is no level or filter; error, warn, info, debug, trace and forwarder=debug are"
+    ))
 }
 
 /// What a word asks `publish` for.

@@ -8,6 +8,7 @@ pub mod daemon;
 pub mod datapath;
 pub mod doctor;
 pub mod engines;
+pub mod holder;
 mod http;
 pub mod instance;
 mod memory;

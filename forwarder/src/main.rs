@@ -7,13 +7,13 @@ use std::{
     time::{SystemTime, UNIX_EPOCH},
 };
 
-use anyhow::{Context as _, Result, bail};
+use anyhow::{Context as _, Result};
 use clap::{CommandFactory as _, Parser as _};
 use forwarder::{
-    cli::{Cli, Command, Format, tables, top},
+    cli::{Cli, Command, Format, tables, top, usage},
     config,
     control::{
-        api::{Asked, Ban, Ending, Listed, ListedFlow, Reloaded, Unpublish},
+        api::{Asked, Ban, Ending, Listed, ListedFlow, Problem, Reloaded, Unpublish},
         client::Client,
     },
     daemon, doctor,
@@ -43,31 +43,67 @@ fn main() -> ExitCode {
         [_, command] if command == "cni" => return cni::run(),
         _ => {}
     }
-    let cli = Cli::parse();
-    match run(cli) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) if is_broken_pipe(&error) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("error: {error:#}");
-            ExitCode::FAILURE
-        }
-    }
-}
-
-fn run(cli: Cli) -> Result<()> {
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(error) => return refused(&error),
+    };
     let instance = Instance {
         name: cli.instance,
         socket: cli.socket,
     };
     let client = Client::new(instance.clone());
-    match cli.command {
+    match run(cli.command, instance, &client) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) if is_broken_pipe(&error) => ExitCode::SUCCESS,
+        Err(error) => match error.downcast_ref() {
+            Some(usage) => refused(usage),
+            None => {
+                eprintln!("error: {:#}", with_holder(error, &client));
+                ExitCode::FAILURE
+            }
+        },
+    }
+}
+
+/// A command line that asks for help, or is wrong: that is said in one line.
+fn refused(error: &clap::Error) -> ExitCode {
+    use clap::error::ErrorKind;
+    let is_help = !error.use_stderr();
+    if is_help || error.kind() == ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand {
+        let _ = error.print(); // whoever reads it may have gone
+        return ExitCode::from(if is_help { 0 } else { 2 });
+    }
+    eprintln!("{}", usage::line(&error.to_string()));
+    ExitCode::from(2)
+}
+
+/// A command line that is wrong in a way that the definition does not say.
+fn usage_error(problem: impl std::fmt::Display) -> anyhow::Error {
+    let kind = clap::error::ErrorKind::ValueValidation;
+    Cli::command().error(kind, problem).into()
+}
+
+/// Names the process that has a port: the instance may not look into those of others, but root may who types the command.
+fn with_holder(error: anyhow::Error, client: &Client) -> anyhow::Error {
+    let taken = error
+        .downcast_ref::<Problem>()
+        .and_then(|problem| problem.taken);
+    let named = taken.and_then(|taken| {
+        let network = format!("/proc/{}/net", client.pid()?);
+        let holder = taken.process(network.as_ref())?;
+        Some(taken.problem(Some(&holder)))
+    });
+    named.map_or(error, anyhow::Error::msg)
+}
+
+fn run(command: Command, instance: Instance, client: &Client) -> Result<()> {
+    match command {
         Command::Run(options) => {
             // First, so that what was asked for comes before it: the library tells of each message that it does not know.
             let filter = tracing_subscriber::EnvFilter::try_new(format!(
                 "netlink_proto=off,{}",
                 options.log
-            ))
-            .with_context(|| format!("--log {}", options.log))?;
+            ))?;
             tracing_subscriber::fmt()
                 .with_env_filter(filter)
                 .with_writer(std::io::stderr)
@@ -97,10 +133,7 @@ fn run(cli: Cli) -> Result<()> {
             let specs = specs.iter();
             let specs = specs.map(|spec| spec.with_container(container.is_some()));
             let specs = specs.collect::<Result<Vec<String>, String>>();
-            let specs = specs.unwrap_or_else(|error| {
-                let kind = clap::error::ErrorKind::ValueValidation;
-                Cli::command().error(kind, error).exit()
-            });
+            let specs = specs.map_err(usage_error)?;
             let asked = specs.into_iter().map(|spec| Asked {
                 spec: Some(spec),
                 container: container.clone(),
@@ -141,14 +174,11 @@ fn run(cli: Cli) -> Result<()> {
             let bans: Vec<Ban> = all.map(|network| Ban { network, until }).collect();
             client.ask(&Method::POST, "/v1/bans", Some(&bans))
         }
-        Command::Unban { sources } => sources.iter().try_for_each(|network| {
-            let none: Option<&()> = None;
-            client.ask(&Method::DELETE, &format!("/v1/bans/{network}"), none)
-        }),
-        Command::Bans(format) => show(&client, "/v1/bans", format, |rows: &Vec<_>| {
+        Command::Unban { sources } => client.ask(&Method::POST, "/v1/unban", Some(&sources)),
+        Command::Bans(format) => show(client, "/v1/bans", format, |rows: &Vec<_>| {
             tables::bans(rows)
         }),
-        Command::List(format) => show(&client, "/v1/publishes", format, |rows: &Vec<_>| {
+        Command::List(format) => show(client, "/v1/publishes", format, |rows: &Vec<_>| {
             tables::list(rows)
         }),
         Command::Flows {
@@ -160,19 +190,23 @@ fn run(cli: Cli) -> Result<()> {
             let from = from.map(|network| format!("client={network}"));
             let of: Vec<String> = publish.into_iter().chain(from).collect();
             let path = format!("/v1/flows?{}", of.join("&"));
-            let mut flows: Vec<ListedFlow> = get(&client, &path)?;
+            let mut flows: Vec<ListedFlow> = get(client, &path)?;
             flows.sort_by(|a, b| (a.publish, &a.client).cmp(&(b.publish, &b.client)));
             emit(&flows, format, || tables::flows(&flows))
         }
-        Command::Stats(format) => show(&client, "/v1/stats", format, |rows: &Vec<_>| {
+        Command::Stats(format) => show(client, "/v1/stats", format, |rows: &Vec<_>| {
             tables::stats(rows)
         }),
-        Command::Top => top::run(&client),
+        Command::Top => top::run(client),
         Command::Doctor(format) => {
             let findings = doctor::examine();
             emit(&findings, format, || doctor::text(&findings))
         }
         Command::Trace { id, client: from } => {
+            // Of a number that is no publish's nothing would ever be seen.
+            if let Some(id) = id {
+                get::<Listed>(client, &format!("/v1/publishes/{id}"))?;
+            }
             let none: Option<&()> = None;
             client.follow(&Method::GET, "/v1/trace", none, Vec::new(), |packet| {
                 let line = tables::trace(&packet, id, from);
@@ -195,13 +229,13 @@ fn run(cli: Cli) -> Result<()> {
         }
         Command::DockerProxy { arguments } => {
             // `main` has taken it, unless options came before it.
-            bail!(
+            Err(usage_error(format!(
                 "docker-proxy comes first: forwarder docker-proxy {}",
                 arguments.join(" ")
-            )
+            )))
         }
-        Command::Cni => bail!("cni comes first, and alone: forwarder cni"),
-        Command::Crowdsec => crowdsec::run(&client),
+        Command::Cni => Err(usage_error("cni comes first, and alone: forwarder cni")),
+        Command::Crowdsec => crowdsec::run(client),
         Command::Down => {
             let found = daemon::down(&instance)?;
             print(if found {
@@ -264,12 +298,13 @@ fn emit(value: &impl Serialize, format: Format, text: impl Fn() -> String) -> Re
     if format.json {
         print(&serde_json::to_string_pretty(value)?)
     } else {
-        Ok(std::io::stdout().write_all(text().as_bytes())?)
+        let written = std::io::stdout().write_all(text().as_bytes());
+        written.context("standard output")
     }
 }
 
 fn print(line: &str) -> Result<()> {
-    Ok(writeln!(std::io::stdout(), "{line}")?)
+    writeln!(std::io::stdout(), "{line}").context("standard output")
 }
 
 /// `forwarder list | head` is no error.

@@ -50,7 +50,39 @@ fn a_wrong_request_is_a_problem_with_a_remedy_or_a_name() {
         ("POST", "/v1/publishes", r#"["80"]"#, 422, "HOST_PORT"),
         ("POST", "/v1/publishes?ower=me", good, 400, "`ower`"),
         ("PUT", "/v1/owners/a%20b", good, 422, "a b"),
-        ("GET", "/v1/publishes/7", "", 404, "no publish 7"),
+        ("GET", "/v1/publishes/7", "", 404, "`forwarder list`"),
+        ("GET", "/v1/publishes/x", "", 400, "`x`"),
+        ("DELETE", "/v1/publishes/%ff", "", 400, "UTF-8"),
+        ("GET", "/v1/publishes?x=1", "", 400, "unknown field `x`"),
+        ("GET", "/v1/stats?x=1", "", 400, "unknown field `x`"),
+        ("PUT", "/v1/owners/me?owner=you", good, 400, "`owner`"),
+        ("PUT", "/v1/owners/lease:1", good, 403, "choose another"),
+        (
+            "POST",
+            "/v1/publishes?owner=lease:1",
+            good,
+            403,
+            "choose another",
+        ),
+        (
+            "POST",
+            "/v1/publishes",
+            r#"[{"spec": "80:10.0.0.2:80", "max_flows": 0}]"#,
+            422,
+            "nonzero",
+        ),
+        (
+            "POST",
+            "/v1/publishes",
+            r#"[{"spec": "80:10.0.0.2:80", "rate": "x"}]"#,
+            422,
+            r#""remedy":"1000/s is one""#,
+        ),
+        ("GET", "/v1/flows?publish=7", "", 404, "no publish 7"),
+        ("DELETE", "/v1/flows?publish=7", "", 404, "no publish 7"),
+        ("GET", "/v1/bans/192.0.2.7", "", 404, "is not banned"),
+        ("DELETE", "/v1/bans/192.0.2.7", "", 404, "is not banned"),
+        ("POST", "/v1/unban", r#"["x"]"#, 422, "is not a network"),
         ("DELETE", "/v1/publishes/7", "", 404, "`forwarder list`"),
         (
             "POST",
@@ -84,6 +116,68 @@ fn a_wrong_request_is_a_problem_with_a_remedy_or_a_name() {
     );
     assert!(daemon.list().unwrap().is_empty());
     daemon.stop().unwrap();
+}
+
+#[test]
+fn a_request_that_ends_in_its_midst_is_wrong_and_not_too_long() {
+    let (_topology, daemon) = idle(Datapath::Userland);
+    let request = api::text("POST", "/v1/bans", "[]").replace(": 2", ": 20");
+    let answer = api::send(&daemon.socket(), request.as_bytes()).unwrap();
+    assert_eq!(answer.status, 400, "{}", answer.body);
+}
+
+#[test]
+fn bans_are_changed_one_by_one_and_as_lists() {
+    let (_topology, daemon) = idle(Datapath::Ebpf);
+    let ask = |method: &str, path: &str, body: &str| {
+        let answer = api::ask(&daemon, method, path, body).unwrap();
+        (answer.status, answer.body)
+    };
+    // A time that no clock gets to.
+    let path = format!("/v1/bans/192.0.2.1?until={}", u64::MAX);
+    assert_eq!(ask("PUT", &path, "").0, 204);
+    assert_eq!(
+        ask("GET", "/v1/bans/192.0.2.1", ""),
+        (200, json!({"network": "192.0.2.1/32"}))
+    );
+    let long = format!(
+        r#"[{{"network": "192.0.2.2"}}, {{"network": "198.51.100.0/24"}}{}]"#,
+        " ".repeat(17 << 20)
+    );
+    assert_eq!(ask("POST", "/v1/bans", &long).0, 204);
+    // All or none.
+    let some = r#"["192.0.2.2", "203.0.113.1"]"#;
+    assert_eq!(ask("POST", "/v1/unban", some).0, 404);
+    assert_eq!(ask("GET", "/v1/bans/192.0.2.2", "").0, 200);
+    let some = r#"["192.0.2.2/32", "192.0.2.2", "198.51.100.7/24"]"#;
+    assert_eq!(ask("POST", "/v1/unban", some).0, 204);
+    let left = ask("GET", "/v1/bans", "").1;
+    assert_eq!(left, json!([{"network": "192.0.2.1/32"}]));
+    assert_eq!(ask("DELETE", "/v1/bans", "").0, 204);
+    assert_eq!(ask("GET", "/v1/bans", ""), (200, json!([])));
+}
+
+#[test]
+fn a_port_that_somebody_has_is_refused_with_that_process() {
+    let (topology, daemon) = idle(Datapath::Userland);
+    let _holder = topology
+        .host
+        .enter(|| TcpListener::bind((Ipv4Addr::UNSPECIFIED, PORT)))
+        .unwrap();
+    let spec = spec(&topology.backend, Family::V4, Protocol::Tcp);
+    let error = daemon.control(&["publish", &spec]).unwrap_err().to_string();
+    let pid = std::process::id();
+    let named = format!("publish 0.0.0.0:{PORT}/tcp: address already in use (held by pid {pid}, ");
+    assert!(error.contains(&named), "{error}");
+}
+
+#[test]
+fn a_number_that_is_no_publishs_is_refused_where_nothing_would_be_seen() {
+    let (_topology, daemon) = idle(Datapath::Userland);
+    for words in [&["trace", "7"][..], &["flows", "--publish", "7"]] {
+        let error = daemon.control(words).unwrap_err().to_string();
+        assert!(error.contains("no publish 7; `forwarder list`"), "{error}");
+    }
 }
 
 #[test]
@@ -371,6 +465,7 @@ fn flows_are_shown_and_ended_by_publish_and_by_client() {
     };
     assert_eq!(shown(&[]), 2);
     assert_eq!(shown(&["--publish", "1"]), 2);
+    daemon.control(&["publish", "9:172.31.0.2:9"]).unwrap();
     assert_eq!(shown(&["--publish", "2"]), 0);
     assert_eq!(shown(&["--client", &client]), 1);
     assert_eq!(shown(&["--publish", "1", "--client", "192.0.2.0/24"]), 0);

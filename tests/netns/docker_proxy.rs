@@ -256,6 +256,23 @@ fn wrong_words_are_refused_with_an_empty_pipe() {
 }
 
 #[test]
+fn by_hand_it_has_no_pipe_and_says_what_is_wrong_on_standard_error() {
+    let topology = Topology::new().unwrap();
+    let mut command = topology.host.command(&binary().to_string_lossy());
+    let output = command
+        .args(["docker-proxy", "-host-ip", "198.51.100.77"])
+        .args(["-host-port", "8080", "-container-ip", "172.31.0.2"])
+        .args(["-container-port", "80"])
+        .output()
+        .unwrap();
+    let errors = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(1), "{errors}");
+    let start =
+        "error: publish 198.51.100.77:8080/tcp: 198.51.100.77 is not an address of this host";
+    assert!(errors.starts_with(start), "{errors}");
+}
+
+#[test]
 fn without_an_instance_it_forwards_by_itself_until_there_is_one() {
     let topology = Topology::new().unwrap();
     let _backend = Backend::start(&topology.backend.netns, Protocol::Tcp, BACKEND_PORT).unwrap();

@@ -43,7 +43,11 @@ pub fn endpoint(endpoint: &Endpoint) -> String {
     };
     match endpoint.address {
         None => format!("*:{ports}"),
-        Some(address) if address.is_ipv6() => format!("[{address}]:{ports}"),
+        Some(address) if address.is_ipv6() => {
+            let zone = endpoint.zone.as_ref();
+            let zone = zone.map_or_else(String::new, |zone| format!("%{}", zone.as_str()));
+            format!("[{address}{zone}]:{ports}")
+        }
         Some(address) => format!("{address}:{ports}"),
     }
 }

@@ -1,15 +1,18 @@
 //! What goes over the control socket: requests and documents, as plain types. docs/openapi.json describes them.
 
-use std::net::IpAddr;
+use std::{net::IpAddr, num::NonZeroU64};
 
 use ipnet::IpNet;
 use serde::{Deserialize, Deserializer, Serialize, de};
 use utoipa::ToSchema;
 
-use crate::publish::{
-    ContainerPort, Holder, Id, Limits, Owner, Policy, ProxyProtocol, Publish, Spec, allow,
-    limits::{Bandwidth, Rate},
-    spec::{Ports, Protocol, Zone},
+use crate::{
+    holder::Taken,
+    publish::{
+        ContainerPort, Holder, Id, Limits, Owner, Policy, ProxyProtocol, Publish, Spec, allow,
+        limits::{Bandwidth, Rate},
+        spec::{Ports, Protocol, Zone},
+    },
 };
 
 /// A publish as `list` shows it.
@@ -144,9 +147,10 @@ pub struct Event {
 
 /// A source of which nothing gets into any published port.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
-#[serde(deny_unknown_fields)]
+#[serde(deny_unknown_fields, expecting = "an object with `network`")]
 pub struct Ban {
     #[schema(value_type = String)]
+    #[serde(deserialize_with = "allow::a_source")]
     pub network: IpNet,
     /// Seconds since the epoch; without, for ever.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -183,6 +187,9 @@ pub struct Problem {
     pub detail: String,
     /// What would change that.
     pub remedy: Option<String>,
+    /// The port that somebody else has.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub taken: Option<Taken>,
 }
 
 impl Problem {
@@ -197,6 +204,7 @@ impl Problem {
             title: title.into(),
             detail: detail.into(),
             remedy,
+            taken: None,
         }
     }
 
@@ -231,7 +239,7 @@ pub struct Asked {
 
 /// As [`Endpoint`]; one port if there is no last one.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
-#[serde(deny_unknown_fields)]
+#[serde(deny_unknown_fields, expecting = "an object with `address` and `port`")]
 pub struct AskedEndpoint {
     #[serde(default)]
     #[schema(value_type = Option<String>)]
@@ -260,7 +268,7 @@ impl<'de> Deserialize<'de> for Asked {
             proxy_protocol: Option<ProxyProtocol>,
             allow: Option<Vec<IpNet>>,
             #[serde(alias = "max-flows")]
-            max_flows: Option<u64>,
+            max_flows: Option<NonZeroU64>,
             rate: Option<Rate>,
             #[serde(alias = "rate-per-source")]
             rate_per_source: Option<Rate>,
@@ -398,7 +406,7 @@ pub struct Unpublish {
 
 /// A publish by its number or its SPEC.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
-#[serde(untagged)]
+#[serde(untagged, expecting = "expected a publish's number or SPEC")]
 pub enum NamedPublish {
     Id(Id),
     Spec(String),

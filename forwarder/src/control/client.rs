@@ -114,6 +114,12 @@ impl Client {
         }
     }
 
+    /// The process of the instance.
+    pub fn pid(&self) -> Option<i32> {
+        let served = block_on(async { Ok(self.connect().await?.peer_cred()?) });
+        served.ok()?.pid()
+    }
+
     async fn connect(&self) -> Result<UnixStream> {
         let name = &self.instance.name;
         let mut denied: Option<PathBuf> = None;
@@ -124,6 +130,12 @@ impl Client {
                     return Ok(stream);
                 }
                 Err(error) if error.kind() == ErrorKind::PermissionDenied => denied = Some(path),
+                Err(error) if self.instance.socket.is_some() => {
+                    let path = path.display();
+                    bail!(
+                        "--socket {path}: {error}; name the one that `forwarder run --socket` made"
+                    )
+                }
                 Err(_) => {}
             }
         }

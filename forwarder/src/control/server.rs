@@ -3,6 +3,7 @@
 
 mod bans;
 mod containers;
+mod request;
 
 use std::{
     fs, io,
@@ -18,8 +19,8 @@ use std::{
 use anyhow::{Context as _, Result};
 use axum::{
     Extension, Router,
-    body::{Body, Bytes},
-    extract::{self, FromRef, FromRequest as _, Query, Request, State, rejection::JsonRejection},
+    body::Body,
+    extract::{self, FromRef, Request, State},
     http::{HeaderValue, StatusCode, header},
     response::{IntoResponse, Response},
     routing::{get, post, put},
@@ -30,16 +31,16 @@ use hyper_util::{
     service::TowerToHyperService,
 };
 use ipnet::IpNet;
-use serde::{Deserialize, Serialize, de::DeserializeOwned};
+use serde::{Deserialize, Serialize};
 use tokio::{
     io::{Interest, unix::AsyncFd},
     net::UnixListener,
     sync::{Semaphore, broadcast, mpsc, oneshot},
-    time::timeout,
 };
 use tracing::info;
 
 pub use self::containers::{Locate, Located};
+use self::request::{Named as Part, Nothing, Query, Whose};
 use super::{
     Call, Change, Changed, Lease, Named, Peer, Trace,
     api::{
@@ -51,18 +52,12 @@ use super::{
 use crate::{
     accept, instance, memory,
     metrics::{self, Measured},
-    publish::{Id, Owner, Spec},
+    publish::{Conflict, Id, Owner, Spec, allow},
     seldom::Seldom,
 };
 
 /// Clients at once; more wait to be accepted.
 const CLIENTS: usize = 256;
-/// Room for some 150,000 publishes.
-const LONGEST_REQUEST: usize = 16 << 20;
-/// A request up to this length is always read.
-const SHORT_REQUEST: usize = 64 << 10;
-/// All longer ones that are read at one time, in octets.
-const LONG_REQUESTS: usize = 2 * LONGEST_REQUEST;
 /// How long a client may take for its request.
 pub(super) const PATIENCE: Duration = Duration::from_secs(10);
 /// Octets of a long document that are made at a time, when the client has read what was before.
@@ -101,6 +96,7 @@ pub trait Observe: Send + Sync + 'static {
 #[serde(deny_unknown_fields)]
 pub struct FlowFilter {
     pub publish: Option<Id>,
+    #[serde(default, deserialize_with = "allow::source_of")]
     pub client: Option<IpNet>,
 }
 
@@ -203,7 +199,7 @@ async fn client(stream: tokio::net::UnixStream, router: Router) -> Result<()> {
         .half_close(true)
         .timer(TokioTimer::new())
         .header_read_timeout(PATIENCE)
-        .max_buf_size(SHORT_REQUEST)
+        .max_buf_size(request::SHORT)
         .serve_connection(TokioIo::new(stream), TowerToHyperService::new(router));
     tokio::select! {
         served = serving => served?,
@@ -236,7 +232,7 @@ fn router(
         calls,
         observed,
         engine,
-        room: Arc::new(Semaphore::new(LONG_REQUESTS)),
+        room: Arc::new(Semaphore::new(request::ROOM)),
     };
     Router::new()
         .route("/v1/publishes", get(list).post(add))
@@ -248,33 +244,34 @@ fn router(
         .route("/v1/flows", get(flows).delete(end_flows))
         .route(
             "/v1/bans",
-            get(bans::bans).post(bans::ban).put(bans::set_bans),
+            get(bans::bans)
+                .post(bans::ban)
+                .put(bans::set_bans)
+                .delete(bans::unban_all),
         )
         .route(
             "/v1/bans/{*network}",
-            put(bans::ban_one).delete(bans::unban),
+            get(bans::one).put(bans::ban_one).delete(bans::unban_one),
         )
+        .route("/v1/unban", post(bans::unban))
         .route("/v1/stats", get(stats))
         .route("/v1/events", get(events))
         .route("/v1/trace", get(trace))
         .route("/v1/reload", post(reload))
         .route("/v1/openapi.json", get(description))
         .route("/metrics", get(metrics))
-        .fallback(async || {
-            problem(
-                404,
-                "Not found",
-                "no such call; docs/openapi.json has them all",
-            )
+        .fallback(async |request: Request| {
+            let path = request.uri().path();
+            let message = format!("{path}: no such call; GET /v1/openapi.json has them all");
+            problem(404, "Not found", &message)
         })
-        .method_not_allowed_fallback(async || {
-            problem(
-                405,
-                "Method not allowed",
-                "not so; docs/openapi.json has the methods of each call",
-            )
+        .method_not_allowed_fallback(async |request: Request| {
+            let (method, path) = (request.method(), request.uri().path());
+            let message = format!(
+                "{method} {path}: not so; GET /v1/openapi.json has the methods of each call"
+            );
+            problem(405, "Method not allowed", &message)
         })
-        .layer(extract::DefaultBodyLimit::max(LONGEST_REQUEST))
         .with_state(shared)
 }
 
@@ -298,45 +295,40 @@ impl From<anyhow::Error> for Problem {
     }
 }
 
-/// What every call may say in its query.
-#[derive(Clone, Debug, Default, Deserialize)]
+/// How publishes are taken back, and in whose name; `cli` if it is left out.
+#[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Options {
-    /// In whose name; `cli` if it is left out.
     owner: Option<Owner>,
     ending: Option<Ending>,
 }
 
-fn query<T: DeserializeOwned>(request: &Request) -> Result<T, Problem> {
-    Query::try_from_uri(request.uri())
-        .map(|Query(options)| options)
-        .map_err(|error| problem(400, "Bad query", &error.body_text()))
+/// How publishes of an owner are taken back.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct How {
+    ending: Option<Ending>,
+}
+
+/// The flows of a number that is no publish's are not none, but a mistake.
+fn no_publish(id: Id) -> Problem {
+    problem(404, "Not found", &Conflict::NoId(id).to_string())
 }
 
 impl Shared {
-    /// Reads a request's JSON, of which all that are read at one time have bounds.
-    async fn json<T: DeserializeOwned>(&self, request: Request) -> Result<T, Problem> {
-        let length = request.headers().get(header::CONTENT_LENGTH);
-        let length = length.and_then(|length| length.to_str().ok()?.parse::<usize>().ok());
-        let length = length.unwrap_or(LONGEST_REQUEST).min(LONGEST_REQUEST);
-        let slow = || problem(408, "Too slow", "the request took too long; send it again");
-        let _room = if length > SHORT_REQUEST {
-            let room = self.room.clone().acquire_many_owned(length as u32);
-            Some(timeout(PATIENCE, room).await.map_err(|_| slow())?)
-        } else {
-            None
-        };
-        let read = Bytes::from_request(request, &());
-        let octets = timeout(PATIENCE, read).await.map_err(|_| slow())?;
-        let octets = octets.map_err(|error| problem(413, "Bad body", &error.body_text()))?;
-        extract::Json::from_bytes(&octets)
-            .map(|extract::Json(value)| value)
-            .map_err(|error: JsonRejection| {
-                // The position and the name, without the library's own introduction.
-                let text = error.body_text();
-                let text = text.split_once("type: ").map_or(&*text, |(_, rest)| rest);
-                problem(422, "Bad body", text)
-            })
+    async fn row(&self, id: Id) -> Result<Listed, Problem> {
+        let observed = self.observed.clone();
+        let found = tokio::task::spawn_blocking(move || observed.list(Some(id)).next());
+        let found = found.await.ok().flatten();
+        Ok(found.ok_or_else(|| no_publish(id))??)
+    }
+
+    /// Whether there is the publish whose flows are meant.
+    async fn knows(&self, of: &FlowFilter) -> Result<(), Problem> {
+        match of.publish {
+            Some(id) => self.row(id).await.map(|_| ()),
+            None => Ok(()),
+        }
     }
 
     async fn change(
@@ -418,32 +410,33 @@ fn lines<T: Serialize>(rows: impl futures_util::Stream<Item = T> + Send + 'stati
 }
 
 #[utoipa::path(get, path = "/v1/publishes", summary = "All publishes, also those that drain", responses((status = 200, body = Vec<Listed>)))]
-pub(super) async fn list(State(observed): State<Arc<dyn Observe>>) -> Response {
+pub(super) async fn list(
+    State(observed): State<Arc<dyn Observe>>,
+    Query(Nothing {}): Query<Nothing>,
+) -> Response {
     Shared::array(move || observed.list(None))
 }
 
 #[utoipa::path(get, path = "/v1/publishes/{id}", summary = "One publish", params(("id" = u64, Path)), responses((status = 200, body = Listed), (status = 404, body = Problem)))]
 async fn one(
     State(shared): State<Shared>,
-    extract::Path(id): extract::Path<Id>,
+    Part(id): Part<Id>,
+    Query(Nothing {}): Query<Nothing>,
 ) -> Result<extract::Json<Listed>, Problem> {
-    let found = tokio::task::spawn_blocking(move || shared.observed.list(Some(id)).next());
-    match found.await.ok().flatten() {
-        Some(row) => Ok(extract::Json(row?)),
-        None => Err(problem(404, "Not found", &format!("no publish {id}"))),
-    }
+    Ok(extract::Json(shared.row(id).await?))
 }
 
 #[utoipa::path(post, path = "/v1/publishes", summary = "Publishes these beside what the owner has, all or none", params(("owner" = Option<String>, Query, description = "cli if it is left out")), request_body = Vec<Asked>, responses((status = 201, body = Vec<Listed>), (status = "4XX", body = Problem)))]
 async fn add(
     State(shared): State<Shared>,
     Extension(by): Extension<Peer>,
+    Query(options): Query<Whose>,
     request: Request,
 ) -> Result<(StatusCode, extract::Json<Vec<Listed>>), Problem> {
-    let options: Options = query(&request)?;
     let asked = shared.json(request).await?;
     let asked = shared.publishes(asked).await?;
-    let changed = shared.change(options.owner, by, Change::Add(asked)).await?;
+    let owner = options.owner.map(lasting).transpose()?;
+    let changed = shared.change(owner, by, Change::Add(asked)).await?;
     Ok((StatusCode::CREATED, extract::Json(changed.publishes)))
 }
 
@@ -451,14 +444,24 @@ async fn add(
 async fn want(
     State(shared): State<Shared>,
     Extension(by): Extension<Peer>,
-    extract::Path(owner): extract::Path<String>,
+    Part(owner): Part<String>,
+    Query(Nothing {}): Query<Nothing>,
     request: Request,
 ) -> Result<extract::Json<Vec<Listed>>, Problem> {
-    let owner = named_owner(&owner)?;
+    let owner = lasting(named_owner(&owner)?)?;
     let asked = shared.json(request).await?;
     let asked = shared.publishes(asked).await?;
     let changed = shared.change(Some(owner), by, Change::Want(asked)).await?;
     Ok(extract::Json(changed.publishes))
+}
+
+/// An owner whose publishes do not end with another client's connection.
+fn lasting(owner: Owner) -> Result<Owner, Problem> {
+    if owner.is_lease() {
+        let message = format!("owner {owner}: names of leases are the instance's; choose another");
+        return Err(problem(403, "Bad owner", &message));
+    }
+    Ok(owner)
 }
 
 fn named_owner(text: &str) -> Result<Owner, Problem> {
@@ -470,10 +473,9 @@ fn named_owner(text: &str) -> Result<Owner, Problem> {
 async fn remove_all(
     State(shared): State<Shared>,
     Extension(by): Extension<Peer>,
-    extract::Path(owner): extract::Path<String>,
-    request: Request,
+    Part(owner): Part<String>,
+    Query(options): Query<How>,
 ) -> Result<StatusCode, Problem> {
-    let options: Options = query(&request)?;
     let change = Change::RemoveAll(options.ending.unwrap_or_default());
     shared
         .change(Some(named_owner(&owner)?), by, change)
@@ -485,10 +487,9 @@ async fn remove_all(
 async fn remove(
     State(shared): State<Shared>,
     Extension(by): Extension<Peer>,
-    extract::Path(id): extract::Path<Id>,
-    request: Request,
+    Part(id): Part<Id>,
+    Query(options): Query<Options>,
 ) -> Result<StatusCode, Problem> {
-    let options: Options = query(&request)?;
     let change = Change::Remove(vec![Named::Id(id)], options.ending.unwrap_or_default());
     shared.change(options.owner, by, change).await?;
     Ok(StatusCode::NO_CONTENT)
@@ -498,9 +499,9 @@ async fn remove(
 async fn unpublish(
     State(shared): State<Shared>,
     Extension(by): Extension<Peer>,
+    Query(options): Query<Options>,
     request: Request,
 ) -> Result<StatusCode, Problem> {
-    let options: Options = query(&request)?;
     let asked: Unpublish = shared.json(request).await?;
     let named = asked.publishes.into_iter().map(|named| match named {
         NamedPublish::Id(id) => Ok(Named::Id(id)),
@@ -520,10 +521,10 @@ async fn unpublish(
 async fn replace(
     State(shared): State<Shared>,
     Extension(by): Extension<Peer>,
-    extract::Path(id): extract::Path<Id>,
+    Part(id): Part<Id>,
+    Query(options): Query<Whose>,
     request: Request,
 ) -> Result<extract::Json<Vec<Listed>>, Problem> {
-    let options: Options = query(&request)?;
     let backends: Vec<AskedEndpoint> = shared.json(request).await?;
     let [backend] = &backends[..] else {
         let message = format!("{} backends; a publish has one", backends.len());
@@ -540,13 +541,13 @@ async fn lease(
     State(shared): State<Shared>,
     Extension(by): Extension<Peer>,
     Extension(received): Extension<Received>,
+    Query(Nothing {}): Query<Nothing>,
     request: Request,
 ) -> Result<Response, Problem> {
-    let options: Options = query(&request)?;
     let asked = shared.json(request).await?;
     let asked = shared.publishes(asked).await?;
     let change = Change::Lease(asked, received.take());
-    let changed = shared.change(options.owner, by, change).await?;
+    let changed = shared.change(None, by, change).await?;
     let lease: Option<Lease> = changed.lease;
     let held = stream::once(async move { changed.publishes }).chain(stream::once(async move {
         let _lease = lease;
@@ -558,8 +559,11 @@ async fn lease(
 }
 
 #[utoipa::path(get, path = "/v1/flows", summary = "Live flows of the fast path", params(("publish" = Option<u64>, Query), ("client" = Option<String>, Query, description = "a network")), responses((status = 200, body = Vec<ListedFlow>)))]
-async fn flows(State(shared): State<Shared>, request: Request) -> Result<Response, Problem> {
-    let of: FlowFilter = query(&request)?;
+async fn flows(
+    State(shared): State<Shared>,
+    Query(of): Query<FlowFilter>,
+) -> Result<Response, Problem> {
+    shared.knows(&of).await?;
     Ok(Shared::array(move || shared.observed.flows(&of)))
 }
 
@@ -573,13 +577,13 @@ struct Ended {
 async fn end_flows(
     State(shared): State<Shared>,
     Extension(by): Extension<Peer>,
-    request: Request,
+    Query(of): Query<FlowFilter>,
 ) -> Result<extract::Json<Ended>, Problem> {
-    let of: FlowFilter = query(&request)?;
     if of.publish.is_none() && of.client.is_none() {
         let message = "all flows of all publishes are meant; name a publish or a client";
         return Err(problem(400, "Bad query", message));
     }
+    shared.knows(&of).await?;
     let ended = tokio::task::spawn_blocking(move || shared.observed.end_flows(&of));
     let ended = ended.await.map_err(anyhow::Error::from)??;
     let change = format!("end flows of {of:?}");
@@ -590,6 +594,7 @@ async fn end_flows(
 #[utoipa::path(get, path = "/v1/stats", summary = "Packet counters by reason", responses((status = 200, body = Vec<Counter>)))]
 pub(super) async fn stats(
     State(observed): State<Arc<dyn Observe>>,
+    Query(Nothing {}): Query<Nothing>,
 ) -> Result<extract::Json<Vec<Counter>>, Problem> {
     Ok(extract::Json(observed.stats()?))
 }
@@ -605,7 +610,7 @@ pub(super) async fn metrics(State(observed): State<Arc<dyn Observe>>) -> Result<
 }
 
 #[utoipa::path(get, path = "/v1/events", summary = "What changes, a line each, until either side closes", responses((status = 200, body = Event, content_type = "application/x-ndjson")))]
-async fn events(State(shared): State<Shared>) -> Response {
+async fn events(State(shared): State<Shared>, Query(Nothing {}): Query<Nothing>) -> Response {
     lines(received(shared.observed.events()))
 }
 
@@ -625,7 +630,10 @@ fn received<T: Clone + Send + 'static>(
 }
 
 #[utoipa::path(get, path = "/v1/trace", summary = "What happens to each packet, a line each, until either side closes", responses((status = 200, body = Traced, content_type = "application/x-ndjson"), (status = 503, body = Problem)))]
-async fn trace(State(shared): State<Shared>) -> Result<Response, Problem> {
+async fn trace(
+    State(shared): State<Shared>,
+    Query(Nothing {}): Query<Nothing>,
+) -> Result<Response, Problem> {
     let (answer, answered) = oneshot::channel();
     let Trace { packets, ended } = shared.call(Call::Trace { answer }, answered).await?;
     Ok(lines(received(packets).map(move |packet| {
@@ -638,6 +646,7 @@ async fn trace(State(shared): State<Shared>) -> Result<Response, Problem> {
 async fn reload(
     State(shared): State<Shared>,
     Extension(by): Extension<Peer>,
+    Query(Nothing {}): Query<Nothing>,
 ) -> Result<extract::Json<Reloaded>, Problem> {
     let (answer, answered) = oneshot::channel();
     let reloaded = shared.call(Call::Reload { by, answer }, answered).await?;
@@ -660,7 +669,7 @@ async fn description() -> Response {
     ),
     servers((url = "/", description = "unix:/run/forwarder/default.sock")),
     paths(
-        list, one, add, remove, replace, unpublish, want, remove_all, lease, flows, end_flows, bans::bans, bans::ban, bans::set_bans, bans::ban_one, bans::unban,
+        list, one, add, remove, replace, unpublish, want, remove_all, lease, flows, end_flows, bans::bans, bans::one, bans::ban, bans::set_bans, bans::ban_one, bans::unban_one, bans::unban, bans::unban_all,
         stats, events, trace, reload,
         metrics
     )

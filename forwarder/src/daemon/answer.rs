@@ -13,7 +13,7 @@ use crate::{
         api::{AskedEndpoint, Ending, Listed, Problem},
     },
     proxy::BindError,
-    publish::{Conflict, Id, Owner, Publish},
+    publish::{Conflict, Id, Owner, Publish, bans::NotBanned},
 };
 
 impl Daemon {
@@ -180,8 +180,14 @@ fn explain(error: anyhow::Error) -> Problem {
         };
         return Problem::new(status, title, &message);
     }
-    if error.downcast_ref::<BindError>().is_some() {
-        return Problem::new(409, "Port not to be had", &message);
+    if let Some(refused) = error.downcast_ref::<BindError>() {
+        return Problem {
+            taken: refused.taken,
+            ..Problem::new(409, "Port not to be had", &message)
+        };
+    }
+    if error.downcast_ref::<NotBanned>().is_some() {
+        return Problem::new(404, "Not found", &message);
     }
     Problem::new(422, "Not done", &message)
 }

@@ -1,12 +1,12 @@
 //! Bans: put in force on both paths, kept over restarts, and taken away when their time is over.
 
 use std::{
-    collections::HashSet,
+    collections::{BTreeSet, HashSet},
     net::IpAddr,
-    time::{Duration, SystemTime, UNIX_EPOCH},
+    time::SystemTime,
 };
 
-use anyhow::{Context as _, Result};
+use anyhow::Result;
 use forwarder_common::flow::state;
 use ipnet::IpNet;
 use tracing::{debug, warn};
@@ -20,7 +20,7 @@ use crate::{
     },
     publish::{
         Bans, allow,
-        bans::{BansFile, Until},
+        bans::{self, BansFile, NotBanned, Until},
     },
 };
 
@@ -38,9 +38,7 @@ impl Daemon {
         };
         let mut new = Vec::with_capacity(bans.len());
         for ban in bans {
-            let until = ban
-                .until
-                .map(|seconds| UNIX_EPOCH + Duration::from_secs(seconds));
+            let until = ban.until.and_then(bans::until);
             let network = allow::canonical(ban.network).trunc();
             after.insert(network, until);
             new.push((network, until));
@@ -57,14 +55,17 @@ impl Daemon {
     /// One of them is not banned, or the change cannot be written to disk.
     pub(super) fn unban(&mut self, networks: &[IpNet]) -> Result<()> {
         let mut after = Bans::clone(&self.idle.bans());
-        for network in networks {
-            let network = allow::canonical(*network);
-            let there = after.remove(network);
-            there.then_some(()).with_context(|| {
-                format!("{network} is not banned; `forwarder bans` shows what is")
-            })?;
+        let networks: BTreeSet<IpNet> = networks
+            .iter()
+            .map(|network| allow::canonical(*network).trunc())
+            .collect();
+        for network in &networks {
+            if !after.remove(*network) {
+                return Err(NotBanned(*network).into());
+            }
         }
-        self.change_bans(after, &[], networks)
+        let gone: Vec<IpNet> = networks.into_iter().collect();
+        self.change_bans(after, &[], &gone)
     }
 
     /// Puts what an earlier instance was told in force.

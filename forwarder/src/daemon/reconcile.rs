@@ -4,6 +4,7 @@
 use std::{
     collections::{BTreeSet, HashSet},
     net::IpAddr,
+    num::NonZeroU64,
     os::fd::OwnedFd,
     sync::Arc,
 };
@@ -484,7 +485,11 @@ impl Daemon {
         } = &policy.limits;
         let ifindex = match on.as_deref() {
             Some(name) => nix::net::if_::if_nametoindex(name)
-                .with_context(|| format!("publish {spec}: there is no interface {name}"))?,
+                .map_err(|_| {
+                    anyhow::anyhow!(
+                        "publish {spec}: there is no interface {name:?}; `ip link` shows those there are"
+                    )
+                })?,
             None => 0,
         };
         Ok(ProxyOptions {
@@ -493,7 +498,7 @@ impl Daemon {
             allow: policy.allow.as_ref().unwrap_or(&self.config.allow).clone(),
             timeouts: self.timeouts.clone(),
             limits: policy::Limits {
-                flows: max_flows.unwrap_or(0),
+                flows: max_flows.map_or(0, NonZeroU64::get),
                 new_flows: rate.map_or(0, |rate| rate.0),
                 new_flows_by_source: rate_per_source.map_or(0, |rate| rate.0),
                 bits: [bandwidth.map_or(0, |bits| bits.0); 2],

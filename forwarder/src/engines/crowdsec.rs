@@ -2,7 +2,7 @@
 //! as JSON. A block list comes as tens of thousands of them, which become one request.
 
 use std::{
-    collections::HashMap,
+    collections::{HashMap, HashSet},
     io::{self, BufRead as _},
     sync::mpsc::{Receiver, channel},
     thread,
@@ -25,6 +25,9 @@ const SETTLE: Duration = Duration::from_millis(100);
 const MOST: usize = 50_000;
 /// An instance that does not run is asked again after this time.
 const RETRY: Duration = Duration::from_secs(2);
+
+/// So often a list is sent again of which a ban has ended meanwhile.
+const ATTEMPTS: u32 = 5;
 
 /// What is read of a decision; it has more.
 #[derive(Debug, Deserialize)]
@@ -73,24 +76,35 @@ pub fn run(client: &Client) -> Result<()> {
         });
         // Of one source the last word counts.
         let changes: HashMap<IpNet, Option<u64>> = changes.collect();
-        let there = wait_for_instance(client);
+        wait_for_instance(client);
         let bans = changes.iter().filter(|(_, until)| until.is_some());
         let bans = bans.map(|(&network, &until)| Ban { network, until });
         let bans: Vec<Ban> = bans.collect();
         if !bans.is_empty() {
             client.ask::<()>(&Method::POST, "/v1/bans", Some(&bans))?;
         }
-        // A ban whose time was over has gone by itself.
-        let gone = there.iter().map(|ban| ban.network);
-        for network in gone.filter(|network| changes.get(network) == Some(&None)) {
-            let none: Option<&()> = None;
-            let path = format!("/v1/bans/{network}");
-            if let Err(error) = client.ask::<()>(&Method::DELETE, &path, none) {
-                eprintln!("{error:#}"); // it was over just now
-            }
-        }
+        let gone = changes.iter().filter(|(_, until)| until.is_none());
+        unban(client, &gone.map(|(&network, _)| network).collect())?;
     }
     Ok(())
+}
+
+/// Takes back what there is of these bans: one whose time was over has gone by itself.
+fn unban(client: &Client, networks: &HashSet<IpNet>) -> Result<()> {
+    if networks.is_empty() {
+        return Ok(());
+    }
+    let mut attempt = 0;
+    loop {
+        let there = wait_for_instance(client).into_iter();
+        let there = there.map(|ban| ban.network);
+        let gone: Vec<IpNet> = there.filter(|it| networks.contains(it)).collect();
+        match client.ask::<()>(&Method::POST, "/v1/unban", Some(&gone)) {
+            // The time of one was over just now.
+            Err(_) if attempt < ATTEMPTS => attempt += 1,
+            result => return result,
+        }
+    }
 }
 
 /// A line and those that come right behind it.

@@ -88,10 +88,10 @@ pub fn run(arguments: &[String]) -> ExitCode {
             return ExitCode::from(2);
         }
     };
-    // Before dockerd may send any.
-    let signals = signals();
+    // Before a number that dockerd has not used becomes one of this process's own descriptors.
     let status = Status::take();
-    let begun = signals.and_then(|signals| Ok((signals, Port::take(&asked)?)));
+    let listener = asked.use_listener.then(|| passed(LISTENER));
+    let begun = signals().and_then(|signals| Ok((signals, Port::take(&asked, listener)?)));
     let (signals, mut port) = match begun {
         Ok(begun) => begun,
         Err(error) => return status.failed(&error),
@@ -230,17 +230,16 @@ enum Serving {
 }
 
 impl Port {
-    fn take(asked: &Arguments) -> Result<Self> {
+    /// With the socket that dockerd has bound, if it says so.
+    fn take(asked: &Arguments, listener: Option<Option<OwnedFd>>) -> Result<Self> {
         let protocol = match asked.protocol.as_str() {
             "tcp" => Protocol::Tcp,
             "udp" => Protocol::Udp,
             "sctp" => Protocol::Sctp,
             other => bail!("unsupported protocol {other}"),
         };
-        let given = match asked.use_listener {
-            true => Some(passed(LISTENER).context("-use-listen-fd, but descriptor 4 is not open")?),
-            false => None,
-        };
+        let given = listener.map(|it| it.context("-use-listen-fd, but descriptor 4 is not open"));
+        let given = given.transpose()?;
         let (address, port) = match &given {
             Some(given) => {
                 let local = SockRef::from(given).local_addr().context("descriptor 4")?;

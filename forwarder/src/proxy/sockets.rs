@@ -14,7 +14,10 @@ use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use socket2::{Domain, SockAddr, SockRef, Socket, Type};
 
 use super::{control, sctp, store::Sockets, tcp};
-use crate::publish::spec::{Protocol, Spec, Zone};
+use crate::{
+    holder::{self, Taken},
+    publish::spec::{Protocol, Spec, Zone},
+};
 
 /// Listening sockets of one publish, or bound ones for UDP.
 #[derive(Debug, Default)]
@@ -45,11 +48,30 @@ pub fn is_wide(spec: &Spec) -> bool {
 
 /// A port that could not be had, and what to do about it.
 #[derive(Debug, thiserror::Error)]
-#[error("publish {frontend}/{protocol}: {problem}")]
+#[error("{message}")]
 pub struct BindError {
-    frontend: SocketAddr,
-    protocol: Protocol,
-    problem: String,
+    message: String,
+    /// Somebody has it.
+    pub taken: Option<Taken>,
+}
+
+impl BindError {
+    fn new(address: IpAddr, port: u16, protocol: Protocol, problem: &str) -> Self {
+        let frontend = SocketAddr::new(address, port);
+        Self {
+            message: format!("publish {frontend}/{protocol}: {problem}"),
+            taken: None,
+        }
+    }
+}
+
+impl From<Taken> for BindError {
+    fn from(taken: Taken) -> Self {
+        Self {
+            message: taken.problem(taken.holder().as_deref()),
+            taken: Some(taken),
+        }
+    }
 }
 
 /// Clients that wait to be accepted, where the kernel allows so many (net.core.somaxconn).
@@ -63,11 +85,6 @@ impl Held {
     /// # Errors
     /// The first port that could not be had.
     pub fn bind(spec: &Spec, given: &mut [&mut Sockets]) -> Result<Self, BindError> {
-        let fail = |address: IpAddr, port: u16, problem: String| BindError {
-            frontend: SocketAddr::new(address, port),
-            protocol: spec.protocol,
-            problem,
-        };
         let frontends = spec.frontends();
         let wanted = u64::from(spec.ports.count()) * frontends.len() as u64;
         // Counting what is open takes long for somebody who has much open; one port says so by itself.
@@ -79,7 +96,8 @@ impl Held {
                  or publish a narrower range",
                 wanted + SPARE
             );
-            return Err(fail(frontends[0], spec.ports.first, problem));
+            let (address, port) = (frontends[0], spec.ports.first);
+            return Err(BindError::new(address, port, spec.protocol, &problem));
         }
         let mut held = Self::default();
         for address in frontends {
@@ -94,7 +112,7 @@ impl Held {
                     Ok(()) => {}
                     Err(error) if spec.address.is_none() && is_without_ipv6(address, &error) => {}
                     Err(error) => {
-                        return Err(fail(address, port, explain(&error, address, port, spec)));
+                        return Err(explain(&error, address, port, spec));
                     }
                 }
             }
@@ -117,11 +135,7 @@ impl Held {
         for address in spec.frontends() {
             let without =
                 |error: &io::Error| spec.address.is_none() && is_without_ipv6(address, error);
-            let fail = |port, error: &io::Error| BindError {
-                frontend: SocketAddr::new(address, port),
-                protocol: spec.protocol,
-                problem: explain(error, address, port, spec),
-            };
+            let fail = |port, error: &io::Error| explain(error, address, port, spec);
             let bind = |port| scoped(address, spec.zone.as_ref(), port);
             let first = bind(spec.ports.first);
             let held_first = first.and_then(|first| match take(given, first, spec.protocol) {
@@ -374,17 +388,9 @@ fn bind_datagrams(socket: &Socket, address: SocketAddr, mark: Option<u32>) -> io
 
 /// Ports of a range that some socket of this network namespace has.
 fn ports_in_use(spec: &Spec) -> BTreeSet<u16> {
-    let all = tables(spec.protocol)
-        .into_iter()
-        .filter_map(|table| fs::read_to_string(table).ok());
-    all.flat_map(|text| {
-        let ports = text
-            .lines()
-            .filter_map(|line| held_port(line).map(|held| held.port));
-        ports.collect::<Vec<_>>()
-    })
-    .filter(|port| (spec.ports.first..=spec.ports.last).contains(port))
-    .collect()
+    let mut ports = holder::ports_in_use(spec.protocol);
+    ports.retain(|port| (spec.ports.first..=spec.ports.last).contains(port));
+    ports
 }
 
 fn is_without_ipv6(address: IpAddr, error: &io::Error) -> bool {
@@ -414,16 +420,22 @@ fn descriptors(wanted: u64) -> Result<(), u64> {
     }
 }
 
-fn explain(error: &io::Error, address: IpAddr, port: u16, spec: &Spec) -> String {
-    match error.raw_os_error() {
-        Some(libc::EADDRINUSE) => match holder(address, port, spec.protocol) {
-            Some(holder) => format!("address already in use (held by {holder})"),
-            None => "address already in use; `ss -Sanp` as root names who holds it".into(),
-        },
+fn explain(error: &io::Error, address: IpAddr, port: u16, spec: &Spec) -> BindError {
+    let protocol = spec.protocol;
+    let problem = match error.raw_os_error() {
+        Some(libc::EADDRINUSE) => {
+            return BindError::from(Taken {
+                address,
+                port,
+                protocol,
+            });
+        }
         Some(libc::EACCES) => {
             "permission denied: ports below 1024 need root or CAP_NET_BIND_SERVICE".into()
         }
-        Some(libc::EADDRNOTAVAIL) => format!("{address} is not an address of this host"),
+        Some(libc::EADDRNOTAVAIL) => {
+            format!("{address} is not an address of this host; `ip address` shows those")
+        }
         Some(libc::EMFILE | libc::ENFILE) => {
             "too many open files; raise the limit by `ulimit -n` or publish a narrower range".into()
         }
@@ -435,83 +447,8 @@ fn explain(error: &io::Error, address: IpAddr, port: u16, spec: &Spec) -> String
             "this kernel has no SCTP (CONFIG_IP_SCTP); `modprobe sctp` may load it".into()
         }
         _ => error.to_string(),
-    }
-}
-
-/// Who holds a port, in words: the socket's inode and user from /proc/net, its process from /proc/PID/fd. A daemon that
-/// runs may not look into the processes of others.
-fn holder(address: IpAddr, port: u16, protocol: Protocol) -> Option<String> {
-    // A dual-stack socket on [::] holds the port for IPv4 as well.
-    let tables = tables(protocol)
-        .into_iter()
-        .skip(usize::from(address.is_ipv6()));
-    let tables: Vec<String> = tables
-        .filter_map(|table| fs::read_to_string(table).ok())
-        .collect();
-    let sockets = tables.iter().flat_map(|table| table.lines());
-    let sockets = sockets
-        .filter_map(held_port)
-        .filter(|held| held.port == port);
-    let sockets: Vec<HeldPort<'_>> = sockets.collect();
-    process(&sockets).or_else(|| {
-        let user = nix::unistd::Uid::from_raw(sockets.first()?.uid);
-        let name = nix::unistd::User::from_uid(user).ok().flatten();
-        let name = name.map_or_else(|| user.to_string(), |user| user.name);
-        Some(format!(
-            "a process of user {name}, which `ss -tulpn` as root names"
-        ))
-    })
-}
-
-fn process(sockets: &[HeldPort<'_>]) -> Option<String> {
-    let links: Vec<String> = sockets
-        .iter()
-        .map(|held| format!("socket:[{}]", held.inode))
-        .collect();
-    for process in fs::read_dir("/proc").ok()?.flatten() {
-        let name = process.file_name();
-        let Some(pid) = name.to_str().and_then(|name| name.parse::<u32>().ok()) else {
-            continue;
-        };
-        for descriptor in fs::read_dir(process.path().join("fd"))
-            .into_iter()
-            .flatten()
-            .flatten()
-        {
-            let link = fs::read_link(descriptor.path()).unwrap_or_default();
-            if links.iter().any(|held| link.as_os_str() == held.as_str()) {
-                let name = fs::read_to_string(process.path().join("comm")).unwrap_or_default();
-                return Some(format!("pid {pid}, {}", name.trim()));
-            }
-        }
-    }
-    None
-}
-
-fn tables(protocol: Protocol) -> Vec<&'static str> {
-    match protocol {
-        Protocol::Tcp => vec!["/proc/net/tcp", "/proc/net/tcp6"],
-        Protocol::Udp => vec!["/proc/net/udp", "/proc/net/udp6"],
-        Protocol::Sctp => vec![],
-    }
-}
-
-struct HeldPort<'a> {
-    port: u16,
-    uid: u32,
-    inode: &'a str,
-}
-
-/// A line of /proc/net/tcp and its like (proc_net_tcp, Documentation/networking), if it is a listener or a bound socket.
-fn held_port(line: &str) -> Option<HeldPort<'_>> {
-    let mut words = line.split_whitespace();
-    let local = words.nth(1)?;
-    let state = words.nth(1)?;
-    let uid = words.nth(3)?.parse().ok()?;
-    let inode = words.nth(1)?;
-    let port = u16::from_str_radix(local.rsplit_once(':')?.1, 16).ok()?;
-    let is_held = ["0A", "07"].contains(&state);
-    is_held.then_some(HeldPort { port, uid, inode })
+    };
+    BindError::new(address, port, protocol, &problem)
 }
 
 #[cfg(test)]

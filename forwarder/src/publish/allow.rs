@@ -3,6 +3,7 @@
 use std::net::IpAddr;
 
 use ipnet::{IpNet, Ipv4Net};
+use serde::{Deserialize as _, Deserializer, de};
 
 /// Reads a network; an IPv4 one may be written in IPv6 (RFC 4291, section 2.5.5.2).
 ///
@@ -22,6 +23,25 @@ pub fn source(text: &str) -> Result<IpNet, String> {
         Ok(address) => Ok(address.to_canonical().into()),
         Err(_) => network(text),
     }
+}
+
+/// The same of a document's field that may be left out.
+///
+/// # Errors
+/// As [`source`].
+pub fn source_of<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<IpNet>, D::Error> {
+    let text = Option::<String>::deserialize(deserializer)?;
+    let network = text.as_deref().map(source).transpose();
+    network.map_err(de::Error::custom)
+}
+
+/// The same of one that must be there.
+///
+/// # Errors
+/// As [`source`].
+pub fn a_source<'de, D: Deserializer<'de>>(deserializer: D) -> Result<IpNet, D::Error> {
+    let text = String::deserialize(deserializer)?;
+    source(&text).map_err(de::Error::custom)
 }
 
 /// The IPv4 network that `::ffff:a.b.c.d/96` and longer ones name; others as they are.

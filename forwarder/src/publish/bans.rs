@@ -16,6 +16,16 @@ use super::state::replace;
 /// When a ban ends; `None`: never.
 pub type Until = Option<SystemTime>;
 
+/// The time that is so many seconds after the epoch; one that no clock gets to is never.
+pub fn until(seconds: u64) -> Until {
+    UNIX_EPOCH.checked_add(Duration::from_secs(seconds))
+}
+
+/// What was to be taken back is not there.
+#[derive(Debug, thiserror::Error)]
+#[error("{0} is not banned; `forwarder bans` shows what is")]
+pub struct NotBanned(pub IpNet);
+
 /// The sources that are banned. An address is a network of one.
 #[derive(Clone, Debug, Default)]
 pub struct Bans {
@@ -122,10 +132,7 @@ impl BansFile {
             let (network, until) = line.split_once(' ').unwrap_or((line, ""));
             let network = network.parse();
             let network = network.with_context(|| format!("{shown}: {line:?} is no ban"))?;
-            let until = until
-                .parse()
-                .ok()
-                .map(|seconds| UNIX_EPOCH + Duration::from_secs(seconds));
+            let until = until.parse().ok().and_then(self::until);
             if lasts(until) {
                 bans.insert(network, until);
             }

@@ -1,6 +1,6 @@
 //! A publish's limits as people write them: `1000/s`, `100Mbit`.
 
-use std::{fmt, str::FromStr};
+use std::{fmt, num::NonZeroU64, str::FromStr};
 
 use serde::{Deserialize, Deserializer, Serialize, de};
 use utoipa::ToSchema;
@@ -11,7 +11,8 @@ use utoipa::ToSchema;
 pub struct Limits {
     /// Flows at once.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub max_flows: Option<u64>,
+    #[schema(value_type = Option<u64>, minimum = 1)]
+    pub max_flows: Option<NonZeroU64>,
     /// New flows a second.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub rate: Option<Rate>,

@@ -9,11 +9,20 @@ use axum::{
 use ipnet::IpNet;
 use serde::Deserialize;
 
-use super::{Change, Peer, Problem, Shared, problem, query};
-use crate::{control::api::Ban, publish::allow};
+use super::{
+    Change, Peer, Problem, Shared, problem,
+    request::{LONGEST_BANS, Named as Part, Nothing, Query},
+};
+use crate::{
+    control::api::Ban,
+    publish::{allow, bans::NotBanned},
+};
 
 #[utoipa::path(get, path = "/v1/bans", summary = "Sources of which nothing gets into any published port", responses((status = 200, body = Vec<Ban>)))]
-pub(super) async fn bans(State(shared): State<Shared>) -> Response {
+pub(super) async fn bans(
+    State(shared): State<Shared>,
+    Query(Nothing {}): Query<Nothing>,
+) -> Response {
     Shared::array(move || shared.observed.bans())
 }
 
@@ -21,9 +30,10 @@ pub(super) async fn bans(State(shared): State<Shared>) -> Response {
 pub(super) async fn ban(
     State(shared): State<Shared>,
     Extension(by): Extension<Peer>,
+    Query(Nothing {}): Query<Nothing>,
     request: Request,
 ) -> Result<StatusCode, Problem> {
-    let bans = shared.json(request).await?;
+    let bans = shared.json_up_to(LONGEST_BANS, request).await?;
     change(&shared, by, bans, false).await
 }
 
@@ -31,9 +41,10 @@ pub(super) async fn ban(
 pub(super) async fn set_bans(
     State(shared): State<Shared>,
     Extension(by): Extension<Peer>,
+    Query(Nothing {}): Query<Nothing>,
     request: Request,
 ) -> Result<StatusCode, Problem> {
-    let bans = shared.json(request).await?;
+    let bans = shared.json_up_to(LONGEST_BANS, request).await?;
     change(&shared, by, bans, true).await
 }
 
@@ -51,7 +62,7 @@ async fn change(
 /// How long a ban lasts.
 #[derive(Clone, Debug, Default, Deserialize)]
 #[serde(deny_unknown_fields)]
-struct Lasts {
+pub(super) struct Lasts {
     /// Seconds since the epoch.
     until: Option<u64>,
 }
@@ -60,26 +71,68 @@ fn banned(text: &str) -> Result<IpNet, Problem> {
     allow::source(text).map_err(|error| problem(422, "Bad network", &error))
 }
 
+#[utoipa::path(get, path = "/v1/bans/{network}", summary = "The ban of a source", params(("network" = String, Path)), responses((status = 200, body = Ban), (status = 404, body = Problem)))]
+pub(super) async fn one(
+    State(shared): State<Shared>,
+    Part(network): Part<String>,
+    Query(Nothing {}): Query<Nothing>,
+) -> Result<extract::Json<Ban>, Problem> {
+    let network = banned(&network)?.trunc();
+    let bans = shared.observed.bans();
+    for ban in bans {
+        let ban = ban?;
+        if ban.network == network {
+            return Ok(extract::Json(ban));
+        }
+    }
+    Err(problem(404, "Not found", &NotBanned(network).to_string()))
+}
+
 #[utoipa::path(put, path = "/v1/bans/{network}", summary = "Bans a source", params(("network" = String, Path), ("until" = Option<u64>, Query, description = "seconds since the epoch")), responses((status = 204), (status = "4XX", body = Problem)))]
 pub(super) async fn ban_one(
     State(shared): State<Shared>,
     Extension(by): Extension<Peer>,
-    extract::Path(network): extract::Path<String>,
-    request: Request,
+    Part(network): Part<String>,
+    Query(Lasts { until }): Query<Lasts>,
 ) -> Result<StatusCode, Problem> {
-    let Lasts { until } = query(&request)?;
     let network = banned(&network)?;
     let bans = vec![Ban { network, until }];
     change(&shared, by, bans, false).await
 }
 
 #[utoipa::path(delete, path = "/v1/bans/{network}", summary = "Takes a ban back", params(("network" = String, Path)), responses((status = 204), (status = "4XX", body = Problem)))]
+pub(super) async fn unban_one(
+    State(shared): State<Shared>,
+    Extension(by): Extension<Peer>,
+    Part(network): Part<String>,
+    Query(Nothing {}): Query<Nothing>,
+) -> Result<StatusCode, Problem> {
+    let networks = vec![banned(&network)?];
+    take_back(&shared, by, networks).await
+}
+
+#[utoipa::path(post, path = "/v1/unban", summary = "Takes bans back, all or none", request_body = Vec<String>, responses((status = 204), (status = "4XX", body = Problem)))]
 pub(super) async fn unban(
     State(shared): State<Shared>,
     Extension(by): Extension<Peer>,
-    extract::Path(network): extract::Path<String>,
+    Query(Nothing {}): Query<Nothing>,
+    request: Request,
 ) -> Result<StatusCode, Problem> {
-    let networks = vec![banned(&network)?];
+    let networks: Vec<String> = shared.json_up_to(LONGEST_BANS, request).await?;
+    let networks = networks.iter().map(|text| banned(text));
+    take_back(&shared, by, networks.collect::<Result<_, _>>()?).await
+}
+
+#[utoipa::path(delete, path = "/v1/bans", summary = "Takes all bans back", responses((status = 204), (status = "4XX", body = Problem)))]
+pub(super) async fn unban_all(
+    State(shared): State<Shared>,
+    Extension(by): Extension<Peer>,
+    Query(Nothing {}): Query<Nothing>,
+) -> Result<StatusCode, Problem> {
+    change(&shared, by, Vec::new(), true).await
+}
+
+async fn take_back(shared: &Shared, by: Peer, networks: Vec<IpNet>) -> Result<StatusCode, Problem> {
     shared.change(None, by, Change::Unban(networks)).await?;
     Ok(StatusCode::NO_CONTENT)
 }
