@@ -133,6 +133,12 @@ fn bans_are_changed_one_by_one_and_as_lists() {
         let answer = api::ask(&daemon, method, path, body).unwrap();
         (answer.status, answer.body)
     };
+    let later = r#"{"until": 4102444800}"#;
+    assert_eq!(ask("PUT", "/v1/bans/192.0.2.1", later).0, 204);
+    let ban = json!({"network": "192.0.2.1/32", "until": 4_102_444_800_u64});
+    assert_eq!(ask("GET", "/v1/bans/192.0.2.1", ""), (200, ban));
+    assert_eq!(ask("PUT", "/v1/bans/192.0.2.1?until=1", later).0, 400);
+    assert_eq!(ask("PUT", "/v1/bans/192.0.2.1", r#"{"for": 1}"#).0, 422);
     // A time that no clock gets to.
     let path = format!("/v1/bans/192.0.2.1?until={}", u64::MAX);
     assert_eq!(ask("PUT", &path, "").0, 204);

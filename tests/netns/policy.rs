@@ -271,7 +271,7 @@ fn clients_come_by_the_interface_that_was_asked_for() {
             .control(&["publish", &spec, "--on", "none0"])
             .unwrap_err()
             .to_string();
-        assert!(error.contains("no interface none0"), "{error}");
+        assert!(error.contains("no interface \"none0\""), "{error}");
         daemon.control(&["publish", &spec, "--on", "lo"]).unwrap();
         let frontend = |address| SocketAddr::new(address, PORT);
         let outside = frontend(topology.host_address(Family::V4));

@@ -8,6 +8,7 @@ use axum::{
 };
 use ipnet::IpNet;
 use serde::Deserialize;
+use utoipa::ToSchema;
 
 use super::{
     Change, Peer, Problem, Shared, problem,
@@ -60,7 +61,7 @@ async fn change(
 }
 
 /// How long a ban lasts.
-#[derive(Clone, Debug, Default, Deserialize)]
+#[derive(Clone, Debug, Default, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub(super) struct Lasts {
     /// Seconds since the epoch.
@@ -88,14 +89,21 @@ pub(super) async fn one(
     Err(problem(404, "Not found", &NotBanned(network).to_string()))
 }
 
-#[utoipa::path(put, path = "/v1/bans/{network}", summary = "Bans a source", params(("network" = String, Path), ("until" = Option<u64>, Query, description = "seconds since the epoch")), responses((status = 204), (status = "4XX", body = Problem)))]
+#[utoipa::path(put, path = "/v1/bans/{network}", summary = "Bans a source", params(("network" = String, Path), ("until" = Option<u64>, Query, description = "seconds since the epoch")), request_body(content = Option<Lasts>, description = "in place of the query"), responses((status = 204), (status = "4XX", body = Problem)))]
 pub(super) async fn ban_one(
     State(shared): State<Shared>,
     Extension(by): Extension<Peer>,
     Part(network): Part<String>,
     Query(Lasts { until }): Query<Lasts>,
+    request: Request,
 ) -> Result<StatusCode, Problem> {
     let network = banned(&network)?;
+    let Lasts { until: in_body } = shared.json_if_any(request).await?;
+    if until.is_some() && in_body.is_some() {
+        let message = "`until` is in the query and in the body; leave one of them out";
+        return Err(problem(400, "Bad query", message));
+    }
+    let until = until.or(in_body);
     let bans = vec![Ban { network, until }];
     change(&shared, by, bans, false).await
 }

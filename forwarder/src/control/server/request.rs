@@ -92,10 +92,19 @@ impl Shared {
         longest: usize,
         request: Request,
     ) -> Result<T, Problem> {
-        let octets = self.octets(longest, request).await?;
-        extract::Json::from_bytes(&octets)
-            .map(|extract::Json(value)| value)
-            .map_err(|error: JsonRejection| malformed(422, "Bad body", &placed(&error.body_text())))
+        decoded(&self.octets(longest, request).await?)
+    }
+
+    /// The same of a document that may be left out.
+    pub(super) async fn json_if_any<T: DeserializeOwned + Default>(
+        &self,
+        request: Request,
+    ) -> Result<T, Problem> {
+        let octets = self.octets(SHORT, request).await?;
+        if octets.is_empty() {
+            return Ok(T::default());
+        }
+        decoded(&octets)
     }
 
     async fn octets(&self, longest: usize, request: Request) -> Result<Bytes, Problem> {
@@ -131,6 +140,12 @@ impl Shared {
             malformed(400, "Bad body", "the request ends in the midst of its body")
         })
     }
+}
+
+fn decoded<T: DeserializeOwned>(octets: &[u8]) -> Result<T, Problem> {
+    extract::Json::from_bytes(octets)
+        .map(|extract::Json(value)| value)
+        .map_err(|error: JsonRejection| malformed(422, "Bad body", &placed(&error.body_text())))
 }
 
 /// What is wrong with a document: where it is, and then the library's words without their introduction.
