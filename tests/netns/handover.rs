@@ -13,6 +13,7 @@ use forwarder_tests::{
     daemon::{Daemon, Datapath},
     deadline::{patience, wait_for},
     layout::lay_out_otherwise,
+    netns::Netns,
     topology::{Family, Topology},
     traffic::{Backend, Connection, Protocol, ask},
 };
@@ -293,16 +294,19 @@ fn outlives_a_start_that_fails(
     daemon.stop().unwrap();
 }
 
+/// Takes the port as soon as it is free: processes that other tests start have the manager's descriptors until they begin
+/// with their programs.
+fn taken_by_somebody(host: &Netns) -> UdpSocket {
+    let bound = || host.enter(|| UdpSocket::bind(("0.0.0.0", PORT)).ok());
+    wait_for("the port is free", bound).unwrap()
+}
+
 #[test]
 fn conversations_outlive_a_start_that_finds_a_port_taken() {
     outlives_a_start_that_fails(
         |scene, daemon| {
             daemon.manager().unwrap().lose("p2");
-            let somebody = scene
-                .topology
-                .host
-                .enter(|| UdpSocket::bind(("0.0.0.0", PORT)));
-            let somebody = somebody.unwrap();
+            let somebody = taken_by_somebody(&scene.topology.host);
             Box::new(move || drop(somebody))
         },
         "address already in use",
@@ -355,9 +359,8 @@ fn what_is_taken_back_is_kept_no_more() {
     let id = daemon.list().unwrap()[1]["id"].to_string();
     daemon.control(&["unpublish", &id]).unwrap();
     assert_eq!(daemon.stored(), ["p1", "p1", "p3", "p3"]);
-    // The port is free at once: for somebody else, and for another publish.
-    let host = &scene.topology.host;
-    drop(host.enter(|| UdpSocket::bind(("0.0.0.0", PORT)).unwrap()));
+    // The port is free: for somebody else, and for another publish.
+    drop(taken_by_somebody(&scene.topology.host));
     // A flag asks for it again, which is another publish.
     daemon.hand_over().unwrap();
     assert_eq!(daemon.stored(), ["p1", "p1", "p3", "p3", "p4", "p4"]);
