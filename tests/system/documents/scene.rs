@@ -104,11 +104,13 @@ impl Scene {
     }
 
     pub(super) fn shell(&self, command: &str) -> Command {
-        let mut shell = self.host.command("sh");
+        // Who runs the tests in the background ignores SIGINT, which what they start would inherit.
+        let mut shell = self.host.command("env");
         let path = std::env::var("PATH").unwrap_or_default();
         let path = format!("{}:{path}:/usr/sbin:/sbin", self.programs.path().display());
         shell
-            .args(["-c", &format!("exec {command}")])
+            .args(["--default-signal=INT", "sh", "-c"])
+            .arg(format!("exec {command}"))
             .current_dir("/")
             .env("PATH", path)
             .stdin(Stdio::null())
