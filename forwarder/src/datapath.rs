@@ -40,18 +40,6 @@ static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/fo
 
 /// Folder of the marks of qdiscs.
 const QDISCS: &str = "qdiscs";
-/// The maps that a later instance takes over, so that established flows survive a restart. The kernel empties
-/// `PIPELINE` when neither a process nor a pin has it.
-const ADOPTED: [&str; 7] = [
-    "FLOWS",
-    "HALF_OPEN",
-    "USAGE",
-    "LEFT",
-    "DIRECT",
-    "KEYS",
-    "PIPELINE",
-];
-
 /// What the kernel is asked at load.
 #[derive(Clone, Debug)]
 pub struct Options {
@@ -85,7 +73,7 @@ pub struct Datapath {
     steering: bool,
     /// An earlier instance has left programs that may forward.
     inherits: bool,
-    /// This start has made the pins' directory: its tables had nothing that is newer than what an earlier layout's have.
+    /// These tables were not in use: they have nothing that is newer than what an earlier layout's have.
     is_new: bool,
     /// What versions with another layout left.
     earlier: Vec<Earlier>,
@@ -138,10 +126,12 @@ impl Datapath {
             inherits = pins
                 .parent()
                 .is_some_and(|left| entries(left).next().is_some());
-            is_new = !pins.exists();
+            is_new = !earlier::is_described(pins);
             fs::create_dir_all(pins.join("links"))
                 .with_context(|| format!("create {}", pins.display()))?;
-            for map in ADOPTED {
+            // What a later instance takes over, so that established flows survive a restart. The kernel empties `PIPELINE` when
+            // neither a process nor a pin has it.
+            for map in earlier::names().chain(["PIPELINE"]) {
                 loader.map_pin_path(map, pins.join(map));
             }
         }
@@ -151,12 +141,12 @@ impl Datapath {
             .context("load the eBPF object");
         let mut ebpf = ebpf.inspect_err(|_| {
             if let Some(pins) = &pins {
+                remove_unused(pins);
                 remove_empty(pins);
             }
         })?;
         let mut earlier: Vec<Earlier> = Vec::new();
         if let Some(pins) = &pins {
-            earlier::describe(pins)?;
             earlier.extend(other_layouts(pins).flat_map(Earlier::open));
             for earlier in earlier.iter().filter(|_| is_new) {
                 warn_of(earlier.carry_keys(pins));
@@ -289,13 +279,8 @@ impl Datapath {
         if !self.inherits {
             return self.remove();
         }
-        if let Some(pins) = self.pins.as_ref().filter(|_| self.is_new) {
-            let mut attached = ["links", QDISCS]
-                .map(|folder| pins.join(folder))
-                .into_iter();
-            if attached.all(|folder| entries(&folder).next().is_none()) {
-                let _ = fs::remove_dir_all(pins);
-            }
+        if let Some(pins) = &self.pins {
+            remove_unused(pins);
         }
     }
 
@@ -408,6 +393,16 @@ fn remove_pins(directory: &Path) -> Result<bool> {
         let _ = fs::remove_dir(parent); // stays while another instance has pins
     }
     Ok(true)
+}
+
+/// Removes tables that no program has used.
+fn remove_unused(pins: &Path) {
+    let mut attached = ["links", QDISCS]
+        .map(|folder| pins.join(folder))
+        .into_iter();
+    if !earlier::is_described(pins) && attached.all(|folder| entries(&folder).next().is_none()) {
+        let _ = fs::remove_dir_all(pins);
+    }
 }
 
 /// Removes the directories of an instance that has nothing pinned.

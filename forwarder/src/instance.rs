@@ -105,17 +105,17 @@ impl Instance {
     /// Another process has it, or there is no place for the lock.
     pub fn lock(&self) -> Result<Lock> {
         let [system, own] = Self::directories();
+        let directory = match make_private(&system) {
+            Ok(()) => system,
+            Err(_) => make_private(&own).map(|()| own)?,
+        };
+        let path = directory.join(format!("{}.lock", self.name));
         let mut options = OpenOptions::new();
         options.create(true).truncate(false).write(true);
         options.mode(0o600).custom_flags(libc::O_NOFOLLOW);
-        let open = |directory: &Path| {
-            let path = directory.join(format!("{}.lock", self.name));
-            make_within(directory, OPEN, || options.open(&path))
-                .with_context(|| format!("open {}", path.display()))
-                .map(|file| (file, path))
-        };
         loop {
-            let (file, path) = open(&system).or_else(|_| open(&own))?;
+            let file = make_within(&directory, OPEN, || options.open(&path))
+                .with_context(|| format!("open {}", path.display()))?;
             match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
                 Ok(file) => {
                     // One that ends just now has removed what was opened.

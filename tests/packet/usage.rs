@@ -1,9 +1,12 @@
 //! What is counted of a publish: flows that are there, have begun and have ended, and whom it has refused.
 
+use std::path::PathBuf;
+
 use forwarder::datapath::{Options, maps::Usage};
 use forwarder_common::{
     flow::{Flow, Phase, Timeouts, state},
     publish::flag,
+    tuple::Tuple,
 };
 use forwarder_tests::{
     frame::{ACK, Frame, Protocol},
@@ -155,20 +158,28 @@ fn refusals_are_counted_by_publish_and_reason_on_both_hooks() {
     }
 }
 
-#[test]
-fn a_later_instance_knows_which_flows_are_there() {
-    let pins = std::path::PathBuf::from("/sys/fs/bpf/forwarder-usage-test");
+/// An instance with pins and a proven flow, which a later one with the same pins will know.
+fn with_a_pinned_flow(name: &str, test: impl FnOnce(&mut Bench, &Options, Tuple, Flow) + Send) {
+    let pins = PathBuf::from(format!("/sys/fs/bpf/forwarder-{name}-test"));
     let options = Options {
         pins: Some(pins.clone()),
         ..options()
     };
     bench_with(options.clone(), |bench| {
         bench.publish(Protocol::Tcp, PORT, V4[2]);
+        bench.datapath.forget_others();
         let first = Frame::first(Protocol::Tcp, at(V4[0]), at(V4[1]));
         prove(bench, &first, bench.uplink);
         let (key, flow) = bench.flow();
-        let later = Bench::here(&options);
-        let mut later = later.datapath;
+        test(bench, &options, key, flow);
+    });
+    let _ = std::fs::remove_dir_all(pins);
+}
+
+#[test]
+fn a_later_instance_knows_which_flows_are_there() {
+    with_a_pinned_flow("usage", |_, options, key, flow| {
+        let mut later = Bench::here(options).datapath;
         assert_eq!(later.maps.usage(1).unwrap().flows, 1);
         // Its publish has another number there.
         let flow = Flow { publish: 7, ..flow };
@@ -179,23 +190,13 @@ fn a_later_instance_knows_which_flows_are_there() {
         assert_eq!(later.maps.usage(7).unwrap().flows, 0);
         later.remove();
     });
-    let _ = std::fs::remove_dir_all(pins);
 }
 
 #[test]
 fn flows_are_carried_over_from_another_layout_as_far_as_they_have_come() {
-    let pins = std::path::PathBuf::from("/sys/fs/bpf/forwarder-layout-test");
-    let options = Options {
-        pins: Some(pins.clone()),
-        ..options()
-    };
-    bench_with(options.clone(), |bench| {
-        bench.publish(Protocol::Tcp, PORT, V4[2]);
-        let first = Frame::first(Protocol::Tcp, at(V4[0]), at(V4[1]));
-        prove(bench, &first, bench.uplink);
-        let (key, flow) = bench.flow();
-        let other = lay_out_otherwise(&pins).unwrap();
-        let mut later = Bench::here(&options).datapath;
+    with_a_pinned_flow("layout", |_, options, key, flow| {
+        let other = lay_out_otherwise(options.pins.as_ref().unwrap()).unwrap();
+        let mut later = Bench::here(options).datapath;
         assert_eq!(later.maps.usage(1).unwrap().flows, 1);
         assert_eq!(later.maps.flows.get(&key).unwrap(), None);
         later.take_over();
@@ -210,29 +211,46 @@ fn flows_are_carried_over_from_another_layout_as_far_as_they_have_come() {
         later.maps.flows.set(&key, &behind).unwrap();
         later.forget_others();
         assert_eq!(later.maps.flows.get(&key).unwrap(), Some(flow));
+        assert_eq!(later.maps.usage(1).unwrap().flows, 1);
         assert!(!other.exists());
         later.remove();
     });
-    let _ = std::fs::remove_dir_all(pins);
 }
 
 #[test]
-fn flows_that_began_while_the_programs_were_replaced_are_carried_over_too() {
-    let pins = std::path::PathBuf::from("/sys/fs/bpf/forwarder-late-test");
-    let options = Options {
-        pins: Some(pins.clone()),
-        ..options()
-    };
-    bench_with(options.clone(), |bench| {
-        bench.publish(Protocol::Tcp, PORT, V4[2]);
-        let first = Frame::first(Protocol::Tcp, at(V4[0]), at(V4[1]));
-        prove(bench, &first, bench.uplink);
-        let (key, flow) = bench.flow();
-        lay_out_otherwise(&pins).unwrap();
-        let mut later = Bench::here(&options).datapath;
+fn flows_that_began_while_the_programs_were_replaced_are_carried_over_and_counted() {
+    with_a_pinned_flow("late", |_, options, key, flow| {
+        lay_out_otherwise(options.pins.as_ref().unwrap()).unwrap();
+        let mut later = Bench::here(options).datapath;
+        later.take_over();
+        // As if it had not been there yet.
+        later.maps.flows.remove(&key, &flow).unwrap();
+        let begun = later.maps.usage(1).unwrap().begun;
+        assert_eq!(later.maps.usage(1).unwrap().flows, 0);
+        later.forget_others();
+        assert_eq!(later.maps.flows.get(&key).unwrap(), Some(flow));
+        assert_eq!(later.maps.usage(1).unwrap().flows, 1);
+        assert_eq!(later.maps.usage(1).unwrap().begun, begun + 1);
+        later.remove();
+    });
+}
+
+/// A start that does not come as far as forwarding leaves an earlier layout's tables alone, and none of its own.
+#[test]
+fn tables_of_a_start_that_fails_are_not_taken_for_those_in_use() {
+    with_a_pinned_flow("unused", |_, options, key, flow| {
+        let pins = options.pins.as_ref().unwrap();
+        let other = lay_out_otherwise(pins).unwrap();
+        let folders = || std::fs::read_dir(pins).unwrap().count();
+        drop(Bench::here(options).datapath); // killed
+        assert_eq!(folders(), 2);
+        Bench::here(options).datapath.abandon();
+        assert_eq!(folders(), 1);
+        assert!(other.exists());
+        let mut later = Bench::here(options).datapath;
+        later.take_over();
         later.forget_others();
         assert_eq!(later.maps.flows.get(&key).unwrap(), Some(flow));
         later.remove();
     });
-    let _ = std::fs::remove_dir_all(pins);
 }

@@ -111,41 +111,35 @@ fn copy(from: &MapData, to: &MapData, key: &Parts, value: &Parts) -> Result<()> 
     let mut at: Option<Vec<u8>> = None;
     loop {
         let mut next = vec![0; key.before];
-        let last = at.as_mut().map_or(0, |at| at.as_mut_ptr() as u64);
-        // SAFETY: keys of the map's size.
-        match unsafe { entry(BPF_MAP_GET_NEXT_KEY, from, last, next.as_mut_ptr() as u64) } {
+        // SAFETY: keys and values of the maps' sizes, here and below.
+        let found = unsafe { entry(BPF_MAP_GET_NEXT_KEY, from, at.as_deref(), &mut next) };
+        match found {
             Err(error) if error.raw_os_error() == Some(libc::ENOENT) => return Ok(()),
             result => result?,
         }
         let mut found = vec![0; value.before];
-        // SAFETY: a key and a value of the map's sizes.
-        unsafe {
-            entry(
-                BPF_MAP_LOOKUP_ELEM,
-                from,
-                next.as_mut_ptr() as u64,
-                found.as_mut_ptr() as u64,
-            )
-        }?;
-        let (mut new_key, mut new_value) = (key.moved(&next), value.moved(&found));
         // SAFETY: as above.
-        unsafe {
-            entry(
-                BPF_MAP_UPDATE_ELEM,
-                to,
-                new_key.as_mut_ptr() as u64,
-                new_value.as_mut_ptr() as u64,
-            )
-        }?;
+        unsafe { entry(BPF_MAP_LOOKUP_ELEM, from, Some(&next), &mut found) }?;
+        let (new_key, mut new_value) = (key.moved(&next), value.moved(&found));
+        // SAFETY: as above.
+        unsafe { entry(BPF_MAP_UPDATE_ELEM, to, Some(&new_key), &mut new_value) }?;
         at = Some(next);
     }
 }
 
+/// A command on one entry: `other` is its value or the next key.
+///
 /// # Safety
-/// What the addresses name is as long as the map's keys and values.
-unsafe fn entry(command: libc::c_long, map: &MapData, key: u64, other: u64) -> io::Result<()> {
+/// Both are as long as the map's keys and values.
+unsafe fn entry(
+    command: libc::c_long,
+    map: &MapData,
+    key: Option<&[u8]>,
+    other: &mut [u8],
+) -> io::Result<()> {
     let fd = map.fd().as_fd().as_raw_fd() as u64;
-    let attributes = [fd, key, other, 0];
+    let key = key.map_or(0, |key| key.as_ptr() as u64);
+    let attributes = [fd, key, other.as_mut_ptr() as u64, 0];
     // SAFETY: as the caller says.
     let result = unsafe { libc::syscall(libc::SYS_bpf, command, attributes.as_ptr(), 32) };
     if result < 0 {

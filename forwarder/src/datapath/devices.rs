@@ -20,6 +20,7 @@ use super::{Datapath, QDISCS, entries, explain, link};
 use crate::{
     datapath::clsact::{self, Side},
     datapath::kernel::{Attach, kernel},
+    datapath::maps::earlier,
 };
 
 /// A side of a device that has one of our programs.
@@ -421,7 +422,11 @@ impl Datapath {
         for earlier in std::mem::take(&mut self.earlier) {
             super::warn_of(earlier.catch_up(&mut self.maps.flows));
         }
-        for other in self.pins.iter().flat_map(|pins| super::other_layouts(pins)) {
+        let Some(pins) = &self.pins else { return };
+        if let Err(error) = earlier::describe(pins) {
+            tracing::warn!("a version with another layout could not carry flows over: {error:#}");
+        }
+        for other in super::other_layouts(pins) {
             if let Err(error) = fs::remove_dir_all(&other) {
                 tracing::warn!("remove {}: {error}", other.display());
             }

@@ -57,3 +57,39 @@ impl Batch {
         }
     }
 }
+
+/// Reads up to `count` entries of an array or a hash table by one system call, and returns how many there were. `token` is
+/// moved on, and is `None` at the end of the table.
+///
+/// # Safety
+/// There is room for `count` keys and values of the map's sizes.
+///
+/// # Errors
+/// Those of the kernel.
+pub(super) unsafe fn lookup(
+    map: &MapData,
+    keys: *mut u8,
+    values: *mut u8,
+    count: usize,
+    token: &mut Option<u32>,
+) -> io::Result<usize> {
+    let start = *token;
+    let mut next = 0_u32;
+    let mut batch = Batch {
+        in_batch: start.as_ref().map_or(0, |start| &raw const *start as u64),
+        out_batch: &raw mut next as u64,
+        keys: keys as u64,
+        values: values as u64,
+        count: count as u32,
+        ..Batch::default()
+    };
+    // SAFETY: by the caller's promise; and the kernel reads `start` and writes `next`, which are words as tokens of both kinds
+    // are, and live until it returns.
+    let result = unsafe { batch.run(Command::Lookup, map) };
+    *token = Some(next);
+    match result {
+        Err(error) if error.raw_os_error() == Some(libc::ENOENT) => *token = None,
+        result => result?,
+    }
+    Ok(batch.count as usize)
+}

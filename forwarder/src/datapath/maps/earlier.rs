@@ -3,7 +3,6 @@
 
 use std::{
     collections::BTreeMap,
-    hash::{Hash as _, Hasher},
     path::{Path, PathBuf},
 };
 
@@ -18,11 +17,7 @@ use forwarder_common::{
 };
 use serde::{Deserialize, Serialize};
 
-use super::{
-    FlowTables,
-    batch::{Batch, Command},
-    mirror::errno,
-};
+use super::{FlowTables, batch, flows::BPF_NOEXIST, mirror::errno};
 
 /// The name of the pin. That map holds a text of JSON with zeros behind it.
 const FORMAT: &str = "FORMAT";
@@ -62,10 +57,10 @@ impl Entry {
     }
 }
 
-/// How this version's tables are laid out.
-fn format() -> String {
+/// The tables that outlive a process, each as it is laid out.
+fn tables() -> BTreeMap<&'static str, Entry> {
     let flow = Entry::of::<Tuple, Flow>;
-    let tables: BTreeMap<&str, Entry> = [
+    [
         ("FLOWS", flow()),
         ("HALF_OPEN", flow()),
         ("USAGE", Entry::of::<u32, Usage>()),
@@ -73,38 +68,41 @@ fn format() -> String {
         ("DIRECT", Entry::of::<Tuple, u32>()),
         ("KEYS", Entry::of::<u32, [u64; 5]>()),
     ]
-    .into();
-    serde_json::to_string(&tables).expect("names and numbers")
+    .into()
 }
 
-/// The name of this layout: another one has another.
+/// Their names.
+pub fn names() -> impl Iterator<Item = &'static str> {
+    tables().into_keys()
+}
+
+/// How this version's tables are laid out.
+fn format() -> String {
+    serde_json::to_string(&tables()).expect("names and numbers")
+}
+
+/// The name of this layout, which another one does not have: FNV-1a (draft-eastlake-fnv).
 pub fn name() -> String {
-    /// FNV-1a (draft-eastlake-fnv), which is the same for every version.
-    struct Fnv(u64);
-    impl Hasher for Fnv {
-        fn finish(&self) -> u64 {
-            self.0
-        }
-        fn write(&mut self, octets: &[u8]) {
-            for octet in octets {
-                self.0 = (self.0 ^ u64::from(*octet)).wrapping_mul(0x100_0000_01b3);
-            }
-        }
-    }
-    let mut hasher = Fnv(0xcbf2_9ce4_8422_2325);
-    format().as_bytes().hash(&mut hasher);
-    format!("{:016x}", hasher.finish())
+    let hash = format().bytes().fold(0xcbf2_9ce4_8422_2325, |hash, octet| {
+        (hash ^ u64::from(octet)).wrapping_mul(0x100_0000_01b3_u64)
+    });
+    format!("{hash:016x}")
 }
 
-/// Says beside this version's pins how they are laid out.
+/// Whether the tables of this version's pins have been in use.
+pub fn is_described(pins: &Path) -> bool {
+    pins.join(FORMAT).exists()
+}
+
+/// Says beside this version's pins, which are in use, how they are laid out.
 ///
 /// # Errors
 /// The kernel refuses the map or the pin.
 pub fn describe(pins: &Path) -> Result<()> {
-    let pin = pins.join(FORMAT);
-    if pin.exists() {
+    if is_described(pins) {
         return Ok(());
     }
+    let pin = pins.join(FORMAT);
     let mut octets = [0; LENGTH];
     let text = format();
     octets[..text.len()].copy_from_slice(text.as_bytes());
@@ -184,11 +182,20 @@ impl Earlier {
             }
             match tables.get(&key)? {
                 Some(now) => proceed(tables, &key, &now, &flow),
-                None => put(&mut tables.half_open, &key, &flow, BPF_NOEXIST).map(drop),
+                None => {
+                    if put(&mut tables.half_open, &key, &flow, BPF_NOEXIST)? {
+                        tables.usage.began(&flow);
+                    }
+                    Ok(())
+                }
             }
         })?;
         self.each("FLOWS", |key: Tuple, flow: Flow| {
             if put(&mut tables.flows, &key, &flow, BPF_NOEXIST)? {
+                tables.usage.kept(&flow);
+                if tables.half_open.get(&key, 0).is_err() {
+                    tables.usage.began(&flow);
+                }
                 return Ok(());
             }
             match tables.get(&key)? {
@@ -244,8 +251,6 @@ fn open(pins: &Path, name: &str) -> Result<MapData> {
     let pin = pins.join(name);
     MapData::from_pin(&pin).with_context(|| format!("open {}", pin.display()))
 }
-
-const BPF_NOEXIST: u64 = 1;
 
 /// Writes an entry. Returns whether it is there now as it was given: not if there was one that was not to be
 /// overwritten, or no room.
@@ -324,25 +329,10 @@ fn read(
 ) -> Result<(Vec<u8>, Vec<u8>)> {
     let mut keys = vec![0; SLICE * key_size];
     let mut values = vec![0; SLICE * value_size.next_multiple_of(8)];
-    let start = *token;
-    let mut next = 0_u32;
-    let mut batch = Batch {
-        in_batch: start.as_ref().map_or(0, |start| &raw const *start as u64),
-        out_batch: &raw mut next as u64,
-        keys: keys.as_mut_ptr() as u64,
-        values: values.as_mut_ptr() as u64,
-        count: SLICE as u32,
-        ..Batch::default()
-    };
-    // SAFETY: the kernel reads `start` and writes `next`, which are words as tokens of arrays and hash tables are, and at
-    // most `count` keys and values of the map's sizes; all of them live until it returns.
-    let result = unsafe { batch.run(Command::Lookup, map) };
-    *token = Some(next);
-    match result {
-        Err(error) if error.raw_os_error() == Some(libc::ENOENT) => *token = None,
-        result => result.context("read a table")?,
-    }
-    keys.truncate(batch.count as usize * key_size);
-    values.truncate(batch.count as usize * value_size);
+    // SAFETY: there is room for so many keys and values of the map's sizes.
+    let count = unsafe { batch::lookup(map, keys.as_mut_ptr(), values.as_mut_ptr(), SLICE, token) };
+    let count = count.context("read a table")?;
+    keys.truncate(count * key_size);
+    values.truncate(count * value_size);
     Ok((keys, values))
 }

@@ -9,15 +9,14 @@ use forwarder_common::{
     tuple::Tuple,
 };
 
-use super::{
-    batch::{Batch, Command},
-    ignore_missing,
-    usage::Mapped,
-};
+use super::{batch, ignore_missing, usage::Mapped};
 
 /// Entries read by one system call: about a millisecond. No bucket has as many, which
 /// the kernel would refuse.
 const SLICE: usize = 4096;
+
+/// Of bpf(2): an entry that is there stays as it is, and that is an error.
+pub(super) const BPF_NOEXIST: u64 = 1;
 
 /// Where a walk over all flows is. Half-open ones come first: one that is kept meanwhile is then met twice rather than
 /// never.
@@ -210,7 +209,6 @@ impl FlowTables {
     /// # Errors
     /// The kernel refuses an update.
     pub fn end(&mut self, key: &Tuple, ends: impl Fn(&Flow) -> bool) -> Result<Option<Flow>> {
-        const BPF_NOEXIST: u64 = 1;
         if self.claims.insert(key, 0, BPF_NOEXIST).is_err() {
             return Ok(None); // the program has claimed it
         }
@@ -234,28 +232,12 @@ fn lookup_batch(
 ) -> io::Result<impl Iterator<Item = (Tuple, Flow)> + use<>> {
     let mut keys: Vec<Tuple> = Vec::with_capacity(SLICE);
     let mut flows: Vec<Flow> = Vec::with_capacity(SLICE);
-    let start = *token;
-    let mut next = 0_u32;
-    let mut batch = Batch {
-        in_batch: start.as_ref().map_or(0, |start| &raw const *start as u64),
-        out_batch: &raw mut next as u64,
-        keys: keys.as_mut_ptr() as u64,
-        values: flows.as_mut_ptr() as u64,
-        count: SLICE as u32,
-        ..Batch::default()
-    };
-    // SAFETY: the kernel reads `start` and writes `next`, which are words as a hash table's tokens are, and at most
-    // `count` keys and values of the table's types; all of them live until it returns.
-    let result = unsafe { batch.run(Command::Lookup, table.map()) };
-    *token = Some(next);
-    match result {
-        Err(error) if error.raw_os_error() == Some(libc::ENOENT) => *token = None,
-        result => result?,
-    }
-    // SAFETY: the kernel has written so many of both, and no more than there is room for.
+    let (into_keys, into_flows) = (keys.as_mut_ptr().cast(), flows.as_mut_ptr().cast());
+    // SAFETY: there is room for so many keys and values of the table's types, and the kernel has written as many as it says.
     unsafe {
-        keys.set_len(batch.count as usize);
-        flows.set_len(batch.count as usize);
+        let count = batch::lookup(table.map(), into_keys, into_flows, SLICE, token)?;
+        keys.set_len(count);
+        flows.set_len(count);
     }
     Ok(keys.into_iter().zip(flows))
 }

@@ -150,6 +150,24 @@ impl Mapped {
         }
     }
 
+    /// A flow has begun that the program did not count.
+    pub(super) fn began(&self, flow: &Flow) {
+        self.add(flow, |counters| &counters.begun);
+    }
+
+    /// Such a flow was put into `FLOWS`.
+    pub(super) fn kept(&self, flow: &Flow) {
+        self.add(flow, |counters| &counters.kept);
+    }
+
+    fn add(&self, flow: &Flow, counter: impl Fn(&Counters) -> &AtomicU64) {
+        if flow.state & state::ALIAS == 0
+            && let Some(counters) = self.get(flow.publish)
+        {
+            counter(counters).fetch_add(1, Relaxed);
+        }
+    }
+
     /// A flow of `FLOWS` is of another publish now.
     pub(super) fn moved(&self, from: u32, to: u32) {
         for (index, count) in [
