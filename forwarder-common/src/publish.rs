@@ -107,11 +107,11 @@ impl Publish {
     }
 }
 
-/// The key of `ALLOW`, a longest-prefix trie: the publish, then the source address. The prefix
-/// length counts the 32 bits of the publish.
+/// A source of a publish's clients, which is the key of `ALLOW`, `BANNED`, `BANNED_NETWORKS` and `SOURCES`. Prefix lengths of the
+/// tries count the 32 bits of the publish.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Pod, Zeroable)]
-pub struct Allowed {
+pub struct PublishSource {
     /// Index in `PUBLISHES`, wire order.
     pub publish: u32,
     pub source: Address,
@@ -124,12 +124,16 @@ pub mod allow {
     pub const NO: u32 = 2;
 }
 
-/// Bits of the element of `BANS`.
+/// Bits of the element of `BANS`, and what else is special about bans.
 pub mod ban {
     /// `BANNED` has an entry.
     pub const ADDRESSES: u32 = 1;
     /// `BANNED_NETWORKS` has one.
     pub const NETWORKS: u32 = 1 << 1;
+    /// One of them has one of a single publish.
+    pub const OF_A_PUBLISH: u32 = 1 << 2;
+    /// The publish that stands for all: no publish has this index.
+    pub const EVERYWHERE: u32 = 0;
     /// The value of a ban without an end.
     pub const FOR_EVER: u64 = u64::MAX;
 }
@@ -218,7 +222,7 @@ mod user {
     // SAFETY: as above.
     unsafe impl aya::Pod for super::Publish {}
     // SAFETY: as above.
-    unsafe impl aya::Pod for super::Allowed {}
+    unsafe impl aya::Pod for super::PublishSource {}
     // SAFETY: as above.
     unsafe impl aya::Pod for super::Interface {}
     // SAFETY: as above.

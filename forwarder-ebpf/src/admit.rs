@@ -6,7 +6,7 @@ use aya_ebpf::{
 };
 use forwarder_common::{
     flow::{Hop, delivery},
-    publish::{Allowed, Publish, allow, ban, flag},
+    publish::{Publish, PublishSource, allow, ban, flag},
     reason::Reason,
     tuple::{Address, Tuple},
 };
@@ -125,7 +125,7 @@ fn own_header(skb: *mut __sk_buff) -> Option<&'static Tuple> {
 #[inline(always)]
 fn policy(packet: &Packet, published: &Published) -> Result<(), Reason> {
     let (source, flags) = (&packet.tuple.source, published.publish.flags);
-    if is_banned(source) {
+    if is_banned(source, published.index) {
         return Err(Reason::Banned);
     }
     if flags & flag::ALLOW_LIST != 0 && !is_allowed(published.index, source) {
@@ -143,33 +143,48 @@ fn policy(packet: &Packet, published: &Published) -> Result<(), Reason> {
 /// `Banned`.
 #[inline(always)]
 pub fn is_not_banned(packet: &Packet, publish: u32) -> Result<(), Reason> {
-    if is_banned(&packet.tuple.source) {
+    if is_banned(&packet.tuple.source, publish) {
         return Err(usage::refused(publish, Reason::Banned));
     }
     Ok(())
 }
 
 #[inline(always)]
-fn is_banned(source: &Address) -> bool {
+fn is_banned(source: &Address, publish: u32) -> bool {
     match BANS.get(0) {
-        Some(&kinds) if kinds != 0 => is_in_force(source, kinds),
+        Some(&kinds) if kinds != 0 => is_banned_at_all(source, publish, kinds),
         _ => false,
     }
 }
 
 // VERIFIER (and below): a function of its own, for its share of the stack.
 #[inline(never)]
-fn is_in_force(source: &Address, kinds: u32) -> bool {
+fn is_banned_at_all(source: &Address, publish: u32, kinds: u32) -> bool {
+    let mut key = Key::new(
+        32 + 128,
+        PublishSource {
+            publish: ban::EVERYWHERE.to_be(),
+            source: *source,
+        },
+    );
+    if is_in_force(&key, kinds) {
+        return true;
+    }
+    key.data.publish = publish.to_be();
+    kinds & ban::OF_A_PUBLISH != 0 && is_in_force(&key, kinds)
+}
+
+#[inline(never)]
+fn is_in_force(key: &Key<PublishSource>, kinds: u32) -> bool {
     let mut until = 0;
-    // SAFETY (both): values of these maps are one word, replaced as a whole.
     if kinds & ban::ADDRESSES != 0
         // SAFETY: values of this map are one word, replaced as a whole.
-        && let Some(there) = unsafe { BANNED.get(source) }
+        && let Some(there) = unsafe { BANNED.get(key.data) }
     {
         until = *there;
     }
     if kinds & ban::NETWORKS != 0
-        && let Some(&there) = BANNED_NETWORKS.get(Key::new(128, *source))
+        && let Some(&there) = BANNED_NETWORKS.get(key)
         && there > until
     {
         until = there;
@@ -180,7 +195,7 @@ fn is_in_force(source: &Address, kinds: u32) -> bool {
 
 #[inline(never)]
 fn is_allowed(publish: u32, source: &Address) -> bool {
-    let data = Allowed {
+    let data = PublishSource {
         publish: publish.to_be(),
         source: *source,
     };

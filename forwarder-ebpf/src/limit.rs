@@ -10,7 +10,7 @@ use core::ptr;
 use aya_ebpf::{bindings::BPF_ANY, helpers::bpf_ktime_get_ns};
 use forwarder_common::{
     policy::{Pace, Policy, UNITS_PER_NANOSECOND, time_of},
-    publish::{Allowed, flag},
+    publish::{PublishSource, flag},
     reason::Reason,
     tuple::Address,
 };
@@ -104,7 +104,7 @@ pub fn begin(source: &Address, index: u32) -> Result<(), Reason> {
 // VERIFIER: a function of its own, for its share of the stack.
 #[inline(never)]
 fn begin_of(source: &Address, index: u32, now: u64, pace: &Pace) -> bool {
-    let mut key = Allowed {
+    let mut key = PublishSource {
         publish: index,
         source: *source,
     };

@@ -14,8 +14,8 @@ use forwarder_common::{
     handover, limits,
     policy::Policy,
     publish::{
-        Allowed, FILTER_WORDS, Frontend, Interface, Location, PORTS_PER_PROTOCOL, PROTOCOLS, Port,
-        Publish,
+        FILTER_WORDS, Frontend, Interface, Location, PORTS_PER_PROTOCOL, PROTOCOLS, Port, Publish,
+        PublishSource,
     },
     reason::Reason,
     tuple::{Address, Tuple},
@@ -74,21 +74,21 @@ pub static LOCATIONS: LpmTrie<Address, Location> =
 pub static LOCAL_FILTER: Array<u64> = Array::with_max_entries(FILTER_WORDS, 0);
 
 #[map]
-pub static ALLOW: LpmTrie<Allowed, u32> =
+pub static ALLOW: LpmTrie<PublishSource, u32> =
     LpmTrie::with_max_entries(limits::ALLOW, BPF_F_NO_PREALLOC);
 
 /// Which of the next two tables has any entry, as the bits of [`forwarder_common::publish::ban`].
 #[map]
 pub static BANS: Array<u32> = Array::with_max_entries(1, 0);
 
-/// Addresses from which nothing gets to a published port, until so many nanoseconds of `CLOCK_BOOTTIME`.
+/// Addresses from which nothing gets to a publish, or to any, until so many nanoseconds of `CLOCK_BOOTTIME`.
 #[map]
-pub static BANNED: HashMap<Address, u64> =
+pub static BANNED: HashMap<PublishSource, u64> =
     HashMap::with_max_entries(limits::BANNED, BPF_F_NO_PREALLOC);
 
 /// The same of networks. The value of one that is part of another is the later one of both.
 #[map]
-pub static BANNED_NETWORKS: LpmTrie<Address, u64> =
+pub static BANNED_NETWORKS: LpmTrie<PublishSource, u64> =
     LpmTrie::with_max_entries(limits::BANNED_NETWORKS, BPF_F_NO_PREALLOC);
 
 /// Limits of publishes that have any, by their index.
@@ -98,7 +98,8 @@ pub static LIMITS: HashMap<u32, Policy> =
 
 /// When the next new flow of a source would be due, of publishes that limit that.
 #[map]
-pub static SOURCES: LruHashMap<Allowed, u64> = LruHashMap::with_max_entries(limits::SOURCES, 0);
+pub static SOURCES: LruHashMap<PublishSource, u64> =
+    LruHashMap::with_max_entries(limits::SOURCES, 0);
 
 /// Flows that both sides have taken part in, by the tuple after NAT, from the client's side.
 #[map]

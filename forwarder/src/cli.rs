@@ -85,11 +85,17 @@ pub enum Command {
         /// Take further sources from this file, one a line; `-` is standard input.
         #[arg(long, value_name = "FILE")]
         file: Option<PathBuf>,
+        /// Keep them from this publish alone.
+        #[arg(long, value_name = "SPEC|ID", value_parser = named)]
+        publish: Option<NamedPublish>,
     },
     /// Take bans back.
     Unban {
         #[arg(required = true, value_name = "CIDR", value_parser = source)]
         sources: Vec<IpNet>,
+        /// Those from this publish alone.
+        #[arg(long, value_name = "SPEC|ID", value_parser = named)]
+        publish: Option<NamedPublish>,
     },
     /// Show what is banned, and until when.
     Bans(Format),

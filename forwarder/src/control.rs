@@ -7,13 +7,13 @@ pub mod server;
 pub mod status;
 mod stream;
 
-use std::{net::IpAddr, os::fd::OwnedFd};
+use std::{fmt, net::IpAddr, os::fd::OwnedFd};
 
 use ipnet::IpNet;
 use tokio::sync::{broadcast, mpsc, oneshot};
 
-use self::api::{Ending, Listed, Problem, Reloaded, Traced};
-use crate::publish::{Id, Owner, Publish, Spec};
+use self::api::{Ending, Listed, NamedPublish, Problem, Reloaded, Traced};
+use crate::publish::{Id, Owner, Publish, Spec, spec::SpecError};
 
 /// Whose request it is, as the kernel says.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -27,6 +27,30 @@ pub struct Peer {
 pub enum Named {
     Id(Id),
     Spec(Spec),
+}
+
+impl fmt::Display for Named {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Id(id) => id.fmt(f),
+            Self::Spec(spec) => spec.fmt(f),
+        }
+    }
+}
+
+impl TryFrom<NamedPublish> for Named {
+    type Error = SpecError;
+
+    fn try_from(named: NamedPublish) -> Result<Self, SpecError> {
+        match named {
+            NamedPublish::Id(id) => Ok(Self::Id(id)),
+            // In a query a number is a text.
+            NamedPublish::Spec(text) => match text.parse() {
+                Ok(id) => Ok(Self::Id(id)),
+                Err(_) => text.parse().map(Self::Spec),
+            },
+        }
+    }
 }
 
 /// What a client wants changed.
@@ -44,8 +68,8 @@ pub enum Change {
     RemoveAll(Ending),
     /// Bans these sources, beside those that are, or if so asked in their place.
     Ban { bans: Vec<api::Ban>, all: bool },
-    /// Takes bans back.
-    Unban(Vec<IpNet>),
+    /// Takes bans back, from a publish or from all.
+    Unban(Vec<IpNet>, Option<Named>),
     /// A container has these addresses now, and none if it has stopped.
     Follow {
         name: String,

@@ -64,8 +64,9 @@ use crate::{
     privilege,
     proxy::{Idle, Left, Sockets, Store, raise_descriptor_limit},
     publish::{
-        Difference, Id, Owner, ProxyProtocol, Publish, Registry, Spec, Wanted, bans::BansFile,
-        state::State,
+        Difference, Id, Owner, ProxyProtocol, Publish, Registry, Spec, Wanted,
+        bans::BansFile,
+        state::{State, Stored},
     },
 };
 
@@ -267,18 +268,21 @@ impl Daemon {
         calls: &mut mpsc::Receiver<Call>,
     ) -> Result<Events> {
         let events = self.listen()?;
-        let state = match self.config.ephemeral {
-            true => None,
-            false => Some(State::open(instance.state())?),
+        let (state, stored) = match self.config.ephemeral {
+            true => (None, Stored::default()),
+            false => {
+                let (state, stored) = State::open(instance.state())?;
+                (Some(state), stored)
+            }
         };
         if state.is_some() {
-            self.begin_bans(BansFile::beside(&instance.state()))?;
+            self.begin_bans(&instance.state())?;
         }
-        if let Some(state) = &state {
-            self.registry = state.registry(limits::PUBLISHES as usize - 1)?;
-        }
-        self.places = state.as_ref().map(State::places).unwrap_or_default();
-        let before = state.as_ref().map(State::configured).unwrap_or_default();
+        self.registry = stored.registry(limits::PUBLISHES as usize - 1)?;
+        self.places = stored.places();
+        let before = stored.configured();
+        let leased = stored.leases();
+        drop(stored);
         // What has another number now, or none, is kept by that.
         let known: HashSet<String> = self.registry.iter().map(|it| store_name(it.id)).collect();
         self.idle.retain(|name| known.contains(name));
@@ -295,7 +299,6 @@ impl Daemon {
         self.serves = true;
         self.give_back(&gone.into_iter().collect::<Vec<_>>());
         self.serve_or_wait(restored).await;
-        let leased = state.as_ref().map(State::leases).unwrap_or_default();
         self.state = state;
         self.record(&Difference::default())?;
         for wanted in self.registry.iter() {

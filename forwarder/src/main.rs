@@ -165,16 +165,27 @@ fn run(command: Command, instance: Instance, client: &Client) -> Result<()> {
             sources,
             lasts,
             file,
+            publish,
         } => {
             let until = lasts.map(|lasts| SystemTime::now() + lasts);
             let until = until.and_then(|until| until.duration_since(UNIX_EPOCH).ok());
             let until = until.map(|until| until.as_secs());
             let listed = file.as_deref().map(listed_sources).transpose()?;
             let all = sources.into_iter().chain(listed.into_iter().flatten());
-            let bans: Vec<Ban> = all.map(|network| Ban { network, until }).collect();
+            let bans = all.map(|network| Ban {
+                network,
+                until,
+                publish: publish.clone(),
+            });
+            let bans: Vec<Ban> = bans.collect();
             client.ask(&Method::POST, "/v1/bans", Some(&bans))
         }
-        Command::Unban { sources } => client.ask(&Method::POST, "/v1/unban", Some(&sources)),
+        Command::Unban { sources, publish } => {
+            let of = publish.map(|publish| ("publish", publish.to_string()));
+            let of = serde_urlencoded::to_string(of.as_slice())?;
+            let path = format!("/v1/unban?{of}");
+            client.ask(&Method::POST, &path, Some(&sources))
+        }
         Command::Bans(format) => show(client, "/v1/bans", format, |rows: &Vec<_>| {
             tables::bans(rows)
         }),

@@ -51,11 +51,12 @@ pub use self::{
     sockets::{BindError, Held, is_wide, raise_descriptor_limit},
     store::{Left, Sockets, Store},
 };
-use crate::publish::{Bans, spec::Spec};
+use crate::publish::{Bans, Id, spec::Spec};
 
 /// How a publish is served in user space.
 #[derive(Clone, Debug, Default)]
 pub struct Options {
+    pub publish: Id,
     /// By which the next process finds its sockets and conversations.
     pub name: String,
     /// Whether the backend gets the PROXY protocol's header: first in a TCP connection, or in front of each datagram.
@@ -153,9 +154,9 @@ impl Common {
         self.arrived.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn is_banned(&self, source: IpAddr) -> bool {
+    fn is_banned(&self, source: IpAddr, publish: Id) -> bool {
         let bans = self.bans.read().unwrap_or_else(PoisonError::into_inner);
-        !bans.is_empty() && bans.has(source)
+        bans.has(source, publish)
     }
 }
 

@@ -3,6 +3,7 @@
 pub mod allow;
 pub mod bans;
 pub mod container;
+mod journal;
 pub mod limits;
 pub mod loops;
 pub mod owner;

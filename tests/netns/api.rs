@@ -128,7 +128,7 @@ fn a_request_that_ends_in_its_midst_is_wrong_and_not_too_long() {
 
 #[test]
 fn bans_are_changed_one_by_one_and_as_lists() {
-    let (_topology, daemon) = idle(Datapath::Ebpf);
+    let (topology, daemon) = idle(Datapath::Ebpf);
     let ask = |method: &str, path: &str, body: &str| {
         let answer = api::ask(&daemon, method, path, body).unwrap();
         (answer.status, answer.body)
@@ -159,6 +159,28 @@ fn bans_are_changed_one_by_one_and_as_lists() {
     assert_eq!(ask("POST", "/v1/unban", some).0, 204);
     let left = ask("GET", "/v1/bans", "").1;
     assert_eq!(left, json!([{"network": "192.0.2.1/32"}]));
+    // From one publish, by its number or its SPEC.
+    let spec = spec(&topology.backend, Family::V4, Protocol::Tcp);
+    daemon.control(&["publish", &spec]).unwrap();
+    let id = &json!(ids(&daemon)[0]);
+    let of_it = json!([{"network": "192.0.2.1/32"}, {"network": "192.0.2.1/32", "publish": id}]);
+    for named in [id, &json!(spec)] {
+        let body = json!([{"network": "192.0.2.1", "publish": named}]).to_string();
+        assert_eq!(ask("POST", "/v1/bans", &body).0, 204);
+        assert_eq!(ask("GET", "/v1/bans", ""), (200, of_it.clone()));
+        let one = format!("/v1/bans/192.0.2.1?publish={id}");
+        assert_eq!(ask("GET", &one, ""), (200, of_it[1].clone()));
+        let name = named.to_string().replace('"', "");
+        let path = format!("/v1/unban?publish={name}");
+        assert_eq!(ask("POST", &path, r#"["192.0.2.1"]"#).0, 204);
+        assert_eq!(ask("GET", &one, "").0, 404);
+        let one = format!("/v1/bans/192.0.2.1?publish={name}");
+        assert_eq!(ask("PUT", &one, "").0, 204);
+        assert_eq!(ask("DELETE", &one, "").0, 204);
+    }
+    let unknown = r#"[{"network": "192.0.2.1", "publish": 77}]"#;
+    assert_eq!(ask("POST", "/v1/bans", unknown).0, 404);
+    assert_eq!(ask("GET", "/v1/bans", ""), (200, json!([of_it[0]])));
     assert_eq!(ask("DELETE", "/v1/bans", "").0, 204);
     assert_eq!(ask("GET", "/v1/bans", ""), (200, json!([])));
 }

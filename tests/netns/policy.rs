@@ -99,6 +99,88 @@ fn a_banned_source_gets_nothing_by_udp() {
 }
 
 #[test]
+fn a_source_is_banned_from_one_publish() {
+    for (datapath, family) in BOTH.into_iter().zip([Family::V6, Family::V4]) {
+        let topology = Topology::new().unwrap();
+        let _backend =
+            Backend::start(&topology.backend.netns, Protocol::Tcp, BACKEND_PORT).unwrap();
+        let backend = SocketAddr::new(topology.backend.address(family), BACKEND_PORT);
+        let specs = [PORT, 9090].map(|port| format!("{port}:{backend}"));
+        let [barred, free] =
+            [PORT, 9090].map(|port| SocketAddr::new(topology.host_address(family), port));
+        let mut daemon =
+            Daemon::start_with_state(&topology.host, &[&specs[1]], datapath, &[]).unwrap();
+        daemon.control(&["publish", &specs[0]]).unwrap();
+        let open = |frontend| {
+            let mut open = Connection::open(&topology.client, frontend).unwrap();
+            open.ask("before").unwrap();
+            open
+        };
+        let (mut ended, mut going) = (open(barred), open(free));
+        let client = topology.client_address(family).to_string();
+        let unknown = daemon.control(&["ban", &client, "--publish", "7:192.0.2.1:80"]);
+        let error = unknown.unwrap_err().to_string();
+        assert!(error.contains("7:192.0.2.1:80"), "{error}");
+        daemon
+            .control(&["ban", &client, "--publish", &specs[0]])
+            .unwrap();
+        wait_for("the end of what it had", || ended.ask("after").err()).unwrap();
+        going.ask("after").unwrap();
+        let is_kept_out = |what: &str| {
+            assert!(!connects(&topology.client, barred), "{datapath:?} {what}");
+            assert!(connects(&topology.client, free), "{datapath:?} {what}");
+            let others = ask(&topology.host, Protocol::Tcp, barred, "this host");
+            others.unwrap();
+        };
+        is_kept_out("at once");
+        let id = daemon.control(&["list", "--json"]).unwrap();
+        let id = serde_json::from_str::<serde_json::Value>(&id).unwrap();
+        let id = id
+            .as_array()
+            .unwrap()
+            .iter()
+            .find(|it| it["owner"] == "cli" && it["frontend"]["port"] == PORT);
+        let id = id.unwrap()["id"].to_string();
+        let shown = daemon.control(&["bans"]).unwrap();
+        let row = shown.lines().nth(1).unwrap();
+        assert_eq!(row.split_whitespace().nth(1), Some(&id[..]), "{shown}");
+        // Another backend, in place.
+        let body = json!([{"address": backend.ip(), "port": BACKEND_PORT + 1}]);
+        let path = format!("/v1/publishes/{id}/backends");
+        let other = Backend::start(&topology.backend.netns, Protocol::Tcp, BACKEND_PORT + 1);
+        let answer = api::ask(&daemon, "PUT", &path, &body.to_string()).unwrap();
+        assert_eq!(answer.status, 200, "{}", answer.body);
+        let _other = other.unwrap();
+        is_kept_out("with another backend");
+        daemon.kill().unwrap();
+        daemon.restart().unwrap();
+        is_kept_out("after a kill");
+        // What is banned from all is another ban.
+        daemon.control(&["ban", &client]).unwrap();
+        assert!(!connects(&topology.client, free));
+        daemon.control(&["unban", &client]).unwrap();
+        is_kept_out("after another ban");
+        daemon
+            .control(&["unban", &client, "--publish", &specs[0]])
+            .unwrap();
+        assert!(connects(&topology.client, barred), "{datapath:?}");
+        // It goes with its publish.
+        daemon
+            .control(&["ban", &client, "--publish", &id, "--for", "1h"])
+            .unwrap();
+        daemon.control(&["unpublish", &id]).unwrap();
+        wait_for("the end of the ban", || {
+            let bans = daemon.control(&["bans", "--json"]).unwrap();
+            (bans.trim() == "[]").then_some(())
+        })
+        .unwrap();
+        daemon.control(&["publish", &specs[0]]).unwrap();
+        assert!(connects(&topology.client, barred), "{datapath:?}");
+        daemon.stop().unwrap();
+    }
+}
+
+#[test]
 fn a_change_of_bans_that_cannot_be_written_to_disk_is_none() {
     for datapath in BOTH {
         let topology = Topology::new().unwrap();

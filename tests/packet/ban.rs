@@ -3,7 +3,7 @@
 use std::net::{IpAddr, Ipv4Addr, TcpListener, TcpStream};
 
 use forwarder::datapath::{maps::boot_time, xdp::Mode};
-use forwarder_common::limits;
+use forwarder_common::{limits, publish::ban};
 use forwarder_tests::frame::{ACK, Frame, Protocol};
 use ipnet::IpNet;
 
@@ -44,6 +44,12 @@ fn banned(bench: &Bench, frame: &Frame) {
 
 fn let_in(bench: &Bench, frame: &Frame) {
     bench.send(frame, bench.uplink).forwarded();
+}
+
+fn end_flows(bench: &mut Bench) {
+    let flows = &mut bench.datapath.maps.flows;
+    let ended = flows.change_all(|key, _, tables| tables.end(key, |_| true).map(drop));
+    ended.unwrap();
 }
 
 /// For each world and protocol: a publish, XDP on the uplink, and a client's first packet.
@@ -127,7 +133,9 @@ fn a_network_that_is_part_of_another_is_banned_for_as_long_as_either() {
         let over = Some(boot_time());
         for [one, other] in [[inner, outer], [outer, inner]] {
             let maps = &mut bench.datapath.maps;
-            maps.ban_all(&[(one, over), (other, None)]).unwrap();
+            let bans = [(one, over), (other, None)];
+            maps.ban_all(&bans.map(|(network, until)| ((ban::EVERYWHERE, network), until)))
+                .unwrap();
             banned(bench, &first);
             let maps = &mut bench.datapath.maps;
             maps.unban(one).unwrap();
@@ -159,6 +167,51 @@ fn all_of_one_family_is_nothing_of_the_other() {
         banned(bench, &first);
         bench.datapath.maps.unban(network(outer)).unwrap();
         let_in(bench, &first);
+    });
+}
+
+#[test]
+fn a_ban_from_one_publish_is_none_from_the_others_and_goes_with_it() {
+    each(|bench, first, [client, _, backend, inner, ..]| {
+        let Frame { protocol, .. } = first;
+        let entry = bench.entry(9090, backend);
+        bench.publish_entry(2, None, protocol, 9090, &entry);
+        let mut other = first.clone();
+        other.destination.set_port(9090);
+        for source in [IpNet::from(at(client).ip()), network(inner)] {
+            let maps = &mut bench.datapath.maps;
+            maps.ban_all(&[((2, source), None)]).unwrap();
+            assert!(maps.has_bans_of(2) && !maps.has_bans_of(1));
+            banned(bench, &other);
+            let_in(bench, &first);
+            let maps = &mut bench.datapath.maps;
+            maps.unban_all(&[(2, source)]).unwrap();
+            assert!(!maps.has_bans_of(2));
+            let_in(bench, &other);
+            // From all of them as well, and taken back there.
+            end_flows(bench);
+            let maps = &mut bench.datapath.maps;
+            let both = [1, ban::EVERYWHERE].map(|index| ((index, source), None));
+            maps.ban_all(&both).unwrap();
+            banned(bench, &first);
+            banned(bench, &other);
+            let maps = &mut bench.datapath.maps;
+            maps.unban(source).unwrap();
+            banned(bench, &first);
+            let_in(bench, &other);
+            let maps = &mut bench.datapath.maps;
+            maps.unban_all(&[(1, source)]).unwrap();
+            end_flows(bench);
+        }
+        // Its place is another's then.
+        let source = IpNet::from(at(client).ip());
+        let maps = &mut bench.datapath.maps;
+        maps.ban_all(&[((2, source), None), ((2, network(inner)), None)])
+            .unwrap();
+        maps.uninstall(2).unwrap();
+        let entry = bench.entry(9090, backend);
+        bench.publish_entry(2, None, protocol, 9090, &entry);
+        let_in(bench, &other);
     });
 }
 
@@ -195,7 +248,7 @@ fn a_million_addresses_are_banned_and_one_more_is_refused_in_words() {
         let address = |number: u32| IpNet::from(IpAddr::V4(Ipv4Addr::from_bits(number)));
         let first = 0x0a00_0000;
         let bans: Vec<_> = (0..limits::BANNED)
-            .map(|number| (address(first + number), None))
+            .map(|number| ((ban::EVERYWHERE, address(first + number)), None))
             .collect();
         let maps = &mut bench.datapath.maps;
         maps.ban_all(&bans).unwrap();

@@ -109,11 +109,15 @@ pub fn bans(bans: &[Ban]) -> String {
         Some(until) => format!("{} s", until.saturating_sub(now)),
         None => "for ever".into(),
     };
-    let rows: Vec<[String; 2]> = bans
+    let from = |ban: &Ban| {
+        let publish = ban.publish.as_ref();
+        publish.map_or("all".into(), ToString::to_string)
+    };
+    let rows: Vec<[String; 3]> = bans
         .iter()
-        .map(|ban| [ban.network.to_string(), left(ban)])
+        .map(|ban| [ban.network.to_string(), from(ban), left(ban)])
         .collect();
-    table(["SOURCE", "LEFT"], &rows)
+    table(["SOURCE", "PUBLISH", "LEFT"], &rows)
 }
 
 /// `forwarder flows`.

@@ -1,6 +1,6 @@
 //! What goes over the control socket: requests and documents, as plain types. docs/openapi.json describes them.
 
-use std::{net::IpAddr, num::NonZeroU64};
+use std::{fmt, net::IpAddr, num::NonZeroU64};
 
 use ipnet::IpNet;
 use serde::{Deserialize, Deserializer, Serialize, de};
@@ -145,7 +145,7 @@ pub struct Event {
     pub publish: Listed,
 }
 
-/// A source of which nothing gets into any published port.
+/// A source of which nothing gets into a published port.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields, expecting = "an object with `network`")]
 pub struct Ban {
@@ -155,6 +155,9 @@ pub struct Ban {
     /// Seconds since the epoch; without, for ever.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub until: Option<u64>,
+    /// The only publish that it is banned from; without, from all.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub publish: Option<NamedPublish>,
 }
 
 /// What a reload has changed.
@@ -165,8 +168,8 @@ pub struct Reloaded {
     pub removed: usize,
 }
 
-impl std::fmt::Display for Reloaded {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+impl fmt::Display for Reloaded {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self {
             added,
             changed,
@@ -410,6 +413,15 @@ pub struct Unpublish {
 pub enum NamedPublish {
     Id(Id),
     Spec(String),
+}
+
+impl fmt::Display for NamedPublish {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Id(id) => id.fmt(f),
+            Self::Spec(spec) => spec.fmt(f),
+        }
+    }
 }
 
 #[cfg(test)]

@@ -52,7 +52,7 @@ use super::{
 use crate::{
     accept, instance, memory,
     metrics::{self, Measured},
-    publish::{Conflict, Id, Owner, Spec, allow},
+    publish::{Conflict, Id, Owner, allow},
     seldom::Seldom,
 };
 
@@ -503,18 +503,17 @@ async fn unpublish(
     request: Request,
 ) -> Result<StatusCode, Problem> {
     let asked: Unpublish = shared.json(request).await?;
-    let named = asked.publishes.into_iter().map(|named| match named {
-        NamedPublish::Id(id) => Ok(Named::Id(id)),
-        NamedPublish::Spec(spec) => match spec.parse::<Spec>() {
-            Ok(spec) => Ok(Named::Spec(spec)),
-            Err(error) => Err(problem(422, "Bad publish", &error.to_string())),
-        },
-    });
+    let named = asked.publishes.into_iter().map(named);
     let named = named.collect::<Result<_, _>>()?;
     let ending = options.ending.unwrap_or(asked.ending);
     let change = Change::Remove(named, ending);
     shared.change(options.owner, by, change).await?;
     Ok(StatusCode::NO_CONTENT)
+}
+
+fn named(publish: NamedPublish) -> Result<Named, Problem> {
+    let named = Named::try_from(publish);
+    named.map_err(|error| problem(422, "Bad publish", &error.to_string()))
 }
 
 #[utoipa::path(put, path = "/v1/publishes/{id}/backends", summary = "Gives a publish another backend in place: its port is never closed, and live connections stay where they are", params(("id" = u64, Path), ("owner" = Option<String>, Query)), request_body = Vec<AskedEndpoint>, responses((status = 200, body = Vec<Listed>), (status = "4XX", body = Problem)))]

@@ -92,8 +92,8 @@ impl Daemon {
                 self.ban(bans, all)?;
                 return Ok(Default::default());
             }
-            Change::Unban(networks) => {
-                self.unban(&networks)?;
+            Change::Unban(networks, publish) => {
+                self.unban(&networks, publish.as_ref())?;
                 return Ok(Default::default());
             }
             Change::Remove(named, ending) => {
@@ -117,7 +117,7 @@ impl Daemon {
         Ok((Changed { publishes, lease }, loose))
     }
 
-    fn find(&self, named: &Named) -> Result<Id, Conflict> {
+    pub(super) fn find(&self, named: &Named) -> Result<Id, Conflict> {
         match named {
             Named::Id(id) => self
                 .registry

@@ -1,7 +1,10 @@
 //! The audit log: one line for every change, under the target `audit`. It says who asked, in whose name, what for, and what came
 //! of it.
 
+use std::fmt::Display;
+
 use anyhow::Result;
+use ipnet::IpNet;
 use tracing::info;
 
 use crate::{
@@ -44,12 +47,17 @@ pub(super) fn describe(change: &Change) -> String {
         }
         Change::RemoveAll(ending) => format!("unpublish all ({ending:?})").to_lowercase(),
         Change::Ban { bans, all } => {
-            let networks = some(bans.iter().map(|ban| ban.network.to_string()));
+            let networks = some(
+                bans.iter()
+                    .map(|ban| banned(ban.network, ban.publish.as_ref())),
+            );
             let only = if *all { " alone" } else { "" };
             format!("ban {networks}{only}")
         }
-        Change::Unban(networks) => {
-            let networks = networks.iter().map(ToString::to_string);
+        Change::Unban(networks, publish) => {
+            let networks = networks
+                .iter()
+                .map(|network| banned(*network, publish.as_ref()));
             format!("unban {}", some(networks))
         }
         Change::Follow { name, addresses } => {
@@ -60,6 +68,13 @@ pub(super) fn describe(change: &Change) -> String {
             let address = backend.address.map(|it| it.to_string()).unwrap_or_default();
             format!("backend of {id} to {address} port {}", backend.port)
         }
+    }
+}
+
+fn banned(network: IpNet, publish: Option<&impl Display>) -> String {
+    match publish {
+        None => network.to_string(),
+        Some(publish) => format!("{network} from publish {publish}"),
     }
 }
 

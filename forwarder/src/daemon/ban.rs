@@ -1,26 +1,27 @@
 //! Bans: put in force on both paths, kept over restarts, and taken away when their time is over.
 
 use std::{
-    collections::{BTreeSet, HashSet},
+    collections::{BTreeSet, HashMap},
     net::IpAddr,
+    path::Path,
     time::SystemTime,
 };
 
 use anyhow::Result;
-use forwarder_common::flow::state;
+use forwarder_common::{flow::state, publish::ban};
 use ipnet::IpNet;
 use tracing::{debug, warn};
 
 use super::Daemon;
 use crate::{
-    control::api::Ban,
+    control::{Named, api::Ban},
     datapath::{
         maps::{FlowTables, boot_time},
         resets::{self, Resets},
     },
     publish::{
-        Bans, allow,
-        bans::{self, BansFile, NotBanned, Until},
+        Bans, Conflict, Id, allow,
+        bans::{self, Banned, BansFile, NotBanned, Until},
     },
 };
 
@@ -28,120 +29,155 @@ impl Daemon {
     /// Bans these sources, or nothing of them: beside those that are, or in their place.
     ///
     /// # Errors
-    /// There is no room for so many, or they cannot be written to disk.
+    /// A publish is not there, there is no room for so many, or they cannot be written to disk.
     pub(super) fn ban(&mut self, bans: Vec<Ban>, all: bool) -> Result<()> {
-        let before = self.idle.bans();
-        let mut after = if all {
-            Bans::default()
+        let new = bans.into_iter().map(|ban| {
+            let named = ban.publish.map(Named::try_from).transpose()?;
+            let banned = Banned {
+                publish: self.banned_from(named.as_ref())?,
+                network: allow::canonical(ban.network).trunc(),
+            };
+            Ok((banned, ban.until.and_then(bans::until)))
+        });
+        let new: Vec<_> = new.collect::<Result<_>>()?;
+        let ended: Vec<Banned> = new.iter().map(|(banned, _)| *banned).collect();
+        let change = if all {
+            self.idle.bans().replaced_by(new)
         } else {
-            Bans::clone(&before)
+            let gone = Vec::new();
+            bans::Change { new, gone }
         };
-        let mut new = Vec::with_capacity(bans.len());
-        for ban in bans {
-            let until = ban.until.and_then(bans::until);
-            let network = allow::canonical(ban.network).trunc();
-            after.insert(network, until);
-            new.push((network, until));
-        }
-        let kept: HashSet<IpNet> = after.iter().map(|(network, _)| network).collect();
-        let gone = before.iter().map(|(network, _)| network);
-        let gone: Vec<IpNet> = gone.filter(|network| !kept.contains(network)).collect();
-        self.change_bans(after, &new, &gone)?;
-        self.end_banned(new.into_iter().map(|(network, _)| network).collect());
+        self.change_bans(change)?;
+        self.end_banned(ended);
         Ok(())
     }
 
     /// # Errors
     /// One of them is not banned, or the change cannot be written to disk.
-    pub(super) fn unban(&mut self, networks: &[IpNet]) -> Result<()> {
-        let mut after = Bans::clone(&self.idle.bans());
-        let networks: BTreeSet<IpNet> = networks
-            .iter()
-            .map(|network| allow::canonical(*network).trunc())
-            .collect();
-        for network in &networks {
-            if !after.remove(*network) {
-                return Err(NotBanned(*network).into());
-            }
-        }
-        let gone: Vec<IpNet> = networks.into_iter().collect();
-        self.change_bans(after, &[], &gone)
+    pub(super) fn unban(&mut self, networks: &[IpNet], publish: Option<&Named>) -> Result<()> {
+        let publish = self.banned_from(publish)?;
+        let before = self.idle.bans();
+        let gone = networks.iter().map(|network| {
+            let network = allow::canonical(*network).trunc();
+            let banned = Banned { publish, network };
+            before.until(&banned).ok_or(NotBanned(banned))?;
+            Ok(banned)
+        });
+        let gone: BTreeSet<Banned> = gone.collect::<Result<_>>()?;
+        drop(before);
+        self.change_bans(bans::Change {
+            new: Vec::new(),
+            gone: gone.into_iter().collect(),
+        })
+    }
+
+    fn banned_from(&self, publish: Option<&Named>) -> Result<Option<Id>, Conflict> {
+        publish.map(|named| self.find(named)).transpose()
     }
 
     /// Puts what an earlier instance was told in force.
-    pub(super) fn begin_bans(&mut self, file: BansFile) -> Result<()> {
-        let bans = file.read()?;
-        if let Some(datapath) = &mut self.datapath {
-            datapath.maps.ban_all(&timed(bans.iter()))?;
-        }
-        self.idle.ban(bans);
+    pub(super) fn begin_bans(&mut self, state: &Path) -> Result<()> {
+        let (file, bans) = BansFile::open(state)?;
+        let change = bans.replaced_by(bans.iter().collect());
+        self.write_bans(&change)?;
+        self.idle.ban(|now| *now = bans);
         self.bans_file = Some(file);
         Ok(())
     }
 
     /// Takes away what is over. The kernel heeds the time itself.
     pub(super) fn expire_bans(&mut self) {
-        let before = self.idle.bans();
-        if !before.any_is_over() {
+        let over = self.idle.bans().over(|id| self.registry.get(id).is_some());
+        self.take_away(over);
+    }
+
+    /// Takes away what was banned from publishes that are no more.
+    pub(super) fn end_bans_of(&mut self, publishes: impl Iterator<Item = Id>) {
+        let bans = self.idle.bans();
+        let gone = publishes.flat_map(|id| {
+            let publish = Some(id);
+            bans.of(id)
+                .map(move |(network, _)| Banned { publish, network })
+        });
+        let gone = gone.collect();
+        drop(bans);
+        self.take_away(gone);
+    }
+
+    fn take_away(&mut self, gone: Vec<Banned>) {
+        if gone.is_empty() {
             return;
         }
-        let mut after = Bans::clone(&before);
-        let over = after.expire();
-        if let Err(error) = self.change_bans(after, &[], &over) {
+        let change = bans::Change {
+            new: Vec::new(),
+            gone,
+        };
+        if let Err(error) = self.change_bans(change) {
             warn!("bans that are over stay for now: {error:#}");
         }
     }
 
-    /// Makes these all the bans there are: in the kernel, of which they differ by what is `new` there and what is
-    /// `gone`, on disk and in the proxy; or nowhere.
-    fn change_bans(&mut self, after: Bans, new: &[(IpNet, Until)], gone: &[IpNet]) -> Result<()> {
+    /// Makes a change in the kernel, on disk and in the proxy; or nowhere.
+    fn change_bans(&mut self, change: bans::Change) -> Result<()> {
         tokio::task::block_in_place(|| {
-            let written = self.datapath.as_mut().map_or(Ok(()), |datapath| {
-                datapath.maps.ban_all(&timed(new.iter().copied()))?;
-                datapath.maps.unban_all(gone)
+            let before = self.idle.bans();
+            let written = self.write_bans(&change).and_then(|()| {
+                let file = self.bans_file.as_mut();
+                file.map_or(Ok(()), |file| file.write(&change, &before))
             });
-            let stored = written.and_then(|()| match &self.bans_file {
-                Some(file) => file.write(&after),
-                None => Ok(()),
-            });
-            if stored.is_err() {
-                self.restore_bans(new);
+            if written.is_err()
+                && let Err(error) = self.write_bans(&before.inverse(&change))
+            {
+                warn!("what failed is not all undone: {error:#}");
             }
-            stored
-        })?;
-        self.idle.ban(after);
-        Ok(())
+            drop(before);
+            written?;
+            self.idle.ban(|bans| bans.apply(&change));
+            Ok(())
+        })
     }
 
-    /// After a failure: what the kernel had before.
-    fn restore_bans(&mut self, new: &[(IpNet, Until)]) {
+    /// Makes a change in the kernel. What is banned from a publish is written when that begins, if it has not.
+    fn write_bans(&mut self, change: &bans::Change) -> Result<()> {
         let Some(datapath) = &mut self.datapath else {
-            return;
+            return Ok(());
         };
-        let new: Vec<IpNet> = new.iter().map(|(network, _)| *network).collect();
-        let before = timed(self.idle.bans().iter());
-        let undone = datapath
-            .maps
-            .unban_all(&new)
-            .and(datapath.maps.ban_all(&before));
-        if let Err(error) = undone {
-            warn!("what failed is not all undone: {error:#}");
-        }
+        let serving = &self.serving;
+        let at = |banned: &Banned| {
+            let place = match banned.publish {
+                None => ban::EVERYWHERE,
+                Some(id) => serving.get(&id)?.row.index,
+            };
+            Some((place, banned.network))
+        };
+        let new = change.new.iter();
+        let new = new.filter_map(|(banned, until)| Some((at(banned)?, boot(*until))));
+        datapath.maps.ban_all(&new.collect::<Vec<_>>())?;
+        let gone: Vec<_> = change.gone.iter().filter_map(at).collect();
+        datapath.maps.unban_all(&gone)
     }
 
     /// Ends the flows of sources that are banned now, beside the daemon's other work.
-    fn end_banned(&self, networks: Vec<IpNet>) {
+    fn end_banned(&self, banned: Vec<Banned>) {
         let Some(datapath) = &self.datapath else {
             return;
         };
+        let serving = self.serving.values().map(|it| &it.row);
+        let rows = serving.chain(self.draining.values().map(|it| &it.row));
+        let ids: HashMap<u32, Id> = rows.map(|row| (row.index, row.wanted.id)).collect();
         let mut bans = Bans::default();
-        for network in networks {
-            bans.insert(network, None);
-        }
+        bans.apply(&bans::Change {
+            new: banned.into_iter().map(|banned| (banned, None)).collect(),
+            gone: Vec::new(),
+        });
         match datapath.maps.flows.try_clone() {
             Ok(mut tables) => {
                 tokio::task::spawn_blocking(move || {
-                    if let Err(error) = end_of(&mut tables, &bans) {
+                    let is_banned = |client, place| {
+                        let id = ids.get(&place).copied();
+                        bans.has(client, id.unwrap_or_default())
+                    };
+                    if let Err(error) = end_of(&mut tables, is_banned) {
                         warn!("flows of banned sources are left: {error:#}");
                     }
                 });
@@ -151,25 +187,19 @@ impl Daemon {
     }
 }
 
-/// As the kernel's tables have them.
-fn timed(bans: impl Iterator<Item = (IpNet, Until)>) -> Vec<(IpNet, Option<u64>)> {
-    bans.map(|(network, until)| (network, boot(until)))
-        .collect()
-}
-
 /// When a ban ends by CLOCK_BOOTTIME.
-fn boot(until: Until) -> Option<u64> {
+pub(super) fn boot(until: Until) -> Option<u64> {
     let left = until?.duration_since(SystemTime::now()).unwrap_or_default();
     let left = u64::try_from(left.as_nanos()).unwrap_or(u64::MAX);
     Some(boot_time().saturating_add(left))
 }
 
-/// Ends every flow of these sources. Both ends of a connection are told, and what goes on of it is dropped with the source.
-fn end_of(tables: &mut FlowTables, bans: &Bans) -> Result<()> {
+/// Ends every flow of sources that are banned from its publish. Both ends of a connection are told, and what goes on of it is dropped with the source.
+fn end_of(tables: &mut FlowTables, is_banned: impl Fn(IpAddr, u32) -> bool) -> Result<()> {
     let resets = Resets::open()?;
     tables.change_all(|key, flow, tables| {
         let client: IpAddr = flow.client.into();
-        if flow.state & state::ALIAS != 0 || !bans.has(client) {
+        if flow.state & state::ALIAS != 0 || !is_banned(client, flow.publish) {
             return Ok(());
         }
         let ended = tables.end(key, |there| there.client == flow.client)?;

@@ -18,7 +18,7 @@ use ipnet::IpNet;
 use tracing::{debug, info, warn};
 
 use super::{
-    Daemon, store_name,
+    Daemon, ban, store_name,
     view::{Row, delivery_name},
 };
 use crate::{
@@ -344,6 +344,7 @@ impl Daemon {
             self.registry.apply(&difference.inverse());
             return Err(error);
         }
+        self.end_bans_of(difference.remove.iter().map(|it| it.id));
         Ok(())
     }
 
@@ -493,6 +494,7 @@ impl Daemon {
             None => 0,
         };
         Ok(ProxyOptions {
+            publish: wanted.id,
             name: store_name(wanted.id),
             proxy_protocol: policy.proxy_protocol.unwrap_or(protocol),
             allow: policy.allow.as_ref().unwrap_or(&self.config.allow).clone(),
@@ -568,6 +570,16 @@ impl Daemon {
                 datapath
                     .maps
                     .set_limits(serving.row.index, &serving.limits)?;
+            }
+            if !datapath.maps.has_bans_of(serving.row.index) {
+                let bans = self.idle.bans();
+                let bans = bans
+                    .of(id)
+                    .map(|(network, until)| ((serving.row.index, network), ban::boot(until)));
+                let bans: Vec<_> = bans.collect();
+                if !bans.is_empty() {
+                    datapath.maps.ban_all(&bans)?;
+                }
             }
             let standing = plan::Standing {
                 proxy_protocol: serving.proxy_protocol,

@@ -26,7 +26,7 @@ use self::measure::Kept;
 use super::sweep::monotonic;
 use crate::{
     control::{
-        api::{Ban, Counter, Endpoint, Event, Listed, ListedFlow},
+        api::{Ban, Counter, Endpoint, Event, Listed, ListedFlow, NamedPublish},
         server::{FlowFilter, Observe, Rows},
     },
     datapath::maps::{Counters, FlowTables, Mapped, Maps, RefusedCounters, Walk},
@@ -35,6 +35,7 @@ use crate::{
     proxy::{Idle, Meter},
     publish::{
         Holder, Id, Owner, Wanted,
+        bans::{Banned, Until},
         spec::{Ports, Zone},
     },
 };
@@ -367,17 +368,19 @@ impl Observe for Arc<View> {
     }
 
     fn bans(&self) -> Rows<Ban> {
-        let bans = self.idle.bans();
-        let bans = bans.iter().map(|(network, until)| {
-            let until = until.and_then(|until| until.duration_since(UNIX_EPOCH).ok());
-            Ok(Ban {
-                network,
-                until: until.map(|until| until.as_secs()),
-            })
-        });
-        let mut bans: Vec<Result<Ban>> = bans.collect();
-        bans.sort_by_key(|ban| ban.as_ref().map(|ban| ban.network).ok());
-        Box::new(bans.into_iter())
+        let mut bans: Vec<(Banned, Until)> = self.idle.bans().iter().collect();
+        bans.sort_unstable_by_key(|(banned, _)| (banned.network, banned.publish));
+        let bans = bans
+            .into_iter()
+            .map(|(Banned { publish, network }, until)| {
+                let until = until.and_then(|until| until.duration_since(UNIX_EPOCH).ok());
+                Ok(Ban {
+                    network,
+                    until: until.map(|until| until.as_secs()),
+                    publish: publish.map(NamedPublish::Id),
+                })
+            });
+        Box::new(bans)
     }
 
     fn measure(&self) -> Result<Measured> {

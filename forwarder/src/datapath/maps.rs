@@ -25,7 +25,9 @@ use aya::{
 use forwarder_common::{
     limits as sizes,
     policy::{Limits, Policy},
-    publish::{Allowed, FILTER_WORDS, Frontend, Interface, Location, Port, Publish, filter_bit},
+    publish::{
+        FILTER_WORDS, Frontend, Interface, Location, Port, Publish, PublishSource, filter_bit,
+    },
     reason::Reason,
     tuple::Address,
     usage::Refused,
@@ -66,7 +68,7 @@ pub struct Maps {
     frontends: Mirror<HashMap<MapData, Frontend, u32>, Frontend, u32>,
     publishes: Mirror<Array<MapData, Publish>, u32, Publish>,
     backends: Mirror<HashMap<MapData, Address, u32>, Address, u32>,
-    allow: Mirror<Trie<MapData, Allowed, u32>, Network, u32>,
+    allow: Mirror<Trie<MapData, PublishSource, u32>, Network, u32>,
     limits: Mirror<HashMap<MapData, u32, Policy>, u32, Policy>,
     /// As they were asked for.
     limited: BTreeMap<u32, Limits>,
@@ -122,6 +124,7 @@ impl Maps {
                     LpmTrie::try_from(map("BANNED_NETWORKS")?)?,
                 ),
                 wanted: BTreeMap::new(),
+                of: BTreeMap::new(),
             },
             limited: BTreeMap::new(),
             installed: BTreeMap::new(),

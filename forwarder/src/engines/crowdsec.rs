@@ -78,7 +78,11 @@ pub fn run(client: &Client) -> Result<()> {
         let changes: HashMap<IpNet, Option<u64>> = changes.collect();
         wait_for_instance(client);
         let bans = changes.iter().filter(|(_, until)| until.is_some());
-        let bans = bans.map(|(&network, &until)| Ban { network, until });
+        let bans = bans.map(|(&network, &until)| Ban {
+            network,
+            until,
+            publish: None,
+        });
         let bans: Vec<Ban> = bans.collect();
         if !bans.is_empty() {
             client.ask::<()>(&Method::POST, "/v1/bans", Some(&bans))?;
@@ -97,6 +101,7 @@ fn unban(client: &Client, networks: &HashSet<IpNet>) -> Result<()> {
     let mut attempt = 0;
     loop {
         let there = wait_for_instance(client).into_iter();
+        let there = there.filter(|ban| ban.publish.is_none());
         let there = there.map(|ban| ban.network);
         let gone: Vec<IpNet> = there.filter(|it| networks.contains(it)).collect();
         match client.ask::<()>(&Method::POST, "/v1/unban", Some(&gone)) {

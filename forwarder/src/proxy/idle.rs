@@ -137,10 +137,12 @@ impl Idle {
         bans.unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    /// Bans these sources and no others: nothing of theirs is served, and what they have ends.
-    pub fn ban(&self, bans: Bans) {
+    /// Changes what is banned: nothing of these sources is served, and what they have ends.
+    pub fn ban(&self, change: impl FnOnce(&mut Bans)) {
         let common = self.common();
-        *common.bans.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(bans);
+        let mut bans = common.bans.write().unwrap_or_else(PoisonError::into_inner);
+        change(Arc::make_mut(&mut bans));
+        drop(bans);
         common.banned.notify_waiters();
     }
 

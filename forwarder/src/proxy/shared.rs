@@ -76,7 +76,7 @@ impl Shared {
             loop {
                 // Asked for before the look, so that none is missed in between.
                 let changed = self.common.banned.notified();
-                if self.common.is_banned(source) {
+                if self.common.is_banned(source, self.options.publish) {
                     return End::Reset;
                 }
                 changed.await;

@@ -1,17 +1,18 @@
-//! Bans: sources of which nothing gets into any published port, until a time or for ever.
+//! Bans: sources of which nothing gets into any published port, or into one, until a time or for ever.
 
 use std::{
-    collections::{BTreeMap, HashMap},
-    fs,
+    collections::{BTreeMap, BTreeSet, HashMap, HashSet},
+    fmt::{self, Write as _},
     net::IpAddr,
-    path::{Path, PathBuf},
+    path::Path,
+    str::FromStr,
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
 use anyhow::{Context as _, Result};
 use ipnet::IpNet;
 
-use super::state::replace;
+use super::{Id, journal::Journal};
 
 /// When a ban ends; `None`: never.
 pub type Until = Option<SystemTime>;
@@ -21,32 +22,161 @@ pub fn until(seconds: u64) -> Until {
     UNIX_EPOCH.checked_add(Duration::from_secs(seconds))
 }
 
+/// What is banned: a source, from a publish or from all of them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Banned {
+    pub publish: Option<Id>,
+    /// An address is a network of one.
+    pub network: IpNet,
+}
+
+impl fmt::Display for Banned {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { publish, network } = self;
+        match publish {
+            None => write!(f, "{network}"),
+            Some(id) => write!(f, "{network} from publish {id}"),
+        }
+    }
+}
+
 /// What was to be taken back is not there.
 #[derive(Debug, thiserror::Error)]
 #[error("{0} is not banned; `forwarder bans` shows what is")]
-pub struct NotBanned(pub IpNet);
+pub struct NotBanned(pub Banned);
 
-/// The sources that are banned. An address is a network of one.
+/// A change of bans.
+#[derive(Clone, Debug, Default)]
+pub struct Change {
+    /// What is banned now, or until another time.
+    pub new: Vec<(Banned, Until)>,
+    pub gone: Vec<Banned>,
+}
+
+/// All bans.
 #[derive(Clone, Debug, Default)]
 pub struct Bans {
+    everywhere: Sources,
+    of: BTreeMap<Id, Sources>,
+}
+
+impl Bans {
+    /// Whether a source is banned now from a publish.
+    pub fn has(&self, source: IpAddr, publish: Id) -> bool {
+        let source = source.to_canonical();
+        let of = || self.of.get(&publish).is_some_and(|of| of.has(source));
+        self.everywhere.has(source) || of()
+    }
+
+    pub fn until(&self, banned: &Banned) -> Option<Until> {
+        let sources = match banned.publish {
+            None => Some(&self.everywhere),
+            Some(id) => self.of.get(&id),
+        };
+        sources?.networks.get(&banned.network).copied()
+    }
+
+    /// Those that last, in no order.
+    pub fn iter(&self) -> impl Iterator<Item = (Banned, Until)> {
+        self.all().filter(|(_, until)| lasts(*until))
+    }
+
+    /// Those of one publish that last.
+    pub fn of(&self, publish: Id) -> impl Iterator<Item = (IpNet, Until)> {
+        let sources = self.of.get(&publish).into_iter();
+        let bans = sources.flat_map(|sources| &sources.networks);
+        bans.map(|(network, until)| (*network, *until))
+            .filter(|(_, until)| lasts(*until))
+    }
+
+    fn all(&self) -> impl Iterator<Item = (Banned, Until)> {
+        let of = self.of.iter().map(|(id, sources)| (Some(*id), sources));
+        let all = [(None, &self.everywhere)].into_iter().chain(of);
+        all.flat_map(|(publish, sources)| {
+            let networks = sources.networks.iter();
+            networks.map(move |(&network, &until)| (Banned { publish, network }, until))
+        })
+    }
+
+    /// What ends by itself: those whose time is over, and of publishes that are no more.
+    pub fn over(&self, is_published: impl Fn(Id) -> bool) -> Vec<Banned> {
+        let is_left = |banned: &Banned| banned.publish.is_none_or(&is_published);
+        let over = self
+            .all()
+            .filter(|(it, until)| !lasts(*until) || !is_left(it));
+        over.map(|(banned, _)| banned).collect()
+    }
+
+    /// What makes these all that there are.
+    pub fn replaced_by(&self, new: Vec<(Banned, Until)>) -> Change {
+        let kept: HashSet<Banned> = new.iter().map(|(banned, _)| *banned).collect();
+        let gone = self.all().map(|(banned, _)| banned);
+        Change {
+            gone: gone.filter(|banned| !kept.contains(banned)).collect(),
+            new,
+        }
+    }
+
+    /// What takes a change back.
+    pub fn inverse(&self, change: &Change) -> Change {
+        let touched = change
+            .new
+            .iter()
+            .map(|(banned, _)| banned)
+            .chain(&change.gone);
+        let mut inverse = Change::default();
+        for banned in touched.copied().collect::<BTreeSet<_>>() {
+            match self.until(&banned) {
+                Some(until) => inverse.new.push((banned, until)),
+                None => inverse.gone.push(banned),
+            }
+        }
+        inverse
+    }
+
+    pub fn apply(&mut self, change: &Change) {
+        for (Banned { publish, network }, until) in &change.new {
+            let sources = match publish {
+                None => &mut self.everywhere,
+                Some(id) => self.of.entry(*id).or_default(),
+            };
+            sources.insert(*network, *until);
+        }
+        for Banned { publish, network } in &change.gone {
+            match publish {
+                None => self.everywhere.remove(*network),
+                Some(id) => {
+                    let Some(sources) = self.of.get_mut(id) else {
+                        continue;
+                    };
+                    sources.remove(*network);
+                    if sources.networks.is_empty() {
+                        self.of.remove(id);
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// Sources that are banned from the same.
+#[derive(Clone, Debug, Default)]
+struct Sources {
     networks: HashMap<IpNet, Until>,
     /// How many there are of each family and length.
     lengths: BTreeMap<(bool, u8), usize>,
 }
 
-impl Bans {
-    pub fn insert(&mut self, network: IpNet, until: Until) {
-        let network = network.trunc();
+impl Sources {
+    fn insert(&mut self, network: IpNet, until: Until) {
         if self.networks.insert(network, until).is_none() {
             *self.lengths.entry(length(network)).or_default() += 1;
         }
     }
 
-    /// Returns whether there was one.
-    pub fn remove(&mut self, network: IpNet) -> bool {
-        let network = network.trunc();
+    fn remove(&mut self, network: IpNet) {
         if self.networks.remove(&network).is_none() {
-            return false;
+            return;
         }
         if let Some(count) = self.lengths.get_mut(&length(network)) {
             *count -= 1;
@@ -54,44 +184,14 @@ impl Bans {
                 self.lengths.remove(&length(network));
             }
         }
-        true
     }
 
-    /// Whether a source is banned now.
-    pub fn has(&self, source: IpAddr) -> bool {
-        let source = source.to_canonical();
+    fn has(&self, source: IpAddr) -> bool {
         self.lengths.keys().any(|&(is_v4, length)| {
             let network = IpNet::new(source, length).map(|network| network.trunc());
             is_v4 == source.is_ipv4()
                 && network.is_ok_and(|it| self.networks.get(&it).is_some_and(|it| lasts(*it)))
         })
-    }
-
-    pub fn is_empty(&self) -> bool {
-        self.networks.is_empty()
-    }
-
-    /// Those that last, in no order.
-    pub fn iter(&self) -> impl Iterator<Item = (IpNet, Until)> {
-        let all = self
-            .networks
-            .iter()
-            .map(|(network, until)| (*network, *until));
-        all.filter(|(_, until)| lasts(*until))
-    }
-
-    pub fn any_is_over(&self) -> bool {
-        self.networks.values().any(|until| !lasts(*until))
-    }
-
-    /// Takes away those that are over, and returns them.
-    pub fn expire(&mut self) -> Vec<IpNet> {
-        let over = self.networks.iter().filter(|(_, until)| !lasts(**until));
-        let over: Vec<IpNet> = over.map(|(network, _)| *network).collect();
-        for network in &over {
-            self.remove(*network);
-        }
-        over
     }
 }
 
@@ -106,55 +206,114 @@ fn lasts(until: Until) -> bool {
     until.is_none_or(|until| until > SystemTime::now())
 }
 
-/// The file with the bans: one a line, with the second since the epoch at which it ends.
+/// The file with the bans. A line is a change, of bans with commas in between: the network, the second since the epoch at which its
+/// ban ends (`-`: never), and the publish, if it is of one. With `!` in front it is a ban that was taken back.
 #[derive(Debug)]
-pub struct BansFile(PathBuf);
+pub struct BansFile(Journal);
+
+/// What a line says of one ban.
+struct Entry(Banned, Option<Until>);
+
+impl fmt::Display for Entry {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self(Banned { publish, network }, until) = self;
+        if until.is_none() {
+            f.write_str("!")?;
+        }
+        write!(f, "{network}")?;
+        let until = until.flatten();
+        match until.and_then(|until| until.duration_since(UNIX_EPOCH).ok()) {
+            Some(until) => write!(f, " {}", until.as_secs())?,
+            None => f.write_str(" -")?,
+        }
+        publish.map_or(Ok(()), |id| write!(f, " {id}"))
+    }
+}
+
+impl FromStr for Entry {
+    type Err = ();
+
+    fn from_str(text: &str) -> Result<Self, ()> {
+        let (text, is_gone) = match text.strip_prefix('!') {
+            Some(text) => (text, true),
+            None => (text, false),
+        };
+        let mut words = text.split(' ');
+        let network = words.next().and_then(|network| network.parse().ok());
+        let until = match words.next() {
+            None | Some("-") => None,
+            Some(seconds) => until(seconds.parse().map_err(drop)?),
+        };
+        let publish = words.next().map(str::parse).transpose().map_err(drop)?;
+        let network = network.ok_or(())?;
+        Ok(Self(
+            Banned { publish, network },
+            (!is_gone).then_some(until),
+        ))
+    }
+}
 
 impl BansFile {
-    pub fn beside(state: &Path) -> Self {
-        Self(state.with_extension("bans"))
-    }
-
-    /// Those that last.
+    /// The file beside a state file, with those of its bans that last.
     ///
     /// # Errors
     /// It cannot be read, or holds something else.
-    pub fn read(&self) -> Result<Bans> {
-        let shown = self.0.display();
-        let text = match fs::read_to_string(&self.0) {
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
-                return Ok(Bans::default());
-            }
-            text => text.with_context(|| format!("read {shown}"))?,
-        };
+    pub fn open(state: &Path) -> Result<(Self, Bans)> {
+        let (journal, text) = Journal::open(state.with_extension("bans"))?;
         let mut bans = Bans::default();
-        for line in text.lines() {
-            let (network, until) = line.split_once(' ').unwrap_or((line, ""));
-            let network = network.parse();
-            let network = network.with_context(|| format!("{shown}: {line:?} is no ban"))?;
-            let until = until.parse().ok().and_then(self::until);
-            if lasts(until) {
-                bans.insert(network, until);
+        for line in text.as_deref().unwrap_or_default().lines() {
+            let mut change = Change::default();
+            for text in line.split(',') {
+                let entry = text.parse::<Entry>();
+                let shown = journal.path().display();
+                let Ok(Entry(banned, until)) = entry else {
+                    anyhow::bail!(
+                        "{shown}: {text:?} is no ban; move the file away to begin without it"
+                    );
+                };
+                match until {
+                    Some(until) => change.new.push((banned, until)),
+                    None => change.gone.push(banned),
+                }
             }
+            bans.apply(&change);
         }
-        Ok(bans)
+        let over = bans.over(|_| true);
+        bans.apply(&Change {
+            gone: over,
+            ..Change::default()
+        });
+        Ok((Self(journal), bans))
     }
 
-    /// Writes all of them; on return they are on the disk.
+    /// Writes a change of these; on return it is on the disk.
     ///
     /// # Errors
     /// The disk is full, or refuses.
-    pub fn write(&self, bans: &Bans) -> Result<()> {
-        let mut text = String::new();
-        for (network, until) in bans.iter() {
-            use std::fmt::Write as _;
-            let until = until.and_then(|until| until.duration_since(UNIX_EPOCH).ok());
-            let _ = match until {
-                Some(until) => writeln!(text, "{network} {}", until.as_secs()),
-                None => writeln!(text, "{network}"),
-            };
+    pub fn write(&mut self, change: &Change, before: &Bans) -> Result<()> {
+        let mut line = String::new();
+        let new = change
+            .new
+            .iter()
+            .map(|(it, until)| Entry(*it, Some(*until)));
+        let gone = change.gone.iter().map(|it| Entry(*it, None));
+        for entry in new.chain(gone) {
+            let comma = if line.is_empty() { "" } else { "," };
+            write!(line, "{comma}{entry}").context("no memory")?;
         }
-        replace(&self.0, text.as_bytes()).with_context(|| format!("write {}", self.0.display()))
+        if line.is_empty() {
+            return Ok(());
+        }
+        line.push('\n');
+        self.0.add(&line, || {
+            let mut after = before.clone();
+            after.apply(change);
+            let mut whole = String::new();
+            for (banned, until) in after.iter() {
+                writeln!(whole, "{}", Entry(banned, Some(until)))?;
+            }
+            Ok(whole)
+        })
     }
 }
 
@@ -170,15 +329,42 @@ mod tests {
         text.parse().expect(text)
     }
 
+    fn from_all(network: &str) -> Banned {
+        let network = net(network);
+        Banned {
+            publish: None,
+            network,
+        }
+    }
+
+    fn from_one(network: &str, id: Id) -> Banned {
+        let publish = Some(id);
+        Banned {
+            publish,
+            ..from_all(network)
+        }
+    }
+
+    fn banned(new: Vec<(Banned, Until)>) -> Bans {
+        let mut bans = Bans::default();
+        bans.apply(&Change {
+            new,
+            gone: Vec::new(),
+        });
+        bans
+    }
+
     #[test]
     fn a_source_is_banned_by_its_address_or_its_network_until_that_is_over() {
-        let mut bans = Bans::default();
         let past = Some(SystemTime::now() - Duration::from_secs(1));
         let future = Some(SystemTime::now() + Duration::from_secs(60));
-        bans.insert(net("192.0.2.7/32"), None);
-        bans.insert(net("2001:db8::/32"), future);
-        bans.insert(net("198.51.100.0/24"), past);
-        for (source, banned) in [
+        let bans = banned(vec![
+            (from_all("192.0.2.7/32"), None),
+            (from_all("2001:db8::/32"), future),
+            (from_all("198.51.100.0/24"), past),
+            (from_one("203.0.113.0/24", 5), None),
+        ]);
+        for (source, is_banned) in [
             ("192.0.2.7", true),
             ("::ffff:192.0.2.7", true),
             ("192.0.2.8", false),
@@ -186,28 +372,70 @@ mod tests {
             ("2001:db9::5", false),
             ("198.51.100.9", false),
         ] {
-            assert_eq!(bans.has(ip(source)), banned, "{source}");
+            assert_eq!(bans.has(ip(source), 4), is_banned, "{source}");
         }
-        assert_eq!(bans.expire(), [net("198.51.100.0/24")]);
-        assert!(bans.remove(net("192.0.2.7/32")) && !bans.remove(net("192.0.2.7/32")));
-        assert!(!bans.has(ip("192.0.2.7")));
+        assert!(bans.has(ip("203.0.113.9"), 5) && !bans.has(ip("203.0.113.9"), 4));
+        assert_eq!(bans.over(|_| true), [from_all("198.51.100.0/24")]);
+        assert_eq!(bans.over(|id| id != 5).len(), 2);
+    }
+
+    #[test]
+    fn a_change_can_be_taken_back() {
+        let future = Some(SystemTime::now() + Duration::from_secs(60));
+        let before = banned(vec![
+            (from_all("192.0.2.7/32"), None),
+            (from_one("192.0.2.7/32", 3), future),
+            (from_all("2001:db8::/64"), future),
+        ]);
+        let change = before.replaced_by(vec![
+            (from_all("192.0.2.7/32"), future),
+            (from_all("198.51.100.1/32"), None),
+        ]);
+        let inverse = before.inverse(&change);
+        let mut bans = before.clone();
+        bans.apply(&change);
+        let now: BTreeMap<_, _> = bans.iter().collect();
+        assert_eq!(now.len(), 2);
+        assert_eq!(now[&from_all("192.0.2.7/32")], future);
+        bans.apply(&inverse);
+        let all = |bans: &Bans| bans.iter().collect::<BTreeMap<_, _>>();
+        assert_eq!(all(&bans), all(&before));
     }
 
     #[test]
     fn what_is_written_is_read() {
         let state =
             std::env::temp_dir().join(format!("forwarder-bans-{}.json", std::process::id()));
-        let file = BansFile::beside(&state);
-        let mut bans = Bans::default();
-        bans.insert(net("192.0.2.7/32"), None);
-        bans.insert(
-            net("2001:db8::/64"),
-            Some(SystemTime::now() + Duration::from_secs(3600)),
-        );
-        file.write(&bans).expect("written");
-        let read = file.read().expect("read");
-        assert!(read.has(ip("192.0.2.7")) && read.has(ip("2001:db8::1")));
-        assert_eq!(read.iter().count(), 2);
-        fs::remove_file(&file.0).expect("removed");
+        let (mut file, mut bans) = BansFile::open(&state).expect("opened");
+        let end = Some(UNIX_EPOCH + Duration::from_secs(40_000_000_000));
+        let many =
+            (0..4000).map(|at| (from_all(&format!("10.0.{}.{}/32", at / 250, at % 250)), end));
+        let changes = [
+            Change {
+                new: many.chain([(from_one("2001:db8::/64", 7), None)]).collect(),
+                gone: Vec::new(),
+            },
+            Change {
+                new: vec![
+                    (from_all("192.0.2.7/32"), None),
+                    (from_one("10.0.0.7/32", 9), end),
+                ],
+                gone: vec![from_all("10.0.0.7/32")],
+            },
+            Change {
+                new: vec![(from_all("10.0.0.8/32"), None)],
+                gone: vec![from_one("2001:db8::/64", 7)],
+            },
+        ];
+        for change in changes {
+            file.write(&change, &bans).expect("written");
+            bans.apply(&change);
+            let (_, read) = BansFile::open(&state).expect("read");
+            let all = |bans: &Bans| bans.iter().collect::<BTreeMap<_, _>>();
+            assert_eq!(all(&read), all(&bans));
+        }
+        let text = std::fs::read_to_string(file.0.path()).expect("read");
+        assert!(text.contains("\n192.0.2.7/32 -,10.0.0.7/32 40000000000 9,!10.0.0.7/32 -\n"));
+        std::fs::remove_file(file.0.path()).expect("removed");
     }
 }

@@ -1,11 +1,8 @@
-//! The state file: what was published at run time, and the numbers of all publishes, so that both outlive the process. It is
-//! written as a whole beside the old one, synced, and put in its place.
+//! The state file: what was published at run time, and the numbers of all publishes, so that both outlive the process. Each line
+//! is a JSON text: the first has everything, each other one what has changed.
 
 use std::{
-    collections::{BTreeSet, HashMap},
-    fs::{self, File, OpenOptions},
-    io::Write as _,
-    os::unix::fs::OpenOptionsExt as _,
+    collections::{BTreeMap, BTreeSet, HashMap},
     path::{Path, PathBuf},
     sync::Arc,
 };
@@ -13,25 +10,49 @@ use std::{
 use anyhow::{Context as _, Result, bail};
 use serde::{Deserialize, Serialize};
 
-use super::{Container, Holder, Id, Owner, Policy, Publish, Registry, Spec, Wanted};
+use super::{
+    Container, Holder, Id, Owner, Policy, Publish, Registry, Spec, Wanted, journal::Journal,
+};
 use crate::instance::make_private;
 
 const VERSION: u32 = 1;
 
+/// The file, and what it says by now.
 #[derive(Debug)]
 pub struct State {
+    journal: Journal,
+    kept: BTreeMap<Id, Kept>,
+    leases: Vec<String>,
+}
+
+/// What is stored of a publish.
+#[derive(Clone, Debug)]
+struct Kept {
+    wanted: Wanted,
+    configured: bool,
+    place: u32,
+}
+
+/// What an earlier instance wrote.
+#[derive(Debug, Default)]
+pub struct Stored {
     path: PathBuf,
-    stored: Stored,
+    last_id: Id,
+    publishes: BTreeMap<Id, StoredPublish>,
+    leases: Vec<String>,
 }
 
 #[derive(Debug, Default, Serialize, Deserialize)]
-struct Stored {
+struct Line {
     version: u32,
     last_id: Id,
+    /// New ones, and those that have changed.
     publishes: Vec<StoredPublish>,
-    /// SPECs of leases, whose holders come back.
-    #[serde(default)]
-    leases: Vec<String>,
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    gone: Vec<Id>,
+    /// SPECs of all leases, whose holders come back, where they have changed.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    leases: Option<Vec<String>>,
 }
 
 #[derive(Debug, Serialize, Deserialize)]
@@ -58,41 +79,166 @@ impl State {
     ///
     /// # Errors
     /// It is of a later version, damaged, or in a directory that others may write to.
-    pub fn open(path: PathBuf) -> Result<Self> {
+    pub fn open(path: PathBuf) -> Result<(Self, Stored)> {
         let directory = path.parent().unwrap_or(Path::new("/"));
         make_private(directory).context("a place for the state file; --ephemeral does without")?;
-        let stored = match fs::read(&path) {
-            Ok(text) => serde_json::from_slice(&text).with_context(|| {
-                format!("read {}; move it away to begin without it", path.display())
-            })?,
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => Stored::default(),
-            Err(error) => return Err(error).with_context(|| format!("read {}", path.display())),
+        let (journal, text) = Journal::open(path)?;
+        let stored = Stored::read(journal.path(), text.as_deref().unwrap_or_default())?;
+        let state = Self {
+            journal,
+            kept: BTreeMap::new(),
+            leases: Vec::new(),
         };
-        if stored.version > VERSION {
-            bail!(
-                "{} has version {}, and this program knows {VERSION}; use the later one, or move the file away",
-                path.display(),
-                stored.version
-            );
+        Ok((state, stored))
+    }
+
+    /// Takes out what these owners have, while no instance runs: whoever calls holds its lock. Where there is no file,
+    /// there is nothing to do.
+    ///
+    /// # Errors
+    /// As [`State::open`], and those of writing.
+    pub fn forget(path: PathBuf, is_meant: &dyn Fn(&Owner) -> bool) -> Result<()> {
+        if !path.exists() {
+            return Ok(());
         }
-        Ok(Self { path, stored })
+        let (mut state, mut stored) = Self::open(path)?;
+        let before = stored.publishes.len();
+        stored.publishes.retain(|_, it| !is_meant(&it.owner));
+        if stored.publishes.len() == before {
+            return Ok(());
+        }
+        let publishes = stored.publishes.into_values();
+        state.journal.replace(&text(&Line {
+            version: VERSION,
+            last_id: stored.last_id,
+            publishes: publishes.collect(),
+            gone: Vec::new(),
+            leases: Some(stored.leases),
+        })?)
+    }
+
+    /// Writes what is wanted now; on return it is on the disk.
+    ///
+    /// # Errors
+    /// The disk is full, or refuses.
+    pub fn write(
+        &mut self,
+        registry: &Registry,
+        is_configured: impl Fn(&Wanted) -> bool,
+        place: impl Fn(&Wanted) -> u32,
+    ) -> Result<()> {
+        let (leases, lasting): (Vec<_>, Vec<_>) =
+            registry.iter().partition(|wanted| wanted.owner.is_lease());
+        let leases = leases.iter().map(|it| it.publish.spec.to_string());
+        let leases: Vec<String> = leases.collect();
+        let lasting = lasting.into_iter().map(|wanted| {
+            let kept = Kept {
+                wanted: wanted.clone(),
+                configured: is_configured(wanted),
+                place: place(wanted),
+            };
+            (wanted.id, kept)
+        });
+        let kept: BTreeMap<Id, Kept> = lasting.collect();
+        let line = |publishes, gone, leases| {
+            text(&Line {
+                version: VERSION,
+                last_id: registry.last_id(),
+                publishes,
+                gone,
+                leases,
+            })
+        };
+        let is_new = |it: &&Kept| !self.kept.get(&it.wanted.id).is_some_and(|old| old.is(it));
+        let new = kept.values().filter(is_new).map(Kept::stored);
+        let gone = self.kept.keys().filter(|id| !kept.contains_key(id));
+        let changed = (leases != self.leases).then(|| leases.clone());
+        let change = line(new.collect(), gone.copied().collect(), changed)?;
+        let whole = || {
+            let all = kept.values().map(Kept::stored);
+            line(all.collect(), Vec::new(), Some(leases.clone()))
+        };
+        self.journal.add(&change, whole)?;
+        self.kept = kept;
+        self.leases = leases;
+        Ok(())
+    }
+}
+
+impl Kept {
+    /// Whether the two are stored the same. What changes is wanted anew, so that nothing has to be compared.
+    fn is(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.wanted.publish, &other.wanted.publish)
+            && self.wanted.owner == other.wanted.owner
+            && self.configured == other.configured
+            && self.place == other.place
+    }
+
+    fn stored(&self) -> StoredPublish {
+        let Wanted { id, owner, publish } = &self.wanted;
+        StoredPublish {
+            id: *id,
+            owner: owner.clone(),
+            spec: publish.spec.to_string(),
+            policy: publish.policy.clone(),
+            holder: publish.holder,
+            container: publish.container.clone(),
+            configured: self.configured,
+            place: self.place,
+        }
+    }
+}
+
+fn text(line: &Line) -> Result<String> {
+    let mut text = serde_json::to_string(line)?;
+    text.push('\n');
+    Ok(text)
+}
+
+impl Stored {
+    fn read(path: &Path, text: &str) -> Result<Self> {
+        let shown = path.display();
+        let mut stored = Self {
+            path: path.to_owned(),
+            ..Self::default()
+        };
+        for text in text.lines() {
+            let line: Line = serde_json::from_str(text)
+                .with_context(|| format!("read {shown}; move it away to begin without it"))?;
+            if line.version > VERSION {
+                bail!(
+                    "{shown} has version {}, and this program knows {VERSION}; use the later one, or move the file away",
+                    line.version
+                );
+            }
+            stored.last_id = line.last_id;
+            for id in line.gone {
+                stored.publishes.remove(&id);
+            }
+            let publishes = line.publishes.into_iter().map(|it| (it.id, it));
+            stored.publishes.extend(publishes);
+            if let Some(leases) = line.leases {
+                stored.leases = leases;
+            }
+        }
+        Ok(stored)
     }
 
     /// Those that a flag or the configuration asked for.
     pub fn configured(&self) -> BTreeSet<Id> {
-        let configured = self.stored.publishes.iter().filter(|it| it.configured);
+        let configured = self.publishes.values().filter(|it| it.configured);
         configured.map(|it| it.id).collect()
     }
 
     /// Where publishes were in the kernel's tables.
     pub fn places(&self) -> HashMap<Id, u32> {
-        let publishes = self.stored.publishes.iter();
+        let publishes = self.publishes.values();
         publishes.map(|it| (it.id, it.place)).collect()
     }
 
     /// What was leased. Whoever held the leases asks for them again.
     pub fn leases(&self) -> Vec<Spec> {
-        let leases = self.stored.leases.iter();
+        let leases = self.leases.iter();
         leases.filter_map(|spec| spec.parse().ok()).collect()
     }
 
@@ -101,8 +247,8 @@ impl State {
     /// # Errors
     /// The file holds what no registry accepts.
     pub fn registry(&self, most: usize) -> Result<Registry> {
-        let mut registry = Registry::new(most, self.stored.last_id);
-        for stored in &self.stored.publishes {
+        let mut registry = Registry::new(most, self.last_id);
+        for stored in self.publishes.values() {
             let spec = stored.spec.parse();
             let publish = Publish {
                 spec: spec.with_context(|| format!("in {}", self.path.display()))?,
@@ -119,77 +265,81 @@ impl State {
         }
         Ok(registry)
     }
-
-    /// Takes out what these owners have, while no instance runs: whoever calls holds its lock. Where there is no file,
-    /// there is nothing to do.
-    ///
-    /// # Errors
-    /// As [`State::open`], and those of writing.
-    pub fn forget(path: PathBuf, is_meant: &dyn Fn(&Owner) -> bool) -> Result<()> {
-        if !path.exists() {
-            return Ok(());
-        }
-        let mut state = Self::open(path)?;
-        let before = state.stored.publishes.len();
-        state.stored.publishes.retain(|it| !is_meant(&it.owner));
-        if state.stored.publishes.len() == before {
-            return Ok(());
-        }
-        replace(&state.path, &serde_json::to_vec(&state.stored)?)
-            .with_context(|| format!("write {}", state.path.display()))
-    }
-
-    /// Writes what is wanted now; on return it is on the disk.
-    ///
-    /// # Errors
-    /// The disk is full, or refuses.
-    pub fn write(
-        &mut self,
-        registry: &Registry,
-        is_configured: impl Fn(&Wanted) -> bool,
-        place: impl Fn(&Wanted) -> u32,
-    ) -> Result<()> {
-        let publishes = registry.iter().filter(|wanted| !wanted.owner.is_lease());
-        let publishes = publishes.map(|wanted| StoredPublish {
-            id: wanted.id,
-            owner: wanted.owner.clone(),
-            spec: wanted.publish.spec.to_string(),
-            policy: wanted.publish.policy.clone(),
-            holder: wanted.publish.holder,
-            container: wanted.publish.container.clone(),
-            configured: is_configured(wanted),
-            place: place(wanted),
-        });
-        let leases = registry.iter().filter(|wanted| wanted.owner.is_lease());
-        let stored = Stored {
-            leases: leases.map(|it| it.publish.spec.to_string()).collect(),
-            version: VERSION,
-            last_id: registry.last_id(),
-            publishes: publishes.collect(),
-        };
-        let shown = self.path.display();
-        replace(&self.path, &serde_json::to_vec(&stored)?)
-            .with_context(|| format!("write {shown}; --ephemeral does without"))?;
-        self.stored = stored;
-        Ok(())
-    }
 }
 
-/// Puts a text in place of a file's, as a whole and on the disk; or leaves everything as it was.
-pub(super) fn replace(path: &Path, text: &[u8]) -> Result<()> {
-    let mut beside = path.as_os_str().to_owned();
-    beside.push(".new");
-    let mut options = OpenOptions::new();
-    options.create(true).truncate(true).write(true);
-    options.mode(0o600).custom_flags(libc::O_NOFOLLOW);
-    let mut file = options.open(&beside)?;
-    let written = file.write_all(text).and_then(|()| file.sync_data());
-    let replaced = written.and_then(|()| fs::rename(&beside, path));
-    if replaced.is_err() {
-        // On a full disk it would take the room that is left.
-        let _ = fs::remove_file(&beside);
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn publish(spec: &str) -> Publish {
+        Publish::new(spec.parse().expect(spec), Policy::default())
     }
-    replaced?;
-    File::open(path.parent().unwrap_or(Path::new("/")))?.sync_all()?;
-    Ok(())
+
+    /// What the next instance makes of the file.
+    fn read(path: &Path) -> (Vec<(Id, String, String)>, Id, Vec<Spec>) {
+        let (_, stored) = State::open(path.to_owned()).expect("opened");
+        let registry = stored.registry(60_000).expect("a registry");
+        let rows = registry.iter().map(|it| {
+            let (owner, spec) = (it.owner.as_str(), &it.publish.spec);
+            (it.id, owner.to_owned(), spec.to_string())
+        });
+        (rows.collect(), registry.last_id(), stored.leases())
+    }
+
+    #[test]
+    fn changes_of_many_publishes_are_read_as_they_were_written() {
+        let folder = std::env::temp_dir().join(format!("forwarder-state-{}", std::process::id()));
+        let path = folder.join("test.json");
+        let (mut state, _) = State::open(path.clone()).expect("opened");
+        let mut registry = Registry::new(60_000, 0);
+        let many = 1..=2000;
+        let many = many.map(|port| publish(&format!("{port}:172.17.0.2:80")));
+        let mut write = |registry: &Registry, place| {
+            state
+                .write(registry, |_| false, |_| place)
+                .expect("written");
+            let now = registry.iter().filter(|it| !it.owner.is_lease());
+            let now: Vec<_> = now
+                .map(|it| {
+                    let (owner, spec) = (it.owner.as_str(), &it.publish.spec);
+                    (it.id, owner.to_owned(), spec.to_string())
+                })
+                .collect();
+            let (rows, last, leases) = read(&path);
+            assert_eq!(rows, now);
+            assert_eq!(last, registry.last_id());
+            let leased = registry.iter().filter(|it| it.owner.is_lease());
+            assert!(leases.iter().eq(leased.map(|it| &it.publish.spec)));
+            std::fs::metadata(&path).expect("a file").len()
+        };
+        let cli = Owner::cli();
+        let all = registry.add(&cli, many.collect()).expect("added");
+        registry.apply(&all);
+        let whole = write(&registry, 1);
+        // Another backend, one less, one more, and a lease that comes and goes.
+        let mut wanted: Vec<Publish> = registry
+            .of(&cli)
+            .map(|it| Publish::clone(&it.publish))
+            .collect();
+        wanted[7] = publish("8:172.17.0.3:80");
+        wanted.remove(500);
+        wanted.push(publish("3000:172.17.0.2:80"));
+        let change = registry.want(&cli, wanted).expect("a change");
+        registry.apply(&change);
+        let changed = write(&registry, 1);
+        assert!(
+            changed > whole && changed < whole + 1000,
+            "{whole} {changed}"
+        );
+        let lease = Owner::lease(1);
+        for leased in [vec![publish("4000:172.17.0.2:80")], Vec::new()] {
+            let change = registry.want(&lease, leased).expect("a lease");
+            registry.apply(&change);
+            write(&registry, 1);
+        }
+        // All in another place: nearly as much again, and then as a whole.
+        write(&registry, 2);
+        write(&registry, 3);
+        std::fs::remove_dir_all(folder).expect("removed");
+    }
 }

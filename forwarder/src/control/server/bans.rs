@@ -11,12 +11,15 @@ use serde::Deserialize;
 use utoipa::ToSchema;
 
 use super::{
-    Change, Peer, Problem, Shared, problem,
+    Change, Peer, Problem, Shared, named, problem,
     request::{LONGEST_BANS, Named as Part, Nothing, Query},
 };
 use crate::{
-    control::api::Ban,
-    publish::{allow, bans::NotBanned},
+    control::api::{Ban, NamedPublish},
+    publish::{
+        Id, allow,
+        bans::{Banned, NotBanned},
+    },
 };
 
 #[utoipa::path(get, path = "/v1/bans", summary = "Sources of which nothing gets into any published port", responses((status = 200, body = Vec<Ban>)))]
@@ -60,75 +63,102 @@ async fn change(
     Ok(StatusCode::NO_CONTENT)
 }
 
-/// How long a ban lasts.
+/// How long a ban lasts, and from what.
 #[derive(Clone, Debug, Default, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub(super) struct Lasts {
     /// Seconds since the epoch.
     until: Option<u64>,
+    /// The number or the SPEC of the only publish that it is banned from.
+    publish: Option<NamedPublish>,
+}
+
+/// Which ban is meant, of several of a source.
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct From {
+    publish: Option<NamedPublish>,
 }
 
 fn banned(text: &str) -> Result<IpNet, Problem> {
     allow::source(text).map_err(|error| problem(422, "Bad network", &error))
 }
 
-#[utoipa::path(get, path = "/v1/bans/{network}", summary = "The ban of a source", params(("network" = String, Path)), responses((status = 200, body = Ban), (status = 404, body = Problem)))]
+/// The same by its number.
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct FromOne {
+    publish: Option<Id>,
+}
+
+#[utoipa::path(get, path = "/v1/bans/{network}", summary = "The ban of a source", params(("network" = String, Path), ("publish" = Option<u64>, Query, description = "the ban from this publish alone")), responses((status = 200, body = Ban), (status = 404, body = Problem)))]
 pub(super) async fn one(
     State(shared): State<Shared>,
     Part(network): Part<String>,
-    Query(Nothing {}): Query<Nothing>,
+    Query(FromOne { publish }): Query<FromOne>,
 ) -> Result<extract::Json<Ban>, Problem> {
     let network = banned(&network)?.trunc();
-    let bans = shared.observed.bans();
-    for ban in bans {
+    let is_meant = publish.map(NamedPublish::Id);
+    for ban in shared.observed.bans() {
         let ban = ban?;
-        if ban.network == network {
+        if ban.network == network && ban.publish == is_meant {
             return Ok(extract::Json(ban));
         }
     }
-    Err(problem(404, "Not found", &NotBanned(network).to_string()))
+    let missing = NotBanned(Banned { publish, network });
+    Err(problem(404, "Not found", &missing.to_string()))
 }
 
-#[utoipa::path(put, path = "/v1/bans/{network}", summary = "Bans a source", params(("network" = String, Path), ("until" = Option<u64>, Query, description = "seconds since the epoch")), request_body(content = Option<Lasts>, description = "in place of the query"), responses((status = 204), (status = "4XX", body = Problem)))]
+#[utoipa::path(put, path = "/v1/bans/{network}", summary = "Bans a source", params(("network" = String, Path), ("until" = Option<u64>, Query, description = "seconds since the epoch"), ("publish" = Option<String>, Query, description = "number or SPEC of the only publish that it is banned from")), request_body(content = Option<Lasts>, description = "in place of the query"), responses((status = 204), (status = "4XX", body = Problem)))]
 pub(super) async fn ban_one(
     State(shared): State<Shared>,
     Extension(by): Extension<Peer>,
     Part(network): Part<String>,
-    Query(Lasts { until }): Query<Lasts>,
+    Query(in_query): Query<Lasts>,
     request: Request,
 ) -> Result<StatusCode, Problem> {
     let network = banned(&network)?;
-    let Lasts { until: in_body } = shared.json_if_any(request).await?;
-    if until.is_some() && in_body.is_some() {
-        let message = "`until` is in the query and in the body; leave one of them out";
-        return Err(problem(400, "Bad query", message));
-    }
-    let until = until.or(in_body);
-    let bans = vec![Ban { network, until }];
-    change(&shared, by, bans, false).await
+    let in_body: Lasts = shared.json_if_any(request).await?;
+    let until = once("until", in_query.until, in_body.until)?;
+    let publish = once("publish", in_query.publish, in_body.publish)?;
+    let ban = Ban {
+        network,
+        until,
+        publish,
+    };
+    change(&shared, by, vec![ban], false).await
 }
 
-#[utoipa::path(delete, path = "/v1/bans/{network}", summary = "Takes a ban back", params(("network" = String, Path)), responses((status = 204), (status = "4XX", body = Problem)))]
+/// What may be in the query or in the body.
+fn once<T>(name: &str, in_query: Option<T>, in_body: Option<T>) -> Result<Option<T>, Problem> {
+    if in_query.is_some() && in_body.is_some() {
+        let message = format!("`{name}` is in the query and in the body; leave one of them out");
+        return Err(problem(400, "Bad query", &message));
+    }
+    Ok(in_query.or(in_body))
+}
+
+#[utoipa::path(delete, path = "/v1/bans/{network}", summary = "Takes a ban back", params(("network" = String, Path), ("publish" = Option<String>, Query, description = "the ban from this publish alone, by its number or SPEC")), responses((status = 204), (status = "4XX", body = Problem)))]
 pub(super) async fn unban_one(
     State(shared): State<Shared>,
     Extension(by): Extension<Peer>,
     Part(network): Part<String>,
-    Query(Nothing {}): Query<Nothing>,
+    Query(from): Query<From>,
 ) -> Result<StatusCode, Problem> {
     let networks = vec![banned(&network)?];
-    take_back(&shared, by, networks).await
+    take_back(&shared, by, networks, from).await
 }
 
-#[utoipa::path(post, path = "/v1/unban", summary = "Takes bans back, all or none", request_body = Vec<String>, responses((status = 204), (status = "4XX", body = Problem)))]
+#[utoipa::path(post, path = "/v1/unban", summary = "Takes bans back, all or none", params(("publish" = Option<String>, Query, description = "those from this publish alone, by its number or SPEC")), request_body = Vec<String>, responses((status = 204), (status = "4XX", body = Problem)))]
 pub(super) async fn unban(
     State(shared): State<Shared>,
     Extension(by): Extension<Peer>,
-    Query(Nothing {}): Query<Nothing>,
+    Query(from): Query<From>,
     request: Request,
 ) -> Result<StatusCode, Problem> {
     let networks: Vec<String> = shared.json_up_to(LONGEST_BANS, request).await?;
     let networks = networks.iter().map(|text| banned(text));
-    take_back(&shared, by, networks.collect::<Result<_, _>>()?).await
+    take_back(&shared, by, networks.collect::<Result<_, _>>()?, from).await
 }
 
 #[utoipa::path(delete, path = "/v1/bans", summary = "Takes all bans back", responses((status = 204), (status = "4XX", body = Problem)))]
@@ -140,7 +170,14 @@ pub(super) async fn unban_all(
     change(&shared, by, Vec::new(), true).await
 }
 
-async fn take_back(shared: &Shared, by: Peer, networks: Vec<IpNet>) -> Result<StatusCode, Problem> {
-    shared.change(None, by, Change::Unban(networks)).await?;
+async fn take_back(
+    shared: &Shared,
+    by: Peer,
+    networks: Vec<IpNet>,
+    From { publish }: From,
+) -> Result<StatusCode, Problem> {
+    let publish = publish.map(named).transpose()?;
+    let change = Change::Unban(networks, publish);
+    shared.change(None, by, change).await?;
     Ok(StatusCode::NO_CONTENT)
 }

@@ -1,19 +1,23 @@
 //! Bans: addresses in a hash table, networks in a trie. Which bans are wanted, and until when, is decided elsewhere.
 
-use std::{collections::BTreeMap, net::IpAddr};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    net::IpAddr,
+};
 
 use anyhow::{Context as _, Result};
-use aya::maps::{
-    Array, HashMap, IterableMap as _, MapData, MapError,
-    lpm_trie::{Key, LpmTrie},
+use aya::maps::{Array, HashMap, IterableMap as _, MapData, MapError, lpm_trie::LpmTrie};
+use forwarder_common::{
+    limits,
+    publish::{PublishSource, ban},
 };
-use forwarder_common::{limits, publish::ban, tuple::Address};
 use ipnet::{IpNet, Ipv4Net};
 
 use super::{
     Maps,
     batch::{Batch, Command},
-    ignore_missing, key_length,
+    ignore_missing,
+    install::{Network, trie_key},
     mirror::{Mirror, Store, Table},
 };
 
@@ -34,17 +38,20 @@ const SLICE: usize = 4096;
 /// A value that is in the past: no ban.
 const OVER: u64 = 1;
 
-/// The tables, and what networks are wanted there.
+/// The tables, and what networks are wanted there. What is banned from one publish has its index, from all
+/// [`ban::EVERYWHERE`].
 pub(super) struct Bans {
     pub(super) kinds: Array<MapData, u32>,
-    pub(super) addresses: HashMap<MapData, Address, u64>,
-    pub(super) networks: Mirror<LpmTrie<MapData, Address, u64>, IpNet, u64>,
-    pub(super) wanted: BTreeMap<IpNet, u64>,
+    pub(super) addresses: HashMap<MapData, PublishSource, u64>,
+    pub(super) networks: Mirror<LpmTrie<MapData, PublishSource, u64>, Network, u64>,
+    pub(super) wanted: BTreeMap<Network, u64>,
+    /// What is in the tables of single publishes.
+    pub(super) of: BTreeMap<u32, BTreeSet<IpNet>>,
 }
 
-impl Store<IpNet, u64> for LpmTrie<MapData, Address, u64> {
-    fn write(&mut self, network: &IpNet, value: &u64) -> Result<(), MapError> {
-        let key = Key::new(key_length(*network), network.network().into());
+impl Store<Network, u64> for LpmTrie<MapData, PublishSource, u64> {
+    fn write(&mut self, network: &Network, value: &u64) -> Result<(), MapError> {
+        let key = trie_key(*network);
         if *value == 0 {
             ignore_missing(self.remove(&key))
         } else {
@@ -83,24 +90,27 @@ fn is_address(network: IpNet) -> bool {
 
 impl Bans {
     /// What the trie must say of a network that is in it: the latest end of all that it is part of.
-    fn until(&self, network: IpNet) -> u64 {
+    fn until(&self, (publish, network): Network) -> u64 {
         let parents = (0..=network.prefix_len()).filter_map(|length| {
             let parent = IpNet::new(network.addr(), length).ok()?.trunc();
-            self.wanted.get(&parent).copied()
+            self.wanted.get(&(publish, parent)).copied()
         });
         parents.max().unwrap_or_default()
     }
 
     /// Brings the trie up to date where a ban of a network has changed.
-    fn follow(&mut self, network: IpNet) {
-        let range = IpNet::new_assert(network.network(), 0)
-            ..=IpNet::new_assert(network.broadcast(), network.max_prefix_len());
-        let inside: Vec<IpNet> = self
+    fn follow(&mut self, (publish, network): Network) {
+        let range = (publish, IpNet::new_assert(network.network(), 0))
+            ..=(
+                publish,
+                IpNet::new_assert(network.broadcast(), network.max_prefix_len()),
+            );
+        let inside: Vec<Network> = self
             .wanted
             .range(range)
             .map(|(inside, _)| *inside)
-            .filter(|inside| network.contains(inside))
-            .chain([network])
+            .filter(|(_, inside)| network.contains(inside))
+            .chain([(publish, network)])
             .collect();
         for network in inside {
             let until = if self.wanted.contains_key(&network) {
@@ -111,11 +121,13 @@ impl Bans {
             self.networks.change(network, |value| *value = until);
         }
         if has_mapped(network) || network == all_v4() {
-            let mut until = self.until(all_v4());
-            if until == 0 && self.wanted.keys().any(|&network| has_mapped(network)) {
+            let mut until = self.until((publish, all_v4()));
+            let mut wanted = self.wanted.keys();
+            if until == 0 && wanted.any(|&(of, network)| of == publish && has_mapped(network)) {
                 until = OVER;
             }
-            self.networks.change(all_v4(), |value| *value = until);
+            self.networks
+                .change((publish, all_v4()), |value| *value = until);
         }
     }
 
@@ -128,6 +140,9 @@ impl Bans {
         if !self.wanted.is_empty() {
             kinds |= ban::NETWORKS;
         }
+        if !self.of.is_empty() {
+            kinds |= ban::OF_A_PUBLISH;
+        }
         self.kinds.set(0, kinds, 0).context("write BANS")
     }
 }
@@ -139,24 +154,28 @@ impl Maps {
     /// # Errors
     /// The table is full, or the kernel refuses the update.
     pub fn ban(&mut self, network: IpNet, until: Option<u64>) -> Result<()> {
-        self.ban_all(&[(network, until)])
+        self.ban_all(&[((ban::EVERYWHERE, network), until)])
     }
 
-    /// The same of many, in as few system calls as there are ways to. What was there already gets its new end.
+    /// The same of many, each from a publish or from [`ban::EVERYWHERE`], in as few system calls as there are ways to. What
+    /// was there already gets its new end.
     ///
     /// # Errors
     /// As [`Self::ban`]. What was written before that stays until it is unbanned.
-    pub fn ban_all(&mut self, bans: &[(IpNet, Option<u64>)]) -> Result<()> {
+    pub fn ban_all(&mut self, bans: &[(Network, Option<u64>)]) -> Result<()> {
         let mut addresses = Vec::new();
         let mut ends = Vec::new();
-        for &(network, until) in bans {
+        for &((publish, network), until) in bans {
             let (network, until) = (plain(network), until.unwrap_or(ban::FOR_EVER).max(OVER));
+            if publish != ban::EVERYWHERE {
+                self.bans.of.entry(publish).or_default().insert(network);
+            }
             if is_address(network) {
-                addresses.push(Address::from(network.addr()));
+                addresses.push(trie_key((publish, network)).data());
                 ends.push(until);
             } else {
-                self.bans.wanted.insert(network, until);
-                self.bans.follow(network);
+                self.bans.wanted.insert((publish, network), until);
+                self.bans.follow((publish, network));
             }
         }
         let mut written = Ok(());
@@ -177,27 +196,53 @@ impl Maps {
     /// # Errors
     /// The kernel refuses the update.
     pub fn unban(&mut self, network: IpNet) -> Result<()> {
-        self.unban_all(&[network])
+        self.unban_all(&[(ban::EVERYWHERE, network)])
     }
 
     /// The same of many.
     ///
     /// # Errors
     /// The first one; the others are taken back all the same.
-    pub fn unban_all(&mut self, networks: &[IpNet]) -> Result<()> {
+    pub fn unban_all(&mut self, bans: &[Network]) -> Result<()> {
         let mut first = Ok(());
-        for &network in networks {
+        for &(publish, network) in bans {
             let network = plain(network);
+            if let Some(of) = self.bans.of.get_mut(&publish) {
+                of.remove(&network);
+                if of.is_empty() {
+                    self.bans.of.remove(&publish);
+                }
+            }
             if is_address(network) {
-                let removed = self.bans.addresses.remove(&network.addr().into());
+                let removed = self
+                    .bans
+                    .addresses
+                    .remove(&trie_key((publish, network)).data());
                 first = first.and(BANNED.wrote(ignore_missing(removed)));
-            } else if self.bans.wanted.remove(&network).is_some() {
-                self.bans.follow(network);
+            } else if self.bans.wanted.remove(&(publish, network)).is_some() {
+                self.bans.follow((publish, network));
             }
         }
         let flushed = self.bans.networks.flush();
         self.bans.write_kinds()?;
         Ok(first.and(flushed)?)
+    }
+
+    /// Whether anything is banned from this publish alone.
+    pub fn has_bans_of(&self, publish: u32) -> bool {
+        self.bans.of.contains_key(&publish)
+    }
+
+    /// Takes back what is banned from this publish alone.
+    ///
+    /// # Errors
+    /// As [`Self::unban_all`].
+    pub(super) fn unban_all_of(&mut self, publish: u32) -> Result<()> {
+        let Some(of) = self.bans.of.get(&publish) else {
+            return Ok(());
+        };
+        let bans: Vec<Network> = of.iter().map(|network| (publish, *network)).collect();
+        self.unban_all(&bans)
     }
 }
 
@@ -218,8 +263,8 @@ pub fn covers(network: IpNet, address: IpAddr) -> bool {
 
 /// Writes a slice by one system call.
 fn update_batch(
-    table: &HashMap<MapData, Address, u64>,
-    keys: &[Address],
+    table: &HashMap<MapData, PublishSource, u64>,
+    keys: &[PublishSource],
     values: &[u64],
 ) -> Result<(), MapError> {
     let mut batch = Batch {

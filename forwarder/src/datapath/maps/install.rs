@@ -10,7 +10,7 @@ use aya::maps::{
 };
 use forwarder_common::{
     limits,
-    publish::{Allowed, Frontend, Port, Publish, allow, flag, port_index},
+    publish::{Frontend, Port, Publish, PublishSource, allow, flag, port_index},
     tuple::Address,
 };
 use ipnet::{IpNet, Ipv4Net};
@@ -129,16 +129,21 @@ impl<K: aya::Pod, V: aya::Pod + Default + PartialEq> Store<K, V> for HashMap<Map
     }
 }
 
-/// A publish, and a network of its allow-list.
+/// A publish, and a network that its clients may or may not be from.
 pub(super) type Network = (u32, IpNet);
 
-impl Store<Network, u32> for LpmTrie<MapData, Allowed, u32> {
-    fn write(&mut self, (index, network): &Network, value: &u32) -> Result<(), MapError> {
-        let data = Allowed {
-            publish: index.to_be(),
-            source: network.network().into(),
-        };
-        let key = Key::new(32 + key_length(*network), data);
+/// As a key of the tries.
+pub(super) fn trie_key((publish, network): Network) -> Key<PublishSource> {
+    let data = PublishSource {
+        publish: publish.to_be(),
+        source: network.network().into(),
+    };
+    Key::new(32 + key_length(network), data)
+}
+
+impl Store<Network, u32> for LpmTrie<MapData, PublishSource, u32> {
+    fn write(&mut self, network: &Network, value: &u32) -> Result<(), MapError> {
+        let key = trie_key(*network);
         if *value == 0 {
             ignore_missing(self.remove(&key))
         } else {
@@ -186,15 +191,21 @@ impl Maps {
     pub fn uninstall(&mut self, index: u32) -> Result<()> {
         let installed = self.installed.remove(&index);
         let Some(gone) = installed.or_else(|| self.leaving.remove(&index)) else {
-            return Ok(self.unlimit(index)?);
+            return self.free(index);
         };
         match self.take_back(index, &gone, None, Publish::default()) {
-            Ok(result) => Ok(result.and(self.unlimit(index))?),
+            Ok(result) => self.free(index).and(Ok(result?)),
             Err(error) => {
                 self.leaving.insert(index, gone);
                 Err(error.into())
             }
         }
+    }
+
+    /// Takes back what may be there of a publish before it is installed, and after.
+    fn free(&mut self, index: u32) -> Result<()> {
+        let unlimited = self.unlimit(index);
+        self.unban_all_of(index).and(Ok(unlimited?))
     }
 
     /// What the kernel has of a publish.
