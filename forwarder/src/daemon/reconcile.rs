@@ -212,6 +212,14 @@ impl Daemon {
             });
             let Err(error) = begun else {
                 if self.waiting.remove(&wanted.id) {
+                    // Its place is known now.
+                    let served = Difference {
+                        change: vec![(wanted.clone(), wanted.clone())],
+                        ..Difference::default()
+                    };
+                    if let Err(error) = self.record(&served) {
+                        warn!("{error:#}");
+                    }
                     info!("publish {} is served again", wanted.publish.spec);
                     self.tell("published", wanted.id);
                 }
@@ -305,15 +313,18 @@ impl Daemon {
 
     /// Takes back what was done, the last first.
     async fn undo(&mut self, done: Vec<Done>, in_the_way: &BTreeSet<Id>) {
+        let mut loose = Loose::default();
         for step in done.into_iter().rev() {
             let undone = match step {
                 Done::Begun(id) => {
                     let undone = self.uninstall_publish(id);
-                    let loose = self.end(id, Ending::Cut).await;
-                    drop(tokio::spawn(self.end_flows_of(loose)));
+                    loose.add(self.end(id, Ending::Cut).await);
                     undone
                 }
-                Done::Changed(before) => self.change_publish(&before).map(|_| ()),
+                Done::Changed(before) => {
+                    let former = self.change_publish(&before);
+                    former.map(|former| loose.gone.extend(former))
+                }
                 Done::Closed(id) if in_the_way.contains(&id) => self.hold_again(id),
                 Done::Closed(id) => self.open(id),
             };
@@ -321,6 +332,7 @@ impl Daemon {
                 warn!("what failed is not all undone: {error:#}");
             }
         }
+        drop(tokio::spawn(self.end_flows_of(loose)));
     }
 
     /// Records a difference that is in force, also on disk.
@@ -338,8 +350,9 @@ impl Daemon {
         let is_configured = |it: &Wanted| asked.contains(&*it.publish);
         let serving = &self.serving;
         let place = |it: &Wanted| serving.get(&it.id).map_or(0, |it| it.row.index);
-        let written =
-            tokio::task::block_in_place(|| state.write(&self.registry, is_configured, place));
+        let written = tokio::task::block_in_place(|| {
+            state.write(difference, &self.registry, is_configured, place)
+        });
         if let Err(error) = written {
             self.registry.apply(&difference.inverse());
             return Err(error);

@@ -11,27 +11,15 @@ use anyhow::{Context as _, Result, bail};
 use serde::{Deserialize, Serialize};
 
 use super::{
-    Container, Holder, Id, Owner, Policy, Publish, Registry, Spec, Wanted, journal::Journal,
+    Container, Difference, Holder, Id, Owner, Policy, Publish, Registry, Spec, Wanted,
+    journal::Journal,
 };
 use crate::instance::make_private;
 
 const VERSION: u32 = 1;
 
-/// The file, and what it says by now.
 #[derive(Debug)]
-pub struct State {
-    journal: Journal,
-    kept: BTreeMap<Id, Kept>,
-    leases: Vec<String>,
-}
-
-/// What is stored of a publish.
-#[derive(Clone, Debug)]
-struct Kept {
-    wanted: Wanted,
-    configured: bool,
-    place: u32,
-}
+pub struct State(Journal);
 
 /// What an earlier instance wrote.
 #[derive(Debug, Default)]
@@ -84,12 +72,7 @@ impl State {
         make_private(directory).context("a place for the state file; --ephemeral does without")?;
         let (journal, text) = Journal::open(path)?;
         let stored = Stored::read(journal.path(), text.as_deref().unwrap_or_default())?;
-        let state = Self {
-            journal,
-            kept: BTreeMap::new(),
-            leases: Vec::new(),
-        };
-        Ok((state, stored))
+        Ok((Self(journal), stored))
     }
 
     /// Takes out what these owners have, while no instance runs: whoever calls holds its lock. Where there is no file,
@@ -108,7 +91,7 @@ impl State {
             return Ok(());
         }
         let publishes = stored.publishes.into_values();
-        state.journal.replace(&text(&Line {
+        state.0.replace(&text(&Line {
             version: VERSION,
             last_id: stored.last_id,
             publishes: publishes.collect(),
@@ -117,75 +100,57 @@ impl State {
         })?)
     }
 
-    /// Writes what is wanted now; on return it is on the disk.
+    /// Writes a change of what is wanted, by which the registry is what it is now; on return it is on the disk.
     ///
     /// # Errors
     /// The disk is full, or refuses.
     pub fn write(
         &mut self,
+        difference: &Difference,
         registry: &Registry,
         is_configured: impl Fn(&Wanted) -> bool,
         place: impl Fn(&Wanted) -> u32,
     ) -> Result<()> {
-        let (leases, lasting): (Vec<_>, Vec<_>) =
-            registry.iter().partition(|wanted| wanted.owner.is_lease());
-        let leases = leases.iter().map(|it| it.publish.spec.to_string());
-        let leases: Vec<String> = leases.collect();
-        let lasting = lasting.into_iter().map(|wanted| {
-            let kept = Kept {
-                wanted: wanted.clone(),
-                configured: is_configured(wanted),
-                place: place(wanted),
-            };
-            (wanted.id, kept)
-        });
-        let kept: BTreeMap<Id, Kept> = lasting.collect();
-        let line = |publishes, gone, leases| {
+        let stored = |wanted: &Wanted| StoredPublish {
+            id: wanted.id,
+            owner: wanted.owner.clone(),
+            spec: wanted.publish.spec.to_string(),
+            policy: wanted.publish.policy.clone(),
+            holder: wanted.publish.holder,
+            container: wanted.publish.container.clone(),
+            configured: is_configured(wanted),
+            place: place(wanted),
+        };
+        let leases = || {
+            let leases = registry.iter().filter(|wanted| wanted.owner.is_lease());
+            leases.map(|it| it.publish.spec.to_string()).collect()
+        };
+        let Difference {
+            remove,
+            change,
+            add,
+            ..
+        } = difference;
+        let new = add.iter().chain(change.iter().map(|(_, after)| after));
+        let (leased, lasting): (Vec<_>, Vec<_>) = new.partition(|it| it.owner.is_lease());
+        let (released, gone): (Vec<_>, Vec<_>) = remove.iter().partition(|it| it.owner.is_lease());
+        let has_leases = !leased.is_empty() || !released.is_empty();
+        let change = Line {
+            version: VERSION,
+            last_id: registry.last_id(),
+            publishes: lasting.into_iter().map(stored).collect(),
+            gone: gone.iter().map(|it| it.id).collect(),
+            leases: has_leases.then(leases),
+        };
+        self.0.add(&text(&change)?, || {
+            let lasting = registry.iter().filter(|wanted| !wanted.owner.is_lease());
             text(&Line {
-                version: VERSION,
-                last_id: registry.last_id(),
-                publishes,
-                gone,
-                leases,
+                publishes: lasting.map(stored).collect(),
+                gone: Vec::new(),
+                leases: Some(leases()),
+                ..change
             })
-        };
-        let is_new = |it: &&Kept| !self.kept.get(&it.wanted.id).is_some_and(|old| old.is(it));
-        let new = kept.values().filter(is_new).map(Kept::stored);
-        let gone = self.kept.keys().filter(|id| !kept.contains_key(id));
-        let changed = (leases != self.leases).then(|| leases.clone());
-        let change = line(new.collect(), gone.copied().collect(), changed)?;
-        let whole = || {
-            let all = kept.values().map(Kept::stored);
-            line(all.collect(), Vec::new(), Some(leases.clone()))
-        };
-        self.journal.add(&change, whole)?;
-        self.kept = kept;
-        self.leases = leases;
-        Ok(())
-    }
-}
-
-impl Kept {
-    /// Whether the two are stored the same. What changes is wanted anew, so that nothing has to be compared.
-    fn is(&self, other: &Self) -> bool {
-        Arc::ptr_eq(&self.wanted.publish, &other.wanted.publish)
-            && self.wanted.owner == other.wanted.owner
-            && self.configured == other.configured
-            && self.place == other.place
-    }
-
-    fn stored(&self) -> StoredPublish {
-        let Wanted { id, owner, publish } = &self.wanted;
-        StoredPublish {
-            id: *id,
-            owner: owner.clone(),
-            spec: publish.spec.to_string(),
-            policy: publish.policy.clone(),
-            holder: publish.holder,
-            container: publish.container.clone(),
-            configured: self.configured,
-            place: self.place,
-        }
+        })
     }
 }
 
@@ -294,9 +259,9 @@ mod tests {
         let mut registry = Registry::new(60_000, 0);
         let many = 1..=2000;
         let many = many.map(|port| publish(&format!("{port}:172.17.0.2:80")));
-        let mut write = |registry: &Registry, place| {
+        let mut write = |registry: &Registry, change: &Difference| {
             state
-                .write(registry, |_| false, |_| place)
+                .write(change, registry, |_| false, |_| 1)
                 .expect("written");
             let now = registry.iter().filter(|it| !it.owner.is_lease());
             let now: Vec<_> = now
@@ -315,7 +280,7 @@ mod tests {
         let cli = Owner::cli();
         let all = registry.add(&cli, many.collect()).expect("added");
         registry.apply(&all);
-        let whole = write(&registry, 1);
+        let whole = write(&registry, &all);
         // Another backend, one less, one more, and a lease that comes and goes.
         let mut wanted: Vec<Publish> = registry
             .of(&cli)
@@ -326,7 +291,7 @@ mod tests {
         wanted.push(publish("3000:172.17.0.2:80"));
         let change = registry.want(&cli, wanted).expect("a change");
         registry.apply(&change);
-        let changed = write(&registry, 1);
+        let changed = write(&registry, &change);
         assert!(
             changed > whole && changed < whole + 1000,
             "{whole} {changed}"
@@ -335,11 +300,18 @@ mod tests {
         for leased in [vec![publish("4000:172.17.0.2:80")], Vec::new()] {
             let change = registry.want(&lease, leased).expect("a lease");
             registry.apply(&change);
-            write(&registry, 1);
+            write(&registry, &change);
         }
-        // All in another place: nearly as much again, and then as a whole.
-        write(&registry, 2);
-        write(&registry, 3);
+        // The changes become as long as what they change, and it is written as a whole.
+        let none = registry.want(&cli, Vec::new()).expect("a change");
+        let mut longest = 0;
+        for _ in 0..3 {
+            for change in [&none, &none.inverse()] {
+                registry.apply(change);
+                longest = longest.max(write(&registry, change));
+            }
+        }
+        assert!(longest < whole * 21 / 10, "{longest}");
         std::fs::remove_dir_all(folder).expect("removed");
     }
 }
