@@ -15,7 +15,7 @@ use anyhow::{Result, bail};
 use forwarder::{
     control::{
         Call,
-        api::{Ban, Counter, Event, Listed, ListedFlow},
+        api::{Ban, Counter, Event, Listed, ListedFlow, Running},
         server::{FlowFilter, Observe, Rows, Socket},
     },
     metrics::Measured,
@@ -31,6 +31,12 @@ const PATIENCE: Duration = Duration::from_millis(20);
 struct Nothing(broadcast::Sender<Event>);
 
 impl Observe for Nothing {
+    fn instance(&self) -> Running {
+        Running {
+            version: String::new(),
+            respects_firewall: false,
+        }
+    }
     fn list(&self, _: Option<Id>) -> Rows<Listed> {
         Box::new(std::iter::empty())
     }

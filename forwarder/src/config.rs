@@ -141,6 +141,43 @@ impl Config {
     }
 }
 
+/// Options that exclude each other, or one that another lacks: wrong whatever the machine is like.
+#[derive(Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{0}")]
+pub struct Contradiction(String);
+
+impl Config {
+    /// What cannot be meant.
+    ///
+    /// # Errors
+    /// The first of it.
+    pub fn check(&self) -> Result<(), Contradiction> {
+        let wrong = |text: String| Err(Contradiction(text));
+        if self.proxy_protocol != ProxyProtocol::Off && self.datapath == DatapathChoice::Ebpf {
+            return wrong(
+                "--proxy-protocol --datapath ebpf: the PROXY protocol is spoken in user space; --datapath auto serves TCP \
+                 there, and UDP by eBPF"
+                    .into(),
+            );
+        }
+        match self.metrics {
+            None if !self.metrics_allow.is_empty() => {
+                wrong("--metrics-allow without --metrics; name the address, such as --metrics 127.0.0.1:9100".into())
+            }
+            Some(address)
+                if !address.ip().to_canonical().is_loopback() && self.metrics_allow.is_empty() =>
+            {
+                wrong(format!(
+                    "--metrics {address}: others reach this address; name those who may by --metrics-allow CIDR, or take \
+                     127.0.0.1:{}",
+                    address.port()
+                ))
+            }
+            _ => Ok(()),
+        }
+    }
+}
+
 /// A timeout that was chosen.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Timeout {
@@ -213,6 +250,37 @@ mod tests {
         assert_eq!(seconds("nf_conntrack_udp_timeout=1h"), (Phase::Udp, 3600));
         for phase in Phase::ALL {
             assert_eq!(seconds(&format!("{}=1", phase.name())).0, *phase);
+        }
+    }
+
+    #[test]
+    fn what_cannot_be_meant_is_said() {
+        let said = |flags: Flags| {
+            let config = Config::read(flags).expect("no file");
+            config.check().err().map(|error| error.to_string())
+        };
+        let at = |address: &str, allow: &[&str]| Flags {
+            metrics: (!address.is_empty()).then(|| address.parse().expect(address)),
+            metrics_allow: allow.iter().map(|it| it.parse().expect(it)).collect(),
+            ..Flags::default()
+        };
+        for (flags, part) in [
+            (at("0.0.0.0:9100", &[]), "name those who may"),
+            (at("[::]:9100", &[]), "or take 127.0.0.1:9100"),
+            (at("[::ffff:192.0.2.1]:9100", &[]), "name those who may"),
+            (at("", &["10.0.0.0/8"]), "without --metrics"),
+        ] {
+            let said = said(flags).expect(part);
+            assert!(said.contains(part), "{said}");
+        }
+        for flags in [
+            at("0.0.0.0:9100", &["10.0.0.0/8"]),
+            at("127.0.0.1:9100", &[]),
+            at("[::1]:9100", &[]),
+            at("[::ffff:127.0.0.1]:9100", &[]),
+            at("", &[]),
+        ] {
+            assert_eq!(said(flags), None);
         }
     }
 

@@ -64,7 +64,7 @@ use crate::{
     privilege,
     proxy::{Idle, Left, Sockets, Store, raise_descriptor_limit},
     publish::{
-        Difference, Id, Owner, ProxyProtocol, Publish, Registry, Spec, Wanted,
+        Difference, Id, Owner, Publish, Registry, Spec, Wanted,
         bans::BansFile,
         state::{State, Stored},
     },
@@ -132,12 +132,7 @@ pub struct Daemon {
 /// What could not be begun; everything begun before is undone.
 pub async fn run(instance: Instance, flags: Flags) -> Result<()> {
     let config = Config::read(flags.clone())?;
-    if config.proxy_protocol != ProxyProtocol::Off && config.datapath == DatapathChoice::Ebpf {
-        bail!(
-            "--proxy-protocol --datapath ebpf: the PROXY protocol is spoken in user space; --datapath auto serves TCP \
-             there, and UDP by eBPF"
-        );
-    }
+    config.check()?;
     // Before anything is made that a signal would have to undo, and long before anybody reads `ready`.
     let mut signals = Signals::new()?;
     let _lock = instance.lock_soon().await?;
@@ -240,7 +235,7 @@ impl Daemon {
             draining: BTreeMap::new(),
             slots: Slots::new(limits::PUBLISHES),
             places: HashMap::new(),
-            view: Arc::new(View::new(seen, idle.clone())),
+            view: Arc::new(View::new(seen, idle.clone(), config.respect_firewall)),
             idle,
             network,
             datapath,
@@ -561,6 +556,7 @@ impl Daemon {
             bail!("there is no configuration file; start the instance with --config");
         }
         let new = Config::read(self.flags.clone())?;
+        new.check()?;
         if let Some(key) = self.config.needs_restart(&new) {
             bail!("{key} cannot change while the instance runs; restart it");
         }

@@ -20,14 +20,15 @@ use anyhow::{Context as _, Result, bail};
 use aya::{
     Ebpf, EbpfLoader, VerifierLogLevel,
     maps::RingBuf,
-    programs::{
-        Program, ProgramError, SchedClassifier, TestRun as _, TestRunOptions, xdp::XdpLinkId,
-    },
+    programs::{Program, ProgramError, ProgramInfo, SchedClassifier, TestRun as _, TestRunOptions},
 };
 use forwarder_common::{flow::Timeouts, handover};
 use tokio::io::{Interest, unix::AsyncFd};
 
-use self::devices::{Attachment, Hook, Place};
+use self::{
+    devices::{Attachment, Hook, Place},
+    steering::Steering,
+};
 use crate::{
     datapath::kernel::{Attach, NEEDED, kernel},
     datapath::maps::{
@@ -66,11 +67,11 @@ pub struct Datapath {
     handle: u32,
     attached: BTreeMap<Place, Attachment>,
     /// Devices with the XDP program.
-    xdp: BTreeMap<u32, (xdp::Mode, XdpLinkId)>,
+    xdp: BTreeMap<u32, (xdp::Mode, link::Link)>,
     traced: bool,
     own_mark: u32,
-    /// The programs for wide ranges are attached.
-    steering: bool,
+    /// Of wide ranges.
+    steering: Option<Steering>,
     /// An earlier instance has left programs that may forward.
     inherits: bool,
     /// These tables were not in use: they have nothing that is newer than what an earlier layout's have.
@@ -88,6 +89,11 @@ where
     Ok(program
         .with_context(|| format!("the eBPF object has no program {name}"))?
         .try_into()?)
+}
+
+/// A loaded program's number.
+fn number(program: Result<ProgramInfo, ProgramError>) -> Option<u32> {
+    Some(program.ok()?.id())
 }
 
 impl Datapath {
@@ -163,7 +169,7 @@ impl Datapath {
             xdp: BTreeMap::new(),
             traced: false,
             own_mark,
-            steering: false,
+            steering: None,
             inherits,
             is_new,
             earlier,

@@ -34,8 +34,8 @@ pub struct Finding {
     pub remedy: Option<String>,
 }
 
-/// Looks at everything.
-pub fn examine() -> Vec<Finding> {
+/// Looks at everything. What the firewall bans is a matter of whether the running instance respects it.
+pub fn examine(respects_firewall: bool) -> Vec<Finding> {
     let kernel = kernel();
     let mut findings = Vec::new();
     let mut add = |check, ok: bool, found: &str, remedy: &str| {
@@ -119,15 +119,16 @@ pub fn examine() -> Vec<Finding> {
         );
     }
     if let Ok(banning) = firewall::banning() {
-        let text = banning.iter().copied().collect::<Vec<_>>().join(", ");
+        let mut text = banning.iter().copied().collect::<Vec<_>>().join(", ");
+        if banning.is_empty() {
+            text = "nobody bans by the firewall".into();
+        } else if respects_firewall {
+            text += ", whose rules of FORWARD published ports meet, not those of INPUT";
+        }
         add(
             "bans",
-            banning.is_empty(),
-            if banning.is_empty() {
-                "nobody bans by the firewall"
-            } else {
-                &text
-            },
+            banning.is_empty() || respects_firewall,
+            &text,
             "`forwarder ban` for published ports: they pass by rules of INPUT, and without --respect-firewall by those of \
              FORWARD; docs/with-bans.md",
         );

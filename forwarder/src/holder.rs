@@ -1,26 +1,32 @@
 //! Who has a port that is not to be had: its sockets from /proc/PID/net, and their process from /proc/PID/fd. What is done
 //! about it is not decided here.
 
+mod bound;
+
 use std::{
     collections::BTreeSet,
     fs,
-    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr},
     path::Path,
 };
 
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
-use crate::publish::spec::Protocol;
+use crate::publish::spec::{At, Protocol, Zone};
 
 /// The sockets of this process's own network namespace.
 const OWN: &str = "/proc/self/net";
 
 /// A port of an address that somebody has.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct Taken {
     #[schema(value_type = String)]
     pub address: IpAddr,
+    /// The device of a link-local address.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<String>)]
+    pub zone: Option<Zone>,
     pub port: u16,
     pub protocol: Protocol,
 }
@@ -39,12 +45,8 @@ struct HeldPort {
 impl Taken {
     /// What is wrong, with the holder if there is one to name.
     pub fn problem(&self, holder: Option<&str>) -> String {
-        let Self {
-            address,
-            port,
-            protocol,
-        } = *self;
-        let publish = SocketAddr::new(address, port);
+        let Self { port, protocol, .. } = self;
+        let publish = At(self.address, self.zone.as_ref(), *port);
         match holder {
             Some(holder) => {
                 format!("publish {publish}/{protocol}: address already in use (held by {holder})")
@@ -99,6 +101,10 @@ impl Taken {
     /// Those that are in the way, the likeliest first.
     fn sockets(&self, network: &Path) -> Vec<HeldPort> {
         let mut sockets = sockets(self.protocol, network);
+        if self.protocol == Protocol::Tcp && is_own(network) {
+            let bound = [libc::AF_INET, libc::AF_INET6].map(bound::sockets);
+            sockets.extend(bound.into_iter().flatten().flatten());
+        }
         sockets.retain(|it| it.port == self.port && it.inode != 0 && self.meets(it.address));
         sockets.sort_by_key(|held| !held.waits);
         sockets
@@ -112,6 +118,13 @@ impl Taken {
         let held = held.to_canonical();
         held == self.address || held.is_unspecified() || self.address.is_unspecified()
     }
+}
+
+/// Whether this is /proc/PID/net of a process in the own network namespace.
+fn is_own(network: &Path) -> bool {
+    let namespace = |process: &Path| fs::read_link(process.join("ns/net")).ok();
+    let theirs = network.parent().and_then(namespace);
+    theirs.is_some() && theirs == namespace("/proc/self".as_ref())
 }
 
 /// Ports that sockets of this network namespace wait on.
@@ -188,8 +201,30 @@ mod tests {
     fn taken(address: &str, port: u16, protocol: Protocol) -> Taken {
         Taken {
             address: address.parse().expect(address),
+            zone: None,
             port,
             protocol,
+        }
+    }
+
+    #[test]
+    fn who_only_bound_the_port_is_named_too() {
+        use socket2::{Domain, Socket, Type};
+        for (domain, address) in [(Domain::IPV4, "127.0.0.1"), (Domain::IPV6, "::1")] {
+            let socket = Socket::new(domain, Type::STREAM, None).expect("a socket");
+            let any: std::net::SocketAddr = (address.parse::<IpAddr>().expect(address), 0).into();
+            socket.bind(&any.into()).expect("a free port");
+            let bound = socket.local_addr().ok().and_then(|it| it.as_socket());
+            let port = bound.expect("an address").port();
+            let family = domain.into();
+            let known = bound::sockets(family).is_ok_and(|held| !held.is_empty());
+            if !known {
+                return; // before Linux 6.8 nobody can tell
+            }
+            let holder = taken(address, port, Protocol::Tcp).holder();
+            let own = format!("pid {}, ", std::process::id());
+            let holder = holder.expect("a holder");
+            assert!(holder.starts_with(&own), "{holder}");
         }
     }
 

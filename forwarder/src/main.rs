@@ -11,9 +11,9 @@ use anyhow::{Context as _, Result};
 use clap::{CommandFactory as _, Parser as _};
 use forwarder::{
     cli::{Cli, Command, Format, tables, top, usage},
-    config,
+    config::{self, Config, Flags},
     control::{
-        api::{Asked, Ban, Ending, Listed, ListedFlow, Problem, Reloaded, Unpublish},
+        api::{Asked, Ban, Ending, Listed, ListedFlow, Problem, Reloaded, Running, Unpublish},
         client::Client,
     },
     daemon, doctor,
@@ -57,6 +57,9 @@ fn main() -> ExitCode {
         Err(error) if is_broken_pipe(&error) => ExitCode::SUCCESS,
         Err(error) => match error.downcast_ref() {
             Some(usage) => refused(usage),
+            None if error.is::<config::Contradiction>() => {
+                refused(&Cli::command().error(clap::error::ErrorKind::ArgumentConflict, error))
+            }
             None => {
                 eprintln!("error: {:#}", with_holder(error, &client));
                 ExitCode::FAILURE
@@ -87,7 +90,7 @@ fn usage_error(problem: impl std::fmt::Display) -> anyhow::Error {
 fn with_holder(error: anyhow::Error, client: &Client) -> anyhow::Error {
     let taken = error
         .downcast_ref::<Problem>()
-        .and_then(|problem| problem.taken);
+        .and_then(|problem| problem.taken.clone());
     let named = taken.and_then(|taken| {
         let network = format!("/proc/{}/net", client.pid()?);
         let holder = taken.process(network.as_ref())?;
@@ -210,7 +213,9 @@ fn run(command: Command, instance: Instance, client: &Client) -> Result<()> {
         }),
         Command::Top => top::run(client),
         Command::Doctor(format) => {
-            let findings = doctor::examine();
+            let running: Option<Running> = get(client, "/v1/instance").ok();
+            let respects_firewall = running.is_some_and(|it| it.respects_firewall);
+            let findings = doctor::examine(respects_firewall);
             emit(&findings, format, || doctor::text(&findings))
         }
         Command::Trace { id, client: from } => {
@@ -226,8 +231,13 @@ fn run(command: Command, instance: Instance, client: &Client) -> Result<()> {
             })
         }
         Command::Check { file } => {
-            let config = config::file::read(&file)?;
-            let publishes = config.publishes.len();
+            let config = Config::read(Flags {
+                file: Some(file.clone()),
+                ..Flags::default()
+            })?;
+            let checked = config.check(); // of a file it is no wrong usage
+            checked.map_err(|error| anyhow::anyhow!("{}: {error}", file.display()))?;
+            let publishes = config.configured.len();
             print(&format!(
                 "{}: {publishes} publishes, no mistake",
                 file.display()

@@ -93,6 +93,24 @@ fn a_wrong_request_is_a_problem_with_a_remedy_or_a_name() {
         ),
         ("DELETE", "/v1/flows", "", 400, "name a publish"),
         ("POST", "/v1/reload", "", 422, "--config"),
+        ("POST", "/v1/reload", r#"{"file": 1}"#, 422, "`file`"),
+        (
+            "DELETE",
+            "/v1/owners/me",
+            r#"{"ending": 1}"#,
+            422,
+            "`ending`",
+        ),
+        (
+            "DELETE",
+            "/v1/bans",
+            r#"["192.0.2.7"]"#,
+            422,
+            "takes no body",
+        ),
+        ("GET", "/v1/publishes", r#"{"id": 7}"#, 422, "`id`"),
+        ("GET", "/v1/stats", "nonsense", 422, "takes no body"),
+        ("GET", "/v1/trace", r#"{"id": 7}"#, 422, "`id`"),
     ] {
         let answer = api::ask(&daemon, method, path, body).unwrap();
         let text = answer.body.to_string();

@@ -221,3 +221,21 @@ fn doctor_names_who_bans_by_the_firewall_and_the_remedy() {
     assert_eq!(bans["ok"], false);
     assert!(bans["remedy"].as_str().unwrap().contains("forwarder ban"));
 }
+
+/// Of the instance that is named, since another one may not.
+#[test]
+fn doctor_does_not_warn_of_bans_that_the_instance_respects() {
+    let netns = Netns::new("host").unwrap();
+    netns.ip("link set lo up").unwrap();
+    netns.run("nft add table inet f2b-table").unwrap();
+    netns.run("nft add chain inet f2b-table f2b-chain").unwrap();
+    for (flags, ok) in [(&["--respect-firewall"][..], true), (&[], false)] {
+        let daemon = Daemon::start_with(&netns, &[], Datapath::Auto, flags).unwrap();
+        let text = daemon.control(&["doctor", "--json"]).unwrap();
+        let findings: Vec<Value> = serde_json::from_str(&text).unwrap();
+        let bans = findings.iter().find(|it| it["check"] == "bans").unwrap();
+        assert_eq!(bans["ok"], ok, "{bans}");
+        assert!(bans["found"].as_str().unwrap().starts_with("fail2ban"));
+        daemon.stop().unwrap();
+    }
+}

@@ -3,10 +3,10 @@
 
 use std::{fs, net::SocketAddr};
 
-use forwarder::datapath::link;
 use forwarder_tests::{
-    daemon::{Daemon, Datapath},
+    daemon::{Daemon, Datapath, WITHOUT_BPFFS},
     deadline::wait_for,
+    link,
     topology::{Family, Topology},
     traffic::{Backend, Protocol, ask},
 };
@@ -23,11 +23,17 @@ struct Scene {
 
 impl Scene {
     fn new() -> Self {
+        Self::wrapped(&[])
+    }
+
+    /// The instance is started by a program that takes something away.
+    fn wrapped(wrapper: &[&str]) -> Self {
         let topology = Topology::new().unwrap();
         let backend = &topology.backend;
         let server = Backend::start(&backend.netns, Protocol::Udp, BACKEND_PORT).unwrap();
         let spec = spec(backend, FAMILY, Protocol::Udp);
-        let daemon = Daemon::start(&topology.host, &[&spec], Datapath::Ebpf).unwrap();
+        let (host, datapath) = (&topology.host, Datapath::Ebpf);
+        let daemon = Daemon::start_wrapped(host, wrapper, &[&spec], datapath, &[]).unwrap();
         let scene = Self {
             topology,
             _backend: server,
@@ -73,36 +79,85 @@ impl Scene {
         self.daemon.said().matches(&line).count()
     }
 
-    /// Detaches every program from a device, as `bpftool link detach` or `tc qdisc del` would.
-    fn detach_from(&self, device: &str) {
+    /// Its links to a device.
+    fn links_to(&self, device: &str) -> Vec<link::Link> {
         let Topology { host, .. } = &self.topology;
         let ifindex = host.enter(|| nix::net::if_::if_nametoindex(device).unwrap());
-        let mut found = false;
-        for pin in self.daemon.links() {
-            if link::device(&pin) == Some(ifindex) {
-                link::detach(&pin).unwrap();
-                found = true;
-            }
-        }
-        if !found {
+        let mut links = link::held(self.daemon.pid()).unwrap();
+        links.retain(|link| link.ifindex == Some(ifindex));
+        links
+    }
+
+    /// Detaches every program from a device, as `bpftool link detach` or `tc qdisc del` would.
+    fn detach_from(&self, device: &str) {
+        let links = self.links_to(device);
+        if links.is_empty() {
+            let host = &self.topology.host;
             host.run(&format!("tc qdisc del dev {device} clsact"))
                 .unwrap();
         }
+        for link in links {
+            link.detach().unwrap();
+        }
+    }
+
+    #[track_caller]
+    fn awaits_line_of(&self, device: &str, times: usize) {
+        let said = wait_for("the log says so", || {
+            (self.said_of(device) == times).then_some(())
+        });
+        said.unwrap_or_else(|error| panic!("{device}: {error:#}\n{}", self.daemon.said()));
+    }
+}
+
+fn heals_what_is_detached(scene: &Scene) {
+    let veth = scene.topology.backend.veth.clone();
+    for (times, device) in [(1, "eth0"), (1, veth.as_str()), (2, "eth0")] {
+        scene.detach_from(device);
+        scene.heals();
+        scene.awaits_line_of(device, times);
     }
 }
 
 #[test]
 fn programs_that_somebody_detached_are_attached_again() {
     let scene = Scene::new();
-    let veth = scene.topology.backend.veth.clone();
-    for (times, device) in [(1, "eth0"), (1, veth.as_str()), (2, "eth0")] {
-        scene.detach_from(device);
-        scene.heals();
-        let said = wait_for("the log says so", || {
-            (scene.said_of(device) == times).then_some(())
-        });
-        said.unwrap_or_else(|error| panic!("{device}: {error:#}\n{}", scene.daemon.said()));
+    heals_what_is_detached(&scene);
+    scene.daemon.stop().unwrap();
+}
+
+#[test]
+fn without_bpffs_programs_that_somebody_detached_are_attached_again() {
+    let scene = Scene::wrapped(&WITHOUT_BPFFS);
+    assert!(scene.daemon.links().is_empty());
+    heals_what_is_detached(&scene);
+    scene.daemon.stop().unwrap();
+}
+
+#[test]
+fn links_that_somebody_had_run_another_program_run_ours_again() {
+    let scene = Scene::new();
+    let links = scene.links_to("eth0");
+    if links.is_empty() {
+        return; // a filter with another program is another filter
     }
+    let [first, second] = &links[..] else {
+        panic!("eth0 has not one for each direction: {links:?}");
+    };
+    // Each runs the other's.
+    second.update(first.program).unwrap();
+    first.update(second.program).unwrap();
+    scene.heals();
+    scene.awaits_line_of("eth0", 1);
+    let programs = |links: &[link::Link]| {
+        let mut programs: Vec<_> = links
+            .iter()
+            .map(|it| (it.attach_type, it.program))
+            .collect();
+        programs.sort_unstable();
+        programs
+    };
+    assert_eq!(programs(&scene.links_to("eth0")), programs(&links));
     scene.daemon.stop().unwrap();
 }
 
@@ -113,9 +168,8 @@ fn pins_that_somebody_removed_are_made_again_and_outlive_a_kill() {
     if before.is_empty() {
         return; // filters stay without pins
     }
-    for pin in &before {
-        fs::remove_file(pin).unwrap();
-    }
+    // With the folder that they are in.
+    fs::remove_dir_all(before[0].parent().unwrap()).unwrap();
     let back = wait_for("the pins are back", || {
         (scene.daemon.links() == before).then_some(())
     });

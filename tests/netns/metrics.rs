@@ -208,10 +208,15 @@ fn a_scrape_of_five_thousand_publishes_holds_nobody_up() {
 fn an_address_that_others_reach_needs_a_list_of_clients() {
     let host = Netns::new("host").unwrap();
     host.ip("link set lo up").unwrap();
-    let flags = ["--metrics", "0.0.0.0:9100"];
-    let (status, errors) = run_to_failure(&host, &flags).unwrap();
-    assert_eq!(status.code(), Some(1), "{errors}");
-    assert!(errors.contains("--metrics-allow CIDR"), "{errors}");
+    for (flags, part) in [
+        (["--metrics", "0.0.0.0:9100"], "--metrics-allow CIDR"),
+        (["--metrics-allow", "10.0.0.0/8"], "without --metrics"),
+    ] {
+        let (status, errors) = run_to_failure(&host, &flags).unwrap();
+        assert_eq!(status.code(), Some(2), "{errors}");
+        assert!(errors.contains(part), "{errors}");
+        assert_eq!(errors.lines().count(), 1, "{errors}");
+    }
 }
 
 #[test]

@@ -8,6 +8,8 @@ use std::{
 
 use forwarder_tests::{
     daemon::{Daemon, Datapath, run_to_failure},
+    deadline::wait_for,
+    link,
     netns::Netns,
     topology::{Family, Topology},
     traffic::{Backend, Protocol, ask},
@@ -166,4 +168,41 @@ fn a_port_of_the_range_that_somebody_has_is_an_error_that_names_it() {
         "{errors}"
     );
     drop(taken);
+}
+
+/// The line that the log has when a program is back.
+fn said_of(daemon: &Daemon, program: &str) -> usize {
+    let line = format!("somebody detached our program {program}, of wide ranges");
+    daemon.said().matches(&line).count()
+}
+
+#[test]
+fn programs_of_ranges_that_somebody_detached_are_attached_again() {
+    let topology = Topology::new().unwrap();
+    let _backend = Backend::start(&topology.backend.netns, Protocol::Udp, BACKEND_PORT).unwrap();
+    let daemon = start(&topology, Protocol::Udp);
+    let mut kinds = Vec::new();
+    for link in link::held(daemon.pid()).unwrap() {
+        if ["netns", "cgroup"].contains(&link.kind.as_str()) {
+            link.detach().unwrap();
+            kinds.push(link.kind);
+        }
+    }
+    kinds.sort_unstable();
+    assert_eq!(kinds, ["cgroup", "cgroup", "netns"]);
+    for program in ["steer", "bind4", "bind6"] {
+        let said = wait_for("the program is back", || {
+            (said_of(&daemon, program) == 1).then_some(())
+        });
+        said.unwrap_or_else(|error| panic!("{program}: {error:#}\n{}", daemon.said()));
+    }
+    // The proxy gets what comes for every port, and no other process does.
+    let frontend = SocketAddr::new(topology.host_address(Family::V6), SOME[2]);
+    ask(&topology.client, Protocol::Udp, frontend, "by the proxy").unwrap();
+    for any in ["0.0.0.0", "::"] {
+        let at = (any.parse::<IpAddr>().unwrap(), SOME[2]);
+        let bound = topology.host.enter(|| UdpSocket::bind(at));
+        bound.expect_err("the port is published");
+    }
+    daemon.stop().unwrap();
 }

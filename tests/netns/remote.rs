@@ -3,11 +3,12 @@
 
 use std::net::{SocketAddr, UdpSocket};
 
-use forwarder::datapath::{self, link, xdp::Mode};
+use forwarder::datapath::{self, xdp::Mode};
 use forwarder_tests::{
     cpu::pin_this_thread,
     daemon::{Daemon, Datapath},
     deadline::wait_for,
+    link,
     netns::Netns,
     topology::{
         Family::{self, V4, V6},
@@ -55,6 +56,19 @@ const OTHER: u8 = 10;
 enum Where {
     Near,
     Far,
+}
+
+/// Passes everything: it serves nothing.
+fn other_program() -> datapath::Datapath {
+    datapath::Datapath::load(&datapath::Options {
+        instance: "peer".into(),
+        pins: None,
+        snat: (1024, 1),
+        flows: 1,
+        timeouts: forwarder_common::flow::Timeouts::default(),
+        respects_firewall: false,
+    })
+    .unwrap()
 }
 
 impl Lan {
@@ -107,15 +121,7 @@ impl Lan {
     fn with_xdp(mut self) -> Self {
         for (netns, device) in [(&self.bridge, "host0"), (&self.far, "eth0")] {
             let peer = netns.enter(|| {
-                let mut datapath = datapath::Datapath::load(&datapath::Options {
-                    instance: "peer".into(),
-                    pins: None,
-                    snat: (1024, 1),
-                    flows: 1,
-                    timeouts: forwarder_common::flow::Timeouts::default(),
-                    respects_firewall: false,
-                })
-                .unwrap();
+                let mut datapath = other_program();
                 let ifindex = nix::net::if_::if_nametoindex(device).unwrap();
                 datapath.attach_xdp(ifindex, Mode::Native).unwrap();
                 datapath
@@ -313,12 +319,10 @@ fn xdp_that_somebody_detached_is_attached_again() {
     let _backend = Backend::start(&lan.far, Udp, BACKEND_PORT).unwrap();
     let daemon = lan.publish(Where::Far, V4, Udp, "native");
     lan.served_early(&daemon, Where::Far, V4, Udp);
-    let links = daemon.links();
-    for pin in links
-        .iter()
-        .filter(|pin| pin.to_string_lossy().ends_with("-xdp-native"))
-    {
-        link::detach(pin).unwrap();
+    for link in link::held(daemon.pid()).unwrap() {
+        if link.kind == "xdp" {
+            link.detach().unwrap();
+        }
     }
     let before = daemon.counted("forwarded_xdp").unwrap();
     wait_for("XDP carries again", || {
@@ -336,6 +340,55 @@ fn xdp_that_somebody_detached_is_attached_again() {
         (daemon.links() == links).then_some(())
     })
     .unwrap();
+    daemon.stop().unwrap();
+}
+
+#[test]
+fn xdp_that_somebody_replaced_is_tcs_until_they_give_it_back() {
+    let lan = Lan::new().with_xdp().without_offloads();
+    let _backend = Backend::start(&lan.far, Udp, BACKEND_PORT).unwrap();
+    let daemon = lan.publish(Where::Far, V4, Udp, "native");
+    lan.served_early(&daemon, Where::Far, V4, Udp);
+    let mut theirs = lan.host.enter(other_program);
+    let devices = ["eth0", "eth1"].map(|device| {
+        let ifindex = lan
+            .host
+            .enter(|| nix::net::if_::if_nametoindex(device).unwrap());
+        // The instance may have it back already, and is then faster only so often.
+        let attached = wait_for("somebody else has the device", || {
+            let mut links = link::held(daemon.pid()).unwrap().into_iter();
+            let ours = links.find(|it| it.kind == "xdp" && it.ifindex == Some(ifindex));
+            if let Some(link) = ours {
+                link.detach().unwrap();
+            }
+            let attached = lan.host.enter(|| theirs.attach_xdp(ifindex, Mode::Native));
+            attached.ok()
+        });
+        attached.unwrap();
+        ifindex
+    });
+    wait_for("the log says so", || {
+        let said = daemon.said();
+        let said = |device| said.contains(&format!("{device} has no native XDP"));
+        (said("eth0") && said("eth1")).then_some(())
+    })
+    .unwrap();
+    let frontend = SocketAddr::new(LAN.address(V4, HOST), PORT);
+    on_the_fast_path(&daemon, || {
+        ask(&lan.client, Udp, frontend, "by tc").unwrap();
+    });
+    let theirs_is_there = |ifindex| theirs.xdp().any(|(it, _)| it == ifindex);
+    assert!(devices.into_iter().all(theirs_is_there));
+    let said = daemon.said().matches("has no native XDP").count();
+    drop(theirs);
+    let before = daemon.counted("forwarded_xdp").unwrap();
+    wait_for("XDP carries again", || {
+        ask(&lan.client, Udp, frontend, "again?").ok()?;
+        (daemon.counted("forwarded_xdp").ok()? > before + 2).then_some(())
+    })
+    .unwrap();
+    let again = daemon.said().matches("has no native XDP").count();
+    assert_eq!(again, said, "{}", daemon.said());
     daemon.stop().unwrap();
 }
 

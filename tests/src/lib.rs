@@ -13,6 +13,7 @@ pub mod frame;
 pub mod hearsay;
 pub mod icmp;
 pub mod layout;
+pub mod link;
 pub mod machine;
 pub mod netns;
 pub mod sctp;

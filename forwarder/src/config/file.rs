@@ -3,7 +3,7 @@
 
 use std::{
     collections::BTreeMap,
-    fs,
+    fs, io,
     net::SocketAddr,
     ops::Range,
     path::{Path, PathBuf},
@@ -54,7 +54,10 @@ struct Written {
 
 /// Seconds, or a number with its unit.
 #[derive(Debug, Deserialize)]
-#[serde(untagged)]
+#[serde(
+    untagged,
+    expecting = "this is no time; 90, \"90s\", \"5m\", \"1h\" and \"5d\" are"
+)]
 enum Time {
     Seconds(u32),
     Text(String),
@@ -115,29 +118,29 @@ impl Source {
 pub fn read(file: &Path) -> Result<FileConfig, FileError> {
     let mut files = vec![file.to_owned()];
     let beside = file.parent().unwrap_or(Path::new(".")).join("conf.d");
-    let mut others: Vec<PathBuf> = fs::read_dir(beside)
-        .into_iter()
-        .flatten()
-        .flatten()
-        .map(|entry| entry.path())
-        .filter(|path| {
-            path.extension()
-                .is_some_and(|extension| extension == "toml")
-        })
-        .collect();
+    let mut others = match fs::read_dir(&beside).and_then(Iterator::collect::<io::Result<Vec<_>>>) {
+        Ok(entries) => entries.iter().map(fs::DirEntry::path).collect(),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Vec::new(),
+        // What stands in there must not be taken for nothing.
+        Err(error) => return Err(unreadable(&beside, &error)),
+    };
+    others.retain(|path| path.extension().is_some_and(|it| it == "toml"));
     others.sort();
     files.extend(others);
     let mut config = FileConfig::default();
     for file in files {
-        let unreadable = |error: std::io::Error| FileError {
-            file: file.clone(),
-            position: Position(None),
-            problem: error.to_string(),
-        };
-        let text = fs::read_to_string(&file).map_err(unreadable)?;
+        let text = fs::read_to_string(&file).map_err(|error| unreadable(&file, &error))?;
         add(&mut config, &Source { file, text })?;
     }
     Ok(config)
+}
+
+fn unreadable(path: &Path, error: &io::Error) -> FileError {
+    FileError {
+        file: path.to_owned(),
+        position: Position(None),
+        problem: error.to_string(),
+    }
 }
 
 fn add(config: &mut FileConfig, source: &Source) -> Result<(), FileError> {
@@ -168,8 +171,15 @@ fn add(config: &mut FileConfig, source: &Source) -> Result<(), FileError> {
             Time::Seconds(seconds) => format!("{name}={seconds}"),
             Time::Text(text) => format!("{name}={text}"),
         };
-        let timeout = timeout.parse();
-        let timeout = timeout.map_err(|problem| source.error(Some(span), problem))?;
+        let timeout: Result<Timeout, String> = timeout.parse();
+        let timeout = timeout.map_err(|problem| source.error(Some(span.clone()), problem))?;
+        if config.timeouts.iter().any(|it| it.phase == timeout.phase) {
+            let problem = format!(
+                "timeout {} stands twice; take one of the two away",
+                timeout.phase.name()
+            );
+            return Err(source.error(Some(span), problem));
+        }
         config.timeouts.push(timeout);
     }
     once(source, "datapath", written.datapath, &mut config.datapath)?;
@@ -312,6 +322,12 @@ mod tests {
                 "forwarder.toml:",
                 "there are tcp-syn-sent",
             ),
+            ("[timeout]\ntcp-close = -5", "forwarder.toml:2:", "no time"),
+            (
+                "[timeout]\ntcp-established = 5\ntcp_established = 6",
+                "forwarder.toml:3:19: ",
+                "timeout tcp-established stands twice",
+            ),
             ("allow = [\"10.0.0.0/33\"]", "forwarder.toml:1:", "invalid"),
         ] {
             let error = parse(text).expect_err(text);
@@ -362,6 +378,11 @@ mod tests {
             error.contains("b.toml:1:8: keep stands in an earlier file"),
             "{error}"
         );
+        fs::remove_dir_all(directory.join("conf.d")).expect("removed");
+        assert_eq!(read(&main).expect("a good file").publishes.len(), 1);
+        fs::write(directory.join("conf.d"), "").expect("written");
+        let error = read(&main).expect_err("no folder").to_string();
+        assert!(error.contains("conf.d: Not a directory"), "{error}");
         fs::remove_dir_all(directory).expect("removed");
     }
 }

@@ -15,6 +15,14 @@ use crate::{
     },
 };
 
+/// What an instance is, and how it was started.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Running {
+    pub version: String,
+    /// `--respect-firewall`
+    pub respects_firewall: bool,
+}
+
 /// A publish as `list` shows it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct Listed {
@@ -192,7 +200,7 @@ pub struct Problem {
     pub remedy: Option<String>,
     /// The port that somebody else has.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub taken: Option<Taken>,
+    pub taken: Option<Box<Taken>>,
 }
 
 impl Problem {

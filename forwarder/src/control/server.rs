@@ -3,6 +3,7 @@
 
 mod bans;
 mod containers;
+mod document;
 mod request;
 
 use std::{
@@ -19,9 +20,9 @@ use std::{
 use anyhow::{Context as _, Result};
 use axum::{
     Extension, Router,
-    body::Body,
     extract::{self, FromRef, Request, State},
     http::{HeaderValue, StatusCode, header},
+    middleware,
     response::{IntoResponse, Response},
     routing::{get, post, put},
 };
@@ -40,12 +41,15 @@ use tokio::{
 use tracing::info;
 
 pub use self::containers::{Locate, Located};
-use self::request::{Named as Part, Nothing, Query, Whose};
+use self::{
+    document::{lines, received},
+    request::{Named as Part, Nothing, Query, Whose},
+};
 use super::{
     Call, Change, Changed, Lease, Named, Peer, Trace,
     api::{
         Asked, AskedEndpoint, Ban, Counter, Ending, Event, Listed, ListedFlow, NamedPublish,
-        Problem, Reloaded, Traced, Unpublish,
+        Problem, Reloaded, Running, Traced, Unpublish,
     },
     stream::{Received, Stream},
 };
@@ -60,14 +64,12 @@ use crate::{
 const CLIENTS: usize = 256;
 /// How long a client may take for its request.
 pub(super) const PATIENCE: Duration = Duration::from_secs(10);
-/// Octets of a long document that are made at a time, when the client has read what was before.
-const CHUNK: usize = 32 << 10;
-
 /// A long document, one piece after another.
 pub type Rows<T> = Box<dyn Iterator<Item = Result<T>> + Send>;
 
 /// What the daemon shows of itself at any time, also while it is busy.
 pub trait Observe: Send + Sync + 'static {
+    fn instance(&self) -> Running;
     /// All publishes, or one.
     fn list(&self, id: Option<Id>) -> Rows<Listed>;
     /// Of each publish, who wants it and which container it leads to.
@@ -235,6 +237,7 @@ fn router(
         room: Arc::new(Semaphore::new(request::ROOM)),
     };
     Router::new()
+        .route("/v1/instance", get(about))
         .route("/v1/publishes", get(list).post(add))
         .route("/v1/publishes/{id}", get(one).delete(remove))
         .route("/v1/publishes/{id}/backends", put(replace))
@@ -260,6 +263,10 @@ fn router(
         .route("/v1/reload", post(reload))
         .route("/v1/openapi.json", get(description))
         .route("/metrics", get(metrics))
+        .route_layer(middleware::from_fn_with_state(
+            shared.clone(),
+            request::bodiless,
+        ))
         .fallback(async |request: Request| {
             let path = request.uri().path();
             let message = format!("{path}: no such call; GET /v1/openapi.json has them all");
@@ -356,57 +363,14 @@ impl Shared {
         self.calls.send(call).await.map_err(|_| ending())?;
         answered.await.map_err(|_| ending())?
     }
-
-    /// A document that is made piece by piece, as fast as the client reads.
-    fn array<T: Serialize + 'static>(rows: impl FnOnce() -> Rows<T> + Send + 'static) -> Response {
-        enum Left<F, T> {
-            Unopened(F),
-            Open(Rows<T>, bool),
-            Over,
-        }
-        let chunks = stream::unfold(Left::Unopened(rows), async |left| {
-            // Reading the kernel's tables takes a while, and so may a hundred thousand rows.
-            let made = tokio::task::spawn_blocking(move || {
-                let mut text = Vec::with_capacity(CHUNK + 1024);
-                let (mut rows, mut first) = match left {
-                    Left::Over => return None,
-                    Left::Unopened(open) => {
-                        text.push(b'[');
-                        (open(), true)
-                    }
-                    Left::Open(rows, first) => (rows, first),
-                };
-                while text.len() < CHUNK {
-                    let Some(row) = rows.next() else {
-                        text.extend_from_slice(b"]\n");
-                        return Some((Ok(text), Left::Over));
-                    };
-                    if !std::mem::replace(&mut first, false) {
-                        text.push(b',');
-                    }
-                    let written = row.and_then(|row| Ok(serde_json::to_writer(&mut text, &row)?));
-                    if let Err(error) = written {
-                        return Some((Err(io::Error::other(format!("{error:#}"))), Left::Over));
-                    }
-                }
-                Some((Ok(text), Left::Open(rows, first)))
-            });
-            made.await.ok().flatten()
-        });
-        let body = Body::from_stream(chunks);
-        ([(header::CONTENT_TYPE, "application/json")], body).into_response()
-    }
 }
 
-/// Lines of JSON, until either side closes.
-fn lines<T: Serialize>(rows: impl futures_util::Stream<Item = T> + Send + 'static) -> Response {
-    let lines = rows.map(|row| {
-        let mut line = serde_json::to_vec(&row)?;
-        line.push(b'\n');
-        Ok::<_, serde_json::Error>(line)
-    });
-    let body = Body::from_stream(lines);
-    ([(header::CONTENT_TYPE, "application/x-ndjson")], body).into_response()
+#[utoipa::path(get, path = "/v1/instance", summary = "The instance itself", responses((status = 200, body = Running)))]
+async fn about(
+    State(shared): State<Shared>,
+    Query(Nothing {}): Query<Nothing>,
+) -> extract::Json<Running> {
+    extract::Json(shared.observed.instance())
 }
 
 #[utoipa::path(get, path = "/v1/publishes", summary = "All publishes, also those that drain", responses((status = 200, body = Vec<Listed>)))]
@@ -613,21 +577,6 @@ async fn events(State(shared): State<Shared>, Query(Nothing {}): Query<Nothing>)
     lines(received(shared.observed.events()))
 }
 
-/// What a broadcast says, without what was too fast.
-fn received<T: Clone + Send + 'static>(
-    from: broadcast::Receiver<T>,
-) -> impl futures_util::Stream<Item = T> + Send {
-    stream::unfold(from, async |mut from| {
-        loop {
-            match from.recv().await {
-                Ok(value) => return Some((value, from)),
-                Err(broadcast::error::RecvError::Lagged(_)) => {}
-                Err(broadcast::error::RecvError::Closed) => return None,
-            }
-        }
-    })
-}
-
 #[utoipa::path(get, path = "/v1/trace", summary = "What happens to each packet, a line each, until either side closes", responses((status = 200, body = Traced, content_type = "application/x-ndjson"), (status = 503, body = Problem)))]
 async fn trace(
     State(shared): State<Shared>,
@@ -668,7 +617,7 @@ async fn description() -> Response {
     ),
     servers((url = "/", description = "unix:/run/forwarder/default.sock")),
     paths(
-        list, one, add, remove, replace, unpublish, want, remove_all, lease, flows, end_flows, bans::bans, bans::one, bans::ban, bans::set_bans, bans::ban_one, bans::unban_one, bans::unban, bans::unban_all,
+        about, list, one, add, remove, replace, unpublish, want, remove_all, lease, flows, end_flows, bans::bans, bans::one, bans::ban, bans::set_bans, bans::ban_one, bans::unban_one, bans::unban, bans::unban_all,
         stats, events, trace, reload,
         metrics
     )

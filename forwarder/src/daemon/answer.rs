@@ -182,7 +182,7 @@ fn explain(error: anyhow::Error) -> Problem {
     }
     if let Some(refused) = error.downcast_ref::<BindError>() {
         return Problem {
-            taken: refused.taken,
+            taken: refused.taken.clone(),
             ..Problem::new(409, "Port not to be had", &message)
         };
     }

@@ -21,7 +21,10 @@ use super::{
 };
 use crate::{
     config::XdpChoice,
-    datapath::devices::{Hook, Place},
+    datapath::{
+        devices::{Hook, Place},
+        xdp,
+    },
     network::{Header, Reader, Snapshot, containers::Watch},
     plan::{self, locations},
     publish::Id,
@@ -44,8 +47,8 @@ pub(super) struct Network {
     ask_routes_after: Instant,
     /// What `INTERFACES` holds.
     interfaces: BTreeMap<u32, Interface>,
-    /// Devices that XDP cannot be had on.
-    without_xdp: BTreeSet<u32>,
+    /// Devices that XDP cannot be had on; whether somebody else has it there, and may give it back.
+    without_xdp: BTreeMap<u32, bool>,
     /// Devices whose containers were warned of: they say that they have addresses of others.
     warned: BTreeSet<u32>,
     /// When the kernel was last asked for a backend's MAC, by device and address.
@@ -67,7 +70,7 @@ impl Network {
             routing_changed: true, // since the first reading, for all that is known
             ask_routes_after: Instant::now(),
             interfaces: BTreeMap::new(),
-            without_xdp: BTreeSet::new(),
+            without_xdp: BTreeMap::new(),
             warned: BTreeSet::new(),
             asked: HashMap::new(),
         })
@@ -154,7 +157,14 @@ impl Daemon {
         let Some(datapath) = &mut self.datapath else {
             return Ok(());
         };
+        for name in datapath.heal_steering() {
+            warn!("somebody detached our program {name}, of wide ranges; it is attached again");
+        }
         let lost = datapath.take_lost();
+        if self.network.without_xdp.values().any(|busy| *busy) {
+            let all: Vec<Id> = self.serving.keys().copied().collect();
+            self.follow_xdp(&all)?;
+        }
         if lost.is_empty() {
             return Ok(());
         }
@@ -325,17 +335,23 @@ impl Daemon {
         let mut more = false;
         for (ifindex, mode) in plan::with_xdp(&self.network.snapshot, mode) {
             let there = datapath.xdp().any(|(there, _)| there == ifindex);
-            if there || self.network.without_xdp.contains(&ifindex) {
+            let refused = self.network.without_xdp.get(&ifindex).copied();
+            if there || refused == Some(false) {
                 continue;
             }
             let name = &links[&ifindex].name;
             match datapath.attach_xdp(ifindex, mode) {
                 Ok(()) => {
                     more = true;
+                    self.network.without_xdp.remove(&ifindex);
                     info!("{name} has XDP, {}", mode.name());
                 }
                 Err(error) => {
-                    self.network.without_xdp.insert(ifindex);
+                    let is_busy = xdp::is_others(&error);
+                    self.network.without_xdp.insert(ifindex, is_busy);
+                    if refused.is_some() {
+                        continue;
+                    }
                     let why = format!("{name} has no {} XDP, tc does it: {error:#}", mode.name());
                     if self.config.xdp == XdpChoice::Auto {
                         debug!("{why}");
@@ -351,7 +367,9 @@ impl Daemon {
     /// The XDP programs of devices that have gone, or allow none any more.
     fn forget_xdp(&mut self) {
         let links = &self.network.snapshot.links;
-        self.network.without_xdp.retain(|i| links.contains_key(i));
+        self.network
+            .without_xdp
+            .retain(|i, _| links.contains_key(i));
         let Some(datapath) = &mut self.datapath else {
             return;
         };

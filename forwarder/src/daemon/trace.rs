@@ -131,7 +131,7 @@ mod tests {
     #[tokio::test]
     async fn a_line_of_the_program_becomes_a_packet() {
         let idle = crate::proxy::Idle::start(crate::proxy::Store::default()).expect("epoll");
-        let view = Arc::new(View::new(None, idle));
+        let view = Arc::new(View::new(None, idle, false));
         let line = "3 0 1 6 ::ffff:192.0.2.1 4000 ::ffff:198.51.100.2 8080 \
                     ::ffff:192.0.2.1 4000 ::ffff:172.31.0.2 80 1 99999";
         let packet = parse(line, &view).expect("a packet");

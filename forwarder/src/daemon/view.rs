@@ -26,7 +26,7 @@ use self::measure::Kept;
 use super::sweep::monotonic;
 use crate::{
     control::{
-        api::{Ban, Counter, Endpoint, Event, Listed, ListedFlow, NamedPublish},
+        api::{Ban, Counter, Endpoint, Event, Listed, ListedFlow, NamedPublish, Running},
         server::{FlowFilter, Observe, Rows},
     },
     datapath::maps::{Counters, FlowTables, Mapped, Maps, RefusedCounters, Walk},
@@ -114,6 +114,7 @@ pub(super) struct View {
     rows: RwLock<BTreeMap<Id, Arc<Row>>>,
     ids: RwLock<HashMap<u32, Id>>,
     kernel: Option<Kernel>,
+    respects_firewall: bool,
     /// Counts whom the proxy has refused.
     idle: Idle,
     events: broadcast::Sender<Event>,
@@ -144,8 +145,9 @@ impl Kernel {
 }
 
 impl View {
-    pub(super) fn new(kernel: Option<Kernel>, idle: Idle) -> Self {
+    pub(super) fn new(kernel: Option<Kernel>, idle: Idle, respects_firewall: bool) -> Self {
         Self {
+            respects_firewall,
             idle,
             rows: RwLock::default(),
             ids: RwLock::default(),
@@ -299,6 +301,13 @@ fn is_meant(of: &FlowFilter, id: Option<Id>, flow: &Flow) -> bool {
 }
 
 impl Observe for Arc<View> {
+    fn instance(&self) -> Running {
+        Running {
+            version: env!("CARGO_PKG_VERSION").into(),
+            respects_firewall: self.respects_firewall,
+        }
+    }
+
     fn list(&self, id: Option<Id>) -> Rows<Listed> {
         let sums = match self.sums() {
             Ok((sums, _)) => sums,

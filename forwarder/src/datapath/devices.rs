@@ -1,22 +1,20 @@
 //! The tc programs on devices, in either direction: attached, found again after an earlier instance, replaced in one
 //! step by the traced ones and back, taken away.
 
-use std::{
-    collections::BTreeSet,
-    fs,
-    path::{Path, PathBuf},
-};
+use std::{collections::BTreeSet, fs, os::fd::AsFd as _, path::PathBuf};
 
 use anyhow::{Context as _, Result};
 use aya::programs::{
-    LinkOrder, ProgramInfo, SchedClassifier, TcAttachType,
-    links::{FdLink, PinnedLink},
+    ProgramInfo, SchedClassifier, TcAttachType,
     tc::{NlOptions, SchedClassifierLink, SchedClassifierLinkId, TcAttachOptions, TcHandle},
-    xdp::XdpLinkId,
 };
 use nix::net::if_::if_indextoname;
 
-use super::{Datapath, QDISCS, entries, explain, link};
+use super::{
+    Datapath, QDISCS, entries, explain,
+    link::{self, As, Link},
+    number,
+};
 use crate::{
     datapath::clsact::{self, Side},
     datapath::kernel::{Attach, kernel},
@@ -50,6 +48,13 @@ impl Hook {
         match self {
             Self::Ingress | Self::IngressIp => TcAttachType::Ingress,
             Self::Egress => TcAttachType::Egress,
+        }
+    }
+
+    const fn linked_as(self) -> As {
+        match self {
+            Self::Ingress | Self::IngressIp => As::TcxIngress,
+            Self::Egress => As::TcxEgress,
         }
     }
 
@@ -93,7 +98,7 @@ pub type Place = (u32, Hook);
 
 #[derive(Debug)]
 pub(super) enum Attachment {
-    Link(SchedClassifierLinkId),
+    Link(Link),
     /// The kernel holds it; `qdisc` is ours to remove.
     Filter {
         filter: clsact::Filter,
@@ -104,8 +109,8 @@ pub(super) enum Attachment {
 /// Attachments that somebody else has taken away, with what is left of them.
 #[derive(Debug, Default)]
 pub struct Lost {
-    tc: Vec<(Place, Option<Attachment>)>,
-    xdp: Vec<(u32, Option<XdpLinkId>)>,
+    tc: Vec<(Place, Attachment)>,
+    xdp: Vec<(u32, Link)>,
 }
 
 impl Lost {
@@ -144,7 +149,7 @@ impl Datapath {
             self.run_pipeline()?;
         }
         let attachment = match kernel().attach {
-            Attach::Tcx => self.attach_link(place, name),
+            Attach::Tcx => self.attach_link(place),
             Attach::Clsact => self.attach_filter(place, name),
         };
         let [program, _] = place.1.programs();
@@ -153,56 +158,31 @@ impl Datapath {
         Ok(())
     }
 
-    fn attach_link(&mut self, place: Place, name: &str) -> Result<Attachment> {
+    fn attach_link(&mut self, place: Place) -> Result<Attachment> {
+        let (ifindex, hook) = place;
         let pin = self.link_pin(place);
-        let program = self.current(place.1)?;
-        let options = TcAttachOptions::TcxOrder(LinkOrder::default());
-        let link = program.attach_with_options(name, place.1.attach_type(), options)?;
-        let Some(pin) = pin else {
-            return Ok(Attachment::Link(link));
-        };
-        // The new link works before an earlier instance's goes.
-        link::remove(&pin);
-        self.pinned(place.1, link, &pin).map(Attachment::Link)
-    }
-
-    /// Pins a link.
-    fn pinned(
-        &mut self,
-        hook: Hook,
-        link: SchedClassifierLinkId,
-        pin: &Path,
-    ) -> Result<SchedClassifierLinkId> {
-        let program = self.current(hook)?;
-        let fd_link: FdLink = program.take_link(link)?.try_into()?;
-        let pinned: PinnedLink = fd_link
-            .pin(pin)
-            .with_context(|| format!("pin {}", pin.display()))?;
-        Ok(program.attach_to_link(FdLink::from(pinned).try_into()?)?)
-    }
-
-    /// Pins it again if somebody has removed its pin: it is still attached. `None` if that fails, and with its descriptor the
-    /// link has gone.
-    fn pinned_again(&mut self, place: Place, attachment: Attachment) -> Option<Attachment> {
-        match (self.link_pin(place), attachment) {
-            (Some(pin), Attachment::Link(link)) if !pin.exists() => {
-                let pinned = self.pinned(place.1, link, &pin);
-                let pinned = pinned.inspect_err(|error| tracing::warn!("{error:#}"));
-                pinned.ok().map(Attachment::Link)
-            }
-            (_, attachment) => Some(attachment),
+        let program = self.current(hook)?.fd()?;
+        let link = Link::create(program.as_fd(), ifindex, hook.linked_as(), link::AFTER)?;
+        if let Some(pin) = pin {
+            // The new link works before an earlier instance's goes.
+            link::remove(&pin);
+            link.pin(&pin)
+                .with_context(|| format!("pin {}", pin.display()))?;
         }
+        Ok(Attachment::Link(link))
     }
 
-    /// Whether nobody has detached it.
-    fn is_attached(&self, place: Place, attachment: &Attachment) -> bool {
+    /// Whether nobody has detached it, or has it run another program.
+    fn is_attached(
+        &self,
+        (ifindex, hook): Place,
+        attachment: &Attachment,
+        program: Option<u32>,
+    ) -> bool {
         match attachment {
-            Attachment::Link(_) => self
-                .link_pin(place)
-                .is_none_or(|pin| link::device(&pin) == Some(place.0)),
+            Attachment::Link(link) => link.runs(program),
             Attachment::Filter { .. } => {
-                let (side, programs) = (place.1.side(), place.1.programs());
-                let found = clsact::find(place.0, side, self.handle, &programs);
+                let found = clsact::find(ifindex, hook.side(), self.handle, &hook.programs());
                 !matches!(found, Ok(None))
             }
         }
@@ -286,11 +266,9 @@ impl Datapath {
         match self.attached.remove(&place) {
             None => {}
             Some(Attachment::Link(link)) => {
+                let _ = link.detach();
                 if let Some(pin) = self.link_pin(place) {
-                    link::remove(&pin);
-                }
-                if let Ok(program) = self.current(place.1) {
-                    let _ = program.detach(link);
+                    let _ = fs::remove_file(pin);
                 }
             }
             Some(Attachment::Filter { filter, qdisc, .. }) => {
@@ -302,49 +280,32 @@ impl Datapath {
         }
     }
 
-    /// Takes those out that somebody else has detached: of this the kernel tells nobody.
+    /// Takes those out that somebody else has detached: of this the kernel tells nobody. Those whose pins somebody has removed
+    /// are attached still, and pinned again.
     pub fn take_lost(&mut self) -> Lost {
         let mut lost = Lost::default();
         for (place, attachment) in std::mem::take(&mut self.attached) {
-            match self.pinned_again(place, attachment) {
-                Some(attachment) if self.is_attached(place, &attachment) => {
-                    self.attached.insert(place, attachment);
-                }
-                attachment => lost.tc.push((place, attachment)),
+            if let (Some(pin), Attachment::Link(link)) = (self.link_pin(place), &attachment) {
+                link.pin_again(&pin);
+            }
+            let program = self.current(place.1).ok().and_then(|it| number(it.info()));
+            if self.is_attached(place, &attachment, program) {
+                self.attached.insert(place, attachment);
+            } else {
+                lost.tc.push((place, attachment));
             }
         }
-        for (ifindex, (mode, link)) in std::mem::take(&mut self.xdp) {
-            match self.xdp_pinned_again(ifindex, mode, link) {
-                Some(link) if self.has_xdp(ifindex, mode) => {
-                    self.xdp.insert(ifindex, (mode, link));
-                }
-                link => lost.xdp.push((ifindex, link)),
-            }
-        }
+        lost.xdp = self.take_lost_xdp();
         lost
     }
 
     /// What is left of them goes, once others are in their places. Returns the devices that have all of theirs again.
     pub fn forget(&mut self, lost: Lost) -> BTreeSet<u32> {
         let Lost { tc, xdp } = lost;
-        let lost_tc = tc
-            .iter()
-            .map(|(place, _)| (place.0, self.attached.contains_key(place)));
+        let has = |place: &Place| self.attached.contains_key(place);
+        let lost_tc = tc.iter().map(|(place, _)| (place.0, has(place)));
         let lost_xdp = xdp.iter().map(|(it, _)| (*it, self.xdp.contains_key(it)));
         let all: Vec<(u32, bool)> = lost_tc.chain(lost_xdp).collect();
-        for (place, attachment) in tc {
-            if let Some(Attachment::Link(link)) = attachment
-                && let Ok(program) = self.current(place.1)
-            {
-                let _ = program.detach(link);
-            }
-        }
-        let traced = self.traced;
-        for link in xdp.into_iter().filter_map(|(_, link)| link) {
-            if let Ok(program) = self.xdp_program(traced) {
-                let _ = program.detach(link);
-            }
-        }
         let missing: BTreeSet<u32> = all.iter().filter(|it| !it.1).map(|it| it.0).collect();
         let devices: BTreeSet<u32> = all.iter().map(|it| it.0).collect();
         &devices - &missing
@@ -358,36 +319,30 @@ impl Datapath {
         if on == self.traced {
             return Ok(());
         }
-        let before = usize::from(self.traced);
         self.traced = on;
         self.run_pipeline()?;
         for hook in Hook::BOTH_SIDES {
             let all = self.attached.keys();
             let places: Vec<_> = all.filter(|place| place.1 == hook).copied().collect();
             for place in places {
-                self.replace(place, hook.programs()[before])?;
+                self.replace(place)?;
             }
         }
-        self.trace_xdp(!on)
+        self.trace_xdp()
     }
 
     /// Puts the current program in place of another one.
-    fn replace(&mut self, place: Place, other: &str) -> Result<()> {
-        self.current(place.1)?; // is loaded before anything is taken away
-        let attachment = match self.attached.remove(&place) {
-            Some(Attachment::Link(link)) => {
-                let link: SchedClassifierLink = self.program(other)?.take_link(link)?;
-                Attachment::Link(self.current(place.1)?.attach_to_link(link)?)
-            }
-            Some(Attachment::Filter { filter, qdisc }) => {
+    fn replace(&mut self, place: Place) -> Result<()> {
+        let program = self.current(place.1)?.fd()?.try_clone()?;
+        match self.attached.get(&place) {
+            Some(Attachment::Link(link)) => Ok(link.update(program.as_fd())?),
+            Some(Attachment::Filter { filter, .. }) => {
+                let filter = filter.clone();
                 let name = if_indextoname(place.0).context("the device has gone")?;
-                self.replace_filter(place.1, &name.to_string_lossy(), &filter)?;
-                Attachment::Filter { filter, qdisc }
+                self.replace_filter(place.1, &name.to_string_lossy(), &filter)
             }
-            None => return Ok(()),
-        };
-        self.attached.insert(place, attachment);
-        Ok(())
+            None => Ok(()),
+        }
     }
 
     /// Removes the attachments that an earlier instance left on devices this one has not, and what it had pinned in another

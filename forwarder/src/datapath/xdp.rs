@@ -1,19 +1,16 @@
 //! The XDP program on uplinks: attached once there is something for it to do, pinned, taken over by the next instance,
 //! and replaced in one step by one that passes everything while somebody traces.
 
-use std::{
-    fs,
-    path::{Path, PathBuf},
-};
+use std::{fs, os::fd::AsFd as _, path::PathBuf};
 
 use anyhow::{Context as _, Result};
-use aya::programs::{
-    TestRun as _, TestRunOptions, Xdp, XdpMode,
-    links::{FdLink, PinnedLink},
-    xdp::{XdpLink, XdpLinkId},
-};
+use aya::programs::{TestRun as _, TestRunOptions, Xdp};
 
-use super::{Datapath, explain, link, program};
+use super::{
+    Datapath, explain,
+    link::{self, As, Link},
+    number, program,
+};
 
 /// Where the kernel runs the program.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -40,9 +37,24 @@ impl Mode {
         }
     }
 
+    /// include/uapi/linux/if_link.h
+    const fn flags(self) -> u32 {
+        match self {
+            Self::Generic => 1 << 1, // XDP_FLAGS_SKB_MODE
+            Self::Native => 1 << 2,  // XDP_FLAGS_DRV_MODE
+        }
+    }
+
     fn pin(self, ifindex: u32) -> String {
         format!("{ifindex}-xdp-{}", self.name())
     }
+}
+
+/// Whether a device is refused because it has somebody else's program.
+pub fn is_others(error: &anyhow::Error) -> bool {
+    let error = error.root_cause().downcast_ref::<std::io::Error>();
+    let number = error.and_then(std::io::Error::raw_os_error);
+    matches!(number, Some(libc::EBUSY | libc::EEXIST))
 }
 
 impl Datapath {
@@ -79,70 +91,51 @@ impl Datapath {
     }
 
     /// A device has one program at a time, so an earlier instance's link gets the new program.
-    fn adopt_xdp(&mut self, ifindex: u32, mode: Mode) -> Option<XdpLinkId> {
+    fn adopt_xdp(&mut self, ifindex: u32, mode: Mode) -> Option<Link> {
         if let Some(other) = self.xdp_pin(ifindex, mode.other()) {
             link::remove(&other);
         }
         let pin = self.xdp_pin(ifindex, mode)?;
-        let pinned: FdLink = PinnedLink::from_pin(&pin).ok()?.into();
-        let adopted = XdpLink::try_from(pinned).ok().and_then(|pinned| {
-            self.xdp_program(self.traced)
-                .ok()?
-                .attach_to_link(pinned)
-                .ok()
-        });
-        if adopted.is_none() {
+        let pinned = Link::open(&pin).ok()?;
+        let program = self.xdp_program(self.traced).ok()?.fd().ok()?;
+        if pinned.update(program.as_fd()).is_err() {
             link::remove(&pin); // its device has gone
+            return None;
         }
-        adopted
+        Some(pinned)
     }
 
-    fn attach_new_xdp(&mut self, ifindex: u32, mode: Mode) -> Result<XdpLinkId> {
+    fn attach_new_xdp(&mut self, ifindex: u32, mode: Mode) -> Result<Link> {
         let pin = self.xdp_pin(ifindex, mode);
-        let program = self.xdp_program(self.traced)?;
-        let mode = match mode {
-            Mode::Native => XdpMode::Driver,
-            Mode::Generic => XdpMode::Skb,
-        };
-        let link = program.attach_to_if_index(ifindex, mode)?;
-        let Some(pin) = pin else {
-            return Ok(link);
-        };
-        let _ = fs::remove_file(&pin);
-        self.pinned_xdp(link, &pin)
+        let program = self.xdp_program(self.traced)?.fd()?;
+        let link = Link::create(program.as_fd(), ifindex, As::Xdp, mode.flags())?;
+        if let Some(pin) = pin {
+            let _ = fs::remove_file(&pin);
+            link.pin(&pin)
+                .with_context(|| format!("pin {}", pin.display()))?;
+        }
+        Ok(link)
     }
 
-    /// Pins a link.
-    fn pinned_xdp(&mut self, link: XdpLinkId, pin: &Path) -> Result<XdpLinkId> {
-        let program = self.xdp_program(self.traced)?;
-        let link: FdLink = program.take_link(link)?.try_into()?;
-        let pinned = link
-            .pin(pin)
-            .with_context(|| format!("pin {}", pin.display()))?;
-        Ok(program.attach_to_link(FdLink::from(pinned).try_into()?)?)
-    }
-
-    /// The same if somebody has removed its pin. `None` if that fails, and the link has gone.
-    pub(super) fn xdp_pinned_again(
-        &mut self,
-        ifindex: u32,
-        mode: Mode,
-        link: XdpLinkId,
-    ) -> Option<XdpLinkId> {
-        match self.xdp_pin(ifindex, mode) {
-            Some(pin) if !pin.exists() => {
-                let pinned = self.pinned_xdp(link, &pin);
-                let pinned = pinned.inspect_err(|error| tracing::warn!("{error:#}"));
-                pinned.ok()
+    /// As [`Datapath::take_lost`].
+    pub(super) fn take_lost_xdp(&mut self) -> Vec<(u32, Link)> {
+        let mut lost = Vec::new();
+        if self.xdp.is_empty() {
+            return lost;
+        }
+        let program = self.xdp_program(self.traced);
+        let program = program.ok().and_then(|it| number(it.info()));
+        for (ifindex, (mode, link)) in std::mem::take(&mut self.xdp) {
+            if let Some(pin) = self.xdp_pin(ifindex, mode) {
+                link.pin_again(&pin);
             }
-            _ => Some(link),
+            if link.runs(program) {
+                self.xdp.insert(ifindex, (mode, link));
+            } else {
+                lost.push((ifindex, link));
+            }
         }
-    }
-
-    /// Whether nobody has detached it.
-    pub(super) fn has_xdp(&self, ifindex: u32, mode: Mode) -> bool {
-        let pin = self.xdp_pin(ifindex, mode);
-        pin.is_none_or(|pin| link::device(&pin) == Some(ifindex))
+        lost
     }
 
     /// Detaches from a device that may have gone.
@@ -150,12 +143,9 @@ impl Datapath {
         let Some((mode, link)) = self.xdp.remove(&ifindex) else {
             return;
         };
+        let _ = link.detach();
         if let Some(pin) = self.xdp_pin(ifindex, mode) {
-            link::remove(&pin);
-        }
-        let traced = self.traced;
-        if let Ok(program) = self.xdp_program(traced) {
-            let _ = program.detach(link);
+            let _ = fs::remove_file(pin);
         }
     }
 
@@ -182,13 +172,13 @@ impl Datapath {
     }
 
     /// Puts the other program in place, as [`Datapath::trace`] does.
-    pub(super) fn trace_xdp(&mut self, from: bool) -> Result<()> {
-        for (ifindex, (mode, link)) in std::mem::take(&mut self.xdp) {
-            let link = self.xdp_program(from)?.take_link(link)?;
-            let link = self.xdp_program(self.traced)?.attach_to_link(link)?;
-            self.xdp.insert(ifindex, (mode, link));
+    pub(super) fn trace_xdp(&mut self) -> Result<()> {
+        if self.xdp.is_empty() {
+            return Ok(());
         }
-        Ok(())
+        let program = self.xdp_program(self.traced)?.fd()?.try_clone()?;
+        let mut links = self.xdp.values();
+        Ok(links.try_for_each(|(_, link)| link.update(program.as_fd()))?)
     }
 
     /// What the pins of its links are called.

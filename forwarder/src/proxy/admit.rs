@@ -39,17 +39,14 @@ fn lock<T>(of: &Mutex<T>) -> MutexGuard<'_, T> {
     of.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Whether one more is due, which is then counted.
-fn passes(next: &mut u64, now: u64, pace: Pace) -> bool {
-    if pace.interval == 0 {
-        return true;
-    }
-    let due = (*next).max(now);
-    if due - now > pace.burst {
-        return false;
-    }
-    *next = due + pace.interval;
-    true
+/// Whether one that is due then may pass now.
+const fn conforms(next: u64, now: u64, pace: Pace) -> bool {
+    pace.interval == 0 || next.saturating_sub(now) <= pace.burst
+}
+
+/// Puts the next one off.
+fn put_off(next: &mut u64, now: u64, pace: Pace) {
+    *next = (*next).max(now) + pace.interval;
 }
 
 impl Account {
@@ -57,6 +54,29 @@ impl Account {
     fn now(&self) -> u64 {
         let elapsed = u64::try_from(self.began.elapsed().as_nanos()).unwrap_or(u64::MAX);
         elapsed.saturating_mul(UNITS_PER_NANOSECOND)
+    }
+
+    /// Whether a source may begin one more now, which is then counted. What a source's own pace refuses takes nothing from
+    /// the pace of all.
+    fn begin(&self, source: IpAddr, now: u64, policy: &Policy) -> Result<(), Refusal> {
+        let (all, each) = (policy.new_flows, policy.new_flows_by_source);
+        let mut next = lock(&self.next_flow);
+        if !conforms(*next, now, all) {
+            return Err(Refusal::RateLimited);
+        }
+        if each.interval > 0 {
+            let mut sources = lock(&self.next_by_source);
+            if sources.len() >= SOURCES {
+                sources.clear();
+            }
+            let next = sources.entry(network(source)).or_default();
+            if !conforms(*next, now, each) {
+                return Err(Refusal::SourceRateLimited);
+            }
+            put_off(next, now, each);
+        }
+        put_off(&mut next, now, all);
+        Ok(())
     }
 }
 
@@ -91,27 +111,13 @@ impl Shared {
         if limits == Limits::default() {
             return true;
         }
-        let (policy, account) = (Policy::from(&limits), &self.account);
-        let now = account.now();
-        let why = if limits.flows > 0 && self.flows.load(Relaxed) >= limits.flows {
-            Refusal::FlowLimit
-        } else if !passes(&mut lock(&account.next_flow), now, policy.new_flows) {
-            Refusal::RateLimited
-        } else if policy.new_flows_by_source.interval > 0 {
-            let mut sources = lock(&account.next_by_source);
-            if sources.len() >= SOURCES {
-                sources.clear();
-            }
-            let next = sources.entry(network(source)).or_default();
-            if passes(next, now, policy.new_flows_by_source) {
-                return true;
-            }
-            Refusal::SourceRateLimited
+        let begun = if limits.flows > 0 && self.flows.load(Relaxed) >= limits.flows {
+            Err(Refusal::FlowLimit)
         } else {
-            return true;
+            let now = self.account.now();
+            self.account.begin(source, now, &Policy::from(&limits))
         };
-        self.refuse(why);
-        false
+        begun.map_err(|why| self.refuse(why)).is_ok()
     }
 
     /// How long so many octets are ahead of their time; nothing without a limit. They are counted.
@@ -147,5 +153,48 @@ impl Shared {
         *lock(&self.account.next_octets[direction]) = before;
         self.refuse(Refusal::BandwidthExceeded);
         false
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const SECOND: u64 = 1_000_000_000 * UNITS_PER_NANOSECOND;
+
+    fn policy(new_flows: u32, new_flows_by_source: u32) -> Policy {
+        Policy::from(&Limits {
+            new_flows,
+            new_flows_by_source,
+            ..Limits::default()
+        })
+    }
+
+    /// Three are offered for each that is due.
+    #[test]
+    fn conversations_begin_at_the_pace_that_was_asked_for() {
+        let source: IpAddr = "192.0.2.1".parse().expect("an address");
+        for (rate, policy) in [1000, 100_000]
+            .into_iter()
+            .flat_map(|rate| [(rate, policy(rate, 0)), (rate, policy(0, rate))])
+        {
+            let account = Account::default();
+            let step = SECOND / (3 * u64::from(rate));
+            let times = (1..=6 * u64::from(rate)).map(|nth| nth * step);
+            let begun = times.filter(|now| account.begin(source, *now, &policy).is_ok());
+            let share = begun.count() as f64 / (f64::from(rate) * 2.05);
+            assert!((0.99..1.01).contains(&share), "{rate}/s: {share}");
+        }
+    }
+
+    #[test]
+    fn what_one_source_may_not_takes_nothing_from_others() {
+        let (account, policy) = (Account::default(), policy(1000, 1));
+        let begun = |source: IpAddr| account.begin(source, SECOND, &policy).is_ok();
+        let greedy = (0..1000).filter(|_| begun("192.0.2.1".parse().expect("an address")));
+        assert_eq!(greedy.count(), 5);
+        for other in 1..=40 {
+            assert!(begun(IpAddr::from([198, 51, 100, other])), "{other}");
+        }
     }
 }

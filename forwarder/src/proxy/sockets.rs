@@ -16,7 +16,7 @@ use socket2::{Domain, SockAddr, SockRef, Socket, Type};
 use super::{control, sctp, store::Sockets, tcp};
 use crate::{
     holder::{self, Taken},
-    publish::spec::{Protocol, Spec, Zone},
+    publish::spec::{At, Protocol, Spec, Zone},
 };
 
 /// Listening sockets of one publish, or bound ones for UDP.
@@ -52,14 +52,14 @@ pub fn is_wide(spec: &Spec) -> bool {
 pub struct BindError {
     message: String,
     /// Somebody has it.
-    pub taken: Option<Taken>,
+    pub taken: Option<Box<Taken>>,
 }
 
 impl BindError {
-    fn new(address: IpAddr, port: u16, protocol: Protocol, problem: &str) -> Self {
-        let frontend = SocketAddr::new(address, port);
+    fn new(address: IpAddr, port: u16, spec: &Spec, problem: &str) -> Self {
+        let frontend = At(address, spec.zone.as_ref(), port);
         Self {
-            message: format!("publish {frontend}/{protocol}: {problem}"),
+            message: format!("publish {frontend}/{}: {problem}", spec.protocol),
             taken: None,
         }
     }
@@ -69,7 +69,7 @@ impl From<Taken> for BindError {
     fn from(taken: Taken) -> Self {
         Self {
             message: taken.problem(taken.holder().as_deref()),
-            taken: Some(taken),
+            taken: Some(Box::new(taken)),
         }
     }
 }
@@ -97,7 +97,7 @@ impl Held {
                 wanted + SPARE
             );
             let (address, port) = (frontends[0], spec.ports.first);
-            return Err(BindError::new(address, port, spec.protocol, &problem));
+            return Err(BindError::new(address, port, spec, &problem));
         }
         let mut held = Self::default();
         for address in frontends {
@@ -421,13 +421,13 @@ fn descriptors(wanted: u64) -> Result<(), u64> {
 }
 
 fn explain(error: &io::Error, address: IpAddr, port: u16, spec: &Spec) -> BindError {
-    let protocol = spec.protocol;
     let problem = match error.raw_os_error() {
         Some(libc::EADDRINUSE) => {
             return BindError::from(Taken {
                 address,
+                zone: spec.zone.clone(),
                 port,
-                protocol,
+                protocol: spec.protocol,
             });
         }
         Some(libc::EACCES) => {
@@ -448,12 +448,26 @@ fn explain(error: &io::Error, address: IpAddr, port: u16, spec: &Spec) -> BindEr
         }
         _ => error.to_string(),
     };
-    BindError::new(address, port, protocol, &problem)
+    BindError::new(address, port, spec, &problem)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn an_error_of_a_link_local_address_names_the_device() {
+        let spec: Spec = "[fe80::1%lo]:8080:192.0.2.1:80".parse().expect("a spec");
+        for number in [libc::EADDRINUSE, libc::EACCES, libc::ENODEV] {
+            let error = io::Error::from_raw_os_error(number);
+            let address = spec.address.expect("an address");
+            let said = explain(&error, address, 8080, &spec).to_string();
+            assert!(
+                said.starts_with("publish [fe80::1%lo]:8080/tcp: "),
+                "{said}"
+            );
+        }
+    }
 
     #[test]
     fn a_port_held_by_another_names_the_holder() {

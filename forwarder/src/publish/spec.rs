@@ -318,6 +318,16 @@ impl fmt::Display for Bracketed<'_> {
     }
 }
 
+/// An address with its device, and a port.
+#[derive(Debug)]
+pub struct At<'a>(pub IpAddr, pub Option<&'a Zone>, pub u16);
+
+impl fmt::Display for At<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}:{}", Bracketed(self.0, self.1), self.2)
+    }
+}
+
 impl Spec {
     /// A spec of its parts.
     ///

@@ -2,9 +2,11 @@
 //! is passed over.
 
 use axum::{
-    body::{self, Bytes},
-    extract::{self, FromRequestParts, Query as Parsed, Request, rejection::JsonRejection},
-    http::{header, request::Parts},
+    body::{self, Body, Bytes},
+    extract::{self, FromRequestParts, Query as Parsed, Request, State, rejection::JsonRejection},
+    http::{Method, header, request::Parts},
+    middleware::Next,
+    response::{IntoResponse as _, Response},
 };
 use serde::{Deserialize, de::DeserializeOwned};
 use tokio::time::timeout;
@@ -139,6 +141,29 @@ impl Shared {
             }
             malformed(400, "Bad body", "the request ends in the midst of its body")
         })
+    }
+}
+
+/// Refuses a body with anything in it, of calls that take none.
+pub(super) async fn bodiless(
+    State(shared): State<Shared>,
+    request: Request,
+    next: Next,
+) -> Response {
+    let (method, path) = (request.method(), request.uri().path());
+    let reads_or_removes = [Method::GET, Method::HEAD, Method::DELETE].contains(method);
+    if !reads_or_removes && path != "/v1/reload" {
+        return next.run(request).await;
+    }
+    let call = format!("{method} {path}");
+    let (parts, body) = request.into_parts();
+    let request = Request::from_parts(parts.clone(), body);
+    match shared.json_if_any::<Option<Nothing>>(request).await {
+        Ok(_) => next.run(Request::from_parts(parts, Body::empty())).await,
+        Err(mut problem) => {
+            problem.detail = format!("{call} takes no body: {}", problem.detail);
+            problem.into_response()
+        }
     }
 }
 
