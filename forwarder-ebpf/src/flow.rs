@@ -201,8 +201,7 @@ fn keep_now(packet: &Packet, flow: &mut Flow) {
 }
 
 /// Puts an entry into `FLOWS`, which counts for its source.
-// VERIFIER (and below): a function of its own, for its share of the stack.
-#[inline(never)]
+#[inline(always)]
 fn enter(key: &Tuple, flow: &Flow, share: u32) -> Result<(), i32> {
     FLOWS.insert(key, flow, BPF_NOEXIST as u64)?;
     share::entered(share);
@@ -210,7 +209,7 @@ fn enter(key: &Tuple, flow: &Flow, share: u32) -> Result<(), i32> {
 }
 
 /// Takes an entry out of `FLOWS`, if it is there.
-#[inline(never)]
+#[inline(always)]
 fn leave(key: &Tuple, share: u32) {
     if FLOWS.remove(key).is_ok() {
         share::left(share);
@@ -406,7 +405,7 @@ pub extern "C" fn try_port() -> u32 {
     ) {
         return OWN;
     }
-    if draft.capped != 0 && share::of(&flow.client) != draft.share {
+    if draft.capped != 0 && !share::is_same(&draft.original.source, &flow.client) {
         return TAKEN; // one of its own may give way
     }
     match remains(flow, draft.key.protocol) {

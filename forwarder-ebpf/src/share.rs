@@ -27,6 +27,13 @@ pub fn of(source: &Address) -> u32 {
         .map_or(0, |keys| share::index(source, |at| keys[at]))
 }
 
+/// Whether two addresses of one family are one source, by themselves and not by a hash of them.
+#[inline(always)]
+pub fn is_same(one: &Address, other: &Address) -> bool {
+    let ([a, b, c, d], [e, f, g, h]) = (one.0, other.0);
+    a == e && b == f && (!one.is_v4() || c == g && d == h)
+}
+
 #[inline(always)]
 fn held(index: u32) -> u64 {
     let Some(share) = SHARES.get_ptr(index) else {

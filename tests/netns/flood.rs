@@ -120,21 +120,22 @@ fn a_flood_from_many_sources_disturbs_neither_conversations_nor_new_clients() {
     daemon.stop().unwrap();
 }
 
-/// Entries of a table that is full soon.
+/// Entries of tables that are full soon.
 const FEW: u32 = 4096;
+const FEWER: u32 = 1024;
 /// The published port of a backend on another machine, and where that listens.
 const REMOTE_PORT: u16 = 8081;
 const REMOTE_BACKEND_PORT: u16 = 9001;
 
 /// Publishes the backend by both protocols, and the client's machine as a backend elsewhere, by a daemon with a small table.
-fn start_with_few_flows(topology: &Topology, family: Family) -> Daemon {
+fn start_with_few_flows(topology: &Topology, family: Family, flows: u32) -> Daemon {
     let specs = [Protocol::Tcp, Protocol::Udp].map(|p| spec(&topology.backend, family, p));
     let remote = SocketAddr::new(topology.client_address(family), REMOTE_BACKEND_PORT);
     let remote = format!("{REMOTE_PORT}:{remote}/udp");
     let specs = [&specs[0][..], &specs[1], &remote];
     let mut daemon = Daemon::start(&topology.host, &specs, Datapath::Ebpf).unwrap();
     daemon.kill().unwrap();
-    Table::replace(daemon.instance(), FEW).unwrap();
+    Table::replace(daemon.instance(), flows).unwrap();
     daemon.restart().unwrap();
     daemon
 }
@@ -274,7 +275,7 @@ fn a_full_share_is_nobody_elses(
         Backend::start(&topology.client, Protocol::Udp, REMOTE_BACKEND_PORT),
     ]
     .map(Result::unwrap);
-    let daemon = start_with_few_flows(topology, family);
+    let daemon = start_with_few_flows(topology, family, FEW);
     let mut honest = Honest::begin(topology, &daemon, family);
     let before = honest.rate();
     let frontend = SocketAddr::new(topology.host_address(family), PORT);
@@ -283,11 +284,13 @@ fn a_full_share_is_nobody_elses(
     thread::scope(|scope| {
         let flood = scope.spawn(|| prove(netns, sources, frontend, protocol, &end));
         let served = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
-            wait_for("the source has its share", || {
-                honest.go_on();
-                (honest.counted()[3] > 100).then_some(())
-            })
-            .unwrap();
+            let mut full = || {
+                wait_for("the source has its share", || {
+                    honest.go_on();
+                    (honest.counted()[3] > 100).then_some(())
+                })
+            };
+            full().or_else(|_| full()).or_else(|_| full()).unwrap();
             for _ in 0..3 {
                 meanwhile += honest.rate();
                 rounds += 1;
@@ -361,7 +364,7 @@ fn flows_above_a_share_end_early_and_go_on_all_the_same() {
     let _udp = Backend::start(&topology.backend.netns, Protocol::Udp, BACKEND_PORT).unwrap();
     let source: IpAddr = [198, 51, 100, 66].into();
     have(&topology, &[source]);
-    let daemon = start_with_few_flows(&topology, Family::V4);
+    let daemon = start_with_few_flows(&topology, Family::V4, FEWER);
     let frontend = SocketAddr::new(topology.host_address(Family::V4), PORT);
     let mut silent: Vec<_> = (9000..9016)
         .map(|port| {
@@ -404,11 +407,14 @@ fn flows_above_a_share_end_early_and_go_on_all_the_same() {
         connection.ask("another").unwrap();
     }
     wait_for("the flows above its share have ended", || {
-        (of_the_flood() <= FEW as usize / 16).then_some(())
+        (of_the_flood() <= FEWER as usize / 16).then_some(())
     })
     .unwrap();
     assert!(are_silent(false), "the oldest are not among them");
-    assert!(of_the_flood() > FEW as usize / 32, "more than the surplus");
+    assert!(
+        of_the_flood() > FEWER as usize / 32,
+        "more than the surplus"
+    );
     for connection in silent.iter_mut().chain(&mut others) {
         connection.ask("goes on").unwrap();
     }

@@ -192,7 +192,15 @@ impl Daemon {
             return false;
         };
         if let Some(datapath) = &self.datapath {
-            datapath.maps.flows.shares.correct(&count);
+            let flows = &datapath.maps.flows;
+            flows.shares.correct(&count);
+            // Others may have ended meanwhile.
+            let mut now = above_share(flows);
+            sweep.above.retain(|share, above| {
+                let still = now.remove(share);
+                above.surplus = still.map_or(0, |it| it.surplus);
+                above.surplus > 0
+            });
         }
         self.end_all_drained(sweep);
         sweep.above.values_mut().for_each(Above::choose);
