@@ -142,6 +142,16 @@ impl Flow {
         }
     }
 
+    /// Who has begun it, of an alias too.
+    #[inline(always)]
+    pub const fn source<'a>(&'a self, key: &'a Tuple) -> &'a Address {
+        if self.state & state::ALIAS == 0 {
+            &self.client
+        } else {
+            &key.source
+        }
+    }
+
     /// What an alias and the flow that it leads to have in common, with the two keys' parts exchanged: of a flow its alias,
     /// of an alias its flow.
     #[must_use]

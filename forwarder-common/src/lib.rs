@@ -13,6 +13,7 @@ pub mod limits;
 pub mod policy;
 pub mod publish;
 pub mod reason;
+pub mod share;
 pub mod tcp;
 pub mod tuple;
 pub mod usage;

@@ -18,6 +18,8 @@ pub const INTERFACES: u32 = 16_384;
 pub const FLOWS: u32 = 1_048_576;
 /// Flows that have begun and are not proven; the oldest is forgotten for a new one.
 pub const HALF_OPEN: u32 = 65_536;
+/// Sources whose entries among the flows are counted apart, but for chance: a power of two.
+pub const SHARES: u32 = 16_384;
 /// Prefixes of all allow-lists.
 pub const ALLOW: u32 = 65_536;
 /// Counters of what publishes have refused, one for each publish and reason. Entries are made as they are needed.

@@ -102,6 +102,9 @@ reasons! {
     NoSourcePort = "no_source_port",
     /// Forwarded as well: the table of proven flows is full, and this one's stays among the half-open.
     FlowsFull = "flows_full",
+    /// Counted beside what becomes of the packet: the table of proven flows is above three quarters full, and its source has a
+    /// quarter of what is free, or more. The flow stays among the half-open, or finds no entry.
+    SourceShare = "source_share",
     /// Passed: the kernel made no entry for a new flow, as the table is full; the userland proxy needs none.
     NoEntry = "no_entry",
     /// Dropped: the reply of a flow could not be sent back.

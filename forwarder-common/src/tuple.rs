@@ -122,7 +122,6 @@ impl Tuple {
     /// wait for each other, mixed once. `key` gives the keys 0 to 4.
     #[inline(always)]
     pub fn hash(&self, key: impl Fn(usize) -> u64) -> u32 {
-        const ODD: u64 = 0x9e37_79b9_7f4a_7c15;
         let words: &[u32; size_of::<Self>() / 4] = bytemuck::cast_ref(self);
         let mut sum = 0_u64;
         for at in 0..words.len() / 2 {
@@ -131,9 +130,16 @@ impl Tuple {
             let high = words[2 * at + 1].wrapping_add((key >> 32) as u32) as u64;
             sum = sum.wrapping_add(low * high);
         }
-        let mixed = (sum ^ sum >> 32).wrapping_mul(ODD);
-        ((mixed ^ mixed >> 29).wrapping_mul(ODD) >> 32) as u32
+        mix(sum)
     }
+}
+
+/// The last step of such a hash.
+#[inline(always)]
+pub(crate) const fn mix(sum: u64) -> u32 {
+    const ODD: u64 = 0x9e37_79b9_7f4a_7c15;
+    let mixed = (sum ^ sum >> 32).wrapping_mul(ODD);
+    ((mixed ^ mixed >> 29).wrapping_mul(ODD) >> 32) as u32
 }
 
 #[cfg(feature = "user")]

@@ -2,7 +2,7 @@
 //! makes the oldest go, and are kept in `FLOWS` when the client has answered the backend's answer, which no
 //! sender of invented addresses does.
 
-use aya_ebpf::bindings::{__sk_buff, BPF_ANY, BPF_NOEXIST};
+use aya_ebpf::bindings::{__sk_buff, BPF_ANY, BPF_EXIST, BPF_NOEXIST};
 use forwarder_common::{
     flow::{Flow, Phase, REPLY, state},
     limits,
@@ -17,7 +17,7 @@ use crate::{
     limit,
     maps::{CLAIMS, DIRECT, DRAFT, Draft, FLOWS, HALF_OPEN, count},
     parse::{self, Packet},
-    publish, setting,
+    publish, setting, share,
     source_port::Ports,
     steer, usage,
     words::{copy_address, reverse},
@@ -165,11 +165,15 @@ pub fn keep(packet: &Packet, flow: &mut Flow) -> Result<(), Reason> {
 // VERIFIER: a function of its own, for its share of the stack.
 #[inline(never)]
 fn keep_now(packet: &Packet, flow: &mut Flow) {
-    let key = &packet.new;
+    let (key, share) = (&packet.new, share::of(&packet.tuple.source));
+    if !share::has_room(share) {
+        count(Reason::SourceShare);
+        return;
+    }
     flow.state |= state::KEPT;
     // RACE: two CPUs at once: the first's entry stays, both packets go on. What another CPU writes
     // during the copy is a counter, or a state that the next packet's follows.
-    match FLOWS.insert(key, &*flow, BPF_NOEXIST as u64) {
+    match enter(key, flow, share) {
         Ok(()) => usage::kept(flow.publish),
         Err(EEXIST) => {}
         Err(_) => {
@@ -184,7 +188,7 @@ fn keep_now(packet: &Packet, flow: &mut Flow) {
         let kept = unsafe { &*kept };
         if !is_original(kept, packet) {
             usage::ended(kept);
-            let _ = FLOWS.remove(key);
+            leave(key, share::of(&kept.client));
             return;
         }
     }
@@ -192,7 +196,23 @@ fn keep_now(packet: &Packet, flow: &mut Flow) {
         && let Some(alias) = HALF_OPEN.get_ptr(&packet.tuple)
     {
         // SAFETY: as above.
-        let _ = FLOWS.insert(&packet.tuple, unsafe { &*alias }, BPF_NOEXIST as u64);
+        let _ = enter(&packet.tuple, unsafe { &*alias }, share);
+    }
+}
+
+/// Puts an entry into `FLOWS`, which counts for its source.
+#[inline(always)]
+fn enter(key: &Tuple, flow: &Flow, share: u32) -> Result<(), i32> {
+    FLOWS.insert(key, flow, BPF_NOEXIST as u64)?;
+    share::entered(share);
+    Ok(())
+}
+
+/// Takes an entry out of `FLOWS`, if it is there.
+#[inline(always)]
+fn leave(key: &Tuple, share: u32) {
+    if FLOWS.remove(key).is_ok() {
+        share::left(share);
     }
 }
 
@@ -262,6 +282,7 @@ pub fn insert_by_ports(
     let draft = draft().ok_or(Reason::NoFreePort)?;
     draft.hash = Ports::of(&draft.original).ok_or(Reason::NoFreePort)?.hash;
     draft.attempt = 0;
+    draft.share = share::of(&draft.original.source);
     for _ in 0..limits::SNAT_SOCKETS {
         match take_port() {
             TAKEN => break,
@@ -316,6 +337,8 @@ pub extern "C" fn take_port() -> u32 {
     };
     (draft.over, draft.unproven, draft.oldest) = (NONE, NONE, u64::MAX);
     draft.full = 0;
+    let takes_entry = draft.flow.state & state::KEPT != 0;
+    draft.capped = (takes_entry && !share::has_room(draft.share)) as u32;
     for step in 0..limits::SNAT_TRIES {
         match try_port() {
             TAKEN => {}
@@ -333,6 +356,9 @@ pub extern "C" fn take_port() -> u32 {
         draft.over
     };
     if draft.attempt == NONE {
+        if draft.capped != 0 {
+            count(Reason::SourceShare);
+        }
         return if draft.full != 0 { FULL } else { TAKEN };
     }
     draft.key.source_port = ports(draft).nth(draft.attempt);
@@ -360,7 +386,10 @@ pub extern "C" fn try_port() -> u32 {
     draft.key.source_port = ports(draft).nth(draft.attempt);
     let mut there = get(&draft.key);
     if there.is_none() {
-        match table(&draft.flow, &draft.key) {
+        if draft.capped != 0 {
+            return FULL;
+        }
+        match table(draft) {
             Ok(()) => return FREE,
             Err(EEXIST) => there = get(&draft.key),
             Err(_) => return FULL,
@@ -376,6 +405,9 @@ pub extern "C" fn try_port() -> u32 {
     ) {
         return OWN;
     }
+    if draft.capped != 0 && !share::is_same(&draft.original.source, &flow.client) {
+        return TAKEN; // one of its own may give way
+    }
     match remains(flow, draft.key.protocol) {
         Remains::Nothing if draft.over == NONE => draft.over = draft.attempt,
         Remains::Hope if flow.last_seen < draft.oldest => {
@@ -389,11 +421,11 @@ pub extern "C" fn try_port() -> u32 {
 /// Where a new flow with a source port of this host's choice goes. Of this host's addresses there are no more than ports
 /// towards each backend, and none must be given to another before its time.
 #[inline(always)]
-fn table(flow: &Flow, key: &Tuple) -> Result<(), i32> {
-    if flow.state & state::KEPT != 0 {
-        FLOWS.insert(key, flow, BPF_NOEXIST as u64)
+fn table(draft: &Draft) -> Result<(), i32> {
+    if draft.flow.state & state::KEPT != 0 {
+        enter(&draft.key, &draft.flow, draft.share)
     } else {
-        HALF_OPEN.insert(key, flow, BPF_NOEXIST as u64)
+        HALF_OPEN.insert(&draft.key, &draft.flow, BPF_NOEXIST as u64)
     }
 }
 
@@ -441,7 +473,7 @@ fn take_over(draft: &mut Draft) -> bool {
         return false;
     }
     let taken = match get(&draft.key) {
-        None => table(&draft.flow, &draft.key).is_ok(),
+        None => table(draft).is_ok(),
         Some(flow) if matches!(remains(flow, draft.key.protocol), Remains::All) => false,
         Some(flow) => {
             copy_address(&flow.client, &mut draft.other.source);
@@ -465,16 +497,28 @@ fn take_over(draft: &mut Draft) -> bool {
 
 #[inline(always)]
 fn replace(draft: &Draft) -> bool {
-    forget_alias(&draft.other, draft.key.source_port);
+    let other = share::of(&draft.other.source);
+    forget_alias(&draft.other, other, draft.key.source_port);
     if draft.flow.state & state::KEPT != 0 {
-        return FLOWS
-            .insert(&draft.key, &draft.flow, BPF_ANY as u64)
-            .is_ok();
+        return overwrite(&draft.key, &draft.flow, draft.share, other);
     }
     // In this order: whoever looks in between finds one of the two.
     let inserted = HALF_OPEN.insert(&draft.key, &draft.flow, BPF_ANY as u64);
-    let _ = FLOWS.remove(&draft.key);
+    leave(&draft.key, other);
     inserted.is_ok()
+}
+
+/// Puts an entry into `FLOWS`, in place of one of the other source if there is one; whether that went well.
+#[inline(always)]
+fn overwrite(key: &Tuple, flow: &Flow, share: u32, other: u32) -> bool {
+    match enter(key, flow, share) {
+        Err(EEXIST) if FLOWS.insert(key, flow, BPF_EXIST as u64).is_ok() => {
+            share::left(other);
+            share::entered(share);
+            true
+        }
+        entered => entered.is_ok(),
+    }
 }
 
 /// Takes the drafted flow back, as nobody has used it yet.
@@ -482,7 +526,7 @@ fn replace(draft: &Draft) -> bool {
 #[inline(never)]
 fn give_back() {
     if let Some(draft) = draft() {
-        let _ = FLOWS.remove(&draft.key);
+        leave(&draft.key, draft.share);
         let _ = HALF_OPEN.remove(&draft.key);
     }
 }
@@ -499,15 +543,12 @@ fn make_alias() -> bool {
     (flow.client_port, flow.frontend_port) = (draft.key.source_port, draft.key.destination_port);
     flow.state |= state::ALIAS;
     if flow.state & state::KEPT != 0 {
-        if FLOWS
-            .insert(&draft.original, &draft.flow, BPF_ANY as u64)
-            .is_ok()
-        {
+        if overwrite(&draft.original, &draft.flow, draft.share, draft.share) {
             return true;
         }
     } else {
         // One of an earlier flow would be found first.
-        let _ = FLOWS.remove(&draft.original);
+        leave(&draft.original, draft.share);
     }
     HALF_OPEN
         .insert(&draft.original, &draft.flow, BPF_ANY as u64)
@@ -516,11 +557,11 @@ fn make_alias() -> bool {
 
 /// Removes the alias of a conversation, if it leads to that port.
 #[inline(always)]
-fn forget_alias(original: &Tuple, port: u16) {
+fn forget_alias(original: &Tuple, share: u32, port: u16) {
     let is_alias = get(original)
         .is_some_and(|there| there.state & state::ALIAS != 0 && there.client_port == port);
     if is_alias {
-        let _ = FLOWS.remove(original);
+        leave(original, share);
         let _ = HALF_OPEN.remove(original);
     }
 }

@@ -39,6 +39,7 @@ mod parse;
 mod publish;
 mod rewrite;
 mod route;
+mod share;
 mod source_port;
 mod steer;
 mod trace;

@@ -1,5 +1,5 @@
 //! The maps, and nothing else. Types and sizes come from `forwarder_common`; user space fills all but
-//! `FLOWS`, `HALF_OPEN`, `CLAIMS`, `DRAFT`, `FRAGMENTS`, `HANDOVER`, `NETNS`, `LOOKING`, `ROUTES`, `STATS`, `USAGE`, `REFUSED`, `SOURCES`, `CLOCK`, `TOLD` and `TRAIL`.
+//! `FLOWS`, `HALF_OPEN`, `CLAIMS`, `DRAFT`, `FRAGMENTS`, `HANDOVER`, `NETNS`, `LOOKING`, `ROUTES`, `STATS`, `USAGE`, `REFUSED`, `SHARES`, `SOURCES`, `CLOCK`, `TOLD` and `TRAIL`.
 
 use aya_ebpf::{
     bindings::{BPF_F_MMAPABLE, BPF_F_NO_PREALLOC},
@@ -18,6 +18,7 @@ use forwarder_common::{
         PublishSource,
     },
     reason::Reason,
+    share::{self, Share},
     tuple::{Address, Tuple},
     usage::{Refused, Usage},
 };
@@ -106,6 +107,10 @@ pub static SOURCES: LruHashMap<PublishSource, u64> =
 pub static FLOWS: HashMap<Tuple, Flow> =
     HashMap::with_max_entries(limits::FLOWS, BPF_F_NO_PREALLOC);
 
+/// How many of these entries each source has, by [`share::index`], and all together. Of one value for all CPUs, as [`USAGE`].
+#[map]
+pub static SHARES: Array<Share> = Array::with_max_entries(share::ALL + 1, BPF_F_MMAPABLE);
+
 /// Where every flow begins, by the same key: a flood turns over these entries alone. Small, to stay in the cache.
 #[map]
 pub static HALF_OPEN: LruHashMap<Tuple, Flow> = LruHashMap::with_max_entries(limits::HALF_OPEN, 0);
@@ -155,6 +160,10 @@ pub struct Draft {
     pub oldest: u64,
     /// Not 0 if a port was free, but the table full.
     pub full: u32,
+    /// Where its source is counted in `SHARES`.
+    pub share: u32,
+    /// Not 0 if the source may have no more entries than it has.
+    pub capped: u32,
     pub reserved: u32,
 }
 

@@ -127,6 +127,12 @@ impl Datapath {
             .pins
             .as_ref()
             .map(|directory| directory.join(earlier::name()));
+        // A table that is there stays as large as it is.
+        let pinned = pins
+            .as_ref()
+            .and_then(|pins| maps::room(&pins.join("FLOWS")));
+        let most_flows = pinned.unwrap_or(options.flows);
+        loader.override_global("MOST_FLOWS", &most_flows, true);
         let (mut inherits, mut is_new) = (false, false);
         if let Some(pins) = &pins {
             inherits = pins
@@ -158,8 +164,7 @@ impl Datapath {
                 warn_of(earlier.carry_keys(pins));
             }
         }
-        let mut maps = Maps::take(&mut ebpf)?;
-        maps.choose_keys()?;
+        let maps = Maps::take(&mut ebpf)?;
         let mut datapath = Self {
             ebpf,
             maps,

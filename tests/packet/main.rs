@@ -22,6 +22,7 @@ mod reason;
 mod refuse;
 mod route;
 mod selftests;
+mod share;
 mod source_port;
 mod state;
 mod usage;

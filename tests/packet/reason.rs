@@ -27,8 +27,19 @@ fn first(protocol: Protocol) -> Frame {
 
 /// A client's connection that is proven.
 fn proven(bench: &Bench, port: u16) -> Outcome {
-    let mut frame = first(Protocol::Tcp);
-    frame.source.set_port(port);
+    converse(bench, tcp_from(port))
+}
+
+/// As many of them as there may be, of a client each.
+fn fill(bench: &Bench) {
+    for number in 0..FLOWS as u8 {
+        let mut frame = tcp_from(4000);
+        frame.source.set_ip([198, 51, 100, 20 + number].into());
+        converse(bench, frame);
+    }
+}
+
+fn converse(bench: &Bench, frame: Frame) -> Outcome {
     let arrived = bench.send(&frame, bench.uplink).forwarded();
     bench.send(&arrived.reply(), bench.container).forwarded();
     bench.send(&frame.with_flags(ACK), bench.uplink)
@@ -314,7 +325,12 @@ fn scenario(reason: Reason, bench: &mut Bench) -> Option<Outcome> {
         }
         Reason::FlowsFull => {
             publish(bench, Protocol::Tcp, |_| {});
-            (4000..4000 + FLOWS as u16).for_each(|port| drop(proven(bench, port)));
+            fill(bench);
+            proven(bench, 5000)
+        }
+        Reason::SourceShare => {
+            publish(bench, Protocol::Tcp, |_| {});
+            (4000..4000 + FLOWS as u16 - 1).for_each(|port| drop(proven(bench, port)));
             proven(bench, 5000)
         }
         Reason::NoWayBack => {
@@ -331,7 +347,7 @@ fn scenario(reason: Reason, bench: &mut Bench) -> Option<Outcome> {
         }
         Reason::NoEntry => {
             publish(bench, Protocol::Tcp, |_| {});
-            (4000..4000 + FLOWS as u16).for_each(|port| drop(proven(bench, port)));
+            fill(bench);
             bench.send(
                 &Frame::first(Protocol::Tcp, at("127.0.0.1:4000"), at("127.0.0.1:8080")),
                 LO,
@@ -343,8 +359,8 @@ fn scenario(reason: Reason, bench: &mut Bench) -> Option<Outcome> {
     })
 }
 
-/// With an alias for one of two source ports.
-const FLOWS: u32 = 3;
+/// With an alias for one of two source ports, and one that is left where a source has three.
+const FLOWS: u32 = 4;
 
 #[test]
 fn every_reason_is_counted_for_some_packet() {

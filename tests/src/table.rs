@@ -8,6 +8,7 @@ use std::{
 };
 
 use anyhow::{Context as _, Result};
+use aya::maps::MapData;
 use forwarder_common::{flow::Flow, tuple::Tuple};
 
 /// Commands of bpf(2) (include/uapi/linux/bpf.h).
@@ -23,19 +24,33 @@ impl Table {
     /// # Errors
     /// The instance has pinned no such table.
     pub fn open(instance: &str) -> Result<Self> {
-        let folder = Path::new("/sys/fs/bpf/forwarder").join(instance.replace('.', "%"));
-        let layouts = std::fs::read_dir(&folder).with_context(|| folder.display().to_string())?;
-        let path: PathBuf = layouts
-            .flatten()
-            .map(|layout| layout.path().join("FLOWS"))
-            .find(|path| path.exists())
-            .context("no pinned FLOWS")?;
+        let path = pin(instance)?;
         let path = CString::new(path.into_os_string().into_encoded_bytes())?;
         let attributes = [path.as_ptr() as u64, 0];
         // SAFETY: the path is a C string that lives until the call returns.
         let fd = unsafe { bpf(BPF_OBJ_GET, attributes.as_ptr().cast(), 16) }?;
         // SAFETY: the kernel has just given this descriptor to us alone.
         Ok(Self(unsafe { OwnedFd::from_raw_fd(fd) }))
+    }
+
+    /// Puts an empty table in place of the one that an instance has left, which its next start takes.
+    ///
+    /// # Errors
+    /// The instance has pinned no table, or the kernel refuses one.
+    pub fn replace(instance: &str, flows: u32) -> Result<()> {
+        let pin = pin(instance)?;
+        let info = MapData::from_pin(&pin)?.info()?;
+        let map = aya_obj::Map::new_from_params(
+            info.map_type()? as u32,
+            info.key_size(),
+            info.value_size(),
+            flows,
+            info.map_flags(),
+        );
+        let map = MapData::create(map, "FLOWS", None)?;
+        std::fs::remove_file(&pin)?;
+        map.pin(&pin)?;
+        Ok(())
     }
 
     /// Writes flows over what is there; returns how many there was room for.
@@ -74,6 +89,14 @@ impl Table {
         // SAFETY: the kernel reads a key and writes a value of the table's types.
         unsafe { bpf(BPF_MAP_LOOKUP_ELEM, attributes.as_ptr().cast(), 32) }.is_ok()
     }
+}
+
+/// Where an instance has pinned its table.
+fn pin(instance: &str) -> Result<PathBuf> {
+    let folder = Path::new("/sys/fs/bpf/forwarder").join(instance.replace('.', "%"));
+    let layouts = std::fs::read_dir(&folder).with_context(|| folder.display().to_string())?;
+    let mut pins = layouts.flatten().map(|it| it.path().join("FLOWS"));
+    pins.find(|path| path.exists()).context("no pinned FLOWS")
 }
 
 /// # Safety

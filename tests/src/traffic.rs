@@ -236,6 +236,18 @@ impl Connection {
     /// # Errors
     /// As [`Connection::open`].
     pub fn open_from(netns: &Netns, port: u16, frontend: SocketAddr) -> Result<Self> {
+        Self::open_at(
+            netns,
+            SocketAddr::new(unspecified(frontend), port),
+            frontend,
+        )
+    }
+
+    /// As [`Connection::open_from`], from an address of the client's as well.
+    ///
+    /// # Errors
+    /// As [`Connection::open`].
+    pub fn open_at(netns: &Netns, own: SocketAddr, frontend: SocketAddr) -> Result<Self> {
         netns.enter(|| {
             let family = match frontend {
                 SocketAddr::V4(_) => AddressFamily::Inet,
@@ -245,7 +257,6 @@ impl Connection {
             setsockopt(&socket, sockopt::ReuseAddr, &true)?;
             let patience = TimeVal::seconds(patience().as_secs() as i64);
             setsockopt(&socket, sockopt::SendTimeout, &patience)?; // connect(2) heeds it
-            let own = SocketAddr::new(unspecified(frontend), port);
             bind(socket.as_raw_fd(), &SockaddrStorage::from(own)).context("bind")?;
             connect(socket.as_raw_fd(), &SockaddrStorage::from(frontend)).context("connect")?;
             Self::of(TcpStream::from(socket))

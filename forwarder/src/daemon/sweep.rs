@@ -9,6 +9,8 @@ use std::{
 use anyhow::Result;
 use forwarder_common::{
     flow::{Flow, Phase, delivery, state},
+    publish::flag,
+    share::ALL,
     tuple::{Address, Tuple},
 };
 use tracing::{debug, info, warn};
@@ -16,7 +18,7 @@ use tracing::{debug, info, warn};
 use super::{Daemon, drain::Draining, reconcile::Loose, slots::Freed};
 use crate::{
     datapath::{
-        maps::{FlowTables, Walk},
+        maps::{Count, FlowTables, Maps, Walk},
         resets::{self, Resets},
     },
     publish::{Spec, Wanted},
@@ -29,15 +31,42 @@ pub(super) struct Sweep {
     drained: BTreeSet<u32>,
     /// Publishes that still have flows, by their places.
     alive: HashSet<u32>,
+    /// How many entries each source has; `None` in the second walk.
+    count: Option<Count>,
+    /// Where sources are counted that have more than a sixteenth of a table that is above three quarters full.
+    above: HashMap<u32, Above>,
+}
+
+/// A source with more than its share, of which the flows that have been silent for longest end.
+#[derive(Default)]
+struct Above {
+    /// How many are to end.
+    surplus: usize,
+    /// When those were last seen that the next packet would make again.
+    last_seen: Vec<u64>,
+    /// Those that end were last seen no later.
+    until: u64,
+}
+
+impl Above {
+    /// Chooses which end.
+    fn choose(&mut self) {
+        let last = self.surplus.min(self.last_seen.len()).checked_sub(1);
+        self.until = last.map_or(0, |last| *self.last_seen.select_nth_unstable(last).1);
+        self.last_seen = Vec::new();
+    }
 }
 
 impl Daemon {
     /// A walk that begins now.
     pub(super) fn begin_sweep(&self) -> Sweep {
+        let flows = self.datapath.as_ref().map(|it| &it.maps.flows);
         Sweep {
             walk: Walk::default(),
             drained: self.draining.keys().copied().collect(),
             alive: HashSet::new(),
+            count: flows.map(|flows| flows.shares.begin_count()),
+            above: flows.map(above_share).unwrap_or_default(),
         }
     }
 
@@ -144,20 +173,75 @@ impl Daemon {
     }
 
     /// Ends flows that have been silent for too long, in one slice of the table; and after the last, publishes that
-    /// have drained. Returns whether there is more to do.
+    /// have drained. Where sources have more than their share, a second walk ends what they have too much. Returns whether
+    /// there is more to do.
     pub(super) fn sweep(&mut self, sweep: &mut Sweep) -> bool {
-        match self.sweep_slice(sweep) {
+        let more = match sweep.count {
+            Some(_) => self.sweep_slice(sweep),
+            None => self.trim_slice(sweep),
+        };
+        match more {
             Ok(true) => return true,
-            Ok(false) => self.end_all_drained(sweep),
-            Err(error) => warn!("{error:#}"),
+            Ok(false) => {}
+            Err(error) => {
+                warn!("{error:#}");
+                return false;
+            }
         }
-        false
+        let Some(count) = sweep.count.take() else {
+            return false;
+        };
+        if let Some(datapath) = &self.datapath {
+            let flows = &datapath.maps.flows;
+            flows.shares.correct(&count);
+            // Others may have ended meanwhile.
+            let mut now = above_share(flows);
+            sweep.above.retain(|share, above| {
+                let still = now.remove(share);
+                above.surplus = still.map_or(0, |it| it.surplus);
+                above.surplus > 0
+            });
+        }
+        self.end_all_drained(sweep);
+        sweep.above.values_mut().for_each(Above::choose);
+        sweep.walk = Walk::default();
+        !sweep.above.is_empty()
+    }
+
+    /// Ends flows of sources that have too many, in one slice of the table.
+    fn trim_slice(&mut self, sweep: &mut Sweep) -> Result<bool> {
+        let Some(datapath) = &mut self.datapath else {
+            return Ok(false);
+        };
+        let maps = &mut datapath.maps;
+        let Some(slice) = maps.flows.slice(&mut sweep.walk)? else {
+            let ends = sweep.above.len();
+            debug!("{ends} sources had more than their share of the flow table");
+            return Ok(false);
+        };
+        for (key, flow) in slice {
+            let share = maps.flows.shares.index(flow.source(&key));
+            let Some(above) = sweep.above.get_mut(&share) else {
+                continue;
+            };
+            let until = above.until;
+            let ends = |flow: &Flow| flow.last_seen <= until;
+            if above.surplus > 0
+                && ends(&flow)
+                && is_made_again(maps, &key, &flow)
+                && maps.flows.end(&key, ends)?.is_some()
+            {
+                above.surplus -= 1;
+            }
+        }
+        Ok(true)
     }
 
     fn sweep_slice(&mut self, sweep: &mut Sweep) -> Result<bool> {
         let Some(datapath) = &mut self.datapath else {
             return Ok(false);
         };
+        let is_kept = sweep.walk.is_kept();
         let Some(slice) = datapath.maps.flows.slice(&mut sweep.walk)? else {
             return Ok(false);
         };
@@ -167,6 +251,16 @@ impl Daemon {
                 >= self.timeouts.of(Phase::of(key.protocol, flow.state))
         };
         for (key, flow) in slice {
+            if is_kept && let Some(count) = &mut sweep.count {
+                let share = datapath.maps.flows.shares.index(flow.source(&key));
+                count.saw(share);
+                if let Some(above) = sweep.above.get_mut(&share)
+                    && is_made_again(&datapath.maps, &key, &flow)
+                    && !expired(&key, &flow)
+                {
+                    above.last_seen.push(flow.last_seen);
+                }
+            }
             if flow.state & state::ALIAS != 0 {
                 let (of, _) = flow.counterpart(&key);
                 if datapath.maps.flows.get(&of)?.is_none() {
@@ -212,6 +306,35 @@ impl Daemon {
             drop(tokio::spawn(self.end_flows_of(loose)));
         }
     }
+}
+
+/// The sources that have more than a sixteenth of a table that is above three quarters full, by where they are counted.
+fn above_share(flows: &FlowTables) -> HashMap<u32, Above> {
+    let most = u64::from(flows.most().unwrap_or(u32::MAX));
+    if flows.shares.held(ALL) <= most / 4 * 3 {
+        return HashMap::new();
+    }
+    let surplus = (0..ALL).filter_map(|index| {
+        let surplus = flows.shares.held(index).checked_sub(most / 16)? as usize;
+        let above = Above {
+            surplus,
+            ..Above::default()
+        };
+        (surplus > 0).then_some((index, above))
+    });
+    surplus.collect()
+}
+
+/// Whether the client's next packet makes the flow again as it was, and without a word to either side: its backend sees the
+/// client's own address and port, and the publish takes new flows.
+fn is_made_again(maps: &Maps, key: &Tuple, flow: &Flow) -> bool {
+    const BITS: u32 = state::KEPT | state::ALIAS | state::CUT;
+    const IN_THE_WAY: u16 = flag::STACK | flag::STEERED | flag::DRAINING;
+    let has_its_own = flow.client == key.source && flow.client_port == key.source_port;
+    let takes_new = maps
+        .flags(flow.publish)
+        .is_some_and(|flags| flags & IN_THE_WAY == 0);
+    has_its_own && flow.state & BITS == state::KEPT && takes_new
 }
 
 /// Cuts off every flow of these places, and tells both of its ends.

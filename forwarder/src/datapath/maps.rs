@@ -7,10 +7,12 @@ pub mod earlier;
 mod flows;
 mod install;
 mod limits;
+mod memory;
 mod mirror;
+mod shares;
 mod usage;
 
-use std::{collections::BTreeMap, os::fd::RawFd, sync::Arc};
+use std::{collections::BTreeMap, os::fd::RawFd, path::Path, sync::Arc};
 
 use anyhow::{Context as _, Result};
 use aya::{
@@ -43,6 +45,7 @@ pub use self::{
     bans::{boot_time, covers},
     flows::{FlowTables, Walk},
     install::Installed,
+    shares::{Count, Shares},
     usage::{Mapped, REFUSALS, RefusedCounters, Usage},
 };
 
@@ -85,7 +88,6 @@ pub struct Maps {
     filter: Vec<u64>,
     pub flows: FlowTables,
     sockets: SockHash<MapData, u32>,
-    keys: Array<MapData, [u64; 5]>,
     pipeline: ProgramArray<MapData>,
     stats: Arc<Counters>,
     usage: Arc<Mapped>,
@@ -109,6 +111,11 @@ impl Maps {
                 .with_context(|| format!("the eBPF object has no map {name}"))
         };
         let usage = Arc::new(Mapped::new(Array::try_from(map("USAGE")?)?)?);
+        let (shares, keys) = (
+            Array::try_from(map("SHARES")?)?,
+            Array::try_from(map("KEYS")?)?,
+        );
+        let shares = Shares::new(shares, keys)?;
         Ok(Self {
             ports: Mirror::new(install::PORTS, Array::try_from(map("PORTS")?)?),
             frontends: Mirror::new(install::FRONTENDS, HashMap::try_from(map("FRONTENDS")?)?),
@@ -140,29 +147,14 @@ impl Maps {
                 half_open: HashMap::try_from(map("HALF_OPEN")?)?,
                 claims: HashMap::try_from(map("CLAIMS")?)?,
                 usage: usage.clone(),
+                shares: Arc::new(shares),
             },
             sockets: SockHash::try_from(map("SOCKETS")?)?,
-            keys: Array::try_from(map("KEYS")?)?,
             pipeline: ProgramArray::try_from(map("PIPELINE")?)?,
             stats: Arc::new(Counters(PerCpuArray::try_from(map("STATS")?)?)),
             usage,
             refused: PerCpuHashMap::try_from(map("REFUSED")?)?,
         })
-    }
-
-    /// Chooses the keys of source ports at random, unless an earlier instance has: its flows are found by them.
-    ///
-    /// # Errors
-    /// The kernel has no randomness, or refuses the update.
-    pub fn choose_keys(&mut self) -> Result<()> {
-        let keys = self.keys.get(&0, 0).context("read KEYS")?;
-        if keys != [0; 5] {
-            return Ok(());
-        }
-        let mut octets = [0; size_of::<[u64; 5]>()];
-        getrandom::fill(&mut octets).context("choose random keys")?;
-        let keys: [u64; 5] = bytemuck::cast(octets);
-        self.keys.set(0, keys, 0).context("write KEYS")
     }
 
     /// Chooses the program that `ingress_l3` hands packets to.
@@ -268,6 +260,11 @@ impl Counters {
         };
         Reason::ALL.iter().map(counter).collect()
     }
+}
+
+/// How many entries a pinned table has room for; `None` if there is none.
+pub fn room(pin: &Path) -> Option<u32> {
+    Some(MapData::from_pin(pin).ok()?.info().ok()?.max_entries())
 }
 
 /// The words of `LOCAL_FILTER`: a bit for each of this host's addresses, and all of them where it has whole prefixes.

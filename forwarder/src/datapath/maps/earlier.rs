@@ -12,6 +12,7 @@ use bytemuck::Pod;
 use forwarder_common::{
     flow::{Flow, state},
     layout::{self, Layout},
+    share::{self, Share},
     tuple::Tuple,
     usage::Usage,
 };
@@ -64,6 +65,7 @@ fn tables() -> BTreeMap<&'static str, Entry> {
         ("FLOWS", flow()),
         ("HALF_OPEN", flow()),
         ("USAGE", Entry::of::<u32, Usage>()),
+        ("SHARES", Entry::of::<u32, Share>()),
         ("LEFT", Entry::of::<Tuple, u64>()),
         ("DIRECT", Entry::of::<Tuple, u32>()),
         ("KEYS", Entry::of::<u32, [u64; 5]>()),
@@ -145,6 +147,14 @@ impl Earlier {
                 return Ok(());
             }
             Ok(usage.set(at, value, 0)?)
+        })?;
+        // Those that an earlier version has not counted, the first sweep counts.
+        let mut shares: Array<_, Share> = Array::try_from(Map::Array(open(own, "SHARES")?))?;
+        self.each("SHARES", |at, value: Share| {
+            if value == Share::default() || at > share::ALL {
+                return Ok(());
+            }
+            Ok(shares.set(at, value, 0)?)
         })
     }
 
@@ -193,6 +203,7 @@ impl Earlier {
         self.each("FLOWS", |key: Tuple, flow: Flow| {
             if put(&mut tables.flows, &key, &flow, BPF_NOEXIST)? {
                 tables.usage.kept(&flow);
+                tables.shares.entered(flow.source(&key));
                 if tables.half_open.get(&key, 0).is_err() {
                     tables.usage.began(&flow);
                 }

@@ -6,10 +6,10 @@ use anyhow::{Context as _, Result};
 use aya::maps::{HashMap, IterableMap as _, MapData, MapError};
 use forwarder_common::{
     flow::{Flow, state},
-    tuple::Tuple,
+    tuple::{Address, Tuple},
 };
 
-use super::{batch, ignore_missing, usage::Mapped};
+use super::{batch, ignore_missing, shares::Shares, usage::Mapped};
 
 /// Entries read by one system call: about a millisecond. No bucket has as many, which
 /// the kernel would refuse.
@@ -36,6 +36,7 @@ pub struct FlowTables {
     pub(super) half_open: HashMap<MapData, Tuple, Flow>,
     pub(super) claims: HashMap<MapData, Tuple, u32>,
     pub(super) usage: Arc<Mapped>,
+    pub shares: Arc<Shares>,
 }
 
 impl std::fmt::Debug for FlowTables {
@@ -44,7 +45,22 @@ impl std::fmt::Debug for FlowTables {
     }
 }
 
+impl Walk {
+    /// Whether the next slice is of `FLOWS`.
+    pub const fn is_kept(&self) -> bool {
+        self.kept
+    }
+}
+
 impl FlowTables {
+    /// How many entries `FLOWS` has room for.
+    ///
+    /// # Errors
+    /// The kernel does not say.
+    pub fn most(&self) -> Result<u32> {
+        Ok(self.flows.map().info()?.max_entries())
+    }
+
     /// # Errors
     /// There are no descriptors left.
     pub fn try_clone(&self) -> Result<Self> {
@@ -60,6 +76,7 @@ impl FlowTables {
             half_open: clone(&self.half_open)?,
             claims: clone(&self.claims)?,
             usage: self.usage.clone(),
+            shares: self.shares.clone(),
         })
     }
 
@@ -180,17 +197,17 @@ impl FlowTables {
                 .get(&other)?
                 .is_some_and(|there| there.counterpart(&other).0 == *key)
         {
-            self.remove_one(&other)?;
+            self.remove_one(&other, &other.source)?;
         }
-        let [was_half_open, was_kept] = self.remove_one(key)?;
+        let [was_half_open, was_kept] = self.remove_one(key, flow.source(key))?;
         if was_half_open || was_kept {
             self.usage.ended(flow, was_kept);
         }
         Ok(())
     }
 
-    /// Deletes a key from `HALF_OPEN` and from `FLOWS`; returns which of them had it.
-    fn remove_one(&mut self, key: &Tuple) -> Result<[bool; 2]> {
+    /// Deletes a source's entry from `HALF_OPEN` and from `FLOWS`; returns which of them had it.
+    fn remove_one(&mut self, key: &Tuple, source: &Address) -> Result<[bool; 2]> {
         // In this order: what is left of a kept flow in HALF_OPEN must not come to life again.
         let mut removed = [false; 2];
         for (table, removed) in [&mut self.half_open, &mut self.flows]
@@ -200,6 +217,9 @@ impl FlowTables {
             let result = table.remove(key);
             *removed = result.is_ok();
             ignore_missing(result).context("write the flows")?;
+        }
+        if removed[1] {
+            self.shares.left(source);
         }
         Ok(removed)
     }

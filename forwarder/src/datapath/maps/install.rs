@@ -208,6 +208,12 @@ impl Maps {
         self.unban_all_of(index).and(Ok(unlimited?))
     }
 
+    /// The bits of a publish that is installed.
+    pub fn flags(&self, index: u32) -> Option<u16> {
+        let is_there = self.installed.contains_key(&index);
+        is_there.then(|| self.publishes.get(&index).flags)
+    }
+
     /// What the kernel has of a publish.
     pub fn installed(&self, index: u32) -> Option<&Installed> {
         self.installed.get(&index)

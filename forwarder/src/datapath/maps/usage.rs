@@ -2,9 +2,7 @@
 
 use std::{
     collections::BTreeMap,
-    io,
-    os::fd::{AsFd as _, AsRawFd as _},
-    ptr::NonNull,
+    os::fd::AsFd as _,
     sync::{
         Arc, OnceLock,
         atomic::{AtomicU64, Ordering::Relaxed},
@@ -20,7 +18,7 @@ use forwarder_common::{
     usage::{Refused, Usage as Element},
 };
 
-use super::{Maps, ignore_missing, mirror::Table};
+use super::{Maps, ignore_missing, memory::Memory, mirror::Table};
 
 /// What a publish has been used for.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -54,26 +52,12 @@ const _: () = assert!(size_of::<Counters>() == size_of::<Element>());
 /// `USAGE`, mapped: the program and user space add to the same memory. It is mapped piece by piece, as places are asked for:
 /// what is mapped counts as the process's memory.
 pub struct Mapped {
-    pieces: [OnceLock<Option<Piece>>; limits::PUBLISHES as usize / PIECE],
+    pieces: [OnceLock<Option<Memory<Counters>>>; limits::PUBLISHES as usize / PIECE],
     map: Array<MapData, Element>,
 }
 
 /// Elements of a piece, which are whole pages.
 const PIECE: usize = 4096;
-
-struct Piece(NonNull<Counters>);
-
-impl Drop for Piece {
-    fn drop(&mut self) {
-        // SAFETY: the mapping that `Mapped::piece` has made, which nobody has a reference into any more.
-        unsafe { libc::munmap(self.0.as_ptr().cast(), PIECE * size_of::<Counters>()) };
-    }
-}
-
-// SAFETY: shared memory of atomic counters, which belongs to no thread.
-unsafe impl Send for Piece {}
-// SAFETY: as above.
-unsafe impl Sync for Piece {}
 
 impl Mapped {
     pub(super) fn new(map: Array<MapData, Element>) -> Result<Self> {
@@ -85,24 +69,11 @@ impl Mapped {
         Ok(mapped)
     }
 
-    fn piece(&self, number: usize) -> Option<Piece> {
-        let length = PIECE * size_of::<Counters>();
-        // SAFETY: a new mapping of a part of a map that has been made to be mapped.
-        let at = unsafe {
-            libc::mmap(
-                std::ptr::null_mut(),
-                length,
-                libc::PROT_READ | libc::PROT_WRITE,
-                libc::MAP_SHARED,
-                self.map.map().fd().as_fd().as_raw_fd(),
-                (number * length) as libc::off_t,
-            )
-        };
-        if at == libc::MAP_FAILED {
-            tracing::warn!("map USAGE into memory: {}", io::Error::last_os_error());
-            return None;
-        }
-        NonNull::new(at.cast()).map(Piece)
+    fn piece(&self, number: usize) -> Option<Memory<Counters>> {
+        let piece = Memory::map(self.map.map(), number * PIECE, PIECE);
+        piece
+            .inspect_err(|error| tracing::warn!("map USAGE into memory: {error}"))
+            .ok()
     }
 
     /// Flows that are there and are proven.
@@ -129,8 +100,7 @@ impl Mapped {
         let (number, within) = (index as usize / PIECE, index as usize % PIECE);
         let piece = self.pieces.get(number)?;
         let piece = piece.get_or_init(|| self.piece(number)).as_ref()?;
-        // SAFETY: the piece has so many elements and lives as long as this.
-        Some(unsafe { piece.0.add(within).as_ref() })
+        piece.get(within)
     }
 
     /// A flow is there no more. It was in `FLOWS` or not.
