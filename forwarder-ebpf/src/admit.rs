@@ -151,46 +151,36 @@ pub fn is_not_banned(packet: &Packet, publish: u32) -> Result<(), Reason> {
 
 #[inline(always)]
 fn is_banned(source: &Address, publish: u32) -> bool {
-    match BANS.get(0) {
-        Some(&kinds) if kinds != 0 => is_banned_at_all(source, publish, kinds),
-        _ => false,
-    }
+    let kinds = BANS.get(0).copied().unwrap_or_default();
+    kinds != 0
+        && (is_in_force(source, ban::EVERYWHERE, kinds)
+            || kinds & ban::OF_A_PUBLISH != 0 && is_in_force(source, publish, kinds))
 }
 
 // VERIFIER (and below): a function of its own, for its share of the stack.
 #[inline(never)]
-fn is_banned_at_all(source: &Address, publish: u32, kinds: u32) -> bool {
-    let mut key = Key::new(
-        32 + 128,
-        PublishSource {
-            publish: ban::EVERYWHERE.to_be(),
-            source: *source,
-        },
-    );
-    if is_in_force(&key, kinds) {
-        return true;
-    }
-    key.data.publish = publish.to_be();
-    kinds & ban::OF_A_PUBLISH != 0 && is_in_force(&key, kinds)
-}
-
-#[inline(never)]
-fn is_in_force(key: &Key<PublishSource>, kinds: u32) -> bool {
+fn is_in_force(source: &Address, publish: u32, kinds: u32) -> bool {
+    let data = PublishSource {
+        publish: publish.to_be(),
+        source: *source,
+    };
+    let key = Key::new(32 + 128, data);
+    let data = &raw const key.data;
     let mut until = 0;
     if kinds & ban::ADDRESSES != 0
-        // SAFETY: values of this map are one word, replaced as a whole.
-        && let Some(there) = unsafe { BANNED.get(key.data) }
+        // SAFETY: aligned as the prefix length before it is. Values of this map are one word, replaced as a whole.
+        && let Some(there) = unsafe { BANNED.get(&*data) }
     {
         until = *there;
     }
     if kinds & ban::NETWORKS != 0
-        && let Some(&there) = BANNED_NETWORKS.get(key)
+        && let Some(&there) = BANNED_NETWORKS.get(&key)
         && there > until
     {
         until = there;
     }
     // SAFETY: a helper without arguments.
-    until != 0 && (until == ban::FOR_EVER || until > unsafe { bpf_ktime_get_boot_ns() })
+    until > unsafe { bpf_ktime_get_boot_ns() }
 }
 
 #[inline(never)]

@@ -440,8 +440,8 @@ enum Remains {
 
 #[inline(always)]
 fn remains(flow: &Flow, protocol: u32) -> Remains {
-    let phase = Phase::of(protocol, flow.state);
     let silent = clock::now().saturating_sub(flow.last_seen);
+    let phase = Phase::of(protocol, flow.state);
     let believed = flow.state & state::BOTH_SPOKE == 0;
     if silent >= timeout(phase)
         || phase == Phase::TcpTimeWait
