@@ -11,7 +11,7 @@ pub mod engines;
 pub mod holder;
 mod http;
 pub mod instance;
-mod memory;
+pub mod memory;
 pub mod metrics;
 pub mod network;
 pub mod plan;

@@ -19,7 +19,7 @@ use forwarder::{
     daemon, doctor,
     engines::{cni, crowdsec, docker_proxy},
     instance::Instance,
-    privilege,
+    memory, privilege,
     publish::{Policy, allow},
 };
 use hyper::Method;
@@ -113,6 +113,7 @@ fn run(command: Command, instance: Instance, client: &Client) -> Result<()> {
                 .with_ansi(std::io::stderr().is_terminal())
                 .with_target(false)
                 .init();
+            memory::share();
             tokio::runtime::Builder::new_multi_thread()
                 .enable_all()
                 .on_thread_start(privilege::reduce)

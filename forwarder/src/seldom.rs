@@ -1,25 +1,33 @@
 //! Warnings that could come a thousand times a second come once a minute.
 
 use std::{
-    sync::{Mutex, PoisonError},
-    time::{Duration, Instant},
+    sync::{
+        LazyLock,
+        atomic::{AtomicU32, Ordering::Relaxed},
+    },
+    time::Instant,
 };
 
-const PAUSE: Duration = Duration::from_secs(60);
+/// Seconds.
+const PAUSE: u32 = 60;
 
-/// When a warning was last given.
+static START: LazyLock<Instant> = LazyLock::new(Instant::now);
+
+/// When a warning was last given: a second after the first one of all, counted from 1; 0 for never. Every publish has some.
 #[derive(Debug, Default)]
-pub(crate) struct Seldom(Mutex<Option<Instant>>);
+pub(crate) struct Seldom(AtomicU32);
 
 impl Seldom {
     /// Whether it may be given again; if so, it is taken to be given now.
     pub(crate) fn is_due(&self) -> bool {
-        let mut last = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        let due = last.is_none_or(|last| last.elapsed() >= PAUSE);
-        if due {
-            *last = Some(Instant::now());
-        }
-        due
+        let now = START.elapsed().as_secs() + 1;
+        self.is_due_at(u32::try_from(now).unwrap_or(u32::MAX))
+    }
+
+    fn is_due_at(&self, now: u32) -> bool {
+        let last = self.0.load(Relaxed);
+        let due = last == 0 || now.saturating_sub(last) >= PAUSE;
+        due && self.0.compare_exchange(last, now, Relaxed, Relaxed).is_ok()
     }
 }
 
@@ -30,8 +38,9 @@ mod tests {
     #[test]
     fn a_warning_comes_once_a_minute() {
         let seldom = Seldom::default();
-        assert!(seldom.is_due() && !seldom.is_due());
-        *seldom.0.lock().expect("nobody has panicked") = Instant::now().checked_sub(PAUSE);
+        let due = [1, 1, 60, 61, 61, 120, 121].map(|now| seldom.is_due_at(now));
+        assert_eq!(due, [true, false, false, true, false, false, true]);
+        let seldom = Seldom::default();
         assert!(seldom.is_due() && !seldom.is_due());
     }
 }
