@@ -160,8 +160,10 @@ fn a_source_is_banned_from_one_publish() {
         assert!(!connects(&topology.client, free));
         daemon.control(&["unban", &client]).unwrap();
         is_kept_out("after another ban");
+        let other = SocketAddr::new(backend.ip(), BACKEND_PORT + 1);
+        let spec = format!("{PORT}:{other}");
         daemon
-            .control(&["unban", &client, "--publish", &specs[0]])
+            .control(&["unban", &client, "--publish", &spec])
             .unwrap();
         assert!(connects(&topology.client, barred), "{datapath:?}");
         // It goes with its publish.

@@ -31,8 +31,10 @@ pub(super) struct Sweep {
     drained: BTreeSet<u32>,
     /// Publishes that still have flows, by their places.
     alive: HashSet<u32>,
-    /// How many entries each source has; `None` in the second walk.
+    /// How many entries each source has, if there is a table.
     count: Option<Count>,
+    /// It is the second walk, which ends what sources have too much.
+    trims: bool,
     /// Where sources are counted that have more than a sixteenth of a table that is above three quarters full.
     above: HashMap<u32, Above>,
 }
@@ -66,6 +68,7 @@ impl Daemon {
             drained: self.draining.keys().copied().collect(),
             alive: HashSet::new(),
             count: flows.map(|flows| flows.shares.begin_count()),
+            trims: false,
             above: flows.map(above_share).unwrap_or_default(),
         }
     }
@@ -176,9 +179,10 @@ impl Daemon {
     /// have drained. Where sources have more than their share, a second walk ends what they have too much. Returns whether
     /// there is more to do.
     pub(super) fn sweep(&mut self, sweep: &mut Sweep) -> bool {
-        let more = match sweep.count {
-            Some(_) => self.sweep_slice(sweep),
-            None => self.trim_slice(sweep),
+        let more = if sweep.trims {
+            self.trim_slice(sweep)
+        } else {
+            self.sweep_slice(sweep)
         };
         match more {
             Ok(true) => return true,
@@ -188,12 +192,12 @@ impl Daemon {
                 return false;
             }
         }
-        let Some(count) = sweep.count.take() else {
+        if sweep.trims {
             return false;
-        };
-        if let Some(datapath) = &self.datapath {
+        }
+        if let (Some(datapath), Some(count)) = (&self.datapath, &sweep.count) {
             let flows = &datapath.maps.flows;
-            flows.shares.correct(&count);
+            flows.shares.correct(count);
             // Others may have ended meanwhile.
             let mut now = above_share(flows);
             sweep.above.retain(|share, above| {
@@ -204,7 +208,7 @@ impl Daemon {
         }
         self.end_all_drained(sweep);
         sweep.above.values_mut().for_each(Above::choose);
-        sweep.walk = Walk::default();
+        (sweep.walk, sweep.trims) = (Walk::default(), true);
         !sweep.above.is_empty()
     }
 

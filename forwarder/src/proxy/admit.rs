@@ -78,6 +78,25 @@ impl Account {
         put_off(&mut next, now, all);
         Ok(())
     }
+
+    /// How long so many octets are ahead of their time.
+    fn carry(
+        &self,
+        direction: usize,
+        octets: usize,
+        now: u64,
+        policy: &Policy,
+        counts: impl Fn(u64) -> bool,
+    ) -> u64 {
+        let (bits, burst) = (policy.bits[direction], policy.bits_burst[direction]);
+        let mut next = lock(&self.next_octets[direction]);
+        let due = (*next).max(now);
+        let ahead = (due - now).saturating_sub(burst);
+        if counts(ahead) {
+            *next = due + time_of(octets as u64, bits);
+        }
+        ahead
+    }
 }
 
 /// An IPv4 address, or an IPv6 network of 64 bits.
@@ -120,37 +139,30 @@ impl Shared {
         begun.map_err(|why| self.refuse(why)).is_ok()
     }
 
-    /// How long so many octets are ahead of their time; nothing without a limit. They are counted.
-    fn ahead(&self, direction: usize, octets: usize) -> u64 {
+    /// How long so many octets are ahead of their time; nothing without a limit. They are counted if `counts` says so of that.
+    fn ahead(&self, direction: usize, octets: usize, counts: impl Fn(u64) -> bool) -> u64 {
         let limits = self.now().limits;
-        let bits = limits.bits[direction];
-        if bits == 0 {
+        if limits.bits[direction] == 0 {
             return 0;
         }
-        let burst = Policy::from(&limits).bits_burst[direction];
-        let now = self.account.now();
-        let mut next = lock(&self.account.next_octets[direction]);
-        let due = (*next).max(now);
-        *next = due + time_of(octets as u64, bits);
-        (due - now).saturating_sub(burst)
+        let (account, policy) = (&self.account, Policy::from(&limits));
+        account.carry(direction, octets, account.now(), &policy, counts)
     }
 
     /// Waits until octets of a stream are due.
     pub(super) async fn pace(&self, direction: usize, octets: usize) {
-        let ahead = self.ahead(direction, octets);
+        let ahead = self.ahead(direction, octets, |_| true);
         if ahead > 0 {
             tokio::time::sleep(Duration::from_nanos(ahead / UNITS_PER_NANOSECOND)).await;
         }
     }
 
-    /// Whether a datagram is due.
+    /// Whether a datagram is due. What is dropped is not counted.
     pub(super) fn is_due(&self, direction: usize, octets: usize) -> bool {
-        let before = *lock(&self.account.next_octets[direction]);
-        if self.ahead(direction, octets) == 0 {
+        let is_due = |ahead| ahead == 0;
+        if is_due(self.ahead(direction, octets, is_due)) {
             return true;
         }
-        // What is dropped is not counted.
-        *lock(&self.account.next_octets[direction]) = before;
         self.refuse(Refusal::BandwidthExceeded);
         false
     }
@@ -196,5 +208,29 @@ mod tests {
         for other in 1..=40 {
             assert!(begun(IpAddr::from([198, 51, 100, other])), "{other}");
         }
+    }
+
+    #[test]
+    fn of_datagrams_that_come_at_once_no_more_pass_than_are_due() {
+        let policy = Policy::from(&Limits {
+            bits: [80_000_000; 2],
+            ..Limits::default()
+        });
+        let account = Account::default();
+        let is_due = |ahead| ahead == 0;
+        let send = |direction| {
+            let sent = (0..10_000)
+                .filter(|_| is_due(account.carry(direction, 1000, SECOND, &policy, is_due)));
+            sent.count()
+        };
+        let passed = std::thread::scope(|scope| {
+            let senders = [0; 4].map(|direction| scope.spawn(move || send(direction)));
+            senders
+                .map(|it| it.join().expect("sent"))
+                .iter()
+                .sum::<usize>()
+        });
+        // What is due in 100 ms, and the first.
+        assert_eq!(passed, 1_000_000 / 1000 + 1);
     }
 }
