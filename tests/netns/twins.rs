@@ -93,7 +93,7 @@ fn the_proxy_protocol_by_ebpf_alone_is_refused() {
     let topology = Topology::new().unwrap();
     let flags = ["--proxy-protocol", "--datapath", "ebpf"];
     let (status, errors) = run_to_failure(&topology.host, &flags).unwrap();
-    assert_eq!(status.code(), Some(1));
+    assert_eq!(status.code(), Some(2));
     assert!(
         errors.contains("--proxy-protocol --datapath ebpf"),
         "{errors}"
