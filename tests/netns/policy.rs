@@ -183,6 +183,37 @@ fn a_source_is_banned_from_one_publish() {
 }
 
 #[test]
+fn datagrams_of_a_source_are_kept_from_one_publish() {
+    for datapath in BOTH {
+        for family in [Family::V4, Family::V6] {
+            let topology = Topology::new().unwrap();
+            let _backend =
+                Backend::start(&topology.backend.netns, Protocol::Udp, BACKEND_PORT).unwrap();
+            let backend = SocketAddr::new(topology.backend.address(family), BACKEND_PORT);
+            let [barred, free] = [PORT, 9090].map(|port| format!("{port}:{backend}/udp"));
+            let daemon = Daemon::start(&topology.host, &[&barred, &free], datapath).unwrap();
+            let served = |port| {
+                let frontend = SocketAddr::new(topology.host_address(family), port);
+                ask(&topology.client, Protocol::Udp, frontend, "hello").is_ok()
+            };
+            assert!(served(PORT) && served(9090));
+            let client = topology.client_address(family).to_string();
+            let ban = |what| {
+                daemon
+                    .control(&[what, &client, "--publish", &barred])
+                    .unwrap();
+            };
+            ban("ban");
+            assert!(!served(PORT), "{datapath:?} {family:?}");
+            assert!(served(9090), "{datapath:?} {family:?}");
+            ban("unban");
+            assert!(served(PORT), "{datapath:?} {family:?}");
+            daemon.stop().unwrap();
+        }
+    }
+}
+
+#[test]
 fn a_change_of_bans_that_cannot_be_written_to_disk_is_none() {
     for datapath in BOTH {
         let topology = Topology::new().unwrap();
