@@ -7,7 +7,7 @@ pub mod server;
 pub mod status;
 mod stream;
 
-use std::{fmt, net::IpAddr, os::fd::OwnedFd};
+use std::{net::IpAddr, os::fd::OwnedFd};
 
 use ipnet::IpNet;
 use tokio::sync::{broadcast, mpsc, oneshot};
@@ -27,15 +27,6 @@ pub struct Peer {
 pub enum Named {
     Id(Id),
     Spec(Spec),
-}
-
-impl fmt::Display for Named {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Id(id) => id.fmt(f),
-            Self::Spec(spec) => spec.fmt(f),
-        }
-    }
 }
 
 impl TryFrom<NamedPublish> for Named {
@@ -69,7 +60,7 @@ pub enum Change {
     /// Bans these sources, beside those that are, or if so asked in their place.
     Ban { bans: Vec<api::Ban>, all: bool },
     /// Takes bans back, from a publish or from all.
-    Unban(Vec<IpNet>, Option<Named>),
+    Unban(Vec<IpNet>, Option<NamedPublish>),
     /// A container has these addresses now, and none if it has stopped.
     Follow {
         name: String,

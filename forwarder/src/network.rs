@@ -3,6 +3,7 @@
 //! What follows from a snapshot is decided in `plan/locations.rs` and `plan.rs`.
 
 pub mod containers;
+pub mod dump;
 pub mod firewall;
 pub mod local;
 pub mod netlink;

@@ -93,7 +93,7 @@ impl Daemon {
                 return Ok(Default::default());
             }
             Change::Unban(networks, publish) => {
-                self.unban(&networks, publish.as_ref())?;
+                self.unban(&networks, publish)?;
                 return Ok(Default::default());
             }
             Change::Remove(named, ending) => {

@@ -1,15 +1,12 @@
 //! The audit log: one line for every change, under the target `audit`. It says who asked, in whose name, what for, and what came
 //! of it.
 
-use std::fmt::Display;
-
 use anyhow::Result;
-use ipnet::IpNet;
 use tracing::info;
 
 use crate::{
     control::{Change, Named, Peer},
-    publish::{Owner, Publish},
+    publish::{Owner, Publish, bans},
 };
 
 /// Publishes that a line names; the others are counted.
@@ -47,17 +44,15 @@ pub(super) fn describe(change: &Change) -> String {
         }
         Change::RemoveAll(ending) => format!("unpublish all ({ending:?})").to_lowercase(),
         Change::Ban { bans, all } => {
-            let networks = some(
-                bans.iter()
-                    .map(|ban| banned(ban.network, ban.publish.as_ref())),
-            );
+            let banned = bans.iter();
+            let banned = banned.map(|ban| bans::described(ban.network, ban.publish.as_ref()));
+            let networks = some(banned);
             let only = if *all { " alone" } else { "" };
             format!("ban {networks}{only}")
         }
         Change::Unban(networks, publish) => {
-            let networks = networks
-                .iter()
-                .map(|network| banned(*network, publish.as_ref()));
+            let networks = networks.iter();
+            let networks = networks.map(|it| bans::described(*it, publish.as_ref()));
             format!("unban {}", some(networks))
         }
         Change::Follow { name, addresses } => {
@@ -68,13 +63,6 @@ pub(super) fn describe(change: &Change) -> String {
             let address = backend.address.map(|it| it.to_string()).unwrap_or_default();
             format!("backend of {id} to {address} port {}", backend.port)
         }
-    }
-}
-
-fn banned(network: IpNet, publish: Option<&impl Display>) -> String {
-    match publish {
-        None => network.to_string(),
-        Some(publish) => format!("{network} from publish {publish}"),
     }
 }
 

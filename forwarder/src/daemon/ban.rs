@@ -1,11 +1,6 @@
 //! Bans: put in force on both paths, kept over restarts, and taken away when their time is over.
 
-use std::{
-    collections::{BTreeSet, HashMap},
-    net::IpAddr,
-    path::Path,
-    time::SystemTime,
-};
+use std::{collections::BTreeSet, net::IpAddr, path::Path, time::SystemTime};
 
 use anyhow::Result;
 use forwarder_common::{flow::state, publish::ban};
@@ -14,13 +9,16 @@ use tracing::{debug, warn};
 
 use super::Daemon;
 use crate::{
-    control::{Named, api::Ban},
+    control::{
+        Named,
+        api::{Ban, NamedPublish},
+    },
     datapath::{
         maps::{FlowTables, boot_time},
         resets::{self, Resets},
     },
     publish::{
-        Bans, Conflict, Id, allow,
+        Bans, Id, allow,
         bans::{self, Banned, BansFile, NotBanned, Until},
     },
 };
@@ -32,9 +30,8 @@ impl Daemon {
     /// A publish is not there, there is no room for so many, or they cannot be written to disk.
     pub(super) fn ban(&mut self, bans: Vec<Ban>, all: bool) -> Result<()> {
         let new = bans.into_iter().map(|ban| {
-            let named = ban.publish.map(Named::try_from).transpose()?;
             let banned = Banned {
-                publish: self.banned_from(named.as_ref())?,
+                publish: self.banned_from(ban.publish)?,
                 network: allow::canonical(ban.network).trunc(),
             };
             Ok((banned, ban.until.and_then(bans::until)))
@@ -54,7 +51,11 @@ impl Daemon {
 
     /// # Errors
     /// One of them is not banned, or the change cannot be written to disk.
-    pub(super) fn unban(&mut self, networks: &[IpNet], publish: Option<&Named>) -> Result<()> {
+    pub(super) fn unban(
+        &mut self,
+        networks: &[IpNet],
+        publish: Option<NamedPublish>,
+    ) -> Result<()> {
         let publish = self.banned_from(publish)?;
         let before = self.idle.bans();
         let gone = networks.iter().map(|network| {
@@ -71,15 +72,18 @@ impl Daemon {
         })
     }
 
-    fn banned_from(&self, publish: Option<&Named>) -> Result<Option<Id>, Conflict> {
-        publish.map(|named| self.find(named)).transpose()
+    fn banned_from(&self, publish: Option<NamedPublish>) -> Result<Option<Id>> {
+        let publish = publish.map(|publish| Ok(self.find(&Named::try_from(publish)?)?));
+        publish.transpose()
     }
 
     /// Puts what an earlier instance was told in force.
     pub(super) fn begin_bans(&mut self, state: &Path) -> Result<()> {
         let (file, bans) = BansFile::open(state)?;
-        let change = bans.replaced_by(bans.iter().collect());
-        self.write_bans(&change)?;
+        self.write_bans(&bans::Change {
+            new: bans.iter().collect(),
+            gone: Vec::new(),
+        })?;
         self.idle.ban(|now| *now = bans);
         self.bans_file = Some(file);
         Ok(())
@@ -162,9 +166,7 @@ impl Daemon {
         let Some(datapath) = &self.datapath else {
             return;
         };
-        let serving = self.serving.values().map(|it| &it.row);
-        let rows = serving.chain(self.draining.values().map(|it| &it.row));
-        let ids: HashMap<u32, Id> = rows.map(|row| (row.index, row.wanted.id)).collect();
+        let view = self.view.clone();
         let mut bans = Bans::default();
         bans.apply(&bans::Change {
             new: banned.into_iter().map(|banned| (banned, None)).collect(),
@@ -173,10 +175,8 @@ impl Daemon {
         match datapath.maps.flows.try_clone() {
             Ok(mut tables) => {
                 tokio::task::spawn_blocking(move || {
-                    let is_banned = |client, place| {
-                        let id = ids.get(&place).copied();
-                        bans.has(client, id.unwrap_or_default())
-                    };
+                    let is_banned =
+                        |client, place| bans.has(client, view.id(place).unwrap_or_default());
                     if let Err(error) = end_of(&mut tables, is_banned) {
                         warn!("flows of banned sources are left: {error:#}");
                     }

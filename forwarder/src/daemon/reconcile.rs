@@ -202,6 +202,7 @@ impl Daemon {
     pub(super) async fn serve_or_wait(&mut self, restored: Vec<Wanted>) {
         let backends: Vec<_> = restored.iter().map(|it| it.publish.spec.backend).collect();
         self.ask_for_routes(backends).await;
+        let mut served = Difference::default();
         for wanted in restored {
             if let Some(why) = wanted.publish.stopped() {
                 self.wait(wanted, why);
@@ -212,14 +213,7 @@ impl Daemon {
             });
             let Err(error) = begun else {
                 if self.waiting.remove(&wanted.id) {
-                    // Its place is known now.
-                    let served = Difference {
-                        change: vec![(wanted.clone(), wanted.clone())],
-                        ..Difference::default()
-                    };
-                    if let Err(error) = self.record(&served) {
-                        warn!("{error:#}");
-                    }
+                    served.change.push((wanted.clone(), wanted.clone()));
                     info!("publish {} is served again", wanted.publish.spec);
                     self.tell("published", wanted.id);
                 }
@@ -229,6 +223,12 @@ impl Daemon {
                 warn!("{error:#}; it is tried again");
             }
             self.wait(wanted, format!("{error:#}"));
+        }
+        // Their places are known now.
+        if !served.change.is_empty()
+            && let Err(error) = self.record(&served)
+        {
+            warn!("{error:#}");
         }
     }
 

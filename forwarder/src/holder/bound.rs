@@ -3,15 +3,14 @@
 
 use std::{io, net::IpAddr};
 
-use netlink_packet_core::{NLM_F_DUMP, NLM_F_REQUEST, NLMSG_DONE, NLMSG_ERROR, NetlinkBuffer};
-use netlink_sys::{Socket, SocketAddr, protocols::NETLINK_SOCK_DIAG};
+use netlink_sys::protocols::NETLINK_SOCK_DIAG;
 
 use super::HeldPort;
+use crate::network::dump::dump;
 
 // include/uapi/linux/sock_diag.h, inet_diag.h and include/net/tcp_states.h
 const SOCK_DIAG_BY_FAMILY: u16 = 20;
 const TCP_BOUND_INACTIVE: u32 = 13;
-const HEADER_LENGTH: usize = 16;
 /// `struct inet_diag_req_v2`: family, protocol, two octets, the states, and which socket, of which nothing is said.
 const REQUEST_LENGTH: usize = 56;
 
@@ -20,31 +19,11 @@ const REQUEST_LENGTH: usize = 56;
 /// # Errors
 /// There is no sock_diag.
 pub(super) fn sockets(family: libc::c_int) -> io::Result<Vec<HeldPort>> {
-    let mut socket = Socket::new(NETLINK_SOCK_DIAG)?;
-    socket.bind_auto()?;
-    let mut request = [0; HEADER_LENGTH + REQUEST_LENGTH];
-    let mut header = NetlinkBuffer::new(&mut request[..]);
-    header.set_length((HEADER_LENGTH + REQUEST_LENGTH) as u32);
-    header.set_message_type(SOCK_DIAG_BY_FAMILY);
-    header.set_flags(NLM_F_REQUEST | NLM_F_DUMP);
-    let wanted = &mut request[HEADER_LENGTH..];
+    let mut wanted = [0; REQUEST_LENGTH];
     wanted[0] = family as u8;
     wanted[1] = libc::IPPROTO_TCP as u8;
     wanted[4..8].copy_from_slice(&(1_u32 << TCP_BOUND_INACTIVE).to_ne_bytes());
-    socket.send_to(&request, &SocketAddr::new(0, 0), 0)?;
-    let mut held = Vec::new();
-    loop {
-        let (datagram, _) = socket.recv_from_full()?;
-        let mut rest = datagram.as_slice();
-        while let Ok(message) = NetlinkBuffer::new_checked(rest) {
-            match message.message_type() {
-                NLMSG_DONE | NLMSG_ERROR => return Ok(held),
-                _ => held.extend(read(message.payload())),
-            }
-            let length = (message.length() as usize).next_multiple_of(4);
-            rest = &rest[length.min(rest.len())..];
-        }
-    }
+    dump(NETLINK_SOCK_DIAG, SOCK_DIAG_BY_FAMILY, &wanted, read)
 }
 
 /// `struct inet_diag_msg`

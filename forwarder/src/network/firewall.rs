@@ -3,17 +3,16 @@
 
 use std::{collections::BTreeSet, fs, io, os::fd::AsRawFd as _};
 
-use netlink_packet_core::{
-    NLM_F_DUMP, NLM_F_REQUEST, NLMSG_DONE, NLMSG_ERROR, NetlinkBuffer, NlasIterator,
-};
-use netlink_sys::{Socket, SocketAddr, protocols::NETLINK_NETFILTER};
+use netlink_packet_core::NlasIterator;
+use netlink_sys::protocols::NETLINK_NETFILTER;
 use socket2::{Domain, Protocol, Type};
+
+use super::dump::dump;
 
 // include/uapi/linux/netfilter/nfnetlink.h and nf_tables.h: the subsystem and the command make a message's type.
 const NFT_MSG_GETCHAIN: u16 = 10 << 8 | 4;
 const NFTA_CHAIN_TABLE: u16 = 1;
 const NFTA_CHAIN_NAME: u16 = 3;
-const HEADER_LENGTH: usize = 16;
 /// The length of `struct nfgenmsg`, all zero: every family.
 const FAMILY_LENGTH: usize = 4;
 // include/uapi/linux/netfilter_ipv4/ip_tables.h
@@ -54,32 +53,12 @@ pub fn banning() -> io::Result<BTreeSet<&'static str>> {
 
 /// Names of nftables' chains, and of their tables.
 fn chains() -> io::Result<Vec<String>> {
-    let mut socket = Socket::new(NETLINK_NETFILTER)?;
-    socket.bind_auto()?;
-    let mut request = [0; HEADER_LENGTH + FAMILY_LENGTH];
-    let mut header = NetlinkBuffer::new(&mut request[..]);
-    header.set_length((HEADER_LENGTH + FAMILY_LENGTH) as u32);
-    header.set_message_type(NFT_MSG_GETCHAIN);
-    header.set_flags(NLM_F_REQUEST | NLM_F_DUMP);
-    socket.send_to(&request, &SocketAddr::new(0, 0), 0)?;
-    let mut names = Vec::new();
-    loop {
-        let (datagram, _) = socket.recv_from_full()?;
-        let mut rest = datagram.as_slice();
-        while let Ok(message) = NetlinkBuffer::new_checked(rest) {
-            match message.message_type() {
-                NLMSG_DONE => return Ok(names),
-                NLMSG_ERROR => {
-                    let code = message.payload().first_chunk();
-                    let code = code.map_or(0, |code| i32::from_ne_bytes(*code));
-                    return Err(io::Error::from_raw_os_error(-code));
-                }
-                _ => names.extend(named(message.payload())),
-            }
-            let length = (message.length() as usize).next_multiple_of(4);
-            rest = &rest[length.min(rest.len())..];
-        }
-    }
+    dump(
+        NETLINK_NETFILTER,
+        NFT_MSG_GETCHAIN,
+        &[0; FAMILY_LENGTH],
+        named,
+    )
 }
 
 fn named(chain: &[u8]) -> Vec<String> {

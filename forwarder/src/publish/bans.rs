@@ -32,11 +32,15 @@ pub struct Banned {
 
 impl fmt::Display for Banned {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { publish, network } = self;
-        match publish {
-            None => write!(f, "{network}"),
-            Some(id) => write!(f, "{network} from publish {id}"),
-        }
+        f.write_str(&described(self.network, self.publish.as_ref()))
+    }
+}
+
+/// A source and what it is banned from, in words.
+pub fn described(network: IpNet, publish: Option<&impl fmt::Display>) -> String {
+    match publish {
+        None => network.to_string(),
+        Some(publish) => format!("{network} from publish {publish}"),
     }
 }
 

@@ -11,7 +11,7 @@ use serde::Deserialize;
 use utoipa::ToSchema;
 
 use super::{
-    Change, Peer, Problem, Shared, named, problem,
+    Change, Peer, Problem, Shared, problem,
     request::{LONGEST_BANS, Named as Part, Nothing, Query},
 };
 use crate::{
@@ -76,7 +76,7 @@ pub(super) struct Lasts {
 /// Which ban is meant, of several of a source.
 #[derive(Clone, Debug, Default, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub(super) struct From {
+pub(super) struct Scope {
     publish: Option<NamedPublish>,
 }
 
@@ -87,7 +87,7 @@ fn banned(text: &str) -> Result<IpNet, Problem> {
 /// The same by its number.
 #[derive(Clone, Debug, Default, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub(super) struct FromOne {
+pub(super) struct ScopeById {
     publish: Option<Id>,
 }
 
@@ -95,7 +95,7 @@ pub(super) struct FromOne {
 pub(super) async fn one(
     State(shared): State<Shared>,
     Part(network): Part<String>,
-    Query(FromOne { publish }): Query<FromOne>,
+    Query(ScopeById { publish }): Query<ScopeById>,
 ) -> Result<extract::Json<Ban>, Problem> {
     let network = banned(&network)?.trunc();
     let is_meant = publish.map(NamedPublish::Id);
@@ -143,22 +143,22 @@ pub(super) async fn unban_one(
     State(shared): State<Shared>,
     Extension(by): Extension<Peer>,
     Part(network): Part<String>,
-    Query(from): Query<From>,
+    Query(scope): Query<Scope>,
 ) -> Result<StatusCode, Problem> {
     let networks = vec![banned(&network)?];
-    take_back(&shared, by, networks, from).await
+    take_back(&shared, by, networks, scope).await
 }
 
 #[utoipa::path(post, path = "/v1/unban", summary = "Takes bans back, all or none", params(("publish" = Option<String>, Query, description = "those from this publish alone, by its number or SPEC")), request_body = Vec<String>, responses((status = 204), (status = "4XX", body = Problem)))]
 pub(super) async fn unban(
     State(shared): State<Shared>,
     Extension(by): Extension<Peer>,
-    Query(from): Query<From>,
+    Query(scope): Query<Scope>,
     request: Request,
 ) -> Result<StatusCode, Problem> {
     let networks: Vec<String> = shared.json_up_to(LONGEST_BANS, request).await?;
     let networks = networks.iter().map(|text| banned(text));
-    take_back(&shared, by, networks.collect::<Result<_, _>>()?, from).await
+    take_back(&shared, by, networks.collect::<Result<_, _>>()?, scope).await
 }
 
 #[utoipa::path(delete, path = "/v1/bans", summary = "Takes all bans back", responses((status = 204), (status = "4XX", body = Problem)))]
@@ -174,9 +174,8 @@ async fn take_back(
     shared: &Shared,
     by: Peer,
     networks: Vec<IpNet>,
-    From { publish }: From,
+    Scope { publish }: Scope,
 ) -> Result<StatusCode, Problem> {
-    let publish = publish.map(named).transpose()?;
     let change = Change::Unban(networks, publish);
     shared.change(None, by, change).await?;
     Ok(StatusCode::NO_CONTENT)
