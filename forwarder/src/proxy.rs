@@ -42,7 +42,7 @@ use self::{
     idle::Socket,
     pass_on::{Kind, PassedOn},
     refusal::Refusals,
-    shared::{Now, Shared},
+    shared::{Live, Now, Shared},
 };
 pub use self::{
     idle::Idle,
@@ -301,7 +301,7 @@ impl Proxy {
                 tokio::spawn(conversation.go_on(shared.clone()));
             }
             Kind::Udp { .. } => {
-                let left = udp::Left::from_message(conversation)?;
+                let left = udp::Left::from_message(conversation, Live::new(&shared.common))?;
                 let mut all = shared.left.lock().unwrap_or_else(PoisonError::into_inner);
                 all.push(left);
             }

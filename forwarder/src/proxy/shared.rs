@@ -262,8 +262,10 @@ impl Shared {
     /// The same of one that has begun in an earlier process.
     pub(super) fn flow_of_before(self: &Arc<Self>) -> LiveFlow {
         self.flows.fetch_add(1, Relaxed);
-        self.common.live.fetch_add(1, Relaxed);
-        LiveFlow(self.clone())
+        LiveFlow {
+            shared: self.clone(),
+            _live: Live::new(&self.common),
+        }
     }
 }
 
@@ -277,11 +279,30 @@ impl Drop for Shared {
 }
 
 #[derive(Debug)]
-pub(super) struct LiveFlow(Arc<Shared>);
+pub(super) struct LiveFlow {
+    shared: Arc<Shared>,
+    _live: Live,
+}
 
 impl Drop for LiveFlow {
     fn drop(&mut self) {
-        self.0.flows.fetch_sub(1, Relaxed);
-        self.0.common.live.fetch_sub(1, Relaxed);
+        self.shared.flows.fetch_sub(1, Relaxed);
+    }
+}
+
+/// What passing on waits for, from when it was taken over or accepted: its task may not run before that.
+#[derive(Debug)]
+pub(super) struct Live(Arc<Common>);
+
+impl Live {
+    pub(super) fn new(common: &Arc<Common>) -> Self {
+        common.live.fetch_add(1, Relaxed);
+        Self(common.clone())
+    }
+}
+
+impl Drop for Live {
+    fn drop(&mut self) {
+        self.0.live.fetch_sub(1, Relaxed);
     }
 }

@@ -115,15 +115,14 @@ struct Way {
 }
 
 impl Conversation {
-    async fn begin(self, shared: Arc<Shared>) {
-        let live = shared.flow();
-        self.carry(live, shared).await;
+    /// Counts at once, and carries once it is polled.
+    fn begin(self, shared: Arc<Shared>) -> impl Future<Output = ()> {
+        self.carry(shared.flow(), shared)
     }
 
     /// The same of one that was passed on to this process.
-    pub(super) async fn go_on(self, shared: Arc<Shared>) {
-        let live = shared.flow_of_before();
-        self.carry(live, shared).await;
+    pub(super) fn go_on(self, shared: Arc<Shared>) -> impl Future<Output = ()> {
+        self.carry(shared.flow_of_before(), shared)
     }
 
     async fn carry(mut self, _live: LiveFlow, shared: Arc<Shared>) {

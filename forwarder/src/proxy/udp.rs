@@ -35,7 +35,7 @@ use super::{
     control::{self, About, Local},
     pass_on::{Kind, Message, PassedOn},
     protocol_header::Transport,
-    shared::{LiveFlow, Shared},
+    shared::{Live, LiveFlow, Shared},
     sockets::{self, GivenUp, Port},
 };
 
@@ -157,12 +157,13 @@ pub(super) struct Left {
     key: Key,
     backend: OwnedFd,
     has_replied: bool,
+    _live: Live,
 }
 
 impl Left {
     /// # Errors
     /// It is none of UDP, or has no socket.
-    pub(super) fn from_message(passed_on: PassedOn) -> io::Result<Self> {
+    pub(super) fn from_message(passed_on: PassedOn, live: Live) -> io::Result<Self> {
         let PassedOn {
             message,
             descriptors,
@@ -181,6 +182,7 @@ impl Left {
             key: (message.client, local),
             backend: descriptors.next().ok_or(io::ErrorKind::UnexpectedEof)?,
             has_replied,
+            _live: live,
         })
     }
 }

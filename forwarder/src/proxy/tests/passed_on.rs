@@ -2,8 +2,8 @@
 
 use std::{
     io::{Read as _, Write as _},
-    net::{Shutdown, TcpListener, TcpStream},
-    os::unix::net::UnixStream,
+    net::{Shutdown, TcpListener, TcpStream, UdpSocket},
+    os::{fd::AsFd, unix::net::UnixStream},
     sync::Arc,
     time::Instant,
 };
@@ -23,17 +23,25 @@ struct Process {
 }
 
 impl Process {
-    /// Serves a listener, which it has in common with others.
-    fn new(listener: &TcpListener, spec: &Arc<Spec>, before: Option<UnixStream>) -> Self {
-        let runtime = Builder::new_multi_thread().enable_all().build();
-        let runtime = runtime.expect("a runtime");
+    /// Serves a socket, which it has in common with others.
+    fn new(socket: impl AsFd, spec: &Arc<Spec>, before: Option<UnixStream>) -> Self {
+        Self::of(Builder::new_multi_thread(), socket, spec, before)
+    }
+
+    fn of(
+        mut runtime: Builder,
+        socket: impl AsFd,
+        spec: &Arc<Spec>,
+        before: Option<UnixStream>,
+    ) -> Self {
+        let runtime = runtime.enable_all().build().expect("a runtime");
         let inside = runtime.enter();
         let idle = Idle::start(Store::default()).expect("epoll");
         if let Some(before) = before {
             assert_eq!(idle.expect(before.into()).expect("conversations"), 1);
         }
-        let copy = listener.try_clone().expect("a descriptor");
-        let held = Held::bind(spec, &mut [&mut Sockets::from(vec![copy.into()])]);
+        let copy = socket.as_fd().try_clone_to_owned().expect("a descriptor");
+        let held = Held::bind(spec, &mut [&mut Sockets::from(vec![copy])]);
         let options = Options {
             name: "p1".into(),
             ..Options::default()
@@ -147,4 +155,51 @@ fn what_is_half_closed_stays_so() {
     while second.proxy.counters().flows > 0 {
         assert!(Instant::now() < deadline, "it does not end");
     }
+}
+
+/// A start that fails gives back what it was handed, also what none of its tasks has got to.
+#[test]
+fn what_has_just_arrived_is_passed_on_again() {
+    let Conversation {
+        first,
+        mut client,
+        mut server,
+        listener,
+        spec,
+    } = Conversation::begin();
+    let one_thread = Builder::new_current_thread();
+    let second = Process::of(one_thread, &listener, &spec, Some(first.pass_on()));
+    let _third = Process::new(&listener, &spec, Some(second.pass_on()));
+    client.write_all(b"question").expect("room");
+    let mut question = [0; 8];
+    server.read_exact(&mut question).expect("the question");
+    assert_eq!(&question, b"question");
+}
+
+#[test]
+fn datagrams_whose_flow_has_just_arrived_are_of_it_after_it_was_passed_on_again() {
+    let bound = || {
+        let socket = UdpSocket::bind("127.0.0.1:0").expect("a port");
+        socket.set_read_timeout(Some(*DEADLINE)).expect("set");
+        socket
+    };
+    let [server, frontend, client] = [bound(), bound(), bound()];
+    let address = |socket: &UdpSocket| socket.local_addr().expect("bound");
+    let spec = format!("{}:{}/udp", address(&frontend), address(&server));
+    let spec: Arc<Spec> = Arc::new(spec.parse().expect("a spec"));
+    let ask = || {
+        client
+            .send_to(b"question", address(&frontend))
+            .expect("sent");
+        let mut question = [0; 64];
+        let (length, from) = server.recv_from(&mut question).expect("the question");
+        assert_eq!(&question[..length], b"question");
+        from
+    };
+    let first = Process::new(&frontend, &spec, None);
+    let before = ask();
+    let one_thread = Builder::new_current_thread();
+    let second = Process::of(one_thread, &frontend, &spec, Some(first.pass_on()));
+    let _third = Process::new(&frontend, &spec, Some(second.pass_on()));
+    assert_eq!(ask(), before);
 }
