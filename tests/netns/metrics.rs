@@ -5,7 +5,7 @@ use std::{
     io::{Read as _, Write as _},
     net::{SocketAddr, TcpStream},
     thread,
-    time::Duration,
+    time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
 use anyhow::{Context as _, Result};
@@ -169,6 +169,51 @@ fn traffic_of_the_fast_path_is_counted_by_publish_and_owner() {
 #[test]
 fn traffic_of_the_proxy_is_counted_by_publish_and_owner() {
     traffic_is_counted_by_publish_and_owner(Datapath::Userland, "userland_not_allowed");
+}
+
+/// While a client talks, its rate is in the list, and later no more. A publish is as old as its number, also after a restart.
+fn the_list_says_rates_and_age(datapath: Datapath) {
+    let topology = Topology::new().unwrap();
+    let _backend = Backend::start(&topology.backend.netns, Protocol::Udp, BACKEND_PORT).unwrap();
+    let mut daemon = Daemon::start_with_state(&topology.host, &[], datapath, &[]).unwrap();
+    let spec = spec(&topology.backend, Family::V4, Protocol::Udp);
+    daemon.control(&["publish", &spec]).unwrap();
+    let since = daemon.entry().unwrap()["since"].as_u64().unwrap();
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap();
+    assert!(now.as_secs() - since < 60, "{since}");
+    let rates = || {
+        let entry = daemon.entry().unwrap();
+        ["packets_per_second", "bytes_per_second"].map(|it| entry[it].as_f64().unwrap())
+    };
+    assert_eq!(rates(), [0.0, 0.0]);
+    let address = SocketAddr::new(topology.host_address(Family::V4), PORT);
+    let [packets, bytes] = wait_for("a rate", || {
+        ask(&topology.client, Protocol::Udp, address, "hello").unwrap();
+        let now = rates();
+        (now[0] > 0.0).then_some(now)
+    })
+    .unwrap();
+    assert!(bytes >= packets * "hello".len() as f64, "{bytes} {packets}");
+    wait_for("silence", || (rates() == [0.0, 0.0]).then_some(())).unwrap();
+    daemon.kill().unwrap();
+    daemon.restart().unwrap();
+    assert_eq!(daemon.entry().unwrap()["since"], since);
+    let table = daemon.control(&["list"]).unwrap();
+    let header = table.lines().next().unwrap();
+    for column in ["AGE", "PACKETS/S", "BYTES/S"] {
+        assert!(header.contains(column), "{table}");
+    }
+    daemon.stop().unwrap();
+}
+
+#[test]
+fn the_list_says_rates_and_age_on_the_fast_path() {
+    the_list_says_rates_and_age(Datapath::Ebpf);
+}
+
+#[test]
+fn the_list_says_rates_and_age_of_the_proxy() {
+    the_list_says_rates_and_age(Datapath::Userland);
 }
 
 #[test]

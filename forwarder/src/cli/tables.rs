@@ -54,7 +54,8 @@ pub fn endpoint(endpoint: &Endpoint) -> String {
 
 /// `forwarder list`.
 pub fn list(publishes: &[Listed]) -> String {
-    let rows: Vec<[String; 9]> = publishes
+    let now = now();
+    let rows: Vec<[String; 12]> = publishes
         .iter()
         .map(|p| {
             [
@@ -63,16 +64,30 @@ pub fn list(publishes: &[Listed]) -> String {
                 format!("{}/{}", endpoint(&p.frontend), p.protocol),
                 endpoint(&p.backend),
                 datapath(p),
+                age(now.saturating_sub(p.since)),
                 p.flows.to_string(),
                 p.packets.to_string(),
                 p.bytes.to_string(),
+                short(p.packets_per_second),
+                short(p.bytes_per_second),
                 p.reason.clone().unwrap_or_default(),
             ]
         })
         .collect();
     table(
         [
-            "ID", "OWNER", "FRONTEND", "BACKEND", "DATAPATH", "FLOWS", "PACKETS", "BYTES", "REASON",
+            "ID",
+            "OWNER",
+            "FRONTEND",
+            "BACKEND",
+            "DATAPATH",
+            "AGE",
+            "FLOWS",
+            "PACKETS",
+            "BYTES",
+            "PACKETS/S",
+            "BYTES/S",
+            "REASON",
         ],
         &rows,
     )
@@ -101,10 +116,38 @@ fn datapath(publish: &Listed) -> String {
     }
 }
 
+/// Seconds since the epoch.
+fn now() -> u64 {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH);
+    now.unwrap_or_default().as_secs()
+}
+
+/// Seconds as one number and its unit, rounded down.
+fn age(seconds: u64) -> String {
+    match seconds {
+        0..=119 => format!("{seconds}s"),
+        120..=7199 => format!("{}m", seconds / 60),
+        7200..=172_799 => format!("{}h", seconds / 3600),
+        _ => format!("{}d", seconds / 86_400),
+    }
+}
+
+/// Three digits or so and a unit.
+pub fn short(value: f64) -> String {
+    let mut value = value;
+    for unit in ["", "k", "M", "G"] {
+        if value < 999.5 {
+            let digits = usize::from(value < 99.5 && value.fract() > 0.0);
+            return format!("{value:.digits$}{unit}");
+        }
+        value /= 1000.0;
+    }
+    format!("{value:.1}T")
+}
+
 /// `forwarder bans`: what is left of each.
 pub fn bans(bans: &[Ban]) -> String {
-    let now = SystemTime::now().duration_since(UNIX_EPOCH);
-    let now = now.unwrap_or_default().as_secs();
+    let now = now();
     let left = |ban: &Ban| match ban.until {
         Some(until) => format!("{} s", until.saturating_sub(now)),
         None => "for ever".into(),
@@ -231,6 +274,22 @@ mod tests {
     fn columns_line_up() {
         let text = table(["A", "LONG"], &[["aaa".into(), "b".into()]]);
         assert_eq!(text, "A    LONG\naaa  b\n");
+    }
+
+    #[test]
+    fn ages_and_rates_are_short() {
+        let ages = [0, 119, 120, 7199, 7200, 172_799, 172_800].map(age);
+        assert_eq!(ages, ["0s", "119s", "2m", "119m", "2h", "47h", "2d"]);
+        for (value, text) in [
+            (0.0, "0"),
+            (7.25, "7.2"),
+            (999.0, "999"),
+            (1234.0, "1.2k"),
+            (45_600_000.0, "45.6M"),
+            (3e13, "30.0T"),
+        ] {
+            assert_eq!(short(value), text);
+        }
     }
 
     fn forwarded() -> Traced {

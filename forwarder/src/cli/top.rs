@@ -141,8 +141,8 @@ impl View {
                     .unwrap_or(&publish.datapath)
                     .clone(),
                 publish.flows.to_string(),
-                short(rated.packets),
-                short(rated.bytes),
+                tables::short(rated.packets),
+                tables::short(rated.bytes),
                 publish.reason.clone().unwrap_or_default(),
             ]
         };
@@ -158,8 +158,13 @@ impl View {
             .map(|it| (self.rate(before.get(&*it.reason).copied(), it.packets), it))
             .collect();
         rated.sort_by(|a, b| b.0.total_cmp(&a.0));
-        let row =
-            |(rate, it): (f64, &Counter)| [it.reason.clone(), it.packets.to_string(), short(rate)];
+        let row = |(rate, it): (f64, &Counter)| {
+            [
+                it.reason.clone(),
+                it.packets.to_string(),
+                tables::short(rate),
+            ]
+        };
         rated.into_iter().map(row).collect()
     }
 
@@ -220,19 +225,6 @@ impl View {
         }
         false
     }
-}
-
-/// Three digits or so and a unit.
-fn short(value: f64) -> String {
-    let mut value = value;
-    for unit in ["", "k", "M", "G"] {
-        if value < 999.5 {
-            let digits = usize::from(value < 99.5 && value.fract() > 0.0);
-            return format!("{value:.digits$}{unit}");
-        }
-        value /= 1000.0;
-    }
-    format!("{value:.1}T")
 }
 
 /// Shows an instance until a key ends it.
@@ -299,24 +291,5 @@ fn show(client: &Client, terminal: &mut DefaultTerminal, mut view: View) -> Resu
         }
         let now = Reading::take(client)?;
         view.before = std::mem::replace(&mut view.now, now);
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn rates_are_short() {
-        for (value, text) in [
-            (0.0, "0"),
-            (7.25, "7.2"),
-            (999.0, "999"),
-            (1234.0, "1.2k"),
-            (45_600_000.0, "45.6M"),
-            (3e13, "30.0T"),
-        ] {
-            assert_eq!(short(value), text);
-        }
     }
 }

@@ -24,7 +24,7 @@ pub struct Running {
 }
 
 /// A publish as `list` shows it.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct Listed {
     pub id: Id,
     /// Who wants it, such as `cli`, `config` or `docker:ID`.
@@ -57,9 +57,17 @@ pub struct Listed {
     /// It was taken back, and its flows may end in peace.
     #[serde(default)]
     pub draining: bool,
+    /// When it was first wanted, in seconds since the epoch.
+    #[serde(default)]
+    pub since: u64,
     pub flows: u64,
     pub packets: u64,
     pub bytes: u64,
+    /// Both directions together, over the last two seconds.
+    #[serde(default)]
+    pub packets_per_second: f64,
+    #[serde(default)]
+    pub bytes_per_second: f64,
 }
 
 /// An address and its ports. No address: every address of the host.

@@ -15,7 +15,7 @@ use forwarder_common::{
 };
 use tracing::{debug, info, warn};
 
-use super::{Daemon, drain::Draining, reconcile::Loose, slots::Freed};
+use super::{Daemon, drain::Draining, reconcile::Loose, slots::Freed, view::Sums};
 use crate::{
     datapath::{
         maps::{Count, FlowTables, Maps, Walk},
@@ -29,6 +29,8 @@ pub(super) struct Sweep {
     walk: Walk,
     /// The places of what drained when it began: flows of others may have come where it had been already.
     drained: BTreeSet<u32>,
+    /// What publishes have carried.
+    sums: Sums,
     /// Publishes that still have flows, by their places.
     alive: HashSet<u32>,
     /// How many entries each source has, if there is a table.
@@ -66,6 +68,7 @@ impl Daemon {
         Sweep {
             walk: Walk::default(),
             drained: self.draining.keys().copied().collect(),
+            sums: self.view.begin_sums(),
             alive: HashSet::new(),
             count: flows.map(|flows| flows.shares.begin_count()),
             trims: false,
@@ -206,6 +209,7 @@ impl Daemon {
                 above.surplus > 0
             });
         }
+        self.view.measure_rates(&sweep.sums);
         self.end_all_drained(sweep);
         sweep.above.values_mut().for_each(Above::choose);
         (sweep.walk, sweep.trims) = (Walk::default(), true);
@@ -255,6 +259,7 @@ impl Daemon {
                 >= self.timeouts.of(Phase::of(key.protocol, flow.state))
         };
         for (key, flow) in slice {
+            sweep.sums.add(&flow);
             if is_kept && let Some(count) = &mut sweep.count {
                 let share = datapath.maps.flows.shares.index(flow.source(&key));
                 count.saw(share);

@@ -2,6 +2,7 @@
 //! counters. Walks over flows happen on the observer's thread.
 
 mod measure;
+mod rates;
 
 use std::{
     collections::{BTreeMap, HashMap},
@@ -22,7 +23,11 @@ use forwarder_common::{
 use ipnet::IpNet;
 use tokio::sync::broadcast;
 
-use self::measure::Kept;
+pub(super) use self::rates::Sums;
+use self::{
+    measure::Kept,
+    rates::{Rates, Sum},
+};
 use super::sweep::monotonic;
 use crate::{
     control::{
@@ -61,7 +66,17 @@ pub(super) struct Row {
 }
 
 impl Row {
-    fn listed(&self, live: Sum) -> Listed {
+    /// Packets and bytes, in both directions together.
+    fn carried(&self, live: Sum) -> [u64; 2] {
+        let proxied = self.meter.as_ref().map(Meter::counters).unwrap_or_default();
+        let [packets, bytes] = &*self.ended;
+        [
+            live.packets + packets.load(Relaxed) + proxied.packets,
+            live.bytes + bytes.load(Relaxed) + proxied.bytes,
+        ]
+    }
+
+    fn listed(&self, live: Sum, [packets_per_second, bytes_per_second]: [f64; 2]) -> Listed {
         let publish = &self.wanted.publish;
         let spec = &publish.spec;
         let endpoint = |address, zone: &Option<Zone>, ports: Ports| Endpoint {
@@ -71,7 +86,7 @@ impl Row {
             end_port: ports.last,
         };
         let proxied = self.meter.as_ref().map(Meter::counters).unwrap_or_default();
-        let [packets, bytes] = &*self.ended;
+        let [packets, bytes] = self.carried(live);
         Listed {
             id: self.wanted.id,
             owner: self.wanted.owner.clone(),
@@ -93,20 +108,14 @@ impl Row {
             allow: self.allow.to_vec(),
             limits: publish.policy.limits.clone(),
             draining: self.draining,
+            since: self.wanted.since,
             flows: live.flows + proxied.flows,
-            packets: live.packets + packets.load(Relaxed) + proxied.packets,
-            bytes: live.bytes + bytes.load(Relaxed) + proxied.bytes,
+            packets,
+            bytes,
+            packets_per_second,
+            bytes_per_second,
         }
     }
-}
-
-/// Of a publish's live flows.
-#[derive(Clone, Copy, Debug, Default)]
-struct Sum {
-    flows: u64,
-    begun: u64,
-    packets: u64,
-    bytes: u64,
 }
 
 #[derive(Debug)]
@@ -119,6 +128,7 @@ pub(super) struct View {
     idle: Idle,
     events: broadcast::Sender<Event>,
     kept: Kept,
+    rates: Rates,
     pub durations: Durations,
 }
 
@@ -154,6 +164,7 @@ impl View {
             kernel,
             events: broadcast::channel(EVENTS).0,
             kept: Kept::default(),
+            rates: Rates::default(),
             durations: Durations::default(),
         }
     }
@@ -177,6 +188,7 @@ impl View {
             .unwrap_or_else(PoisonError::into_inner)
             .remove(&id);
         self.kept.forget(id);
+        self.rates.forget(id);
     }
 
     /// Forgets whose a place was. What was carried there, the publish has carried.
@@ -202,7 +214,8 @@ impl View {
     /// A publish, without what its live flows have carried.
     pub(super) fn row(&self, id: Id) -> Option<Listed> {
         let rows = self.rows(Some(id));
-        rows.first().map(|row| row.listed(Sum::default()))
+        rows.first()
+            .map(|row| row.listed(Sum::default(), self.rates.of(id)))
     }
 
     /// Tells whoever listens.
@@ -230,38 +243,16 @@ impl View {
         }
     }
 
-    /// What flows have carried, live and ended ones, also those to backends that a publish had before.
-    /// Also how many flows there are, half-open and proven ones.
-    fn sums(&self) -> Result<(HashMap<Id, Sum>, [u64; 2])> {
-        let mut sums: HashMap<Id, Sum> = HashMap::new();
+    /// What publishes have carried; and how many flows there are, half-open and proven ones.
+    fn sums(&self) -> Result<(Sums, [u64; 2])> {
+        let mut sums = self.begin_sums();
         let mut entries = [0; 2];
-        let ids = self
-            .ids
-            .read()
-            .unwrap_or_else(PoisonError::into_inner)
-            .clone();
         if let Some(kernel) = &self.kernel {
-            for (index, id) in &ids {
-                let (packets, bytes) = kernel.usage.carried(*index);
-                let sum = sums.entry(*id).or_default();
-                sum.packets += packets;
-                sum.bytes += bytes;
-                sum.begun += kernel.usage.begun(*index);
-            }
             let flows = kernel.flows.lock().unwrap_or_else(PoisonError::into_inner);
             for flow in flows.all() {
                 let (_, flow) = flow?;
                 entries[usize::from(flow.state & state::KEPT != 0)] += 1;
-                if flow.state & state::CUT != 0 {
-                    continue; // it is over, and stays for its ends to hear that
-                }
-                let Some(id) = ids.get(&flow.publish) else {
-                    continue;
-                };
-                let sum = sums.entry(*id).or_default();
-                sum.flows += 1;
-                sum.packets += flow.packets[0] + flow.packets[1];
-                sum.bytes += flow.bytes[0] + flow.bytes[1];
+                sums.add(&flow);
             }
         }
         Ok((sums, entries))
@@ -313,10 +304,11 @@ impl Observe for Arc<View> {
             Ok((sums, _)) => sums,
             Err(error) => return Box::new(iter::once(Err(error))),
         };
+        let view = self.clone();
         let rows = self.rows(id).into_iter();
         Box::new(rows.map(move |row| {
-            let live = sums.get(&row.wanted.id).copied();
-            Ok(row.listed(live.unwrap_or_default()))
+            let id = row.wanted.id;
+            Ok(row.listed(sums.of(id), view.rates.of(id)))
         }))
     }
 

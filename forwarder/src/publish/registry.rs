@@ -5,6 +5,7 @@ use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
     net::IpAddr,
     sync::Arc,
+    time::{SystemTime, UNIX_EPOCH},
 };
 
 use super::{
@@ -21,6 +22,14 @@ pub struct Wanted {
     pub id: Id,
     pub owner: Owner,
     pub publish: Arc<Publish>,
+    /// When it was first wanted, in seconds since the epoch. Other backends and policies do not change it.
+    pub since: u64,
+}
+
+/// Seconds since the epoch.
+pub(super) fn now() -> u64 {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH);
+    now.unwrap_or_default().as_secs()
 }
 
 /// What has to change. The same frontend with another backend or policy is a change in place.
@@ -341,6 +350,7 @@ impl Registry {
         let mut new = Frontends::default();
         let mut specs: HashMap<Id, Spec> = HashMap::new();
         let mut last_id = self.last_id;
+        let now = now();
         for publish in publishes {
             let spec = &publish.spec;
             let other = new
@@ -374,6 +384,7 @@ impl Registry {
                 id,
                 owner: owner.clone(),
                 publish: Arc::new(publish),
+                since: before.map_or(now, |before| before.since),
             };
             match before {
                 None => difference.add.push(after),

@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{
     Container, Difference, Holder, Id, Owner, Policy, Publish, Registry, Spec, Wanted,
-    journal::Journal,
+    journal::Journal, registry,
 };
 use crate::instance::make_private;
 
@@ -54,6 +54,8 @@ struct StoredPublish {
     holder: Holder,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     container: Option<Container>,
+    #[serde(default = "registry::now")]
+    since: u64,
     /// Its place in the kernel's tables, where its counters and flows are.
     #[serde(default)]
     place: u32,
@@ -118,6 +120,7 @@ impl State {
             policy: wanted.publish.policy.clone(),
             holder: wanted.publish.holder,
             container: wanted.publish.container.clone(),
+            since: wanted.since,
             configured: is_configured(wanted),
             place: place(wanted),
         };
@@ -225,6 +228,7 @@ impl Stored {
                 id: stored.id,
                 owner: stored.owner.clone(),
                 publish: Arc::new(publish),
+                since: stored.since,
             });
             restored.with_context(|| format!("in {}", self.path.display()))?;
         }

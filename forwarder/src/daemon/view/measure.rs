@@ -9,7 +9,7 @@ use std::{
 use anyhow::Result;
 use forwarder_common::limits;
 
-use super::{Kernel, Row, Sum, View};
+use super::{Kernel, Row, Sum, Sums, View};
 use crate::{
     cli::tables,
     datapath::maps::REFUSALS,
@@ -201,7 +201,7 @@ impl View {
         })
     }
 
-    fn add_kernel(&self, publishes: &mut [OfPublish], sums: &HashMap<Id, Sum>) -> Result<()> {
+    fn add_kernel(&self, publishes: &mut [OfPublish], sums: &Sums) -> Result<()> {
         let Some(kernel) = &self.kernel else {
             return Ok(());
         };
@@ -212,7 +212,7 @@ impl View {
             }
         }
         for publish in publishes {
-            let sum = sums.get(&publish.id).copied().unwrap_or_default();
+            let sum = sums.of(publish.id);
             publish.flows += sum.flows;
             publish.carried += Carried {
                 begun: sum.begun,
@@ -228,7 +228,7 @@ impl View {
 }
 
 fn of_publish(row: &Row, flows: u64, used: Used) -> OfPublish {
-    let listed = row.listed(Sum::default());
+    let listed = row.listed(Sum::default(), [0.0; 2]);
     OfPublish {
         id: listed.id,
         frontend: tables::endpoint(&listed.frontend),
