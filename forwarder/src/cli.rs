@@ -18,7 +18,6 @@ use crate::{
         ContainerPort, Id, Limits, Owner, Policy, ProxyProtocol, Publish, Spec,
         allow::{network, source},
         limits::{Bandwidth, Rate},
-        spec::SpecError,
     },
 };
 
@@ -160,7 +159,7 @@ pub enum Command {
 #[derive(Debug, clap::Args)]
 pub struct Run {
     /// What to publish: `[HOST_ADDR:]HOST_PORT[-END]:BACKEND_ADDR:BACKEND_PORT[-END][/tcp|/udp|/sctp]`.
-    #[arg(short, long, value_name = "SPEC")]
+    #[arg(short, long, value_name = "SPEC", value_parser = spec)]
     pub publish: Vec<Spec>,
     /// A configuration file (TOML), to which those in `conf.d` beside it belong; flags come before it. SIGHUP and
     /// `forwarder reload` read it again.
@@ -219,7 +218,7 @@ pub struct Run {
 #[derive(Clone, Debug, Default, clap::Args)]
 pub struct LimitFlags {
     /// Serve so many flows at once.
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", value_parser = flows)]
     pub max_flows: Option<NonZeroU64>,
     /// Let so many flows begin, such as `1000/s`.
     #[arg(long, value_name = "N/s")]
@@ -283,6 +282,17 @@ fn time(text: &str) -> Result<Duration, String> {
     seconds(text).map(Duration::from_secs)
 }
 
+/// A SPEC. What is wrong with it stands after its text, which the library says.
+fn spec(text: &str) -> Result<Spec, String> {
+    let spec = text.parse::<Spec>();
+    spec.map_err(|error| error.problem().to_owned())
+}
+
+fn flows(text: &str) -> Result<NonZeroU64, String> {
+    let flows = text.parse();
+    flows.map_err(|_| format!("{text:?} is no number of flows; 1000 is one, and none is no limit"))
+}
+
 /// The number of a publish.
 fn id(text: &str) -> Result<Id, String> {
     let id = text.parse();
@@ -337,20 +347,20 @@ impl AskedPort {
 }
 
 /// A SPEC, or a container's port: no text is both.
-fn asked(text: &str) -> Result<AskedPort, SpecError> {
-    let spec = text.parse::<Spec>().map(AskedPort::Spec);
-    spec.or_else(|error| {
+fn asked(text: &str) -> Result<AskedPort, String> {
+    let asked = spec(text).map(AskedPort::Spec);
+    asked.or_else(|error| {
         let port = text.parse().map(AskedPort::Container);
         port.map_err(|_| error)
     })
 }
 
 /// A publish, by its number or its SPEC.
-fn named(text: &str) -> Result<NamedPublish, SpecError> {
+fn named(text: &str) -> Result<NamedPublish, String> {
     if let Ok(id) = text.parse() {
         return Ok(NamedPublish::Id(id));
     }
-    Ok(NamedPublish::Spec(text.parse::<Spec>()?.to_string()))
+    Ok(NamedPublish::Spec(spec(text)?.to_string()))
 }
 
 /// A name that is safe in a path.

@@ -37,7 +37,7 @@ fn a_wrong_request_is_a_problem_with_a_remedy_or_a_name() {
     let good = r#"["8080:172.31.0.2:80"]"#;
     for (method, path, body, status, part) in [
         ("GET", "/v2/publishes", "", 404, "no such call"),
-        ("PATCH", "/v1/publishes", "", 405, "not so"),
+        ("PATCH", "/v1/publishes", "", 405, "takes no PATCH"),
         ("POST", "/v1/publishes", "nonsense", 422, "expected"),
         ("POST", "/v1/publishes", "{}", 422, "expected a sequence"),
         (

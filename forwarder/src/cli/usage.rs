@@ -39,12 +39,12 @@ mod tests {
                 "unpublish 1 --drain --reset",
                 "cannot be used with '--reset'",
             ),
-            ("run -p 80", "expected [HOST_ADDR:]"),
+            ("run -p 80", "'--publish <SPEC>': expected [HOST_ADDR:]"),
             ("trace x", "\"x\" is no publish's number"),
             ("run --metrics x", "such as 127.0.0.1:9100"),
             ("run --log slow", "\"slow\" is no level"),
             ("run --log a=b=c", "\"a=b=c\" is no level"),
-            ("publish 80:10.0.0.2:80 --max-flows 0", "non-zero"),
+            ("publish 80:10.0.0.2:80 --max-flows 0", "no number of flows"),
         ] {
             let words = std::iter::once("forwarder").chain(words.split(' '));
             let error = Cli::try_parse_from(words).expect_err("wrong usage");

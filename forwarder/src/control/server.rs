@@ -275,7 +275,7 @@ fn router(
         .method_not_allowed_fallback(async |request: Request| {
             let (method, path) = (request.method(), request.uri().path());
             let message = format!(
-                "{method} {path}: not so; GET /v1/openapi.json has the methods of each call"
+                "{path} takes no {method}; GET /v1/openapi.json has the methods of each call"
             );
             problem(405, "Method not allowed", &message)
         })

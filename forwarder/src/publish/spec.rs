@@ -147,6 +147,13 @@ fn parse(text: &str) -> Result<Spec, String> {
         Some((_, other)) => return Err(format!("protocol {other:?} is not tcp, udp or sctp")),
     };
     let fields = split(rest)?;
+    // A device's name may have a comma.
+    if fields
+        .iter()
+        .any(|it| it.contains(',') && !it.contains('%'))
+    {
+        return Err("a publish has one backend, and no list of them".into());
+    }
     let ((address, zone), ports, backend, backend_ports) = match fields.as_slice() {
         [ports, backend, backend_ports] => ((None, None), ports, backend, backend_ports),
         [address, ports, backend, backend_ports] => {
@@ -489,6 +496,7 @@ mod tests {
                 "80-90:172.17.0.2:80-85",
                 "11 host ports but 6 backend ports",
             ),
+            ("80:10.0.0.2:80,10.0.0.3:80", "one backend"),
             ("80:container:80", "\"container\" is not an IP address"),
             ("[::1:80:172.17.0.2:80", "'['"),
             (
