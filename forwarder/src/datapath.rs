@@ -200,6 +200,10 @@ impl Datapath {
     ///
     /// # Errors
     /// The kernel has no ring buffer, or stops serving it.
+    #[expect(
+        unsafe_code,
+        reason = "the runtime watches a descriptor that another crate owns"
+    )]
     pub fn log<F: Fn(String) + Send + Sync + 'static>(
         &mut self,
         line: F,
@@ -220,6 +224,10 @@ impl Datapath {
     ///
     /// # Errors
     /// The kernel has no ring buffer, or stops serving it.
+    #[expect(
+        unsafe_code,
+        reason = "the runtime watches a descriptor that another crate owns"
+    )]
     pub fn handover<F: FnMut(&[u8])>(
         &mut self,
         mut take: F,

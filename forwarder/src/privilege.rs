@@ -83,6 +83,7 @@ mod tests {
     };
 
     /// How a process ends that makes a call after it was confined.
+    #[expect(unsafe_code, reason = "a child that tries a forbidden call")]
     fn ends(call: libc::c_long) -> WaitStatus {
         // SAFETY: the child allocates, which the C library allows after a fork, takes no other lock, and ends.
         match unsafe { fork() }.expect("fork") {

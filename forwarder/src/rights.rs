@@ -1,5 +1,7 @@
 //! Descriptors beside the octets of a unix socket (SCM_RIGHTS, unix(7)).
 
+#![expect(unsafe_code, reason = "descriptors that come with a message")]
+
 use std::{
     io::{self, IoSlice, IoSliceMut},
     os::fd::{AsFd, AsRawFd as _, BorrowedFd, FromRawFd as _, OwnedFd, RawFd},

@@ -184,6 +184,10 @@ fn bind_private(path: &Path) -> io::Result<std::os::unix::net::UnixListener> {
 }
 
 /// Serves one client until it has closed both ways: one that says no more may still read.
+#[expect(
+    unsafe_code,
+    reason = "the runtime watches a descriptor beside its stream"
+)]
 async fn client(stream: tokio::net::UnixStream, router: Router) -> Result<()> {
     let credentials = stream.peer_cred()?;
     let peer = Peer {

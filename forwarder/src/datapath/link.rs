@@ -1,6 +1,8 @@
 //! A program's attachment as the kernel's link: made, given another program, pinned, and asked whether somebody has
 //! taken it away. aya gives a link's descriptor to nobody, and cannot ask this (include/uapi/linux/bpf.h).
 
+#![expect(unsafe_code, reason = "bpf(2) calls that aya does not have")]
+
 use std::{
     ffi::CString,
     fs, io,

@@ -4,6 +4,11 @@
 //! The contract is that of cmd/docker-proxy in moby: descriptor 3 is told `0\n`, or `1\n` and why; descriptor 4 is the bound
 //! socket where `-use-listen-fd` says so; SIGINT ends it with status 0.
 
+#![expect(
+    unsafe_code,
+    reason = "descriptors that the engine hands over by their numbers"
+)]
+
 use std::{
     fs::File,
     io::{Read as _, Write as _},

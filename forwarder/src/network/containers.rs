@@ -1,6 +1,11 @@
 //! What containers say of themselves: the MAC and the addresses of the far end of each veth, asked in its own network
 //! namespace, and a watch that tells when to ask again. Whether a container's word counts is decided in `plan/locations.rs`.
 
+#![expect(
+    unsafe_code,
+    reason = "the runtime watches a descriptor that another crate owns"
+)]
+
 use std::{
     collections::{BTreeMap, BTreeSet},
     io::{self, IoSliceMut},

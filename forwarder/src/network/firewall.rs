@@ -1,6 +1,8 @@
 //! Who bans by the host's firewall: fail2ban, CrowdSec and ufw, known by the names of their chains. Packets of published ports
 //! do not meet them. Nothing else is read of the rules.
 
+#![expect(unsafe_code, reason = "a buffer that the kernel fills")]
+
 use std::{collections::BTreeSet, fs, io, os::fd::AsRawFd as _};
 
 use netlink_packet_core::NlasIterator;

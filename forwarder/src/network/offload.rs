@@ -1,5 +1,7 @@
 //! What network cards do before anybody here sees a frame, asked for by the ethtool ioctl: netlink links do not say it.
 
+#![expect(unsafe_code, reason = "an ioctl that no crate has")]
+
 use std::{
     net::{Ipv4Addr, UdpSocket},
     os::fd::AsRawFd as _,

@@ -1,6 +1,8 @@
 //! Many datagrams with one system call: recvmmsg(2) and sendmmsg(2). Several of one size and one client come in one buffer where
 //! the kernel has put them together, and go on so; what stands beside them is `control.rs`'s.
 
+#![expect(unsafe_code, reason = "recvmmsg and sendmmsg in place")]
+
 use std::{
     cell::RefCell,
     io, mem,

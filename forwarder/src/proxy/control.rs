@@ -2,6 +2,8 @@
 //! ECN (IP_TOS, IPV6_TCLASS), and the size of the datagrams that the kernel has put into one buffer (UDP_GRO) or is to make of
 //! one (UDP_SEGMENT, udp(7)).
 
+#![expect(unsafe_code, reason = "control messages that no crate has")]
+
 use std::{
     io, mem,
     net::IpAddr,

@@ -1,6 +1,11 @@
 //! Held sockets that nobody has come to yet: they wait in one epoll(7) instance, and only when something is there
 //! does a socket get a task of its own. With eBPF most never do, and ten thousand ports cost hardly any memory.
 
+#![expect(
+    unsafe_code,
+    reason = "the runtime watches a descriptor that another crate owns"
+)]
+
 use std::{
     collections::HashMap,
     os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd},

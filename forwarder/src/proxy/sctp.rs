@@ -2,6 +2,8 @@
 //! carried message by message, with stream, order and payload protocol identifier as they came. An end of either goes through
 //! to the other side: SHUTDOWN for SHUTDOWN, ABORT for ABORT.
 
+#![expect(unsafe_code, reason = "SCTP's own calls")]
+
 use std::{io, mem, net::SocketAddr, os::fd::AsRawFd as _, sync::Arc, time::Duration};
 
 use socket2::{Protocol, SockRef, Socket, Type};

@@ -1,6 +1,11 @@
 //! systemd's file descriptor store (systemd.service(5), FileDescriptorStoreMax=): sockets that hold ports outlive this
 //! process there, however it ends, and the next start of the service is handed them.
 
+#![expect(
+    unsafe_code,
+    reason = "descriptors that the service manager hands over by their numbers"
+)]
+
 use std::{
     collections::{BTreeMap, HashMap},
     io,

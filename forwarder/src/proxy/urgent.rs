@@ -1,6 +1,8 @@
 //! TCP's urgent octet (RFC 9293, section 3.8.5; RFC 6093): kept in the stream (SO_OOBINLINE), so that it is never lost, found by
 //! the mark that reading stops at, and sent on as urgent.
 
+#![expect(unsafe_code, reason = "a call that no crate has")]
+
 use std::{
     io,
     os::fd::{AsRawFd as _, BorrowedFd},

@@ -1,5 +1,7 @@
 //! Bans: addresses in a hash table, networks in a trie. Which bans are wanted, and until when, is decided elsewhere.
 
+#![expect(unsafe_code, reason = "bpf(2) on many elements at once")]
+
 use std::{
     collections::{BTreeMap, BTreeSet},
     net::IpAddr,

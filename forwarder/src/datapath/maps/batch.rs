@@ -1,5 +1,7 @@
 //! The commands of bpf(2) on many entries of a map (5.6 and later), which aya does not have.
 
+#![expect(unsafe_code, reason = "bpf(2) on many elements at once")]
+
 use std::{
     io,
     os::fd::{AsFd as _, AsRawFd as _},

@@ -1,6 +1,8 @@
 //! What an instance of another version left, whose tables are laid out in another way: `FORMAT`, pinned beside them, says in
 //! which, and what both versions know by name is carried over.
 
+#![expect(unsafe_code, reason = "bpf(2) on many elements at once")]
+
 use std::{
     collections::BTreeMap,
     path::{Path, PathBuf},

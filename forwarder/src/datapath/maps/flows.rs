@@ -1,5 +1,7 @@
 //! The two tables of flows, walked slice by slice, since they may have a million entries.
 
+#![expect(unsafe_code, reason = "bpf(2) on many elements at once")]
+
 use std::{io, os::fd::AsFd as _, sync::Arc};
 
 use anyhow::{Context as _, Result};

@@ -1,5 +1,7 @@
 //! The memory of an array that is made to be mapped: the program and user space add to the same counters.
 
+#![expect(unsafe_code, reason = "memory that the program writes too")]
+
 use std::{
     io,
     os::fd::{AsFd as _, AsRawFd as _},
