@@ -277,6 +277,7 @@ impl Daemon {
         self.places = stored.places();
         let before = stored.configured();
         let leased = stored.leases();
+        let drains = stored.draining();
         drop(stored);
         // What has another number now, or none, is kept by that.
         let known: HashSet<String> = self.registry.iter().map(|it| store_name(it.id)).collect();
@@ -288,6 +289,9 @@ impl Daemon {
                 Err(error) => warn!("conversations of the earlier instance end: {error}"),
             }
         }
+        let backends = drains.iter().map(|it| it.wanted.publish.spec.backend);
+        self.ask_for_routes(backends).await;
+        self.drain_again(drains);
         let (asked, restored) = self.restore(&before)?;
         // Flows of what is wanted no more are not adopted below.
         let Loose { gone, .. } = self.reconcile(&asked, Ending::Cut, Vec::new()).await?;

@@ -8,13 +8,16 @@ use std::{
 };
 
 use forwarder_tests::{
+    api,
     daemon::{Daemon, Datapath, WITHOUT_CAPABILITIES, down},
+    deadline::wait_for,
     layout::lay_out_otherwise,
     topology::{Family, Topology},
     traffic::{Backend, Connection, Protocol, ask},
 };
 
 use nix::net::if_::if_nametoindex;
+use serde_json::{Value, json};
 
 use crate::scene::{
     BACKEND_PORT, PORT, on_the_fast_path, packets, served_to_the_client, spec, wait_for_delivery,
@@ -46,6 +49,70 @@ fn flows_and_published_ports_outlive_a_kill_and_a_restart() {
     on_the_fast_path(&daemon, || {
         served_to_the_client(&topology, Protocol::Tcp, "later")
     });
+    daemon.stop().unwrap();
+}
+
+/// Connections to a backend that a publish had before, and to one that was taken back with `--drain`; each beside a new one.
+#[test]
+fn what_drains_outlives_a_kill_and_a_restart() {
+    let topology = Topology::new().unwrap();
+    let containers = [&topology.backend, &topology.peer];
+    let _backends = containers
+        .map(|container| Backend::start(&container.netns, Protocol::Tcp, BACKEND_PORT).unwrap());
+    let [first, second] = containers.map(|container| spec(container, Family::V4, Protocol::Tcp));
+    let host = &topology.host;
+    let mut daemon = Daemon::start_with_state(host, &[], Datapath::Ebpf, &[]).unwrap();
+    let frontend = SocketAddr::new(topology.host_address(Family::V4), PORT);
+    let connect = || {
+        let mut connection = Connection::open(&topology.client, frontend).unwrap();
+        connection.ask("before").unwrap();
+        connection
+    };
+    daemon.control(&["publish", &first]).unwrap();
+    let mut replaced = connect();
+    let backend = containers[1].address(Family::V4);
+    let backends = json!([{"address": backend, "port": BACKEND_PORT}]).to_string();
+    let answer = api::ask(&daemon, "PUT", "/v1/publishes/1/backends", &backends).unwrap();
+    assert_eq!(answer.status, 200, "{answer:?}");
+    let mut drained = connect();
+    daemon.control(&["unpublish", &second, "--drain"]).unwrap();
+    daemon.control(&["publish", &first]).unwrap();
+    let mut live = connect();
+    let ids = |daemon: &Daemon| -> Vec<(u64, bool)> {
+        let rows = daemon.list().unwrap();
+        let row = |row: &Value| {
+            (
+                row["id"].as_u64().unwrap(),
+                row["draining"].as_bool().unwrap(),
+            )
+        };
+        rows.iter().map(row).collect()
+    };
+    assert_eq!(ids(&daemon), [(1, true), (2, false)]);
+    for turn in ["once", "twice"] {
+        daemon.kill().unwrap();
+        daemon.restart().unwrap();
+        for connection in [&mut replaced, &mut drained, &mut live] {
+            let before = packets(&daemon);
+            connection.ask(turn).unwrap();
+            let after = packets(&daemon);
+            assert!(after.0 > before.0 && after.1 > before.1);
+        }
+        assert_eq!(ids(&daemon), [(1, true), (2, false)]);
+        connect().close().unwrap();
+    }
+    // Each has ended when its last connection has.
+    replaced.close().unwrap();
+    drained.close().unwrap();
+    wait_for("the end of what drains", || {
+        (ids(&daemon) == [(2, false)]).then_some(())
+    })
+    .unwrap();
+    live.ask("after").unwrap();
+    daemon.kill().unwrap();
+    daemon.restart().unwrap();
+    assert_eq!(ids(&daemon), [(2, false)]);
+    live.ask("at last").unwrap();
     daemon.stop().unwrap();
 }
 

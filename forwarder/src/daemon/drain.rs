@@ -1,7 +1,7 @@
 //! What takes no new flows: publishes that were taken back and drain, those that are cut off, and backends that were replaced. The
 //! program finds their flows behind whoever has their port now.
 
-use std::sync::Arc;
+use std::{collections::BTreeSet, sync::Arc};
 
 use anyhow::Result;
 use forwarder_common::limits;
@@ -16,42 +16,115 @@ use crate::{
     control::api::Ending,
     plan,
     proxy::Proxy,
-    publish::{Id, Spec},
+    publish::{
+        Difference, Id, Wanted,
+        state::{Drain, State},
+    },
 };
 
 /// A publish that begins no flows any more, by its place; its own go on.
 pub(super) struct Draining {
     pub row: Arc<Row>,
     pub previous: u32,
-    /// Of one that was taken back, and is shown for itself. A backend that was replaced has none.
+    /// It was taken back, and is shown for itself. A backend that was replaced is not.
+    pub is_shown: bool,
+    /// Of one that was taken back by this process.
     proxy: Option<Proxy>,
     /// Its flows were cut off. It stays until both ends have had time to hear of it.
     pub is_cut: bool,
 }
 
-impl Draining {
-    pub(super) fn is_shown(&self) -> bool {
-        self.proxy.is_some()
-    }
-}
-
 impl Daemon {
-    /// The place of the publish that drains, or is cut off, on ports of this one; 0 for none. Of several, the last has them.
-    pub(super) fn drains_on(&self, spec: &Spec) -> u32 {
+    /// The place of what drains, or is cut off, on ports of this publish; 0 for none. Of several, the last has them.
+    pub(super) fn drains_on(&self, wanted: &Wanted) -> u32 {
+        let spec = &wanted.publish.spec;
         let over = self.draining.values();
-        let over = over
-            .filter(|it| it.is_shown() || it.is_cut)
-            .map(|it| &it.row);
+        // A backend that was replaced drains for its own publish alone.
+        let over = over.filter(|it| it.is_shown || it.is_cut || it.row.wanted.id == wanted.id);
         let closing = self.closing.iter().filter_map(|id| self.serving.get(id));
-        let rows = over.chain(closing.map(|it| &it.row));
-        let overlaps = rows.filter(|row| row.wanted.publish.spec.overlaps(spec));
-        let last = overlaps.max_by_key(|row| row.wanted.id);
-        last.map_or(0, |row| row.index)
+        let over = over.map(|it| (&it.row, it.previous));
+        let over = over.chain(closing.map(|it| (&it.row, it.previous)));
+        let over = over.filter(|(row, _)| row.wanted.publish.spec.overlaps(spec));
+        let over: Vec<_> = over.collect();
+        let is_last = |place: u32| over.iter().all(|(_, previous)| *previous != place);
+        let last = over.iter().filter(|(row, _)| is_last(row.index));
+        let last = last.max_by_key(|(row, _)| row.wanted.id);
+        last.map_or(0, |(row, _)| row.index)
+    }
+
+    /// What drains by the fast path, and may go on doing so after a restart.
+    pub(super) fn drains(&self) -> Vec<Drain> {
+        let drains = self.draining.iter();
+        let drains = drains.filter(|(_, it)| !it.is_cut && self.datapath.is_some());
+        let drains = drains.map(|(place, draining)| Drain {
+            wanted: draining.row.wanted.clone(),
+            place: *place,
+            previous: draining.previous,
+            is_shown: draining.is_shown,
+        });
+        drains.collect()
+    }
+
+    /// Writes down what drains, if that has changed.
+    pub(super) fn record_drains(&mut self) {
+        let is_written = |state: &State| state.drains(&self.drains());
+        if self.state.as_ref().is_none_or(is_written) {
+            return;
+        }
+        if let Err(error) = self.record(&Difference::default()) {
+            warn!("{error:#}");
+        }
+    }
+
+    /// Has what drained in an earlier instance go on with that, before anything else takes its place.
+    pub(super) fn drain_again(&mut self, drains: Vec<Drain>) {
+        for drain in drains.into_iter().filter(|_| self.datapath.is_some()) {
+            let options = self.options(&drain.wanted);
+            let Ok(options) = options else {
+                continue; // what it needs has gone
+            };
+            if !self.slots.take_this(drain.place) {
+                continue;
+            }
+            self.view.belongs(drain.place, drain.wanted.id);
+            let row = Row {
+                wanted: drain.wanted,
+                index: drain.place,
+                delivery: None,
+                xdp: None,
+                unserved: None,
+                allow: options.allow.into(),
+                draining: true,
+                meter: None,
+                ended: Arc::default(),
+            };
+            let draining = Draining {
+                row: Arc::new(row),
+                previous: drain.previous,
+                is_shown: drain.is_shown,
+                proxy: None,
+                is_cut: false,
+            };
+            self.draining.insert(drain.place, draining);
+        }
+        let places: BTreeSet<u32> = self.draining.keys().copied().collect();
+        for draining in self.draining.values_mut() {
+            if !places.contains(&draining.previous) {
+                draining.previous = 0;
+            }
+        }
+        for place in places {
+            if let Err(error) = self.install_draining(place) {
+                warn!("what drained ends: {error:#}");
+                let gone = self.end_draining(place);
+                self.give_back(&gone.into_iter().collect::<Vec<_>>());
+            }
+        }
     }
 
     /// Has what was served at a place drain, with what drains on its port already; returns the place.
     pub(super) fn drain(&mut self, mut row: Arc<Row>, previous: u32, proxy: Option<Proxy>) -> u32 {
-        let is_cut = false;
+        let (is_shown, is_cut) = (proxy.is_some(), false);
         Arc::make_mut(&mut row).draining = true;
         let place = row.index;
         self.draining.insert(
@@ -59,6 +132,7 @@ impl Daemon {
             Draining {
                 row,
                 previous,
+                is_shown,
                 proxy,
                 is_cut,
             },
@@ -93,7 +167,7 @@ impl Daemon {
             let firewall = self.config.respect_firewall;
             write(datapath, network, firewall, &mut draining.row, standing)?;
         }
-        if draining.is_shown() {
+        if draining.is_shown {
             self.view.show(&draining.row);
         }
         Ok(())
@@ -141,7 +215,7 @@ impl Daemon {
         self.view.hide(id);
         // Backends that it had before go with it.
         let mut former = serving.previous;
-        while let Some(draining) = self.draining.get(&former).filter(|it| !it.is_shown()) {
+        while let Some(draining) = self.draining.get(&former).filter(|it| !it.is_shown) {
             let previous = draining.previous;
             if !draining.is_cut {
                 loose.gone.extend(self.end_draining(former));
@@ -180,6 +254,8 @@ impl Daemon {
         let gone = self.draining.remove(&place)?;
         if let Some(proxy) = &gone.proxy {
             proxy.cut();
+        }
+        if gone.is_shown {
             let id = gone.row.wanted.id;
             if let Some(row) = self.view.row(id) {
                 self.view.tell("drained", row);

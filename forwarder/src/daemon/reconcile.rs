@@ -165,6 +165,7 @@ impl Daemon {
         if !difference.remove.is_empty() {
             tokio::task::block_in_place(|| self.idle.settle());
         }
+        self.record_drains();
         self.wait_for_stopped(asked);
         if let Err(error) = self.follow_xdp(&difference.asked) {
             warn!("{error:#}");
@@ -338,6 +339,7 @@ impl Daemon {
     /// Records a difference that is in force, also on disk.
     pub(super) fn record(&mut self, difference: &Difference) -> Result<()> {
         self.registry.apply(difference);
+        let draining = self.drains();
         let Some(state) = &mut self.state else {
             return Ok(());
         };
@@ -351,7 +353,7 @@ impl Daemon {
         let serving = &self.serving;
         let place = |it: &Wanted| serving.get(&it.id).map_or(0, |it| it.row.index);
         let written = tokio::task::block_in_place(|| {
-            state.write(difference, &self.registry, is_configured, place)
+            state.write(difference, &self.registry, draining, is_configured, place)
         });
         if let Err(error) = written {
             self.registry.apply(&difference.inverse());
@@ -429,7 +431,7 @@ impl Daemon {
             proxy: Some(proxy),
             steered,
             covered: false,
-            previous: self.drains_on(spec),
+            previous: self.drains_on(wanted),
             proxy_protocol,
             limits,
         })
@@ -484,7 +486,7 @@ impl Daemon {
     ///
     /// # Errors
     /// There is no such device.
-    fn options(&self, wanted: &Wanted) -> Result<ProxyOptions> {
+    pub(super) fn options(&self, wanted: &Wanted) -> Result<ProxyOptions> {
         let Publish { spec, policy, .. } = &*wanted.publish;
         let protocol = match spec.protocol {
             Protocol::Tcp => self.config.proxy_protocol,

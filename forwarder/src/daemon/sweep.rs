@@ -134,10 +134,12 @@ impl Daemon {
     /// policy covers that one.
     pub(super) fn adopt(&mut self) {
         let mut owners: HashMap<(u32, u16, Address), Vec<(u32, Wanted)>> = HashMap::new();
-        for serving in self.serving.values().filter(|serving| !serving.covered) {
-            let spec = &serving.row.wanted.publish.spec;
+        let serving = self.serving.values().filter(|serving| !serving.covered);
+        let draining = self.draining.values().map(|it| &it.row);
+        for row in serving.map(|it| &it.row).chain(draining) {
+            let spec = &row.wanted.publish.spec;
             let protocol = u32::from(spec.protocol.number());
-            let owner = (serving.row.index, serving.row.wanted.clone());
+            let owner = (row.index, row.wanted.clone());
             for port in spec.backend_ports.first..=spec.backend_ports.last {
                 let key = (protocol, port.to_be(), spec.backend.into());
                 owners.entry(key).or_default().push(owner.clone());
@@ -158,9 +160,11 @@ impl Daemon {
             let lost = flow.back.delivery == delivery::STACK && !respects_firewall
                 || flow.state & state::CUT != 0;
             let possible = owners.get(&(told.protocol, told.destination_port, told.destination));
-            let mut possible = possible.into_iter().flatten();
-            let owner =
-                possible.find(|(_, wanted)| !lost && owns(&wanted.publish.spec, &told, &of));
+            let possible = possible.into_iter().flatten();
+            let possible =
+                possible.filter(|(_, wanted)| !lost && owns(&wanted.publish.spec, &told, &of));
+            // One that drains may have the same ports and backend.
+            let owner = possible.max_by_key(|(index, _)| *index == flow.publish);
             match owner {
                 Some((index, _)) if flow.publish == *index => Ok(()),
                 Some((index, _)) => tables.set(
@@ -211,6 +215,7 @@ impl Daemon {
         }
         self.view.measure_rates(&sweep.sums);
         self.end_all_drained(sweep);
+        self.record_drains();
         sweep.above.values_mut().for_each(Above::choose);
         (sweep.walk, sweep.trims) = (Walk::default(), true);
         !sweep.above.is_empty()
@@ -298,7 +303,7 @@ impl Daemon {
     fn end_all_drained(&mut self, sweep: &Sweep) {
         let Sweep { drained, alive, .. } = sweep;
         let is_over = |(place, draining): &(&u32, &Draining)| {
-            let meter = draining.row.meter.as_ref().filter(|_| draining.is_shown());
+            let meter = draining.row.meter.as_ref().filter(|_| draining.is_shown);
             let proxied = meter.map_or(0, |meter| meter.counters().flows);
             drained.contains(place) && !alive.contains(place) && proxied == 0 && !draining.is_cut
         };

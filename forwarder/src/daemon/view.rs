@@ -169,12 +169,17 @@ impl View {
         }
     }
 
+    /// A place is a publish's, also one that it had before it got another backend.
+    pub(super) fn belongs(&self, index: u32, id: Id) {
+        let mut ids = self.ids.write().unwrap_or_else(PoisonError::into_inner);
+        ids.insert(index, id);
+    }
+
     /// Shows a publish as it is now.
     pub(super) fn show(&self, row: &Arc<Row>) {
         let (id, index) = (row.wanted.id, row.index);
         if index != 0 {
-            let mut ids = self.ids.write().unwrap_or_else(PoisonError::into_inner);
-            ids.insert(index, id);
+            self.belongs(index, id);
         }
         let mut rows = self.rows.write().unwrap_or_else(PoisonError::into_inner);
         if let Some(before) = rows.insert(id, row.clone()) {

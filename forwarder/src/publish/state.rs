@@ -19,7 +19,23 @@ use crate::instance::make_private;
 const VERSION: u32 = 1;
 
 #[derive(Debug)]
-pub struct State(Journal);
+pub struct State {
+    journal: Journal,
+    /// What was last written of it.
+    draining: Vec<Drain>,
+}
+
+/// What takes no new flows, and has some that may end in peace.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Drain {
+    pub wanted: Wanted,
+    /// Its place in the kernel's tables.
+    pub place: u32,
+    /// The place of what drains behind it; 0 for none.
+    pub previous: u32,
+    /// It was taken back, and is shown for itself. Else the publish has another backend now.
+    pub is_shown: bool,
+}
 
 /// What an earlier instance wrote.
 #[derive(Debug, Default)]
@@ -28,6 +44,7 @@ pub struct Stored {
     last_id: Id,
     publishes: BTreeMap<Id, StoredPublish>,
     leases: Vec<String>,
+    draining: Vec<StoredDrain>,
 }
 
 #[derive(Debug, Default, Serialize, Deserialize)]
@@ -41,6 +58,9 @@ struct Line {
     /// SPECs of all leases, whose holders come back, where they have changed.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     leases: Option<Vec<String>>,
+    /// All that drains, where that has changed.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    draining: Option<Vec<StoredDrain>>,
 }
 
 #[derive(Debug, Serialize, Deserialize)]
@@ -64,6 +84,57 @@ struct StoredPublish {
     configured: bool,
 }
 
+#[derive(Debug, Serialize, Deserialize)]
+struct StoredDrain {
+    publish: StoredPublish,
+    previous: u32,
+    is_shown: bool,
+}
+
+impl StoredPublish {
+    fn new(wanted: &Wanted, place: u32, configured: bool) -> Self {
+        let publish = &wanted.publish;
+        Self {
+            id: wanted.id,
+            owner: wanted.owner.clone(),
+            spec: publish.spec.to_string(),
+            policy: publish.policy.clone(),
+            holder: publish.holder,
+            container: publish.container.clone(),
+            since: wanted.since,
+            place,
+            configured,
+        }
+    }
+
+    /// # Errors
+    /// Its SPEC is none.
+    fn wanted(&self) -> Result<Wanted> {
+        let publish = Publish {
+            spec: self.spec.parse()?,
+            policy: self.policy.clone(),
+            holder: self.holder,
+            container: self.container.clone(),
+        };
+        Ok(Wanted {
+            id: self.id,
+            owner: self.owner.clone(),
+            publish: Arc::new(publish),
+            since: self.since,
+        })
+    }
+}
+
+impl StoredDrain {
+    fn new(drain: &Drain) -> Self {
+        Self {
+            publish: StoredPublish::new(&drain.wanted, drain.place, false),
+            previous: drain.previous,
+            is_shown: drain.is_shown,
+        }
+    }
+}
+
 impl State {
     /// Reads the file, or begins without one.
     ///
@@ -74,7 +145,8 @@ impl State {
         make_private(directory).context("a place for the state file; --ephemeral does without")?;
         let (journal, text) = Journal::open(path)?;
         let stored = Stored::read(journal.path(), text.as_deref().unwrap_or_default())?;
-        Ok((Self(journal), stored))
+        let draining = Vec::new();
+        Ok((Self { journal, draining }, stored))
     }
 
     /// Takes out what these owners have, while no instance runs: whoever calls holds its lock. Where there is no file,
@@ -93,16 +165,23 @@ impl State {
             return Ok(());
         }
         let publishes = stored.publishes.into_values();
-        state.0.replace(&text(&Line {
+        state.journal.replace(&text(&Line {
             version: VERSION,
             last_id: stored.last_id,
             publishes: publishes.collect(),
             gone: Vec::new(),
             leases: Some(stored.leases),
+            draining: Some(stored.draining),
         })?)
     }
 
-    /// Writes a change of what is wanted, by which the registry is what it is now; on return it is on the disk.
+    /// Whether this is what was last written.
+    pub fn drains(&self, draining: &[Drain]) -> bool {
+        self.draining == draining
+    }
+
+    /// Writes a change of what is wanted, by which the registry is what it is now, and all that drains; on return it is on the
+    /// disk.
     ///
     /// # Errors
     /// The disk is full, or refuses.
@@ -110,20 +189,13 @@ impl State {
         &mut self,
         difference: &Difference,
         registry: &Registry,
+        draining: Vec<Drain>,
         is_configured: impl Fn(&Wanted) -> bool,
         place: impl Fn(&Wanted) -> u32,
     ) -> Result<()> {
-        let stored = |wanted: &Wanted| StoredPublish {
-            id: wanted.id,
-            owner: wanted.owner.clone(),
-            spec: wanted.publish.spec.to_string(),
-            policy: wanted.publish.policy.clone(),
-            holder: wanted.publish.holder,
-            container: wanted.publish.container.clone(),
-            since: wanted.since,
-            configured: is_configured(wanted),
-            place: place(wanted),
-        };
+        let stored =
+            |wanted: &Wanted| StoredPublish::new(wanted, place(wanted), is_configured(wanted));
+        let drains = || draining.iter().map(StoredDrain::new).collect();
         let leases = || {
             let leases = registry.iter().filter(|wanted| wanted.owner.is_lease());
             leases.map(|it| it.publish.spec.to_string()).collect()
@@ -144,16 +216,20 @@ impl State {
             publishes: lasting.into_iter().map(stored).collect(),
             gone: gone.iter().map(|it| it.id).collect(),
             leases: has_leases.then(leases),
+            draining: (self.draining != draining).then(drains),
         };
-        self.0.add(&text(&change)?, || {
+        self.journal.add(&text(&change)?, || {
             let lasting = registry.iter().filter(|wanted| !wanted.owner.is_lease());
             text(&Line {
                 publishes: lasting.map(stored).collect(),
                 gone: Vec::new(),
                 leases: Some(leases()),
+                draining: Some(drains()),
                 ..change
             })
-        })
+        })?;
+        self.draining = draining;
+        Ok(())
     }
 }
 
@@ -188,6 +264,9 @@ impl Stored {
             if let Some(leases) = line.leases {
                 stored.leases = leases;
             }
+            if let Some(draining) = line.draining {
+                stored.draining = draining;
+            }
         }
         Ok(stored)
     }
@@ -210,6 +289,19 @@ impl Stored {
         leases.filter_map(|spec| spec.parse().ok()).collect()
     }
 
+    /// What drained.
+    pub fn draining(&self) -> Vec<Drain> {
+        let drains = self.draining.iter().filter_map(|stored| {
+            Some(Drain {
+                wanted: stored.publish.wanted().ok()?,
+                place: stored.publish.place,
+                previous: stored.previous,
+                is_shown: stored.is_shown,
+            })
+        });
+        drains.collect()
+    }
+
     /// A registry of what is stored. Leases have ended with the connections that held them.
     ///
     /// # Errors
@@ -217,19 +309,9 @@ impl Stored {
     pub fn registry(&self, most: usize) -> Result<Registry> {
         let mut registry = Registry::new(most, self.last_id);
         for stored in self.publishes.values() {
-            let spec = stored.spec.parse();
-            let publish = Publish {
-                spec: spec.with_context(|| format!("in {}", self.path.display()))?,
-                policy: stored.policy.clone(),
-                holder: stored.holder,
-                container: stored.container.clone(),
-            };
-            let restored = registry.restore(Wanted {
-                id: stored.id,
-                owner: stored.owner.clone(),
-                publish: Arc::new(publish),
-                since: stored.since,
-            });
+            let restored = stored
+                .wanted()
+                .and_then(|wanted| Ok(registry.restore(wanted)?));
             restored.with_context(|| format!("in {}", self.path.display()))?;
         }
         Ok(registry)
@@ -256,6 +338,44 @@ mod tests {
     }
 
     #[test]
+    fn what_drains_is_read_as_it_was_last_written() {
+        let folder = std::env::temp_dir().join(format!("forwarder-drains-{}", std::process::id()));
+        let path = folder.join("test.json");
+        let (mut state, _) = State::open(path.clone()).expect("opened");
+        let registry = Registry::new(60_000, 0);
+        let drain = |place, previous, is_shown| Drain {
+            wanted: Wanted {
+                id: 1,
+                owner: Owner::cli(),
+                publish: Arc::new(publish("80:172.17.0.2:80")),
+                since: 7,
+            },
+            place,
+            previous,
+            is_shown,
+        };
+        let both = vec![drain(3, 0, true), drain(4, 3, false)];
+        for draining in [both, vec![drain(4, 0, false)], Vec::new()] {
+            assert_eq!(
+                state.drains(&draining),
+                draining.is_empty() && state.draining.is_empty()
+            );
+            let written = state.write(
+                &Difference::default(),
+                &registry,
+                draining.clone(),
+                |_| false,
+                |_| 1,
+            );
+            written.expect("written");
+            assert!(state.drains(&draining));
+            let (_, stored) = State::open(path.clone()).expect("opened");
+            assert_eq!(stored.draining(), draining);
+        }
+        std::fs::remove_dir_all(folder).expect("removed");
+    }
+
+    #[test]
     fn changes_of_many_publishes_are_read_as_they_were_written() {
         let folder = std::env::temp_dir().join(format!("forwarder-state-{}", std::process::id()));
         let path = folder.join("test.json");
@@ -265,7 +385,7 @@ mod tests {
         let many = many.map(|port| publish(&format!("{port}:172.17.0.2:80")));
         let mut write = |registry: &Registry, change: &Difference| {
             state
-                .write(change, registry, |_| false, |_| 1)
+                .write(change, registry, Vec::new(), |_| false, |_| 1)
                 .expect("written");
             let now = registry.iter().filter(|it| !it.owner.is_lease());
             let now: Vec<_> = now
