@@ -10,7 +10,7 @@ use forwarder_tests::{
 
 use super::{
     BACKEND_PORT, PORT, Programs, Scene, every_client_of_a_container_is_served, held,
-    page::isolate,
+    page::isolate, podman,
 };
 
 /// Runs a test with the newest Debian's programs.
@@ -79,6 +79,11 @@ fn the_drop_in_takes_the_socket_that_docker_has_bound_and_passes_its_raw_rules()
         scene.serves_the_lan("the next");
         scene.stop();
     });
+}
+
+#[test]
+fn the_page_with_podman_is_followed_with_and_without_its_rules() {
+    with_newest(|topology, host| podman::follow(&topology, host, podman::Network::Netavark));
 }
 
 #[test]
