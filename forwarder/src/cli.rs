@@ -62,8 +62,12 @@ pub enum Command {
     },
     /// Take back publishes of a running instance, by SPEC or ID.
     Unpublish {
-        #[arg(required = true, value_name = "SPEC|ID", value_parser = named)]
-        publishes: Vec<NamedPublish>,
+        #[arg(required_unless_present = "container", value_name = "SPEC|ID", value_parser = named_port)]
+        publishes: Vec<NamedPort>,
+        /// Take back ports of this container, as `publish --container` has them, or all if none is named; also while it does
+        /// not run.
+        #[arg(long, value_name = "NAME")]
+        container: Option<String>,
         /// Let live conversations go on until they end.
         #[arg(long, conflicts_with = "reset")]
         drain: bool,
@@ -318,7 +322,7 @@ fn filter(text: &str) -> Result<String, String> {
     ))
 }
 
-/// What a word asks `publish` for.
+/// What a word asks `publish` or `unpublish` for.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum AskedPort {
     Spec(Spec),
@@ -353,6 +357,34 @@ fn asked(text: &str) -> Result<AskedPort, String> {
         let port = text.parse().map(AskedPort::Container);
         port.map_err(|_| error)
     })
+}
+
+/// What a word has `unpublish` take back.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum NamedPort {
+    Id(Id),
+    Port(AskedPort),
+}
+
+impl NamedPort {
+    /// The publish that is meant, if the word goes with `--container` being given or not.
+    ///
+    /// # Errors
+    /// It does not, in words.
+    pub fn with_container(&self, is_given: bool) -> Result<NamedPublish, String> {
+        match self {
+            Self::Id(id) if is_given => Err(format!(
+                "{id}: with --container, name ports: [HOST_ADDR:]HOST_PORT:PORT[/udp]; a number needs no --container"
+            )),
+            Self::Id(id) => Ok(NamedPublish::Id(*id)),
+            Self::Port(port) => port.with_container(is_given).map(NamedPublish::Spec),
+        }
+    }
+}
+
+fn named_port(text: &str) -> Result<NamedPort, SpecError> {
+    let id = text.parse().map(NamedPort::Id);
+    id.or_else(|_| asked(text).map(NamedPort::Port))
 }
 
 /// A publish, by its number or its SPEC.
@@ -397,6 +429,17 @@ mod tests {
             assert!(error.contains("--container"), "{error}");
         }
         assert!(asked("80:80:80:80:80").is_err());
+    }
+
+    #[test]
+    fn a_number_goes_without_a_container() {
+        let word = named_port("7").expect("a number");
+        assert_eq!(word.with_container(false), Ok(NamedPublish::Id(7)));
+        let error = word.with_container(true).expect_err("a number");
+        assert!(error.contains("a number needs no --container"), "{error}");
+        let word = named_port("8443:443").expect("a port");
+        let port = NamedPublish::Spec("8443:443/tcp".into());
+        assert_eq!(word.with_container(true), Ok(port));
     }
 
     #[test]

@@ -13,7 +13,7 @@ use ipnet::IpNet;
 use tokio::sync::{broadcast, mpsc, oneshot};
 
 use self::api::{Ending, Listed, NamedPublish, Problem, Reloaded, Traced};
-use crate::publish::{Id, Owner, Publish, Spec, spec::SpecError};
+use crate::publish::{ContainerPort, Id, Owner, Publish, Spec, spec::SpecError};
 
 /// Whose request it is, as the kernel says.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -55,6 +55,12 @@ pub enum Change {
     Lease(Vec<Publish>, Vec<OwnedFd>),
     /// Takes these back.
     Remove(Vec<Named>, Ending),
+    /// Takes back these ports of a container, or all that lead to it if none is named.
+    RemoveFrom {
+        container: String,
+        ports: Vec<ContainerPort>,
+        ending: Ending,
+    },
     /// Takes back all that the owner has.
     RemoveAll(Ending),
     /// Bans these sources, beside those that are, or if so asked in their place.

@@ -152,6 +152,7 @@ fn run(command: Command, instance: Instance, client: &Client) -> Result<()> {
         }
         Command::Unpublish {
             publishes,
+            container,
             drain,
             reset,
             owner,
@@ -161,7 +162,14 @@ fn run(command: Command, instance: Instance, client: &Client) -> Result<()> {
                 (_, true) => Ending::Reset,
                 _ => Ending::Cut,
             };
-            let asked = Unpublish { publishes, ending };
+            let publishes = publishes.iter();
+            let publishes = publishes.map(|it| it.with_container(container.is_some()));
+            let publishes = publishes.collect::<Result<_, String>>();
+            let asked = Unpublish {
+                publishes: publishes.map_err(usage_error)?,
+                container,
+                ending,
+            };
             let path = format!("/v1/unpublish?owner={owner}");
             client.ask(&Method::POST, &path, Some(&asked))
         }

@@ -59,6 +59,8 @@ pub struct OfPublish {
     pub id: Id,
     pub frontend: String,
     pub owner: String,
+    /// The name of the container that it leads to; empty if none is known.
+    pub container: String,
     pub protocol: String,
     /// Live ones.
     pub flows: u64,
@@ -320,8 +322,8 @@ impl Metric {
 
     pub fn labels(&self) -> &'static [&'static str] {
         match &self.of {
-            Of::Publish(_) => &["publish", "id", "owner", "protocol"],
-            Of::PublishReason(_) => &["publish", "id", "owner", "protocol", "reason"],
+            Of::Publish(_) => &["publish", "id", "owner", "container", "protocol"],
+            Of::PublishReason(_) => &["publish", "id", "owner", "container", "protocol", "reason"],
             Of::Reason(_) => &["reason"],
             Of::Map(_) => &["map"],
             Of::Whole(_) | Of::Duration(_) => &[],
@@ -349,8 +351,8 @@ impl Metric {
             Of::PublishReason(counts) => {
                 for publish in &measured.publishes {
                     for (reason, count) in counts(publish) {
-                        let [a, b, c, d] = labels(publish);
-                        let labels = [a, b, c, d, ("reason", (*reason).into())];
+                        let [a, b, c, d, e] = labels(publish);
+                        let labels = [a, b, c, d, e, ("reason", (*reason).into())];
                         self.number(to.encode_family(&labels)?, *count)?;
                     }
                 }
@@ -373,11 +375,12 @@ impl Metric {
     }
 }
 
-fn labels(publish: &OfPublish) -> [(&'static str, String); 4] {
+fn labels(publish: &OfPublish) -> [(&'static str, String); 5] {
     [
         ("publish", publish.frontend.clone()),
         ("id", publish.id.to_string()),
         ("owner", publish.owner.clone()),
+        ("container", publish.container.clone()),
         ("protocol", publish.protocol.clone()),
     ]
 }
@@ -420,7 +423,8 @@ mod tests {
             publishes: vec![OfPublish {
                 id: 7,
                 frontend: "[fe80::1]:80".into(),
-                owner: "docker:web".into(),
+                owner: "docker:a1".into(),
+                container: "web".into(),
                 protocol: "tcp".into(),
                 flows: 2,
                 carried: Carried {
@@ -444,7 +448,8 @@ mod tests {
     #[test]
     fn a_publish_has_its_name_and_its_owner() {
         let text = text(measured());
-        let labels = r#"publish="[fe80::1]:80",id="7",owner="docker:web",protocol="tcp""#;
+        let labels =
+            r#"publish="[fe80::1]:80",id="7",owner="docker:a1",container="web",protocol="tcp""#;
         for line in [
             "# TYPE forwarder_publish_packets counter\n",
             &format!("forwarder_publish_packets_total{{{labels}}} 11\n"),

@@ -45,6 +45,12 @@ impl Publish {
         }
     }
 
+    /// Whether its backend is the container of this name, which need not run.
+    pub fn leads_to(&self, name: &str) -> bool {
+        let container = self.container.as_ref();
+        container.is_some_and(|it| it.name == name)
+    }
+
     /// Why it is not to be served now, in words.
     pub fn stopped(&self) -> Option<String> {
         let container = self.container.as_ref().filter(|it| !it.runs)?;

@@ -18,7 +18,7 @@ use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 
 use crate::{
-    docker_proxy,
+    docker_proxy, metrics,
     scene::{BACKEND_PORT, PORT, served_to_the_client},
 };
 
@@ -155,6 +155,34 @@ fn a_port_that_the_engine_holds_gets_the_fast_path() {
     let (length, _) = held.recv_from(&mut datagram).unwrap();
     assert_eq!(&datagram[..length], b"after its end");
     assert_eq!((tcp.requests(), udp.requests()), before);
+    scene.daemon.stop().unwrap();
+}
+
+#[test]
+fn metrics_name_the_container() {
+    let scene = Scene::new(&["--metrics", "127.0.0.1:9100"]);
+    scene.run("a1", &scene.topology.backend, &Value::Null);
+    scene.owned("docker:a1", 3);
+    let aside = ["publish", "8081:172.31.0.2:9000"];
+    scene.daemon.control(&aside).unwrap();
+    // Each publish is one series, or `value` fails.
+    let named = |id: &str| {
+        let (_, series) = metrics::scrape(&scene.topology.host).unwrap();
+        let bytes = "forwarder_publish_bytes_total";
+        metrics::value(&series, bytes, &[("id", id)]);
+        let of = |(metric, has): &&metrics::Series| metric == bytes && has["id"] == id;
+        let (_, labels) = series.keys().find(of).unwrap();
+        labels["container"].clone()
+    };
+    assert_eq!(named("1"), "web");
+    assert_eq!(named("4"), "");
+    // Under another name, and not under both.
+    let addresses = [scene.topology.backend.address(Family::V4)];
+    let engine = &scene.engine;
+    engine.put("a1", "www", &addresses, &published(), &Value::Null);
+    engine.tell("rename", "a1", "www");
+    scene.wait("the new name", |rows| rows[0]["container"] == "www");
+    assert_eq!(named("1"), "www");
     scene.daemon.stop().unwrap();
 }
 
@@ -379,6 +407,78 @@ fn a_publish_follows_its_container() {
     });
     scene.daemon.control(&["unpublish", "1", "2"]).unwrap();
     scene.wait("nothing", <[Value]>::is_empty);
+    scene.daemon.stop().unwrap();
+}
+
+#[test]
+fn unpublish_takes_back_what_leads_to_a_container() {
+    let scene = Scene::new(&[]);
+    let backend = &scene.topology.backend;
+    let addresses = [Family::V4, Family::V6].map(|family| backend.address(family));
+    let own = json!({"9000/tcp": [{"HostIp": "0.0.0.0", "HostPort": "7000"}]});
+    scene
+        .engine
+        .run("a1", "web", &addresses, &own, &Value::Null);
+    scene.owned("docker:a1", 1);
+    let publish = ["publish", "--container", "web"];
+    let ports = ["8080:9000", "127.0.0.1:8081:9000", "8082:9000/udp"];
+    scene
+        .daemon
+        .control(&[&publish[..], &ports].concat())
+        .unwrap();
+    let elsewhere = ["publish", "8084:172.31.0.2:9000"];
+    scene.daemon.control(&elsewhere).unwrap();
+    let of_others = ["--owner", "team", "8083:9000"];
+    scene
+        .daemon
+        .control(&[&publish[..], &of_others].concat())
+        .unwrap();
+    let unpublish = |words: &[&str]| {
+        let (said, status) = scene.refused(&[&["unpublish", "--container", "web"], words].concat());
+        let rows = scene.daemon.list().unwrap();
+        let port = |row: &Value| row["frontend"]["port"].as_u64().unwrap();
+        let mut ports: Vec<u64> = rows.iter().map(port).collect();
+        ports.sort_unstable();
+        ports.dedup();
+        (said, status, ports)
+    };
+    let all = [7000, 8080, 8081, 8082, 8083, 8084];
+    // What is not there, or not theirs, leaves the rest as it is.
+    for (words, problem, status) in [
+        (
+            &["8080:9000", "8081:9000"][..],
+            "no publish 8081:9000/tcp leads to container web; `forwarder list` shows them",
+            1,
+        ),
+        (&["8080:9000", "8083:9000"], "`--owner team` would", 1),
+        (&["8080:9000", "7000:9000"], "belongs to docker:a1", 1),
+        (&["1"], "a number needs no --container", 2),
+        (&["8080:172.31.0.2:9000"], "leave the backend's address", 2),
+    ] {
+        let (said, failed, ports) = unpublish(words);
+        assert!(
+            said.contains(problem) && said.starts_with("error: "),
+            "{said}"
+        );
+        assert_eq!((failed, &ports[..]), (Some(status), &all[..]), "{words:?}");
+    }
+    // In both families at once.
+    let (said, status, ports) = unpublish(&["8080:9000", "127.0.0.1:8081:9000"]);
+    assert_eq!((said.as_str(), status), ("", Some(0)));
+    assert_eq!(ports, [7000, 8082, 8083, 8084]);
+    // Of one that has gone, too, and nothing of others.
+    scene.engine.end("a1", "web");
+    scene.wait("its end", |rows| {
+        let waits = rows.iter().filter(|row| row["reason_code"] == "waiting");
+        (rows.len(), waits.count()) == (5, 4)
+    });
+    assert_eq!(unpublish(&[]).2, [8083, 8084]);
+    let (said, status, _) = unpublish(&[]);
+    assert!(said.contains("`--owner team` would change it"), "{said}");
+    assert_eq!(status, Some(1));
+    assert_eq!(unpublish(&["--owner", "team"]).2, [8084]);
+    let none = "no publish leads to container web; `forwarder list` shows them";
+    assert!(unpublish(&[]).0.contains(none));
     scene.daemon.stop().unwrap();
 }
 

@@ -36,7 +36,7 @@ fn request(netns: &Netns, address: &str, method: &str, path: &str) -> Result<Str
 }
 
 /// A metric's name with its labels.
-type Series = (String, BTreeMap<String, String>);
+pub(crate) type Series = (String, BTreeMap<String, String>);
 
 /// Everything that a parser of others finds in the metrics.
 fn parse(text: &str) -> BTreeMap<Series, f64> {
@@ -54,7 +54,7 @@ fn parse(text: &str) -> BTreeMap<Series, f64> {
     samples.collect()
 }
 
-fn scrape(host: &Netns) -> Result<(String, BTreeMap<Series, f64>)> {
+pub(crate) fn scrape(host: &Netns) -> Result<(String, BTreeMap<Series, f64>)> {
     let answer = request(host, LOOPBACK, "GET", "/metrics")?;
     let (head, text) = answer.split_once("\r\n\r\n").context("a body")?;
     assert!(
@@ -68,7 +68,7 @@ fn scrape(host: &Netns) -> Result<(String, BTreeMap<Series, f64>)> {
 
 /// The only series of a metric whose labels have these values.
 #[track_caller]
-fn value(series: &BTreeMap<Series, f64>, name: &str, labels: &[(&str, &str)]) -> f64 {
+pub(crate) fn value(series: &BTreeMap<Series, f64>, name: &str, labels: &[(&str, &str)]) -> f64 {
     let is_meant = |(metric, has): &Series| {
         let mut labels = labels.iter();
         metric == name && labels.all(|(label, value)| has.get(*label).is_some_and(|it| it == value))

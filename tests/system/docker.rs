@@ -4,8 +4,10 @@
 mod engine;
 mod held;
 mod labels;
+mod newer;
 mod page;
 mod podman;
+mod programs;
 
 use std::{
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
@@ -21,7 +23,10 @@ use forwarder_tests::{
 };
 use nix::sys::signal::Signal;
 
-use self::engine::{Engine, GATEWAY};
+use self::{
+    engine::{Engine, GATEWAY},
+    programs::Programs,
+};
 
 const PORT: u16 = 8080;
 const BACKEND_PORT: u16 = 9000;
@@ -51,8 +56,14 @@ impl Scene {
 
     fn new(iptables: bool) -> Self {
         let topology = Topology::new().unwrap();
+        let host = Programs::from(&topology.host);
+        Self::served(topology, host, iptables)
+    }
+
+    /// An instance that the engine's proxies ask.
+    fn served(topology: Topology, host: Programs, iptables: bool) -> Self {
         let daemon = Daemon::start_with_state(&topology.host, &[], Datapath::Auto, &[]).unwrap();
-        let engine = Engine::start(&topology.host, iptables, Some(daemon.instance())).unwrap();
+        let engine = Engine::start(host, iptables, Some(daemon.instance())).unwrap();
         Self {
             engine,
             daemon,
@@ -108,8 +119,7 @@ impl Scene {
     }
 }
 
-fn every_client_of_a_container_is_served(iptables: bool) {
-    let scene = Scene::new(iptables);
+fn every_client_of_a_container_is_served(scene: Scene) {
     let (container, _backends) = scene.run("web");
     scene.engine.run("neighbour", &[]).unwrap();
     let neighbour = scene.engine.netns("neighbour").unwrap();
@@ -152,12 +162,12 @@ fn every_client_of_a_container_is_served(iptables: bool) {
 
 #[test]
 fn every_client_of_a_container_is_served_beside_dockers_rules() {
-    every_client_of_a_container_is_served(true);
+    every_client_of_a_container_is_served(Scene::new(true));
 }
 
 #[test]
 fn every_client_of_a_container_is_served_without_dockers_rules() {
-    every_client_of_a_container_is_served(false);
+    every_client_of_a_container_is_served(Scene::new(false));
 }
 
 #[test]

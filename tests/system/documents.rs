@@ -68,6 +68,14 @@ const ELSEWHERE: &[(&str, Runner)] = &[
         "sudo podman run -d --name api --label forwarder.publish=8081:80 docker.io/library/nginx",
         Runner::Engines,
     ),
+    (
+        "sudo podman run -d --name shop -p 8082:80 docker.io/library/nginx",
+        Runner::Engines,
+    ),
+    (
+        "sudo podman run -d --name cart --label forwarder.publish=8083:80 docker.io/library/nginx",
+        Runner::Engines,
+    ),
     ("docker run -d --name web -p 8080:80 nginx", Runner::Engines),
     (
         "cargo +nightly fuzz run parser -- -max_total_time=300",

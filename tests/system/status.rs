@@ -11,6 +11,7 @@ use forwarder_tests::{
     browser::{Browser, Scheme},
     daemon::{Daemon, Datapath},
     deadline::wait_for,
+    engine::Engine,
     topology::{Family, Topology},
     traffic::{Backend, Protocol, ask},
 };
@@ -26,7 +27,9 @@ fn the_status_page_follows_what_is_published() -> Result<()> {
     let _backend = Backend::start(&topology.backend.netns, Protocol::Tcp, 80)?;
     let backend = topology.backend.address(Family::V4);
     let spec = format!("8080:{backend}:80");
-    let flags = ["--metrics", "127.0.0.1:9100"];
+    let engine = Engine::start()?;
+    let socket = engine.socket().display().to_string();
+    let flags = ["--metrics", "127.0.0.1:9100", "--docker", &socket];
     let daemon = Daemon::start_with(&topology.host, &[&spec], Datapath::Auto, &flags)?;
     let closed = format!("8099:{backend}:80");
     daemon.control(&["publish", &closed, "--allow", "203.0.113.0/24"])?;
@@ -62,11 +65,18 @@ fn the_status_page_follows_what_is_published() -> Result<()> {
     looks_well(&mut browser, "status")?;
 
     browser.value(
-        "(() => { const it = document.querySelector('#filter'); it.value = 'docker'; \
+        "(() => { const it = document.querySelector('#filter'); it.value = 'web-'; \
          it.dispatchEvent(new Event('input')); })()",
     )?;
     browser.wait_until("document.querySelectorAll('#publishes tbody tr').length === 1")?;
     daemon.control(&["unpublish", "3", "--owner", owner])?;
+    let ports = json!({"80/tcp": [{"HostIp": "0.0.0.0", "HostPort": "8070"}]});
+    engine.run("0f3a", "web-shop", &[backend], &ports, &json!(null));
+    browser.wait_until(
+        "document.querySelector('#publishes tbody tr')?.textContent.includes('container web-shop')",
+    )?;
+    assert!(browser.text("#publishes tbody tr")?.contains("docker:0f3a"));
+    engine.end("0f3a", "web-shop");
     browser.wait_until("document.querySelector('#none').textContent === 'nothing has that'")?;
     assert_eq!(browser.complaints()?, [""; 0]);
     for url in browser.requests()? {

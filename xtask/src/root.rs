@@ -1,7 +1,10 @@
-//! A clean Debian to try things in: made once by debootstrap, then used beneath an overlay, so that what is done in it is
-//! gone with the overlay.
+//! Debians to try things in: each made once by debootstrap, then used beneath an overlay, so that what is done in it is gone
+//! with the overlay.
 
-use std::{fs, path::PathBuf};
+use std::{
+    fs,
+    path::{Path, PathBuf},
+};
 
 use anyhow::{Context as _, Result};
 
@@ -10,36 +13,71 @@ use crate::{
     vm::kernel,
 };
 
-/// The oldest Debian that is supported.
-const SUITE: &str = "bookworm";
-/// Beside what every Debian has: systemd, and the certificates that downloads are checked with.
-const INCLUDED: &str = "--include=ca-certificates,systemd-sysv";
+/// A Debian, and what it has beside what every Debian has.
+struct Root {
+    suite: &'static str,
+    included: &'static str,
+    /// Whether apt is to reach its mirrors in there as it does here.
+    has_mirrors: bool,
+}
+
+/// The oldest that is supported, with systemd, and the certificates that downloads are checked with.
+const OLDEST: Root = Root {
+    suite: "bookworm",
+    included: "ca-certificates,systemd-sysv",
+    has_mirrors: true,
+};
+
+/// The newest container engines.
+const ENGINES: Root = Root {
+    suite: "sid",
+    included: "curl,docker-cli,docker.io,netavark,nftables,podman",
+    has_mirrors: false,
+};
 
 /// The folder of the clean root. Nothing may be written to it.
 pub(crate) fn debian() -> Result<PathBuf> {
-    let root = exec::workspace()
-        .join("target")
-        .join(format!("root-{SUITE}"));
-    let stamp = root.with_extension("made");
-    if stamp.exists() {
-        return Ok(root);
+    OLDEST.folder()
+}
+
+/// The same of a root with the newest container engines.
+pub(crate) fn engines() -> Result<PathBuf> {
+    ENGINES.folder()
+}
+
+impl Root {
+    /// Where it is; makes it if it is not there.
+    fn folder(&self) -> Result<PathBuf> {
+        let Self { suite, .. } = self;
+        let root = exec::workspace()
+            .join("target")
+            .join(format!("root-{suite}"));
+        let stamp = root.with_extension("made");
+        if stamp.exists() {
+            return Ok(root);
+        }
+        step(&format!("making a clean Debian {suite}"));
+        if root.exists() {
+            remove(&root)?;
+        }
+        let mirror = kernel::mirrors()?
+            .into_iter()
+            .find(|mirror| mirror.ends_with("/debian/"));
+        let mut make = exec::as_root("debootstrap").context("debootstrap needs root")?;
+        make.arg("--variant=minbase")
+            .arg(format!("--include={}", self.included))
+            .arg(suite)
+            .arg(&root);
+        exec::run(make.args(mirror).stdout(std::process::Stdio::null()))?;
+        if self.has_mirrors {
+            copy_mirrors(&root)?;
+        }
+        fs::write(&stamp, "").with_context(|| stamp.display().to_string())?;
+        Ok(root)
     }
-    step(&format!("making a clean Debian {SUITE}"));
-    if root.exists() {
-        exec::run(
-            exec::as_root("rm")
-                .context("needs root")?
-                .args(["-r", "-f"])
-                .arg(&root),
-        )?;
-    }
-    let mirror = kernel::mirrors()?
-        .into_iter()
-        .find(|mirror| mirror.ends_with("/debian/"));
-    let mut make = exec::as_root("debootstrap").context("debootstrap needs root")?;
-    make.args(["--variant=minbase", INCLUDED, SUITE]).arg(&root);
-    exec::run(make.args(mirror).stdout(std::process::Stdio::null()))?;
-    // apt reaches its mirrors in there as it does here.
+}
+
+fn copy_mirrors(root: &Path) -> Result<()> {
     for what in [
         "/etc/apt/apt.conf.d",
         "/etc/apt/sources.list",
@@ -47,11 +85,7 @@ pub(crate) fn debian() -> Result<PathBuf> {
         "/etc/ssl/certs/ca-certificates.crt",
     ] {
         let to = format!("{}{what}", root.display());
-        exec::run(
-            exec::as_root("rm")
-                .context("needs root")?
-                .args(["-r", "-f", &to]),
-        )?;
+        remove(to.as_ref())?;
         if fs::exists(what)? {
             exec::run(
                 exec::as_root("cp")
@@ -60,6 +94,10 @@ pub(crate) fn debian() -> Result<PathBuf> {
             )?;
         }
     }
-    fs::write(&stamp, "").with_context(|| stamp.display().to_string())?;
-    Ok(root)
+    Ok(())
+}
+
+fn remove(path: &Path) -> Result<()> {
+    let mut command = exec::as_root("rm").context("needs root")?;
+    exec::run(command.args(["-r", "-f"]).arg(path))
 }

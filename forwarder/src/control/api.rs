@@ -417,8 +417,11 @@ fn canonical(allow: Vec<IpNet>) -> Vec<IpNet> {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Unpublish {
-    /// Numbers or SPECs.
+    /// Numbers or SPECs; beside `container`, ports as it has them there, or none for all.
     pub publishes: Vec<NamedPublish>,
+    /// The container that they lead to, by its name. It need not run.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub container: Option<String>,
     #[serde(default)]
     pub ending: Ending,
 }

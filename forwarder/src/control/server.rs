@@ -56,7 +56,7 @@ use super::{
 use crate::{
     accept, instance, memory,
     metrics::{self, Measured},
-    publish::{Conflict, Id, Owner, allow},
+    publish::{Conflict, ContainerPort, Id, Owner, allow},
     seldom::Seldom,
 };
 
@@ -463,7 +463,7 @@ async fn remove(
     Ok(StatusCode::NO_CONTENT)
 }
 
-#[utoipa::path(post, path = "/v1/unpublish", summary = "Takes publishes back by number or SPEC, all or none", params(("owner" = Option<String>, Query)), request_body = Unpublish, responses((status = 204), (status = "4XX", body = Problem)))]
+#[utoipa::path(post, path = "/v1/unpublish", summary = "Takes publishes back by number, SPEC or container, all or none", params(("owner" = Option<String>, Query)), request_body = Unpublish, responses((status = 204), (status = "4XX", body = Problem)))]
 async fn unpublish(
     State(shared): State<Shared>,
     Extension(by): Extension<Peer>,
@@ -471,10 +471,16 @@ async fn unpublish(
     request: Request,
 ) -> Result<StatusCode, Problem> {
     let asked: Unpublish = shared.json(request).await?;
-    let named = asked.publishes.into_iter().map(named);
-    let named = named.collect::<Result<_, _>>()?;
     let ending = options.ending.unwrap_or(asked.ending);
-    let change = Change::Remove(named, ending);
+    let publishes = asked.publishes.into_iter();
+    let change = match asked.container {
+        None => Change::Remove(publishes.map(named).collect::<Result<_, _>>()?, ending),
+        Some(container) => Change::RemoveFrom {
+            container,
+            ports: publishes.map(of_container).collect::<Result<_, _>>()?,
+            ending,
+        },
+    };
     shared.change(options.owner, by, change).await?;
     Ok(StatusCode::NO_CONTENT)
 }
@@ -482,6 +488,11 @@ async fn unpublish(
 fn named(publish: NamedPublish) -> Result<Named, Problem> {
     let named = Named::try_from(publish);
     named.map_err(|error| problem(422, "Bad publish", &error.to_string()))
+}
+
+fn of_container(port: NamedPublish) -> Result<ContainerPort, Problem> {
+    let port = port.to_string().parse::<ContainerPort>();
+    port.map_err(|error| problem(422, "Bad publish", &error))
 }
 
 #[utoipa::path(put, path = "/v1/publishes/{id}/backends", summary = "Gives a publish another backend in place: its port is never closed, and live connections stay where they are", params(("id" = u64, Path), ("owner" = Option<String>, Query)), request_body = Vec<AskedEndpoint>, responses((status = 200, body = Vec<Listed>), (status = "4XX", body = Problem)))]

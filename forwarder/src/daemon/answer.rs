@@ -101,6 +101,14 @@ impl Daemon {
                 let ids = ids.collect::<Result<_, Conflict>>()?;
                 (self.registry.remove(&owner, &ids)?, ending)
             }
+            Change::RemoveFrom {
+                container,
+                ports,
+                ending,
+            } => {
+                let difference = self.registry.remove_from(&owner, &container, &ports)?;
+                (difference, ending)
+            }
             Change::RemoveAll(ending) => (self.registry.want(&owner, Vec::new())?, ending),
             Change::Follow { name, addresses } => {
                 let loose = self.follow_container(&name, &addresses).await?;
@@ -175,7 +183,10 @@ fn explain(error: anyhow::Error) -> Problem {
         let (status, title) = match conflict {
             Conflict::Overlap { .. } => (409, "Overlap"),
             Conflict::NotYours { .. } => (403, "Another owner's"),
-            Conflict::NoId(_) | Conflict::NoSpec(_) => (404, "Not found"),
+            Conflict::NoId(_)
+            | Conflict::NoSpec(_)
+            | Conflict::NoContainer(_)
+            | Conflict::NoPort(..) => (404, "Not found"),
             Conflict::TooMany { .. } => (409, "Too many"),
         };
         return Problem::new(status, title, &message);

@@ -42,6 +42,18 @@ pub(super) fn describe(change: &Change) -> String {
             });
             format!("unpublish {} ({ending:?})", some(names)).to_lowercase()
         }
+        Change::RemoveFrom {
+            container,
+            ports,
+            ending,
+        } => {
+            let ports = match &ports[..] {
+                [] => "all".into(),
+                ports => some(ports.iter().map(ToString::to_string)),
+            };
+            let ending = format!("{ending:?}").to_lowercase();
+            format!("unpublish {ports} of container {container} ({ending})")
+        }
         Change::RemoveAll(ending) => format!("unpublish all ({ending:?})").to_lowercase(),
         Change::Ban { bans, all } => {
             let banned = bans.iter();

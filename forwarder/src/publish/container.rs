@@ -93,6 +93,19 @@ impl ContainerPort {
             (Some(address), all) => Ok(vec![to(Some(address), closest(all, address))?]),
         }
     }
+
+    /// Whether this is one of what [`ContainerPort::towards`] made of it, wherever the container was.
+    pub fn is_published_as(&self, spec: &Spec) -> bool {
+        let is_address = match (self.address, spec.address) {
+            (None, Some(address)) => address.is_unspecified(),
+            (wanted, address) => wanted == address,
+        };
+        is_address
+            && self.zone == spec.zone
+            && self.ports == spec.ports
+            && self.container_ports == spec.backend_ports
+            && self.protocol == spec.protocol
+    }
 }
 
 /// Every address of the host, in a family.
@@ -160,6 +173,25 @@ mod tests {
         ] {
             let error = specs(port, to).expect_err(port);
             assert!(error.contains(part), "{error}");
+        }
+    }
+
+    #[test]
+    fn a_port_knows_its_publishes() {
+        for (port, spec, expected) in [
+            ("80:8080", "80:172.17.0.2:8080", true),
+            ("80:8080", "[::]:80:[fd00::2]:8080", true),
+            ("80:8080", "127.0.0.1:80:172.17.0.2:8080", false),
+            ("0.0.0.0:80:8080", "80:172.17.0.2:8080", false),
+            ("127.0.0.1:80:8080", "127.0.0.1:80:172.17.0.2:8080", true),
+            ("80:8080", "80:172.17.0.2:80", false),
+            ("80:8080", "81:172.17.0.2:8080", false),
+            ("80:8080", "80:172.17.0.2:8080/udp", false),
+            ("[fe80::1%a]:80:80", "[fe80::1%b]:80:172.17.0.2:80", false),
+        ] {
+            let spec: Spec = spec.parse().expect(spec);
+            let of: ContainerPort = port.parse().expect(port);
+            assert_eq!(of.is_published_as(&spec), expected, "{port} as {spec}");
         }
     }
 

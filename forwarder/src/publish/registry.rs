@@ -9,7 +9,7 @@ use std::{
 };
 
 use super::{
-    Owner, Publish, container,
+    ContainerPort, Owner, Publish, container,
     spec::{Ports, Protocol, Spec, Zone},
 };
 
@@ -99,6 +99,10 @@ pub enum Conflict {
     NoId(Id),
     #[error("no publish {0}; `forwarder list` shows them")]
     NoSpec(Box<Spec>),
+    #[error("no publish leads to container {0}; `forwarder list` shows them")]
+    NoContainer(String),
+    #[error("no publish {0} leads to container {1}; `forwarder list` shows them")]
+    NoPort(Box<ContainerPort>, String),
     #[error("{wanted} publishes are more than the {most} that there is room for")]
     TooMany { wanted: usize, most: usize },
 }
@@ -261,6 +265,43 @@ impl Registry {
         })
     }
 
+    /// The difference that takes from the owner these ports of a container, or all that it has there if none is named.
+    ///
+    /// # Errors
+    /// No publish leads to the container so, or only another owner's.
+    pub fn remove_from(
+        &self,
+        owner: &Owner,
+        container: &str,
+        ports: &[ContainerPort],
+    ) -> Result<Difference, Conflict> {
+        let meant = |port: Option<&ContainerPort>| {
+            let is_meant = |it: &&Wanted| {
+                let is_of_port = port.is_none_or(|port| port.is_published_as(&it.publish.spec));
+                it.publish.leads_to(container) && is_of_port
+            };
+            let all = self.iter().filter(is_meant);
+            let (own, of_others): (Vec<_>, Vec<_>) = all.partition(|it| it.owner == *owner);
+            let found = if own.is_empty() { of_others } else { own };
+            found.into_iter().map(|it| it.id).collect::<Vec<_>>()
+        };
+        let mut ids = BTreeSet::new();
+        for port in ports {
+            let found = meant(Some(port));
+            if found.is_empty() {
+                return Err(Conflict::NoPort(port.clone().into(), container.into()));
+            }
+            ids.extend(found);
+        }
+        if ports.is_empty() {
+            ids.extend(meant(None));
+        }
+        if ids.is_empty() {
+            return Err(Conflict::NoContainer(container.into()));
+        }
+        self.remove(owner, &ids)
+    }
+
     /// The difference that gives a publish another backend or policy, in place.
     ///
     /// # Errors
@@ -300,10 +341,7 @@ impl Registry {
     /// The difference after which what leads to a container follows it to these addresses, or stops if there are none. What
     /// an engine's containers ask for themselves is the engine's to say.
     pub fn follow(&self, name: &str, addresses: &[IpAddr]) -> Difference {
-        let follows = |it: &&Wanted| {
-            let container = it.publish.container.as_ref();
-            container.is_some_and(|it| it.name == name) && !it.owner.is_container()
-        };
+        let follows = |it: &&Wanted| it.publish.leads_to(name) && !it.owner.is_container();
         let change = self.iter().filter(follows).filter_map(|before| {
             let mut publish = Publish::clone(&before.publish);
             let moved = container::moved(&publish.spec, addresses);

@@ -17,6 +17,8 @@ use nix::{
 };
 use serde_json::{Value, json};
 
+use super::programs::Programs;
+
 /// The host's address on Docker's bridge.
 pub(super) const GATEWAY: Ipv4Addr = Ipv4Addr::new(172, 31, 7, 1);
 /// What the web server says.
@@ -27,7 +29,7 @@ const PATIENCE: Duration = Duration::from_secs(90);
 /// A running dockerd; its containers end with it.
 pub(super) struct Engine {
     child: Child,
-    host: Netns,
+    host: Programs,
     /// Which our program is to ask, if it is Docker's proxy.
     instance: Option<String>,
     folder: tempfile::TempDir,
@@ -43,7 +45,11 @@ pub(super) struct Memory {
 
 impl Engine {
     /// Starts it in a namespace, with our program as its proxy if there is an instance, else with its own.
-    pub(super) fn start(host: &Netns, iptables: bool, instance: Option<&str>) -> Result<Self> {
+    pub(super) fn start(
+        host: impl Into<Programs>,
+        iptables: bool,
+        instance: Option<&str>,
+    ) -> Result<Self> {
         let mut config = json!({"iptables": iptables});
         let links = tempfile::tempdir()?;
         if instance.is_some() {
@@ -57,7 +63,7 @@ impl Engine {
     /// Starts it in a namespace with this configuration, and what it needs besides; it uses a folder that is empty but for
     /// links.
     pub(super) fn start_with(
-        host: &Netns,
+        host: impl Into<Programs>,
         folder: tempfile::TempDir,
         mut config: Value,
         instance: Option<&str>,
@@ -67,10 +73,11 @@ impl Engine {
         config["storage-driver"] = "vfs".into();
         config["exec-opts"] = json!(["native.cgroupdriver=cgroupfs"]);
         fs::write(path("daemon.json"), config.to_string())?;
-        let child = spawn(host, folder.path(), instance)?;
+        let host = host.into();
+        let child = spawn(&host, folder.path(), instance)?;
         let mut engine = Self {
             child,
-            host: host.clone(),
+            host,
             instance: instance.map(Into::into),
             folder,
         };
@@ -170,12 +177,21 @@ impl Engine {
         self.docker(&[&before, flags, &behind].concat())
     }
 
+    /// What a program of the engine's own machine prints.
+    pub(super) fn output_of(&self, line: &str) -> Result<String> {
+        let words: Vec<&str> = line.split(' ').collect();
+        let output = self.host.command(words[0]).args(&words[1..]).output()?;
+        ensure!(output.status.success(), "{line}: {output:?}");
+        Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+    }
+
     fn inspect(&self, name: &str, format: &str) -> Result<String> {
         self.docker(&["inspect", "-f", format, name])
     }
 
     pub(super) fn address(&self, name: &str) -> Result<String> {
-        self.inspect(name, "{{.NetworkSettings.IPAddress}}")
+        let format = "{{range .NetworkSettings.Networks}}{{.IPAddress}}{{end}}";
+        self.inspect(name, format)
     }
 
     /// A container's network namespace.
@@ -184,14 +200,23 @@ impl Engine {
         Netns::of(name, process)
     }
 
-    /// What the processes take that it has started for ports.
-    pub(super) fn proxies(&self) -> Result<Memory> {
-        let mut all = Memory::default();
+    /// The processes that it has started for ports, with their command lines.
+    pub(super) fn proxy_processes(&self) -> Result<Vec<(u32, String)>> {
+        let mut all = Vec::new();
         for process in children(self.child.id())? {
             let words = fs::read(format!("/proc/{process}/cmdline"))?;
-            if !String::from_utf8_lossy(&words).contains("-host-port") {
-                continue;
+            let words = String::from_utf8_lossy(&words).replace('\0', " ");
+            if words.contains("-host-port") {
+                all.push((process, words));
             }
+        }
+        Ok(all)
+    }
+
+    /// What these processes take.
+    pub(super) fn proxies(&self) -> Result<Memory> {
+        let mut all = Memory::default();
+        for (process, _) in self.proxy_processes()? {
             let one = memory(process)?;
             all.processes += 1;
             all.private += one.private;
@@ -237,7 +262,7 @@ impl Drop for Engine {
 }
 
 /// Starts dockerd with what is in its folder.
-fn spawn(host: &Netns, folder: &Path, instance: Option<&str>) -> Result<Child> {
+fn spawn(host: &Programs, folder: &Path, instance: Option<&str>) -> Result<Child> {
     let path = |name: &str| folder.join(name);
     let mut command = host.command("dockerd");
     match instance {

@@ -10,12 +10,17 @@ use forwarder_tests::{
 };
 use serde_json::{Value, json};
 
-use super::{BOTH, Engine, GATEWAY, PORT, Scene};
+use super::{BOTH, Engine, GATEWAY, PORT, Programs, Scene};
 
 fn scene(config: Value) -> Scene {
     let topology = Topology::new().unwrap();
+    let host = Programs::from(&topology.host);
+    scene_of(topology, host, config)
+}
+
+fn scene_of(topology: Topology, host: Programs, config: Value) -> Scene {
     let folder = tempfile::tempdir().unwrap();
-    let engine = Engine::start_with(&topology.host, folder, config, None).unwrap();
+    let engine = Engine::start_with(host, folder, config, None).unwrap();
     Scene::followed(topology, engine, &[])
 }
 
@@ -29,7 +34,8 @@ impl Scene {
 
     /// Where Docker's own rules send the port.
     fn backend_of_rules(&self) -> String {
-        let rules = self.host().run("iptables -t nat -S DOCKER").unwrap();
+        let rules = "iptables -t nat -S DOCKER";
+        let rules = self.engine.output_of(rules).unwrap();
         let port = format!("--dport {PORT} ");
         let rule = rules.lines().find(|rule| rule.contains(&port));
         let rule = rule.unwrap_or_else(|| panic!("no rule: {rules}"));
@@ -50,7 +56,16 @@ impl Scene {
 
 #[test]
 fn the_fast_path_serves_ports_that_dockerd_holds() {
-    let scene = scene(json!({"userland-proxy": false}));
+    serves_ports_that_dockerd_holds(scene(json!({"userland-proxy": false})));
+}
+
+/// The same of an engine of other programs.
+pub(super) fn serves_ports_of(topology: Topology, host: Programs) {
+    let scene = scene_of(topology, host, json!({"userland-proxy": false}));
+    serves_ports_that_dockerd_holds(scene);
+}
+
+fn serves_ports_that_dockerd_holds(scene: Scene) {
     let (container, backends) = scene.run("web");
     let rows = scene.wait_for_list("both protocols", |rows| rows.len() == 2);
     for row in &rows {

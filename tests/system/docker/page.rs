@@ -7,6 +7,7 @@ use std::{
     process::{Child, Stdio},
 };
 
+use anyhow::Result;
 use forwarder_tests::{
     daemon::binary,
     deadline::wait_for,
@@ -121,6 +122,9 @@ fn follow(topology: &Topology) {
                 }
                 command => {
                     let words = command.strip_prefix("sudo ").unwrap_or(command);
+                    if words.starts_with("forwarder unpublish") {
+                        another_machine_is_served(topology, 8090);
+                    }
                     let socket = engine.as_ref().map(Engine::socket).unwrap_or_default();
                     let run = || {
                         let mut shell = host.command("sh");
@@ -144,7 +148,7 @@ fn follow(topology: &Topology) {
         }
     }
     assert!(!flags.is_empty(), "the page has come to the flags");
-    another_machine_is_served(topology, 8090);
+    assert!(ask(topology, 8090).is_err(), "the page has taken it back");
     engine.unwrap().stop().unwrap();
     drop(instance);
 }
@@ -169,7 +173,11 @@ fn flags_of_the_service(text: &str) -> Vec<String> {
 }
 
 fn another_machine_is_served(topology: &Topology, port: u16) {
+    assert_eq!(ask(topology, port).unwrap(), engine::PAGE);
+}
+
+/// What another machine gets.
+fn ask(topology: &Topology, port: u16) -> Result<String> {
     let url = format!("http://{}:{port}/", topology.host_address(Family::V4));
-    let answer = topology.client.run(&format!("curl -fsS {url}")).unwrap();
-    assert_eq!(answer, engine::PAGE);
+    topology.client.run(&format!("curl -fsS {url}"))
 }

@@ -233,6 +233,7 @@ fn of_publish(row: &Row, flows: u64, used: Used) -> OfPublish {
         id: listed.id,
         frontend: tables::endpoint(&listed.frontend),
         owner: listed.owner.to_string(),
+        container: listed.container.unwrap_or_default(),
         protocol: listed.protocol.to_string(),
         flows,
         carried: used.carried,
