@@ -48,6 +48,7 @@ pub mod state {
     pub const REPLIED: u32 = 1;
     /// The client's side has heard that: TCP acknowledged it, UDP spoke again.
     pub const ESTABLISHED: u32 = 1 << 1;
+    /// The client has sent a FIN that counts.
     pub const FIN_ORIGINAL: u32 = 1 << 2;
     pub const FIN_REPLY: u32 = 1 << 3;
     pub const RESET: u32 = 1 << 4;
@@ -75,7 +76,12 @@ pub mod state {
     /// Cut off, for both sides to hear: the program answers a segment of either by a reset, and carries nothing on.
     pub const CUT: u32 = 1 << 15;
 
+    /// The client's side has sent a FIN that may have been guessed: it counts once the backend's has acknowledged it.
+    pub const GUESSED_ORIGINAL: u32 = 1 << 16;
+    pub const GUESSED_REPLY: u32 = 1 << 17;
+
     pub const BOTH_FIN: u32 = FIN_ORIGINAL | FIN_REPLY;
+    pub const BOTH_GUESSED: u32 = GUESSED_ORIGINAL | GUESSED_REPLY;
     pub const BOTH_ACKNOWLEDGED: u32 = FIN_ORIGINAL_ACKNOWLEDGED | FIN_REPLY_ACKNOWLEDGED;
     pub const BOTH_SPOKE: u32 = SPOKE_ORIGINAL | SPOKE_REPLY;
     /// Everything that a new conversation on the same tuple starts without.
@@ -86,9 +92,10 @@ pub mod state {
         | BOTH_ACKNOWLEDGED
         | SYN_AGAIN
         | BOTH_SPOKE
-        | PICKED_UP;
+        | PICKED_UP
+        | BOTH_GUESSED;
     /// Of these, an established TCP connection of which nobody has taken leave has `ESTABLISHED` alone.
-    pub const UNSETTLED: u32 = ESTABLISHED | BOTH_FIN | RESET;
+    pub const UNSETTLED: u32 = ESTABLISHED | BOTH_FIN | RESET | BOTH_GUESSED;
 }
 
 /// A value of `FLOWS` and `HALF_OPEN`. Key: [`crate::tuple::Tuple`] from the client (or its SNAT source) to the

@@ -47,7 +47,7 @@ reasons! {
     /// Handed to the daemon: a backend's datagram that is longer than the client's way takes and may be cut up, or a fragment of
     /// one; the daemon sends it in parts. Its sender is told as well (`too_big`).
     CutUp = "cut_up",
-    /// Passed: TCP or UDP behind IPv4 options or IPv6 extension headers, whoever's it is.
+    /// Passed: TCP or UDP behind IPv4 options that say something or IPv6 extension headers, whoever's it is.
     Options = "options",
     /// Passed: a TCP packet without a flow that begins none: it is no SYN, and a socket of this host has the connection or
     /// the backend cannot know it by this packet.

@@ -118,6 +118,11 @@ pub fn pick_up(flow: &mut Flow, segment: Segment) {
     flow.state |= state::PICKED_UP;
     flow.acknowledged = [segment.acknowledgement, segment.sequence];
     flow.sent = [segment.end(), segment.acknowledgement];
+    if segment.has(FIN) {
+        flow.state |= state::GUESSED_ORIGINAL;
+    } else {
+        flow.state &= !state::GUESSED_ORIGINAL;
+    }
 }
 
 /// Follows such a connection until both sides have spoken of each other's numbers; whether the segment does.
@@ -134,7 +139,7 @@ fn meet(flow: &mut Flow, direction: usize, segment: Segment) -> bool {
     }
     if direction == REPLY {
         if flow.state & state::REPLIED == 0 {
-            flow.sent[REPLY] = segment.end();
+            flow.sent[REPLY] = segment.sequence;
         }
         flow.state |= state::REPLIED;
     } else {
@@ -146,14 +151,8 @@ fn meet(flow: &mut Flow, direction: usize, segment: Segment) -> bool {
     } else {
         acknowledgement
     };
+    flow.state = close(flow, direction, segment, flow.state);
     send(flow, direction, segment);
-    if segment.has(FIN) {
-        flow.state |= if direction == ORIGINAL {
-            state::FIN_ORIGINAL
-        } else {
-            state::FIN_REPLY
-        };
-    }
     true
 }
 
@@ -187,20 +186,10 @@ fn acknowledge(flow: &mut Flow, direction: usize, segment: Segment) {
 #[inline(always)]
 fn next(flow: &mut Flow, direction: usize, segment: Segment) -> u32 {
     let before = flow.state;
-    let (fin, acknowledged, other_fin, spoke) = if direction == ORIGINAL {
-        (
-            state::FIN_ORIGINAL,
-            state::FIN_REPLY_ACKNOWLEDGED,
-            state::FIN_REPLY,
-            state::SPOKE_ORIGINAL,
-        )
+    let spoke = if direction == ORIGINAL {
+        state::SPOKE_ORIGINAL
     } else {
-        (
-            state::FIN_REPLY,
-            state::FIN_ORIGINAL_ACKNOWLEDGED,
-            state::FIN_ORIGINAL,
-            state::SPOKE_REPLY,
-        )
+        state::SPOKE_REPLY
     };
     if segment.has(RST) {
         if !is_heeded(flow, direction, segment) {
@@ -235,18 +224,62 @@ fn next(flow: &mut Flow, direction: usize, segment: Segment) -> u32 {
     if after & state::ESTABLISHED != 0 {
         acknowledge(flow, direction, segment);
     }
-    if segment.has(ACK) && before & other_fin != 0 {
-        after |= acknowledged;
-    }
-    let expected = flow.acknowledged[other(direction)].wrapping_sub(WINDOW);
-    if segment.has(FIN) && within(segment.sequence, expected, 2 * WINDOW) {
-        after |= fin;
-    }
+    after = close(flow, direction, segment, after);
     // Both sides go on: whoever was sent the reset did not take it, or it was not the other side's.
     if after & state::RESET != 0 {
         after |= spoke;
         if after & state::BOTH_SPOKE == state::BOTH_SPOKE {
             after &= !(state::RESET | state::BOTH_SPOKE);
+        }
+    }
+    after
+}
+
+/// The bits of a side's FIN: that it counts, that it was acknowledged, and that it may have been guessed.
+#[inline(always)]
+const fn bits_of_fin(direction: usize) -> [u32; 3] {
+    if direction == ORIGINAL {
+        [
+            state::FIN_ORIGINAL,
+            state::FIN_ORIGINAL_ACKNOWLEDGED,
+            state::GUESSED_ORIGINAL,
+        ]
+    } else {
+        [
+            state::FIN_REPLY,
+            state::FIN_REPLY_ACKNOWLEDGED,
+            state::GUESSED_REPLY,
+        ]
+    }
+}
+
+/// What a segment says of its side's FIN, and of the other's. A FIN counts if it has the very number that its receiver waits
+/// for. Any other that comes near may have been guessed: it counts once its receiver acknowledges just what ends with it, as it
+/// acknowledges a FIN that it has got (RFC 9293 section 3.10.7.4), and not if its sender goes on.
+#[inline(always)]
+fn close(flow: &mut Flow, direction: usize, segment: Segment, mut after: u32) -> u32 {
+    let peer = other(direction);
+    let [fin, _, guessed] = bits_of_fin(direction);
+    let [peers_fin, acknowledged, peers_guessed] = bits_of_fin(peer);
+    if segment.has(ACK) {
+        if after & peers_guessed != 0 && segment.acknowledgement == flow.sent[peer] {
+            after = after & !peers_guessed | peers_fin;
+        }
+        if after & peers_fin != 0 {
+            after |= acknowledged;
+        }
+    }
+    let (end, sent) = (segment.end(), flow.sent[direction]);
+    let waited_for = flow.acknowledged[peer];
+    if segment.has(FIN) && segment.sequence == waited_for {
+        flow.sent[direction] = end;
+        after = after & !guessed | fin;
+    } else if end != sent && within(end, sent, LARGEST_WINDOW) {
+        let nearest = waited_for.wrapping_sub(WINDOW);
+        if segment.has(FIN) && within(segment.sequence, nearest, 2 * WINDOW) {
+            after |= guessed;
+        } else {
+            after &= !guessed;
         }
     }
     after
@@ -265,7 +298,10 @@ fn synchronize(flow: &mut Flow, direction: usize, segment: Segment) -> u32 {
             after &= !state::PROGRESS; // the tuple is used again
         }
         if after & state::ESTABLISHED == 0 {
-            after &= !(state::BOTH_FIN | state::BOTH_ACKNOWLEDGED | state::PICKED_UP);
+            after &= !(state::BOTH_FIN
+                | state::BOTH_GUESSED
+                | state::BOTH_ACKNOWLEDGED
+                | state::PICKED_UP);
             flow.acknowledged[REPLY] = begun;
         } else {
             // The backend says whether it still has the old connection (RFC 5961 section 4) or takes a new one.

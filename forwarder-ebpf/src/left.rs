@@ -29,11 +29,14 @@ pub fn note(ctx: &TcContext) -> Result<(), Reason> {
         let skb = ctx.skb.skb;
         ((*skb).tc_index == OURS as u32, (*skb).__bindgen_anon_2.sk)
     };
-    if is_ours || !socket.is_null() || !from_published_port(ctx) {
+    if is_ours || !socket.is_null() || !may_be_from_published_port(ctx) {
         return Err(Reason::NotOurs);
     }
-    let packet = parse::packet(ctx)?;
-    if packet.is_error() || !publish::may_be_local(&packet.tuple.source) {
+    let packet = parse::packet(ctx).map_err(|_| Reason::NotOurs)?;
+    if packet.is_error()
+        || !publish::may_be_local(&packet.tuple.source)
+        || !publish::is_published(packet.protocol, packet.tuple.source_port)
+    {
         return Err(Reason::NotOurs);
     }
     reverse(&packet.tuple, &mut packet.new);
@@ -64,9 +67,10 @@ fn end_mistaken(packet: &mut parse::Packet) {
     }
 }
 
-/// Whether the source port is published, told by as little as possible: it is asked of everything that leaves.
+/// Whether the source port is published, told by as little as possible: it is asked of everything that leaves. Of packets with
+/// options it is told later.
 #[inline(always)]
-fn from_published_port(ctx: &TcContext) -> bool {
+fn may_be_from_published_port(ctx: &TcContext) -> bool {
     let Some(ethernet) = header::<Ethernet>(ctx, 0) else {
         return false;
     };
@@ -75,13 +79,14 @@ fn from_published_port(ctx: &TcContext) -> bool {
     let (protocol, l4) = match ethertype {
         ETHERTYPE_IPV4 => match header::<Ipv4>(ctx, L3) {
             // SAFETY: as above.
-            Some(ip) if unsafe { (*ip).version_and_length } == 0x45 => {
-                // SAFETY: as above.
-                (unsafe { (*ip).protocol }, L4_V4)
-            }
-            _ => return false,
+            Some(ip) if unsafe { (*ip).version_and_length } != parse::NO_OPTIONS => return true,
+            // SAFETY: as above.
+            Some(ip) => (unsafe { (*ip).protocol }, L4_V4),
+            None => return false,
         },
         ETHERTYPE_IPV6 => match header::<Ipv6>(ctx, L3) {
+            // SAFETY: as above.
+            Some(ip) if unsafe { (*ip).next_header } == parse::DESTINATION => return true,
             // SAFETY: as above.
             Some(ip) => (unsafe { (*ip).next_header }, L4_V6),
             None => return false,

@@ -5,6 +5,8 @@
 mod icmp;
 #[path = "parse/l3.rs"]
 pub mod l3;
+#[path = "parse/options.rs"]
+mod options;
 
 use core::ffi::c_void;
 
@@ -24,12 +26,11 @@ use crate::{
 /// lo is device 1 in every network namespace (include/net/flow.h).
 pub const LOOPBACK_IFINDEX: u32 = 1;
 
-/// Offsets from the start of the frame. IPv4 with options and IPv6 with extension headers are left
-/// to the slow path, so the transport header has one place in each family.
+/// Offsets from the start of the frame. The transport header is further back if there are options, see [`Packet::l4`].
 pub const L3: usize = 14;
 pub const L4_V4: usize = L3 + 20;
 pub const L4_V6: usize = L3 + 40;
-/// Behind IPv6's fragment header (RFC 8200 section 4.5), the one extension header that is understood.
+/// Behind IPv6's fragment header (RFC 8200 section 4.5).
 pub const L4_V6_FRAGMENT: usize = L4_V6 + 8;
 /// Frames of no more octets may have been filled up to that (IEEE 802.3 section 4.2.3.3). Over IPv6, none of ours is so short.
 const PADDED: u32 = 60;
@@ -37,9 +38,11 @@ const PADDED: u32 = 60;
 pub const TCP_LENGTH: usize = 20;
 /// Where the checksums are in their headers.
 pub const TCP_CHECKSUM: usize = 16;
-pub const UDP_CHECKSUM: usize = 6;
+const UDP_CHECKSUM: usize = 6;
 /// ICMP's header, type to the four octets that depend on it; an error's quotation follows (RFC 792, RFC 4443).
 pub const ICMP_LENGTH: usize = 8;
+
+pub use options::NONE as NO_OPTIONS;
 
 pub const ETHERTYPE_IPV4: u16 = 0x0800_u16.to_be();
 pub const ETHERTYPE_IPV6: u16 = 0x86dd_u16.to_be();
@@ -49,10 +52,10 @@ const MORE: u16 = 0x2000;
 const OFFSET: u16 = 0x1fff;
 /// IPv6's fragment header: its number, and where the offset is in its third and fourth byte.
 pub const FRAGMENT_HEADER: u8 = 44;
-/// IPv6's other extension headers (RFC 8200 section 4), each of which begins with the number of what follows.
+/// Other extension headers of IPv6 (RFC 8200 section 4), each of which begins with the number of what follows.
 const HOP_BY_HOP: u8 = 0;
 const ROUTING: u8 = 43;
-const DESTINATION: u8 = 60;
+pub const DESTINATION: u8 = 60;
 pub const ICMP: u8 = 1;
 pub const ICMPV6: u8 = 58;
 const OFFSET_V6: u16 = 0xfff8;
@@ -162,6 +165,9 @@ pub struct Packet {
     pub ttl: u8,
     /// TCP's flags; 0 for UDP.
     pub flags: u8,
+    /// Octets of options between the IP header and the transport header, both of what is quoted if it is. They say nothing, or
+    /// the packet would not be ours.
+    options: u8,
     pub length: u32,
     pub ifindex: u32,
 }
@@ -175,11 +181,33 @@ impl Packet {
     /// Where the transport header is.
     #[inline(always)]
     pub fn l4(&self) -> usize {
-        match (self.is_v4, self.part) {
+        let without_options = match (self.is_v4, self.part) {
             (true, _) => L4_V4,
             (false, Part::Whole | Part::Quoted) => L4_V6,
             (false, _) => L4_V6_FRAGMENT,
-        }
+        };
+        without_options + self.options()
+    }
+
+    /// Octets of options in front of the transport header.
+    #[inline(always)]
+    pub fn options(&self) -> usize {
+        // VERIFIER: read and bounded each time. What it knows of the value otherwise is contradictory where its way
+        // cannot be (6.12), and lost where it was put on the stack (5.10).
+        // SAFETY: a reference.
+        let octets = unsafe { (&raw const self.options).read_volatile() };
+        (octets & options::MASK) as usize
+    }
+
+    /// Where the transport header's checksum is.
+    #[inline(always)]
+    pub fn checksum(&self) -> usize {
+        self.l4()
+            + if self.protocol == TCP {
+                TCP_CHECKSUM
+            } else {
+                UDP_CHECKSUM
+            }
     }
 
     /// An ICMP error about a packet of the tuple's conversation.
@@ -292,6 +320,7 @@ pub fn packet(frame: &impl Frame) -> Result<&'static mut Packet, Reason> {
     // What not every kind of packet has; all else is set below, or the packet is not ours.
     (packet.tuple.source_port, packet.tuple.destination_port) = (0, 0);
     (packet.part, packet.id, packet.flags) = (Part::Whole, 0, 0);
+    packet.options = 0;
     (packet.is_v4, packet.dont_fragment) = (false, true);
     packet.length = frame.length();
     packet.ifindex = frame.ifindex();
@@ -332,10 +361,14 @@ fn linear(frame: &impl Frame, wanted: usize) -> Result<(), Reason> {
 fn ipv4(frame: &impl Frame, packet: &mut Packet) -> Result<(), Reason> {
     let ip = header::<Ipv4>(frame, L3).ok_or(Reason::NotOurs)?;
     // SAFETY: `header` checked the bounds; packed structs have no alignment.
-    let ip = unsafe { &*ip };
-    if ip.version_and_length != 0x45 {
-        return Err(behind_options(ip.protocol));
+    let (first, protocol) = unsafe { ((*ip).version_and_length, (*ip).protocol) };
+    if first != options::NONE {
+        let octets = options::v4(frame, L3, first);
+        packet.options = octets.ok_or_else(|| behind_options(protocol))?;
     }
+    let ip = header::<Ipv4>(frame, L3).ok_or(Reason::NotOurs)?;
+    // SAFETY: as above.
+    let ip = unsafe { &*ip };
     let fragment = u16::from_be(ip.fragment);
     if packet.length <= PADDED {
         let length = L3 as u32 + u16::from_be(ip.total_length) as u32;
@@ -347,13 +380,16 @@ fn ipv4(frame: &impl Frame, packet: &mut Packet) -> Result<(), Reason> {
     packet.ttl = ip.ttl;
     packet.protocol = ip.protocol;
     if ip.protocol != TCP && ip.protocol != UDP {
+        if packet.options != 0 {
+            return Err(Reason::NotOurs);
+        }
         return icmp::v4(frame, packet);
     }
     packet.part = part(fragment & OFFSET != 0, fragment & MORE != 0);
     packet.id = ip.id as u32;
     packet.tuple.source = Address::from_v4(ip.source);
     packet.tuple.destination = Address::from_v4(ip.destination);
-    transport(frame, L4_V4, packet)
+    transport(frame, packet)
 }
 
 #[inline(always)]
@@ -392,6 +428,12 @@ fn ipv6(frame: &impl Frame, packet: &mut Packet) -> Result<(), Reason> {
         packet.id = fragment.id;
         packet.protocol = fragment.next_header;
         l4 = L4_V6_FRAGMENT;
+    } else if ip.next_header == DESTINATION
+        && let Some(next) = options::v6(frame, L4_V6)
+        && (next == TCP || next == UDP)
+    {
+        packet.protocol = next;
+        packet.options = options::PADDED;
     }
     if packet.protocol != TCP && packet.protocol != UDP {
         if matches!(packet.protocol, HOP_BY_HOP | ROUTING | DESTINATION) {
@@ -402,7 +444,7 @@ fn ipv6(frame: &impl Frame, packet: &mut Packet) -> Result<(), Reason> {
         }
         return icmp::v6(frame, packet);
     }
-    transport(frame, l4, packet)
+    transport(frame, packet)
 }
 
 /// What is behind them is the slow path's. Only what could be ours is counted: one header may follow another.
@@ -416,10 +458,11 @@ fn behind_options(protocol: u8) -> Reason {
 
 /// The ports, and TCP's flags.
 #[inline(always)]
-fn transport(frame: &impl Frame, offset: usize, packet: &mut Packet) -> Result<(), Reason> {
+fn transport(frame: &impl Frame, packet: &mut Packet) -> Result<(), Reason> {
     if packet.part == Part::Later {
         return Ok(());
     }
+    let offset = packet.l4();
     // SAFETY (both): `header` checked the bounds; packed structs have no alignment.
     let ports = if packet.protocol == TCP {
         linear(frame, offset + TCP_LENGTH)?;

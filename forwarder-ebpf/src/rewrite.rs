@@ -24,7 +24,7 @@ pub use reset::into_reset;
 
 use crate::{
     frame::{Frame, header},
-    parse::{Ethernet, Ipv4, Ipv6, L3, Packet, Part, Ports, TCP_CHECKSUM, UDP_CHECKSUM},
+    parse::{Ethernet, Ipv4, Ipv6, L3, Packet, Part, Ports},
     words::write_address,
 };
 
@@ -56,18 +56,18 @@ pub fn tuple(ctx: &TcContext, packet: &Packet, hop: bool) -> Result<(), Reason> 
     if packet.part == Part::Later {
         return Ok(()); // the transport header, and the checksum over all parts, is in the first
     }
-    let l4 = packet.l4();
-    ports(ctx, l4, new)?;
+    ports(ctx, packet.l4(), new)?;
     let old_ports = old.source_port as u32 | (old.destination_port as u32) << 16;
     let new_ports = new.source_port as u32 | (new.destination_port as u32) << 16;
 
     // The field's meaning depends on the packet's checksum state (CHECKSUM_PARTIAL holds the pseudo
     // header's sum alone), which only the kernel knows: so its helper, not our arithmetic.
     // A UDP checksum of zero stays zero, and a sum that comes out as zero is sent as 0xffff.
-    let (field, flags) = if packet.protocol == TCP {
-        (l4 + TCP_CHECKSUM, 0)
+    let field = packet.checksum();
+    let flags = if packet.protocol == TCP {
+        0
     } else {
-        (l4 + UDP_CHECKSUM, BPF_F_MARK_MANGLED_0 as u64)
+        BPF_F_MARK_MANGLED_0 as u64
     };
     if addresses != 0 {
         pseudo_header(ctx, field, addresses, flags)?;

@@ -472,8 +472,8 @@ fn a_container_does_not_get_past_an_allow_list_by_way_of_the_proxy() {
     let mut forged = Frame::first(Protocol::Udp, source, scene.frontend());
     forged.destination_mac = host.mac("br0").unwrap();
     let mut with_options = forged.bytes();
-    // Padding (RFC 8200 section 4.2), before the datagram.
-    with_options.splice(54..54, [17, 0, 1, 4, 0, 0, 0, 0]);
+    // An option for experiments (RFC 4727), before the datagram.
+    with_options.splice(54..54, [17, 0, 0x1e, 4, 0, 0, 0, 0]);
     with_options[20] = 60;
     with_options[19] += 8;
     let to_everybody = Frame {

@@ -6,6 +6,7 @@ use forwarder_tests::{
     fragment::cut,
     frame::{ACK, Frame, Protocol},
     icmp::IcmpError,
+    options::{IGNORED, of, with_options},
 };
 
 use crate::bench::{Bench, LO, REDIRECT, SHOT, UNSPEC, at};
@@ -49,6 +50,7 @@ pub(crate) fn frames() -> Vec<Vec<u8>> {
         };
         for frame in [frame.with_flags(ACK), answer] {
             frames.push(frame.bytes());
+            frames.push(with_options(&frame, of(&frame, IGNORED)));
             frames.extend(cut::<3>(&frame, 7));
             let answered = Frame {
                 source: if frame.source == at(ends[2]) {
@@ -156,10 +158,13 @@ fn addresses(
 ) -> (u8, usize) {
     if v4 {
         ranges.extend([l3 + 8..l3 + 9, l3 + 10..l3 + 20]);
-        (bytes[l3 + 9], l3 + 20)
+        (bytes[l3 + 9], l3 + 4 * usize::from(bytes[l3] & 0xf))
     } else {
         ranges.extend([l3 + 7..l3 + 8, l3 + 8..l3 + 40]);
-        (bytes[l3 + 6], l3 + 40)
+        match bytes[l3 + 6] {
+            60 => (bytes[l3 + 40], l3 + 48),
+            next => (next, l3 + 40),
+        }
     }
 }
 

@@ -338,6 +338,11 @@ impl Bench {
     /// Has a container's query to 198.51.100.9:53, with that source port, leave by the uplink as this host's own, and returns
     /// the answer that comes.
     pub(crate) fn masqueraded_query(&mut self, port: u16) -> Frame {
+        self.masqueraded(port, Frame::bytes)
+    }
+
+    /// The same of a query that `written` makes a frame's bytes of.
+    pub(crate) fn masqueraded(&mut self, port: u16, written: fn(&Frame) -> Vec<u8>) -> Frame {
         let netns = Netns::current().unwrap();
         netns
             .ip(
@@ -359,7 +364,7 @@ impl Bench {
         query.destination_mac = netns.mac("veth0").unwrap();
         let outside = Wire::open(&netns, "eth0p").unwrap();
         let inside = Wire::open(&netns, "veth0p").unwrap();
-        inside.send(&query.bytes()).unwrap();
+        inside.send(&written(&query)).unwrap();
         let left = loop {
             let frame = Frame::parse(&outside.receive().unwrap());
             if let Ok(frame) = frame

@@ -7,7 +7,10 @@ use forwarder_common::{
     flow::{Phase, Timeouts},
     publish::flag,
 };
-use forwarder_tests::frame::{Frame, Protocol};
+use forwarder_tests::{
+    frame::{Frame, Protocol},
+    options::{IGNORED, with_options},
+};
 
 use crate::bench::{XDP_DROP, XDP_PASS, at, bench, bench_with, options};
 
@@ -24,6 +27,17 @@ fn the_answer_to_a_masqueraded_container_is_its_own() {
         let mut client = answer.clone();
         client.source = at("198.51.100.9:54");
         bench.send(&client, bench.uplink).forwarded();
+    });
+}
+
+#[test]
+fn so_is_the_answer_to_a_query_with_options() {
+    bench(|bench| {
+        bench.publish(Protocol::Udp, PORT, "172.31.0.2:53");
+        let answer = bench.masqueraded(PORT, |query| with_options(query, IGNORED[0]));
+        bench
+            .send(&answer, bench.uplink)
+            .passed(&answer.bytes(), "others_answer");
     });
 }
 

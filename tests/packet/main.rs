@@ -16,6 +16,7 @@ mod left;
 mod limit;
 mod local;
 mod obstacle;
+mod options;
 mod pass;
 mod pick_up;
 mod reason;

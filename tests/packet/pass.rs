@@ -1,7 +1,10 @@
 //! What is not ours, or not for the fast path, goes up the stack as it came.
 
 use forwarder_common::flow::Hop;
-use forwarder_tests::frame::{ACK, Frame, Protocol};
+use forwarder_tests::{
+    frame::{ACK, Frame, Protocol},
+    options::{HEEDED, with_options},
+};
 
 use crate::bench::{LO, at, bench};
 
@@ -202,9 +205,7 @@ fn what_is_behind_options_is_left_alone_and_counted() {
     bench(|bench| {
         bench.publish(Protocol::Tcp, 8080, "172.31.0.2:80");
         bench.send(&syn(), bench.uplink).forwarded();
-        let mut bytes = syn().bytes();
-        bytes[14] = 0x46;
-        bytes.splice(34..34, [1, 1, 1, 0]); // no operation, three times, and the end (RFC 791)
+        let mut bytes = with_options(&syn(), HEEDED[0]);
         bench
             .send_bytes(&bytes, bench.uplink)
             .passed(&bytes, "options");
@@ -218,11 +219,10 @@ fn what_is_behind_extension_headers_is_left_alone_and_counted() {
     bench(|bench| {
         bench.publish(Protocol::Udp, 8080, "[fd00:31::2]:80");
         let (client, host) = (at("[2001:db8:100::9]:4000"), at("[2001:db8:100::2]:8080"));
-        let plain = Frame::first(Protocol::Udp, client, host).bytes();
+        let plain = Frame::first(Protocol::Udp, client, host);
         for extension in [0, 43, 60] {
-            let mut bytes = plain.clone();
+            let mut bytes = with_options(&plain, HEEDED[1]);
             bytes[20] = extension;
-            bytes.splice(54..54, [17, 0, 1, 4, 0, 0, 0, 0]); // UDP follows, padding
             bench
                 .send_bytes(&bytes, bench.uplink)
                 .passed(&bytes, "options");

@@ -185,6 +185,24 @@ fn a_forged_segment_does_not_cut_a_direct_connection() {
 }
 
 #[test]
+fn a_connection_whose_flow_was_lost_ends_all_the_same() {
+    bench(|bench| {
+        let [client, frontend, backend] = ALL[0];
+        bench.publish(Protocol::Tcp, 8080, backend);
+        let end = segment(client, frontend, FIN_ACK);
+        let arrived = bench.send(&end, bench.uplink).forwarded();
+        let answer = arrived.reply().with_flags(FIN_ACK);
+        let heard = bench.send(&answer, bench.container).forwarded();
+        let last = Frame {
+            destination_mac: end.destination_mac,
+            ..heard.reply().with_flags(ACK)
+        };
+        bench.send(&last, bench.uplink).forwarded();
+        assert_eq!(phase(bench), Phase::TcpTimeWait);
+    });
+}
+
+#[test]
 fn a_connection_from_the_port_of_one_that_was_over_is_a_new_one() {
     bench(|bench| {
         let [client, frontend, backend] = ALL[0];

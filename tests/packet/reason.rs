@@ -13,6 +13,7 @@ use forwarder_tests::{
     fragment::cut,
     frame::{ACK, Frame, Protocol, SYN_ACK},
     icmp::IcmpError,
+    options::{HEEDED, with_options},
 };
 
 use crate::bench::{Bench, LO, Outcome, UPLINK, at, behind, bench_with, options};
@@ -137,9 +138,7 @@ fn scenario(reason: Reason, bench: &mut Bench) -> Option<Outcome> {
             bench.send_bytes(&first, bench.container)
         }
         Reason::Options => {
-            let mut bytes = tcp.bytes();
-            bytes[14] = 0x46;
-            bytes.splice(34..34, [1, 1, 1, 0]);
+            let bytes = with_options(&tcp, HEEDED[0]);
             bench.send_bytes(&bytes, uplink)
         }
         Reason::NotSyn => {

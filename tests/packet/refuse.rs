@@ -7,6 +7,7 @@ use forwarder_common::{
 use forwarder_tests::{
     frame::{ACK, Frame, Mac, Protocol},
     netns::Netns,
+    options::{HEEDED, of, with_options},
 };
 use nix::net::if_::if_nametoindex;
 
@@ -442,7 +443,7 @@ fn a_source_behind_options_is_no_better_than_another() {
         |bench, protocol, device, [_, neighbour, machine, frontend]| {
             let with_options = |source, frontend| {
                 let frame = Frame::first(protocol, at(source), at(frontend));
-                with_options(&frame)
+                with_options(&frame, of(&frame, HEEDED))
             };
             let forged = with_options(machine, frontend);
             bench.send_bytes(&forged, device).dropped("martian_source");
@@ -468,24 +469,6 @@ fn a_source_behind_options_is_no_better_than_another() {
                 .passed(&transit, "options");
         },
     );
-}
-
-/// One that says nothing: IPv4's no operation and end, or IPv6's padding in a header for the destination.
-fn with_options(frame: &Frame) -> Vec<u8> {
-    let mut bytes = frame.bytes();
-    if frame.source.is_ipv4() {
-        bytes.splice(34..34, [1, 1, 1, 0]);
-        bytes[14] = 0x46;
-        let length = (bytes.len() - 14) as u16;
-        bytes[16..18].copy_from_slice(&length.to_be_bytes());
-    } else {
-        let padding = [bytes[20], 0, 1, 4, 0, 0, 0, 0];
-        bytes.splice(54..54, padding);
-        bytes[20] = 60;
-        let length = (bytes.len() - 54) as u16;
-        bytes[18..20].copy_from_slice(&length.to_be_bytes());
-    }
-    bytes
 }
 
 /// A frame to everybody is the stack's, which gives a datagram to the proxy.

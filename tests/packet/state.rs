@@ -246,6 +246,106 @@ fn a_fin_from_far_away_closes_nothing() {
     });
 }
 
+/// With the addresses, and numbers that come near.
+#[test]
+fn a_fin_that_is_guessed_closes_nothing() {
+    for from_client in [true, false] {
+        talk(|t| {
+            t.say(&HANDSHAKE);
+            for off in [7, 1 << 20, (1_u32 << 22).wrapping_neg(), u32::MAX] {
+                t.forge_at(from_client, FIN_ACK, off);
+                t.is_in(Phase::TcpEstablished);
+                // Its receiver says what it waits for, and the other side that it is there.
+                t.say(&[(!from_client, ACK), (from_client, ACK), (!from_client, ACK)]);
+                t.is_in(Phase::TcpEstablished);
+            }
+            let side = usize::from(!from_client);
+            for _ in 0..360 {
+                let mut data = t.sides[side].clone();
+                data.payload = vec![0; 3000];
+                t.send(from_client, data);
+            }
+            t.say(&[(!from_client, ACK)]).is(ESTABLISHED);
+            t.say(&[(from_client, FIN_ACK)]).is_in(Phase::TcpFinWait);
+            t.say(&[(!from_client, ACK)]).is_in(Phase::TcpCloseWait);
+        });
+    }
+}
+
+#[test]
+fn a_fin_behind_data_counts_when_it_is_acknowledged() {
+    for from_client in [true, false] {
+        let side = usize::from(!from_client);
+        talk(|t| {
+            t.say(&HANDSHAKE);
+            let before = t.sides[1 - side].clone();
+            let mut data = t.sides[side].clone();
+            data.payload = vec![0; 1000];
+            t.send(from_client, data.clone());
+            let data_alone = t.sides[1 - side].clone();
+            let end = t.sides[side].clone().with_flags(FIN_ACK);
+            t.send(from_client, end.clone());
+            t.is_in(Phase::TcpEstablished);
+            // Sent again, and what was on its way already, and the acknowledgement of the data alone.
+            t.forge(from_client, &end).forge(from_client, &data);
+            t.forge(!from_client, &before)
+                .forge(!from_client, &data_alone);
+            t.is_in(Phase::TcpEstablished);
+            t.say(&[(!from_client, ACK)]).is_in(Phase::TcpCloseWait);
+            t.say(&[(!from_client, FIN_ACK)]).is_in(Phase::TcpLastAck);
+            t.say(&[(from_client, ACK)]).is_in(Phase::TcpTimeWait);
+        });
+        // With the data, of which a part was lost before.
+        talk(|t| {
+            t.say(&HANDSHAKE);
+            let mut data = t.sides[side].clone();
+            (data.payload, data.sequence) = (vec![0; 1000], data.sequence + 1000);
+            t.send(from_client, data.with_flags(FIN_ACK));
+            t.is_in(Phase::TcpEstablished);
+            t.say(&[(!from_client, ACK)]).is_in(Phase::TcpCloseWait);
+        });
+    }
+}
+
+#[test]
+fn a_fin_with_data_that_is_waited_for_counts_at_once() {
+    for from_client in [true, false] {
+        talk(|t| {
+            t.say(&HANDSHAKE);
+            let mut data = t.sides[usize::from(!from_client)].clone();
+            data.payload = vec![0; 1000];
+            t.send(from_client, data.with_flags(FIN_ACK));
+            t.is_in(Phase::TcpFinWait);
+            t.say(&[(!from_client, ACK)]).is_in(Phase::TcpCloseWait);
+        });
+    }
+}
+
+#[test]
+fn both_sides_may_close_at_once_behind_data() {
+    talk(|t| {
+        t.say(&HANDSHAKE);
+        let [client, backend] = t.sides.clone().map(|side| Frame {
+            payload: vec![0; 1000],
+            ..side
+        });
+        let ends = [&client, &backend].map(|data| {
+            let mut end = data.clone().with_flags(FIN_ACK);
+            (end.payload, end.sequence) = (vec![], data.sequence + 1000);
+            end
+        });
+        t.forge(true, &client).forge(false, &backend);
+        t.forge(true, &ends[0]).forge(false, &ends[1]);
+        t.is_in(Phase::TcpEstablished);
+        t.sides.iter_mut().for_each(|side| {
+            (side.sequence, side.acknowledgement) =
+                (side.sequence + 1001, side.acknowledgement + 1001);
+        });
+        t.say(&[(true, ACK)]).is_in(Phase::TcpCloseWait);
+        t.say(&[(false, ACK)]).is_in(Phase::TcpTimeWait);
+    });
+}
+
 #[test]
 fn a_refusal_is_a_reset() {
     talk(|t| {

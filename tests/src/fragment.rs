@@ -64,7 +64,7 @@ pub fn put_together(v4: bool, parts: &[Vec<u8>]) -> Frame {
     Frame::parse(&whole).expect("a datagram whose parts were translated alike")
 }
 
-/// Sets the checksum of an IPv4 header without options.
+/// Sets the checksum of an IPv4 header.
 ///
 /// # Panics
 /// It is none.

@@ -16,6 +16,7 @@ pub mod layout;
 pub mod link;
 pub mod machine;
 pub mod netns;
+pub mod options;
 pub mod sctp;
 pub mod service;
 pub mod summed;

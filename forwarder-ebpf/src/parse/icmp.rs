@@ -7,8 +7,8 @@ use forwarder_common::{
 };
 
 use super::{
-    FRAGMENT_HEADER, FragmentHeader, ICMP, ICMP_LENGTH, ICMPV6, Icmp, Ipv4, Ipv6, L3, L4_V4, L4_V6,
-    MORE, OFFSET, OFFSET_V6, Packet, Part, Ports, TCP_LENGTH, Udp, linear,
+    DESTINATION, FRAGMENT_HEADER, FragmentHeader, ICMP, ICMP_LENGTH, ICMPV6, Icmp, Ipv4, Ipv6, L3,
+    L4_V4, L4_V6, MORE, OFFSET, OFFSET_V6, Packet, Part, TCP_LENGTH, Udp, linear, options,
 };
 use crate::frame::{Frame, header};
 
@@ -27,25 +27,32 @@ pub(super) fn v4(frame: &impl Frame, packet: &mut Packet) -> Result<(), Reason> 
     let outer = header::<Ipv4>(frame, L3).ok_or(Reason::NotOurs)?;
     let message = header::<Icmp>(frame, L4_V4).ok_or(Reason::NotOurs)?;
     let quoted = header::<Ipv4>(frame, QUOTED).ok_or(Reason::NotOurs)?;
-    let transport = header::<Udp>(frame, QUOTED + 20).ok_or(Reason::NotOurs)?;
-    // SAFETY: `header` checked the bounds of all four; packed structs have no alignment.
-    let (outer, message, quoted, ports) =
-        unsafe { (&*outer, &*message, &*quoted, &(*transport).ports) };
+    // SAFETY: `header` checked the bounds of all three; packed structs have no alignment.
+    let (outer, message, quoted) = unsafe { (&*outer, &*message, &*quoted) };
+    let length = u16::from_be(outer.total_length) as usize;
     if !matches!(message.kind, 3 | 4 | 11 | 12)
         || u16::from_be(outer.fragment) & (MORE | OFFSET) != 0
-        || (u16::from_be(outer.total_length) as usize) < 20 + ICMP_LENGTH + 20 + QUOTED_LENGTH
+        || length < 20 + ICMP_LENGTH + 20 + QUOTED_LENGTH
     {
         return Err(Reason::NotOurs);
     }
-    if quoted.version_and_length != 0x45
-        || u16::from_be(quoted.fragment) & OFFSET != 0
-        || quoted.source != outer.destination
-    {
+    if u16::from_be(quoted.fragment) & OFFSET != 0 || quoted.source != outer.destination {
         return Err(Reason::NotOurs); // an error goes to who sent what it quotes
     }
     packet.tuple.source = Address::from_v4(quoted.destination);
     packet.tuple.destination = Address::from_v4(quoted.source);
-    about(packet, quoted.protocol, ports)
+    let protocol = quoted.protocol;
+    if quoted.version_and_length == options::NONE {
+        return about(frame, packet, protocol, QUOTED + 20);
+    }
+    let octets = options::v4(frame, QUOTED, quoted.version_and_length);
+    packet.options = octets.ok_or(Reason::NotOurs)?;
+    let options = packet.options();
+    linear(frame, QUOTED + 20 + options + TCP_LENGTH)?;
+    if length < 20 + ICMP_LENGTH + 20 + options + QUOTED_LENGTH {
+        return Err(Reason::NotOurs);
+    }
+    about(frame, packet, protocol, QUOTED + 20 + packet.options())
 }
 
 /// Destination unreachable, packet too big, time exceeded, parameter problem (RFC 4443 section 3). The outer
@@ -60,10 +67,8 @@ pub(super) fn v6(frame: &impl Frame, packet: &mut Packet) -> Result<(), Reason> 
     let outer = header::<Ipv6>(frame, L3).ok_or(Reason::NotOurs)?;
     let message = header::<Icmp>(frame, L4_V6).ok_or(Reason::NotOurs)?;
     let quoted = header::<Ipv6>(frame, QUOTED).ok_or(Reason::NotOurs)?;
-    let transport = header::<Udp>(frame, QUOTED + 40).ok_or(Reason::NotOurs)?;
-    // SAFETY: `header` checked the bounds of all four; packed structs have no alignment.
-    let (outer, message, quoted, ports) =
-        unsafe { (&*outer, &*message, &*quoted, &(*transport).ports) };
+    // SAFETY: `header` checked the bounds of all three; packed structs have no alignment.
+    let (outer, message, quoted) = unsafe { (&*outer, &*message, &*quoted) };
     let length = u16::from_be(outer.payload_length) as usize;
     if !matches!(message.kind, 1..=4)
         || length < ICMP_LENGTH + 40 + QUOTED_LENGTH
@@ -72,25 +77,35 @@ pub(super) fn v6(frame: &impl Frame, packet: &mut Packet) -> Result<(), Reason> 
         return Err(Reason::NotOurs); // as above
     }
     packet.tuple.source = Address(quoted.destination);
-    if quoted.next_header != FRAGMENT_HEADER {
-        return about(packet, quoted.next_header, ports);
-    }
-    let fragment = header::<FragmentHeader>(frame, QUOTED + 40).ok_or(Reason::NotOurs)?;
-    let transport = header::<Udp>(frame, QUOTED + 48).ok_or(Reason::NotOurs)?;
-    // SAFETY: as above.
-    let (fragment, ports) = unsafe { (&*fragment, &(*transport).ports) };
-    if length < ICMP_LENGTH + 48 + QUOTED_LENGTH || u16::from_be(fragment.offset) & OFFSET_V6 != 0 {
+    let next = match quoted.next_header {
+        FRAGMENT_HEADER => {
+            let fragment = header::<FragmentHeader>(frame, QUOTED + 40).ok_or(Reason::NotOurs)?;
+            // SAFETY: as above.
+            let fragment = unsafe { &*fragment };
+            if u16::from_be(fragment.offset) & OFFSET_V6 != 0 {
+                return Err(Reason::NotOurs);
+            }
+            fragment.next_header
+        }
+        DESTINATION => options::v6(frame, QUOTED + 40).ok_or(Reason::NotOurs)?,
+        protocol => return about(frame, packet, protocol, QUOTED + 40),
+    };
+    if length < ICMP_LENGTH + 48 + QUOTED_LENGTH {
         return Err(Reason::NotOurs);
     }
-    about(packet, fragment.next_header, ports)
+    about(frame, packet, next, QUOTED + 48)
 }
 
-/// What the two families' errors have in common.
+/// What the two families' errors have in common: the ports, at `l4`.
 #[inline(always)]
-fn about(packet: &mut Packet, protocol: u8, quoted: &Ports) -> Result<(), Reason> {
+fn about(frame: &impl Frame, packet: &mut Packet, protocol: u8, l4: usize) -> Result<(), Reason> {
     if protocol != TCP && protocol != UDP {
         return Err(Reason::NotOurs);
     }
+    // As many octets as are quoted at least.
+    let quoted = header::<Udp>(frame, l4).ok_or(Reason::NotOurs)?;
+    // SAFETY: `header` checked the bounds; packed structs have no alignment.
+    let quoted = unsafe { &(*quoted).ports };
     packet.part = Part::Quoted;
     packet.protocol = protocol;
     packet.tuple.source_port = quoted.destination;

@@ -10,11 +10,11 @@ use forwarder_common::{
 use crate::frame::{SentTo, header};
 
 use super::{
-    ETHERTYPE_IPV4, ETHERTYPE_IPV6, FRAGMENT_HEADER, ICMP, ICMPV6, Ipv4, Ipv6, MORE, OFFSET,
-    Packet, Part, Ports, linear,
+    DESTINATION, ETHERTYPE_IPV4, ETHERTYPE_IPV6, FRAGMENT_HEADER, ICMP, ICMPV6, Ipv4, Ipv6, MORE,
+    OFFSET, Packet, Part, Ports, linear, options,
 };
 
-/// The packet's tuple; an ICMP error and a fragment count as parts without ports.
+/// The packet's tuple; an ICMP error, a fragment and what has options count as parts without ports.
 ///
 /// # Errors
 /// `NotOurs`.
@@ -34,6 +34,7 @@ pub fn packet(ctx: &TcContext) -> Result<Packet, Reason> {
         tos: 0,
         ttl: 0,
         flags: 0,
+        options: 0,
         length: ctx.len(),
         ifindex,
     };
@@ -42,12 +43,12 @@ pub fn packet(ctx: &TcContext) -> Result<Packet, Reason> {
         let ip = header::<Ipv4>(ctx, 0).ok_or(Reason::NotOurs)?;
         // SAFETY: `header` checked the bounds; packed structs have no alignment.
         let ip = unsafe { &*ip };
-        if ip.version_and_length != 0x45 {
-            return Err(Reason::NotOurs);
-        }
         packet.protocol = ip.protocol;
         packet.tuple.destination = Address::from_v4(ip.destination);
-        if ip.protocol == ICMP || u16::from_be(ip.fragment) & (MORE | OFFSET) != 0 {
+        if ip.protocol == ICMP
+            || ip.version_and_length != options::NONE
+            || u16::from_be(ip.fragment) & (MORE | OFFSET) != 0
+        {
             return Ok(packet);
         }
         size_of::<Ipv4>()
@@ -58,7 +59,7 @@ pub fn packet(ctx: &TcContext) -> Result<Packet, Reason> {
         let ip = unsafe { &*ip };
         packet.protocol = ip.next_header;
         packet.tuple.destination = Address(ip.destination);
-        if matches!(ip.next_header, ICMPV6 | FRAGMENT_HEADER) {
+        if matches!(ip.next_header, ICMPV6 | FRAGMENT_HEADER | DESTINATION) {
             return Ok(packet);
         }
         size_of::<Ipv6>()

@@ -8,17 +8,10 @@ use aya_ebpf::{
     helpers::{bpf_csum_diff, bpf_csum_update, bpf_skb_change_tail},
     programs::TcContext,
 };
-use forwarder_common::{
-    checksum,
-    reason::Reason,
-    tuple::{Address, TCP},
-};
+use forwarder_common::{checksum, reason::Reason, tuple::Address};
 
 use crate::frame::header;
-use crate::parse::{
-    FRAGMENT_HEADER, ICMP, ICMP_LENGTH, ICMPV6, Icmp, Ipv4, Ipv6, L3, L4_V4, L4_V6, Packet,
-    TCP_CHECKSUM, UDP_CHECKSUM,
-};
+use crate::parse::{ICMP, ICMP_LENGTH, ICMPV6, Icmp, Ipv4, Ipv6, L3, L4_V4, L4_V6, Packet, Part};
 
 /// What an error quotes at most: it has 576 octets, or IPv6's least MTU, and so goes everywhere.
 const MOST_V4: usize = 576 - 20 - ICMP_LENGTH;
@@ -46,9 +39,9 @@ pub fn into_error(
     from: Option<&Address>,
 ) -> Result<(), Reason> {
     let written = if packet.is_v4 {
-        error_v4(ctx.skb.skb, mtu, from)
+        error_v4(ctx.skb.skb, packet, mtu, from)
     } else {
-        error_v6(ctx.skb.skb, mtu, from)
+        error_v6(ctx.skb.skb, packet, mtu, from)
     };
     if written {
         Ok(())
@@ -59,25 +52,24 @@ pub fn into_error(
 
 // VERIFIER: functions of their own, for their share of the stack.
 #[inline(never)]
-fn error_v4(skb: *mut __sk_buff, mtu: u32, from: Option<&Address>) -> bool {
-    v4(&TcContext::new(skb), mtu, from).is_ok()
+fn error_v4(skb: *mut __sk_buff, packet: &Packet, mtu: u32, from: Option<&Address>) -> bool {
+    v4(&TcContext::new(skb), packet, mtu, from).is_ok()
 }
 
 #[inline(never)]
-fn error_v6(skb: *mut __sk_buff, mtu: u32, from: Option<&Address>) -> bool {
-    v6(&TcContext::new(skb), mtu, from).is_ok()
+fn error_v6(skb: *mut __sk_buff, packet: &Packet, mtu: u32, from: Option<&Address>) -> bool {
+    v6(&TcContext::new(skb), packet, mtu, from).is_ok()
 }
 
 #[inline(always)]
-fn v4(ctx: &TcContext, mtu: u32, from: Option<&Address>) -> Result<(), Reason> {
+fn v4(ctx: &TcContext, packet: &Packet, mtu: u32, from: Option<&Address>) -> Result<(), Reason> {
     const QUOTED: usize = L4_V4 + ICMP_LENGTH;
     let ip = header::<Ipv4>(ctx, L3).ok_or(Reason::Unwritable)?;
     // SAFETY: `header` checked the bounds; packed structs have no alignment.
-    let ip = unsafe { &*ip };
-    let tcp = ip.protocol == TCP;
-    let length = cut(ctx, u16::from_be(ip.total_length) as usize, MOST_V4)?;
-    let quoted = if is_partial(ctx, L4_V4, tcp)? {
-        sum_of_partial::<20>(ctx, tcp)?
+    let declared = u16::from_be(unsafe { (*ip).total_length }) as usize;
+    let length = cut(ctx, declared, MOST_V4)?;
+    let quoted = if is_partial(ctx, packet)? {
+        sum_of_partial(ctx, packet)? // the IP header's is zero (RFC 791)
     } else {
         let packet = header::<[u8; MOST_V4]>(ctx, L3).ok_or(Reason::Unwritable)?;
         octets(packet, MOST_V4)
@@ -115,17 +107,19 @@ fn v4(ctx: &TcContext, mtu: u32, from: Option<&Address>) -> Result<(), Reason> {
 }
 
 #[inline(always)]
-fn v6(ctx: &TcContext, mtu: u32, from: Option<&Address>) -> Result<(), Reason> {
+fn v6(ctx: &TcContext, packet: &Packet, mtu: u32, from: Option<&Address>) -> Result<(), Reason> {
     const QUOTED: usize = L4_V6 + ICMP_LENGTH;
     let ip = header::<Ipv6>(ctx, L3).ok_or(Reason::Unwritable)?;
     // SAFETY: `header` checked the bounds; packed structs have no alignment.
-    let ip = unsafe { &*ip };
-    let tcp = ip.next_header == TCP;
-    let whole = ip.next_header != FRAGMENT_HEADER;
-    let declared = 40 + u16::from_be(ip.payload_length) as usize;
+    let declared = 40 + u16::from_be(unsafe { (*ip).payload_length }) as usize;
     let length = cut(ctx, declared, MOST_V6)?;
-    let quoted = if whole && is_partial(ctx, L4_V6, tcp)? {
-        sum_of_partial::<40>(ctx, tcp)?
+    let quoted = if packet.part == Part::Whole && is_partial(ctx, packet)? {
+        let mut headers = octets(header::<[u8; 40]>(ctx, L3).ok_or(Reason::Unwritable)?, 40);
+        if packet.options() != 0 {
+            let options = header::<[u8; 8]>(ctx, L4_V6).ok_or(Reason::Unwritable)?;
+            headers = checksum::add(headers, octets(options, 8));
+        }
+        checksum::add(headers, sum_of_partial(ctx, packet)?)
     } else {
         let packet = header::<[u8; MOST_V6]>(ctx, L3).ok_or(Reason::Unwritable)?;
         octets(packet, MOST_V6)
@@ -199,8 +193,8 @@ pub(super) fn set_length(ctx: &TcContext, length: usize) -> Result<(), Reason> {
 /// Whether the packet's own checksum is still to be completed by a device (CHECKSUM_PARTIAL), perhaps when it is
 /// an error's quotation. A program is not told, but then the helper does not touch the field.
 #[inline(always)]
-pub(super) fn is_partial(ctx: &TcContext, l4: usize, tcp: bool) -> Result<bool, Reason> {
-    let offset = l4 + if tcp { TCP_CHECKSUM } else { UDP_CHECKSUM };
+pub(super) fn is_partial(ctx: &TcContext, packet: &Packet) -> Result<bool, Reason> {
+    let offset = packet.checksum();
     let field = header::<u16>(ctx, offset).ok_or(Reason::Unwritable)?;
     // SAFETY: `header` checked the bounds; fields are at even offsets of the frame.
     let before = unsafe { field.read_unaligned() };
@@ -221,16 +215,13 @@ fn grow(ctx: &TcContext, length: usize) -> Result<(), Reason> {
         .map_err(|_| Reason::Unwritable)
 }
 
-/// The sum of a packet after a device has completed its checksum: of the IP header, and of everything behind, to
-/// what the field, now the sum of the pseudo header, says.
+/// The sum of what is behind the IP header and its options after a device has completed the checksum: what the field, now
+/// the sum of the pseudo header, says.
 #[inline(always)]
-fn sum_of_partial<const IP: usize>(ctx: &TcContext, tcp: bool) -> Result<u32, Reason> {
-    let offset = L3 + IP + if tcp { TCP_CHECKSUM } else { UDP_CHECKSUM };
-    let field = header::<u16>(ctx, offset).ok_or(Reason::Unwritable)?;
-    let ip = header::<[u8; IP]>(ctx, L3).ok_or(Reason::Unwritable)?;
+fn sum_of_partial(ctx: &TcContext, packet: &Packet) -> Result<u32, Reason> {
+    let field = header::<u16>(ctx, packet.checksum()).ok_or(Reason::Unwritable)?;
     // SAFETY: `header` checked the bounds.
-    let rest = !unsafe { field.read_unaligned() };
-    Ok(checksum::add(octets(ip, IP), rest as u32))
+    Ok(!unsafe { field.read_unaligned() } as u32)
 }
 
 /// The sum of the first `length` octets of a header or of two that follow each other.

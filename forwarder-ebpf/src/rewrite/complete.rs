@@ -11,13 +11,12 @@ use forwarder_common::{
 use super::{ipv4, ipv6, ports};
 use crate::{
     frame::{Frame, header},
-    parse::{Ipv4, Ipv6, L3, L4_V4, Packet, TCP_CHECKSUM, UDP_CHECKSUM},
+    parse::{Ipv4, Ipv6, L3, L4_V4, Packet},
 };
 
 /// Where a whole packet's transport checksum is, and that it can be updated.
 #[derive(Clone, Copy)]
 pub struct Complete {
-    field: usize,
     checksum: u16,
 }
 
@@ -25,14 +24,8 @@ pub struct Complete {
 /// were not.
 #[inline(always)]
 pub fn complete(frame: &impl Frame, packet: &Packet) -> Option<Complete> {
-    let field = packet.l4()
-        + if packet.protocol == TCP {
-            TCP_CHECKSUM
-        } else {
-            UDP_CHECKSUM
-        };
     // SAFETY: `header` checked the bounds; packed structs have no alignment.
-    let checksum = unsafe { header::<u16>(frame, field)?.read_unaligned() };
+    let checksum = unsafe { header::<u16>(frame, packet.checksum())?.read_unaligned() };
     let length = if packet.is_v4 {
         let ip = header::<Ipv4>(frame, L3)?;
         // SAFETY: as above.
@@ -42,10 +35,11 @@ pub fn complete(frame: &impl Frame, packet: &Packet) -> Option<Complete> {
         // SAFETY: as above.
         u16::from_be(unsafe { (*ip).payload_length })
     };
+    let length = length.wrapping_sub(packet.options() as u16);
     let addresses = checksum::add(sum(packet.tuple.source), sum(packet.tuple.destination));
     let rest = (packet.protocol as u16).to_be() as u32 + length.to_be() as u32;
     let partial = checksum::fold(checksum::add(addresses, rest));
-    (checksum != partial).then_some(Complete { field, checksum })
+    (checksum != partial).then_some(Complete { checksum })
 }
 
 /// The sum of an address's words; IPv4's mapped prefix is none of it.
@@ -88,7 +82,7 @@ impl Complete {
         if packet.protocol != TCP && checksum == 0 {
             checksum = 0xffff;
         }
-        let field = header::<u16>(frame, self.field).ok_or(Reason::Unwritable)?;
+        let field = header::<u16>(frame, packet.checksum()).ok_or(Reason::Unwritable)?;
         // SAFETY: `header` checked the bounds.
         unsafe { field.write_unaligned(checksum) };
         Ok(())

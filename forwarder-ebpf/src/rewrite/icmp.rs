@@ -9,7 +9,9 @@ use forwarder_common::{checksum, reason::Reason, tuple::Tuple};
 
 use super::{header_changed, ipv4, pseudo_header};
 use crate::frame::header;
-use crate::parse::{FRAGMENT_HEADER, ICMP_LENGTH, Ipv4, Ipv6, L3, L4_V4, L4_V6, Ports, Tcp, Udp};
+use crate::parse::{
+    DESTINATION, FRAGMENT_HEADER, ICMP_LENGTH, Ipv4, Ipv6, L3, L4_V4, L4_V6, Ports, Tcp, Udp,
+};
 
 /// Bits of `how`.
 pub(super) const HOP: u32 = 1;
@@ -56,11 +58,12 @@ fn v4(ctx: &TcContext, new: &Tuple, how: u32) -> Result<(), Reason> {
         checksum::difference(quoted.destination, source),
     );
     ipv4(ctx, L3, from, destination, change, how & HOP != 0)?;
+    let l4 = QUOTED + 4 * (quoted.version_and_length & 0xf) as usize;
     ipv4(ctx, QUOTED, destination, source, addresses, false)?;
-    let ports = ports(ctx, QUOTED + 20, new)?;
+    let ports = ports(ctx, l4, new)?;
     let below = checksum::add(addresses, ports);
     let mut change = ports;
-    if transport(ctx, QUOTED + 20, end, below, how)? {
+    if transport(ctx, l4, end, below, how)? {
         change = checksum::add(change, !below);
     }
     ctx.l4_csum_replace(L4_V4 + 2, 0, change as u64, 0)
@@ -87,7 +90,7 @@ fn v6(ctx: &TcContext, new: &Tuple, how: u32) -> Result<(), Reason> {
     }
     quoted.source = new.destination.0;
     quoted.destination = new.source.0;
-    let change = if quoted.next_header == FRAGMENT_HEADER {
+    let change = if matches!(quoted.next_header, FRAGMENT_HEADER | DESTINATION) {
         below_v6(ctx, QUOTED + 48, end, addresses, new, how)?
     } else {
         below_v6(ctx, QUOTED + 40, end, addresses, new, how)?

@@ -1,7 +1,11 @@
 //! Turns a TCP segment into the reset that answers it, as a host without that connection sends it (RFC 9293 section 3.10.7.1): of
 //! the very number that its sender waits for, so that it is believed (RFC 5961 section 3).
 
-use aya_ebpf::{bindings::__sk_buff, helpers::bpf_csum_update, programs::TcContext};
+use aya_ebpf::{
+    bindings::{__sk_buff, bpf_adj_room_mode::BPF_ADJ_ROOM_NET},
+    helpers::bpf_csum_update,
+    programs::TcContext,
+};
 use forwarder_common::{
     checksum,
     reason::Reason,
@@ -22,9 +26,9 @@ use crate::{
 #[inline(always)]
 pub fn into_reset(ctx: &TcContext, packet: &Packet) -> Result<(), Reason> {
     let written = if packet.is_v4 {
-        reset_v4(ctx.skb.skb)
+        reset_v4(ctx.skb.skb, packet)
     } else {
-        reset_v6(ctx.skb.skb)
+        reset_v6(ctx.skb.skb, packet)
     };
     if written {
         Ok(())
@@ -35,20 +39,20 @@ pub fn into_reset(ctx: &TcContext, packet: &Packet) -> Result<(), Reason> {
 
 // VERIFIER: functions of their own, for their share of the stack.
 #[inline(never)]
-fn reset_v4(skb: *mut __sk_buff) -> bool {
-    v4(&TcContext::new(skb)).is_ok()
+fn reset_v4(skb: *mut __sk_buff, packet: &Packet) -> bool {
+    v4(&TcContext::new(skb), packet).is_ok()
 }
 
 #[inline(never)]
-fn reset_v6(skb: *mut __sk_buff) -> bool {
-    v6(&TcContext::new(skb)).is_ok()
+fn reset_v6(skb: *mut __sk_buff, packet: &Packet) -> bool {
+    v6(&TcContext::new(skb), packet).is_ok()
 }
 
 #[inline(always)]
-fn v4(ctx: &TcContext) -> Result<(), Reason> {
+fn v4(ctx: &TcContext, packet: &Packet) -> Result<(), Reason> {
     const LENGTH: usize = 20 + TCP_LENGTH;
-    set_length(ctx, L3 + LENGTH)?;
-    let partial = is_partial(ctx, L4_V4, true)?;
+    let partial = is_partial(ctx, packet)?;
+    shorten(ctx, packet, LENGTH)?;
     let ip = header::<Ipv4>(ctx, L3).ok_or(Reason::Unwritable)?;
     let tcp = header::<Tcp>(ctx, L4_V4).ok_or(Reason::Unwritable)?;
     // SAFETY: `header` checked the bounds, and the two don't overlap; packed structs have no alignment.
@@ -76,10 +80,10 @@ fn v4(ctx: &TcContext) -> Result<(), Reason> {
 }
 
 #[inline(always)]
-fn v6(ctx: &TcContext) -> Result<(), Reason> {
+fn v6(ctx: &TcContext, packet: &Packet) -> Result<(), Reason> {
     const LENGTH: usize = 40 + TCP_LENGTH;
-    set_length(ctx, L3 + LENGTH)?;
-    let partial = is_partial(ctx, L4_V6, true)?;
+    let partial = is_partial(ctx, packet)?;
+    shorten(ctx, packet, LENGTH)?;
     let ip = header::<Ipv6>(ctx, L3).ok_or(Reason::Unwritable)?;
     let tcp = header::<Tcp>(ctx, L4_V6).ok_or(Reason::Unwritable)?;
     // SAFETY: as above.
@@ -100,6 +104,16 @@ fn v6(ctx: &TcContext) -> Result<(), Reason> {
     let after = checksum::add(octets(ip, 40), octets(tcp, TCP_LENGTH));
     changed(ctx, before, after);
     Ok(())
+}
+
+/// Leaves the two headers of the segment, without options.
+#[inline(always)]
+fn shorten(ctx: &TcContext, packet: &Packet, length: usize) -> Result<(), Reason> {
+    if packet.options() != 0 {
+        ctx.adjust_room(-(packet.options() as i32), BPF_ADJ_ROOM_NET, 0)
+            .map_err(|_| Reason::Unwritable)?;
+    }
+    set_length(ctx, L3 + length)
 }
 
 /// The header of the reset in place of the segment's. `addresses` is their sum; `partial` says that a device completes the
