@@ -382,7 +382,7 @@ impl NamedPort {
     }
 }
 
-fn named_port(text: &str) -> Result<NamedPort, SpecError> {
+fn named_port(text: &str) -> Result<NamedPort, String> {
     let id = text.parse().map(NamedPort::Id);
     id.or_else(|_| asked(text).map(NamedPort::Port))
 }
