@@ -13,6 +13,7 @@ mod cni;
 mod coalesced;
 mod crowd;
 mod cut;
+mod differential;
 mod direct;
 mod docker_proxy;
 mod doctor;

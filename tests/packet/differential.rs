@@ -1,9 +1,9 @@
 //! The kernel's own NAT as the oracle: the same frames go through nftables' DNAT in one host and through the attached
 //! program in another with the same addresses and MACs, and what comes out at both ends is compared octet by octet.
 //!
-//! Known and intended differences are those of [`without_differences`], and what is not generated: IPv4 options and
-//! IPv6 extension headers (left to the stack if they say something), SNAT (other source ports), TCP out of order (conntrack judges sequence
-//! numbers, the program does not), redirects (nf_nat drops them, the program leaves them to the host), fragments
+//! Known and intended differences are those of [`without_differences`], and what is not generated: IPv4 options and IPv6
+//! extension headers (left to the stack if they say something), SNAT (other source ports), TCP out of order (conntrack
+//! judges sequence numbers, the program does not), redirects (nf_nat drops them, the program leaves them to the host), fragments
 //! (conntrack reassembles and cuts anew), and packets that are too long and may be cut up (so does the router; the
 //! program leaves a client's to the proxy and answers a backend's).
 
