@@ -1,6 +1,9 @@
 //! The process's memory.
 
-#![expect(unsafe_code, reason = "the allocator's own settings")]
+#![cfg_attr(
+    target_env = "gnu",
+    expect(unsafe_code, reason = "the allocator's own settings")
+)]
 
 /// Has all threads allocate from one place. Of several, each keeps for itself what a list of ten thousand publishes took while one
 /// of its threads read it. On two processors the proxy is as fast.
