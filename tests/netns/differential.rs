@@ -14,7 +14,7 @@ use forwarder_tests::{
     frame::{ACK, FIN_ACK, Flags, Frame, Mac, Protocol as Carried, RST, SYN, SYN_ACK},
     netns::Netns,
     topology::Family,
-    wire::Wire,
+    wire::{Wire, is_traffic},
 };
 use proptest::{
     prelude::*,
@@ -212,16 +212,6 @@ fn until_marker(wire: &Wire) -> Vec<Vec<u8>> {
         if is_traffic(&frame) {
             frames.push(frame);
         }
-    }
-}
-
-/// Not what a kernel says on its own: ARP, neighbour discovery, multicast membership.
-fn is_traffic(frame: &[u8]) -> bool {
-    match (&frame[12..14], frame[23], frame[20]) {
-        ([0x08, 0x00], protocol, _) => [1, 6, 17].contains(&protocol),
-        ([0x86, 0xdd], _, 58) => frame[54] < 128,
-        ([0x86, 0xdd], _, next) => [6, 17, 44].contains(&next),
-        _ => false,
     }
 }
 

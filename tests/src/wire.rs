@@ -95,3 +95,13 @@ impl Wire {
         }
     }
 }
+
+/// Whether a frame is none of those that a kernel sends on its own: ARP, neighbour discovery, multicast membership.
+pub fn is_traffic(frame: &[u8]) -> bool {
+    match (&frame[12..14], frame[23], frame[20]) {
+        ([0x08, 0x00], protocol, _) => [1, 6, 17].contains(&protocol),
+        ([0x86, 0xdd], _, 58) => frame[54] < 128,
+        ([0x86, 0xdd], _, next) => [6, 17, 44].contains(&next),
+        _ => false,
+    }
+}

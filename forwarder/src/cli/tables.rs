@@ -1,14 +1,11 @@
 //! What commands print: tables for people. JSON comes as it is.
 
-use std::{
-    fmt::Write as _,
-    net::SocketAddr,
-    time::{SystemTime, UNIX_EPOCH},
-};
+use std::{fmt::Write as _, net::SocketAddr};
 
 use ipnet::IpNet;
 
 use crate::{
+    clock,
     control::api::{Ban, Counter, Endpoint, Listed, ListedFlow, Traced},
     publish::{Holder, Id},
 };
@@ -54,7 +51,7 @@ pub fn endpoint(endpoint: &Endpoint) -> String {
 
 /// `forwarder list`.
 pub fn list(publishes: &[Listed]) -> String {
-    let now = now();
+    let now = clock::now();
     let rows: Vec<[String; 12]> = publishes
         .iter()
         .map(|p| {
@@ -116,12 +113,6 @@ fn datapath(publish: &Listed) -> String {
     }
 }
 
-/// Seconds since the epoch.
-fn now() -> u64 {
-    let now = SystemTime::now().duration_since(UNIX_EPOCH);
-    now.unwrap_or_default().as_secs()
-}
-
 /// Seconds as one number and its unit, rounded down.
 fn age(seconds: u64) -> String {
     match seconds {
@@ -147,7 +138,7 @@ pub fn short(value: f64) -> String {
 
 /// `forwarder bans`: what is left of each.
 pub fn bans(bans: &[Ban]) -> String {
-    let now = now();
+    let now = clock::now();
     let left = |ban: &Ban| match ban.until {
         Some(until) => format!("{} s", until.saturating_sub(now)),
         None => "for ever".into(),

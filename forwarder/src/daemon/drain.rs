@@ -54,8 +54,10 @@ impl Daemon {
 
     /// What drains by the fast path, and may go on doing so after a restart.
     pub(super) fn drains(&self) -> Vec<Drain> {
-        let drains = self.draining.iter();
-        let drains = drains.filter(|(_, it)| !it.is_cut && self.datapath.is_some());
+        if self.datapath.is_none() {
+            return Vec::new();
+        }
+        let drains = self.draining.iter().filter(|(_, it)| !it.is_cut);
         let drains = drains.map(|(place, draining)| Drain {
             wanted: draining.row.wanted.clone(),
             place: *place,
@@ -78,9 +80,11 @@ impl Daemon {
 
     /// Has what drained in an earlier instance go on with that, before anything else takes its place.
     pub(super) fn drain_again(&mut self, drains: Vec<Drain>) {
-        for drain in drains.into_iter().filter(|_| self.datapath.is_some()) {
-            let options = self.options(&drain.wanted);
-            let Ok(options) = options else {
+        if self.datapath.is_none() {
+            return;
+        }
+        for drain in drains {
+            let Ok(options) = self.options(&drain.wanted) else {
                 continue; // what it needs has gone
             };
             if !self.slots.take_this(drain.place) {
@@ -88,15 +92,10 @@ impl Daemon {
             }
             self.view.belongs(drain.place, drain.wanted.id);
             let row = Row {
-                wanted: drain.wanted,
                 index: drain.place,
-                delivery: None,
-                xdp: None,
-                unserved: None,
                 allow: options.allow.into(),
                 draining: true,
-                meter: None,
-                ended: Arc::default(),
+                ..Row::new(drain.wanted)
             };
             let draining = Draining {
                 row: Arc::new(row),

@@ -246,15 +246,8 @@ impl Daemon {
     fn wait(&mut self, wanted: Wanted, why: String) {
         self.waiting.insert(wanted.id);
         self.view.show(&Arc::new(Row {
-            allow: Arc::default(),
-            wanted,
-            index: 0,
-            delivery: None,
-            xdp: None,
             unserved: Some(Unserved::Waiting(why)),
-            draining: false,
-            meter: None,
-            ended: Arc::default(),
+            ..Row::new(wanted)
         }));
     }
 
@@ -416,15 +409,11 @@ impl Daemon {
         let proxy_protocol = options.proxy_protocol != ProxyProtocol::Off;
         let proxy = Proxy::start(held, Arc::new(spec.clone()), options, &self.idle)?;
         let row = Row {
-            wanted: wanted.clone(),
             index,
-            delivery: None,
-            xdp: None,
             unserved: self.datapath.is_none().then(|| self.without.clone()),
             allow,
-            draining: false,
             meter: Some(proxy.meter()),
-            ended: Arc::default(),
+            ..Row::new(wanted.clone())
         };
         Ok(Serving {
             row: Arc::new(row),

@@ -160,11 +160,12 @@ impl Daemon {
             let lost = flow.back.delivery == delivery::STACK && !respects_firewall
                 || flow.state & state::CUT != 0;
             let possible = owners.get(&(told.protocol, told.destination_port, told.destination));
-            let possible = possible.into_iter().flatten();
-            let possible =
-                possible.filter(|(_, wanted)| !lost && owns(&wanted.publish.spec, &told, &of));
-            // One that drains may have the same ports and backend.
-            let owner = possible.max_by_key(|(index, _)| *index == flow.publish);
+            let mut possible = possible.into_iter().flatten();
+            let is_its = |(_, wanted): &&(u32, Wanted)| owns(&wanted.publish.spec, &told, &of);
+            // First where it was: one that drains may have the same ports and backend.
+            let same = possible.clone().find(|(index, _)| *index == flow.publish);
+            let owner = same.filter(is_its).or_else(|| possible.find(is_its));
+            let owner = owner.filter(|_| !lost);
             match owner {
                 Some((index, _)) if flow.publish == *index => Ok(()),
                 Some((index, _)) => tables.set(

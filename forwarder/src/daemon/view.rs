@@ -66,6 +66,21 @@ pub(super) struct Row {
 }
 
 impl Row {
+    /// Of one that nothing carries yet.
+    pub(super) fn new(wanted: Wanted) -> Self {
+        Self {
+            wanted,
+            index: 0,
+            delivery: None,
+            xdp: None,
+            unserved: None,
+            allow: Arc::default(),
+            draining: false,
+            meter: None,
+            ended: Arc::default(),
+        }
+    }
+
     /// Packets and bytes, in both directions together.
     fn carried(&self, live: Sum) -> [u64; 2] {
         let proxied = self.meter.as_ref().map(Meter::counters).unwrap_or_default();

@@ -6,7 +6,7 @@ use std::{
     io::{self, BufRead as _},
     sync::mpsc::{Receiver, channel},
     thread,
-    time::{Duration, SystemTime, UNIX_EPOCH},
+    time::Duration,
 };
 
 use anyhow::{Context as _, Result};
@@ -15,6 +15,7 @@ use ipnet::IpNet;
 use serde::Deserialize;
 
 use crate::{
+    clock,
     control::{api::Ban, client::Client},
     publish::allow,
 };
@@ -68,7 +69,7 @@ pub fn run(client: &Client) -> Result<()> {
     });
     while let Ok(first) = lines.recv() {
         let changes = together(first, &lines).into_iter().filter_map(|line| {
-            let change = change(&line, now());
+            let change = change(&line, clock::now());
             change.unwrap_or_else(|error| {
                 eprintln!("passed over: {error:#}");
                 None
@@ -137,11 +138,6 @@ fn wait_for_instance(client: &Client) -> Vec<Ban> {
         said = true;
         thread::sleep(RETRY);
     }
-}
-
-fn now() -> u64 {
-    let now = SystemTime::now().duration_since(UNIX_EPOCH);
-    now.unwrap_or_default().as_secs()
 }
 
 /// What a line asks for; nothing, if it is not about addresses that are to be banned.

@@ -5,13 +5,13 @@ use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
     net::IpAddr,
     sync::Arc,
-    time::{SystemTime, UNIX_EPOCH},
 };
 
 use super::{
     ContainerPort, Owner, Publish, container,
     spec::{Ports, Protocol, Spec, Zone},
 };
+use crate::clock;
 
 /// The number of a publish. It is never given to another one, also not after a restart.
 pub type Id = u64;
@@ -24,12 +24,6 @@ pub struct Wanted {
     pub publish: Arc<Publish>,
     /// When it was first wanted, in seconds since the epoch. Other backends and policies do not change it.
     pub since: u64,
-}
-
-/// Seconds since the epoch.
-pub(super) fn now() -> u64 {
-    let now = SystemTime::now().duration_since(UNIX_EPOCH);
-    now.unwrap_or_default().as_secs()
 }
 
 /// What has to change. The same frontend with another backend or policy is a change in place.
@@ -388,7 +382,7 @@ impl Registry {
         let mut new = Frontends::default();
         let mut specs: HashMap<Id, Spec> = HashMap::new();
         let mut last_id = self.last_id;
-        let now = now();
+        let now = clock::now();
         for publish in publishes {
             let spec = &publish.spec;
             let other = new

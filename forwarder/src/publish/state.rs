@@ -12,9 +12,9 @@ use serde::{Deserialize, Serialize};
 
 use super::{
     Container, Difference, Holder, Id, Owner, Policy, Publish, Registry, Spec, Wanted,
-    journal::Journal, registry,
+    journal::Journal,
 };
-use crate::instance::make_private;
+use crate::{clock, instance::make_private};
 
 const VERSION: u32 = 1;
 
@@ -74,7 +74,7 @@ struct StoredPublish {
     holder: Holder,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     container: Option<Container>,
-    #[serde(default = "registry::now")]
+    #[serde(default = "clock::now")]
     since: u64,
     /// Its place in the kernel's tables, where its counters and flows are.
     #[serde(default)]
