@@ -80,10 +80,12 @@ impl Daemon {
 
     /// Has what drained in an earlier instance go on with that, before anything else takes its place.
     pub(super) fn drain_again(&mut self, drains: Vec<Drain>) {
-        if self.datapath.is_none() {
+        let Some(datapath) = &self.datapath else {
             return;
-        }
-        for drain in drains {
+        };
+        let usage = datapath.maps.mapped_usage();
+        // The others have drained, before that was written down.
+        for drain in drains.into_iter().filter(|it| usage.flows(it.place) > 0) {
             let Ok(options) = self.options(&drain.wanted) else {
                 continue; // what it needs has gone
             };
