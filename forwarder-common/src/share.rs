@@ -11,6 +11,11 @@ use crate::{
 
 /// The element that counts the entries of all sources.
 pub const ALL: u32 = limits::SHARES;
+/// The element that counts aliases, in `HALF_OPEN` as well: each that is made enters, and those that have gone leave when a walk
+/// over both tables has not met them. While it holds none, no alias is looked for.
+pub const ALIASES: u32 = ALL + 1;
+/// How many elements there are.
+pub const COUNT: u32 = ALIASES + 1;
 
 /// An element of `SHARES`. Both fields only grow, by atomic additions of the program and of user space.
 #[repr(C)]

@@ -67,6 +67,9 @@ pub fn get_by_ports(packet: &mut Packet) -> Option<&'static mut Flow> {
 /// The same, with the source port that the conversation's alias has.
 #[inline(always)]
 pub fn get_by_alias(packet: &mut Packet) -> Option<&'static mut Flow> {
+    if !share::has_aliases() {
+        return None;
+    }
     packet.new.source_port = alias(packet)?;
     get_original(packet)
 }
@@ -542,6 +545,7 @@ fn make_alias() -> bool {
     copy_address(&draft.key.destination, &mut flow.frontend);
     (flow.client_port, flow.frontend_port) = (draft.key.source_port, draft.key.destination_port);
     flow.state |= state::ALIAS;
+    share::alias();
     if flow.state & state::KEPT != 0 {
         if overwrite(&draft.original, &draft.flow, draft.share, draft.share) {
             return true;

@@ -11,7 +11,7 @@ use forwarder_common::{
 use crate::{
     clock, flow,
     frame::header,
-    maps::{HALF_OPEN, LEFT},
+    maps::{HALF_OPEN, LAST_LEFT, LEFT},
     parse::{self, ETHERTYPE_IPV4, ETHERTYPE_IPV6, Ethernet, Ipv4, Ipv6, L3, L4_V4, L4_V6, Ports},
     publish,
     words::{copy_tuple, reverse},
@@ -41,6 +41,12 @@ pub fn note(ctx: &TcContext) -> Result<(), Reason> {
     }
     reverse(&packet.tuple, &mut packet.new);
     let now = clock::now();
+    // Before the entry, which nobody asks for without it.
+    if let Some(last) = LAST_LEFT.get_ptr_mut(is_udp(packet)) {
+        // SAFETY: a pointer that the map gave out is valid until the program ends.
+        // RACE: of two CPUs the later writer's time stays, which is the other's but for a tick.
+        unsafe { *last = now };
+    }
     if let Some(seen) = LEFT.get_ptr_mut(&packet.new) {
         // SAFETY: an element's memory stays writable until the program ends, whatever becomes of it.
         unsafe { *seen = now };
@@ -112,18 +118,25 @@ pub fn is_no_answer(packet: &parse::Packet) -> Result<(), Reason> {
     if packet.opens() {
         return Ok(()); // answers nothing
     }
-    // SAFETY: an element's memory stays readable until the program ends.
-    let Some(seen) = (unsafe { LEFT.get(&packet.tuple) }) else {
-        return Ok(());
-    };
     let phase = if packet.protocol == TCP {
         Phase::TcpEstablished
     } else {
         Phase::UdpStream
     };
-    if clock::now().saturating_sub(*seen) < flow::timeout(phase) {
-        Err(Reason::OthersAnswer)
-    } else {
-        Ok(())
+    let is_recent = |seen: u64| clock::now().saturating_sub(seen) < flow::timeout(phase);
+    let last = LAST_LEFT.get(is_udp(packet)).copied().unwrap_or_default();
+    if last == 0 || !is_recent(last) {
+        return Ok(()); // nothing has left
     }
+    // SAFETY: an element's memory stays readable until the program ends.
+    match unsafe { LEFT.get(&packet.tuple) } {
+        Some(seen) if is_recent(*seen) => Err(Reason::OthersAnswer),
+        _ => Ok(()),
+    }
+}
+
+/// The element of `LAST_LEFT`.
+#[inline(always)]
+fn is_udp(packet: &parse::Packet) -> u32 {
+    (packet.protocol == UDP) as u32
 }

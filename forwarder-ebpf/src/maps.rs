@@ -1,5 +1,6 @@
-//! The maps, and nothing else. Types and sizes come from `forwarder_common`; user space fills all but
-//! `FLOWS`, `HALF_OPEN`, `CLAIMS`, `DRAFT`, `FRAGMENTS`, `HANDOVER`, `NETNS`, `LOOKING`, `ROUTES`, `STATS`, `USAGE`, `REFUSED`, `SHARES`, `SOURCES`, `CLOCK`, `TOLD` and `TRAIL`.
+//! The maps, and nothing else. Types and sizes come from `forwarder_common`; user space fills all but `FLOWS`, `HALF_OPEN`,
+//! `DIRECT`, `LEFT`, `LAST_LEFT`, `CLAIMS`, `DRAFT`, `FRAGMENTS`, `HANDOVER`, `NETNS`, `LOOKING`, `ROUTES`, `STATS`, `USAGE`,
+//! `REFUSED`, `SHARES`, `SOURCES`, `CLOCK`, `TOLD` and `TRAIL`.
 
 use aya_ebpf::{
     bindings::{BPF_F_MMAPABLE, BPF_F_NO_PREALLOC},
@@ -107,9 +108,10 @@ pub static SOURCES: LruHashMap<PublishSource, u64> =
 pub static FLOWS: HashMap<Tuple, Flow> =
     HashMap::with_max_entries(limits::FLOWS, BPF_F_NO_PREALLOC);
 
-/// How many of these entries each source has, by [`share::index`], and all together. Of one value for all CPUs, as [`USAGE`].
+/// How many of these entries each source has, by [`share::index`], and all together; and how many aliases there are. Of one
+/// value for all CPUs, as [`USAGE`].
 #[map]
-pub static SHARES: Array<Share> = Array::with_max_entries(share::ALL + 1, BPF_F_MMAPABLE);
+pub static SHARES: Array<Share> = Array::with_max_entries(share::COUNT, BPF_F_MMAPABLE);
 
 /// Where every flow begins, by the same key: a flood turns over these entries alone. Small, to stay in the cache.
 #[map]
@@ -122,6 +124,10 @@ pub static DIRECT: LruHashMap<Tuple, u32> = LruHashMap::with_max_entries(limits:
 /// When something left this host from a published port's number, by the tuple that its answers have.
 #[map]
 pub static LEFT: LruHashMap<Tuple, u64> = LruHashMap::with_max_entries(limits::LEFT, 0);
+
+/// When anything was last noted there, of TCP and of UDP: mostly nothing ever was.
+#[map]
+pub static LAST_LEFT: Array<u64> = Array::with_max_entries(2, 0);
 
 /// Keys of flows that another flow is about to take the place of.
 #[map]

@@ -5,7 +5,7 @@ use core::ptr;
 
 use forwarder_common::{
     limits,
-    share::{self, ALL, Share},
+    share::{self, ALIASES, ALL, Share},
     tuple::Address,
 };
 
@@ -58,10 +58,15 @@ pub fn has_room(index: u32) -> bool {
 #[inline(always)]
 pub fn entered(index: u32) {
     for index in [index, ALL] {
-        if let Some(share) = SHARES.get_ptr_mut(index) {
-            // SAFETY: as above.
-            unsafe { add(&raw mut (*share).entered, 1) };
-        }
+        enter(index);
+    }
+}
+
+#[inline(always)]
+fn enter(index: u32) {
+    if let Some(share) = SHARES.get_ptr_mut(index) {
+        // SAFETY: as above.
+        unsafe { add(&raw mut (*share).entered, 1) };
     }
 }
 
@@ -74,4 +79,16 @@ pub fn left(index: u32) {
             unsafe { add(&raw mut (*share).left, 1) };
         }
     }
+}
+
+/// There is about to be one more alias.
+#[inline(always)]
+pub fn alias() {
+    enter(ALIASES);
+}
+
+/// Whether there may be any alias.
+#[inline(always)]
+pub fn has_aliases() -> bool {
+    held(ALIASES) != 0
 }

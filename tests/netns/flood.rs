@@ -406,9 +406,10 @@ fn flows_above_a_share_end_early_and_go_on_all_the_same() {
     for connection in &mut others {
         connection.ask("another").unwrap();
     }
-    wait_for("the flows above its share have ended, the oldest among them", || {
-        (of_the_flood() <= FEWER as usize / 16 && are_silent(false)).then_some(())
-    })
+    wait_for(
+        "the flows above its share have ended, the oldest among them",
+        || (of_the_flood() <= FEWER as usize / 16 && are_silent(false)).then_some(()),
+    )
     .unwrap();
     assert!(
         of_the_flood() > FEWER as usize / 32,

@@ -2,11 +2,11 @@
 
 use std::net::SocketAddr;
 
-use forwarder::datapath::Options;
+use forwarder::datapath::{Options, maps::Walk};
 use forwarder_common::{
     flow::{Flow, state},
     publish::flag,
-    share::ALL,
+    share::{ALIASES, ALL},
     tuple::{Address, Tuple},
 };
 use forwarder_tests::frame::{ACK, FIN_ACK, Frame, Protocol};
@@ -303,6 +303,71 @@ fn aliases_count_for_their_source() {
         }
         assert_eq!(bench.datapath.maps.flows.shares.held(ALL), 0);
     });
+}
+
+/// A flow whose client's port another has is found by its alias, for as long as that is there: after walks that met it, and after
+/// the other has gone.
+#[test]
+fn an_alias_is_looked_for_until_a_walk_has_not_met_it() {
+    let [client, host, backend] = WORLDS[0];
+    bench(|bench| {
+        let entry = bench.entry(8080, backend);
+        for (index, port) in [(1, 8080), (2, 9090)] {
+            bench.publish_entry(index, None, Protocol::Udp, port, &entry);
+        }
+        let held = |bench: &Bench| bench.datapath.maps.flows.shares.held(ALIASES);
+        assert_eq!(held(bench), 1, "an earlier program may have left one");
+        walk(bench);
+        assert_eq!(held(bench), 0);
+        let mut other = at(host);
+        other.set_port(9090);
+        let [sent, second] =
+            [host, &other.to_string()].map(|frontend| first(Protocol::Udp, client, 4000, frontend));
+        bench.send(&sent, bench.uplink).forwarded();
+        assert_eq!(held(bench), 0);
+        let port = bench.send(&second, bench.uplink).forwarded().source.port();
+        assert_ne!(port, 4000);
+        assert_ne!(held(bench), 0);
+        let flows = &mut bench.datapath.maps.flows;
+        let (key, flow) = flows
+            .all()
+            .map(Result::unwrap)
+            .find(|(key, _)| key.source_port == 4000_u16.to_be())
+            .unwrap();
+        flows.remove(&key, &flow).unwrap();
+        for _ in 0..2 {
+            walk(bench);
+            assert_eq!(held(bench), 1);
+            let again = bench.send(&second, bench.uplink).forwarded();
+            assert_eq!(again.source.port(), port);
+        }
+        let flows = &mut bench.datapath.maps.flows;
+        let (key, flow) = flows.all().map(Result::unwrap).next().unwrap();
+        flows.remove(&key, &flow).unwrap();
+        walk(bench);
+        assert_eq!(held(bench), 0);
+    });
+}
+
+/// As the daemon walks over both tables.
+fn walk(bench: &Bench) {
+    let flows = &bench.datapath.maps.flows;
+    let (mut count, mut walk) = (flows.shares.begin_count(), Walk::default());
+    loop {
+        let is_kept = walk.is_kept();
+        let Some(slice) = flows.slice(&mut walk).unwrap() else {
+            break;
+        };
+        for (key, flow) in slice {
+            if is_kept {
+                count.saw(flows.shares.index(flow.source(&key)));
+            }
+            if flow.state & state::ALIAS != 0 {
+                count.saw_alias();
+            }
+        }
+    }
+    flows.shares.correct(&count);
 }
 
 /// A walk finds what was written there without being counted, and what was counted and is not there.

@@ -1,10 +1,7 @@
 //! The part of the daemon that looks after flows: those that an earlier instance left, those that have been
 //! silent for too long, those of a publish that ends.
 
-use std::{
-    collections::{BTreeSet, HashMap, HashSet},
-    time::Duration,
-};
+use std::collections::{BTreeSet, HashMap, HashSet};
 
 use anyhow::Result;
 use forwarder_common::{
@@ -17,6 +14,7 @@ use tracing::{debug, info, warn};
 
 use super::{Daemon, drain::Draining, reconcile::Loose, slots::Freed, view::Sums};
 use crate::{
+    clock,
     datapath::{
         maps::{Count, FlowTables, Maps, Walk},
         resets::{self, Resets},
@@ -259,7 +257,7 @@ impl Daemon {
         let Some(slice) = datapath.maps.flows.slice(&mut sweep.walk)? else {
             return Ok(false);
         };
-        let now = monotonic();
+        let now = clock::monotonic();
         let expired = |key: &Tuple, flow: &Flow| {
             now.saturating_sub(flow.last_seen) / 1_000_000_000
                 >= self.timeouts.of(Phase::of(key.protocol, flow.state))
@@ -277,6 +275,9 @@ impl Daemon {
                 }
             }
             if flow.state & state::ALIAS != 0 {
+                if let Some(count) = &mut sweep.count {
+                    count.saw_alias();
+                }
                 let (of, _) = flow.counterpart(&key);
                 if datapath.maps.flows.get(&of)?.is_none() {
                     datapath.maps.flows.end(&key, |there| *there == flow)?;
@@ -392,16 +393,4 @@ fn owns(spec: &Spec, key: &Tuple, flow: &Flow) -> bool {
         && spec.claims(flow.frontend.into(), port)
         && Address::from(spec.backend) == key.destination
         && spec.backend_port(port).to_be() == key.destination_port
-}
-
-/// CLOCK_MONOTONIC in nanoseconds, as `bpf_ktime_get_ns` gives it.
-pub(super) fn monotonic() -> u64 {
-    nix::time::clock_gettime(nix::time::ClockId::CLOCK_MONOTONIC)
-        .map(|time| {
-            Duration::from(time)
-                .as_nanos()
-                .try_into()
-                .unwrap_or(u64::MAX)
-        })
-        .unwrap_or(0)
 }

@@ -28,8 +28,8 @@ use self::{
     measure::Kept,
     rates::{Rates, Sum},
 };
-use super::sweep::monotonic;
 use crate::{
+    clock,
     control::{
         api::{Ban, Counter, Endpoint, Event, Listed, ListedFlow, NamedPublish, Running},
         server::{FlowFilter, Observe, Rows},
@@ -346,7 +346,7 @@ impl Observe for Arc<View> {
 
     fn flows(&self, of: &FlowFilter) -> Rows<ListedFlow> {
         let (view, of) = (self.clone(), *of);
-        let now = monotonic();
+        let now = clock::monotonic();
         Box::new(self.walk().filter_map(move |flow| match flow {
             Ok((key, flow)) => {
                 let id = view.id(flow.publish);

@@ -21,6 +21,7 @@ use forwarder_common::{
 use serde::{Deserialize, Serialize};
 
 use super::{FlowTables, batch, flows::BPF_NOEXIST, mirror::errno};
+use crate::clock;
 
 /// The name of the pin. That map holds a text of JSON with zeros behind it.
 const FORMAT: &str = "FORMAT";
@@ -69,6 +70,7 @@ fn tables() -> BTreeMap<&'static str, Entry> {
         ("USAGE", Entry::of::<u32, Usage>()),
         ("SHARES", Entry::of::<u32, Share>()),
         ("LEFT", Entry::of::<Tuple, u64>()),
+        ("LAST_LEFT", Entry::of::<u32, u64>()),
         ("DIRECT", Entry::of::<Tuple, u32>()),
         ("KEYS", Entry::of::<u32, [u64; 5]>()),
     ]
@@ -153,7 +155,7 @@ impl Earlier {
         // Those that an earlier version has not counted, the first sweep counts.
         let mut shares: Array<_, Share> = Array::try_from(Map::Array(open(own, "SHARES")?))?;
         self.each("SHARES", |at, value: Share| {
-            if value == Share::default() || at > share::ALL {
+            if value == Share::default() || at >= share::COUNT {
                 return Ok(());
             }
             Ok(shares.set(at, value, 0)?)
@@ -169,6 +171,10 @@ impl Earlier {
         self.carry_table::<Tuple, Flow>("FLOWS", own)?;
         self.carry_table::<Tuple, Flow>("HALF_OPEN", own)?;
         self.carry_table::<Tuple, u64>("LEFT", own)?;
+        let mut last: Array<_, u64> = Array::try_from(Map::Array(open(own, "LAST_LEFT")?))?;
+        for protocol in 0..last.len() {
+            last.set(protocol, clock::monotonic(), 0)?;
+        }
         self.carry_table::<Tuple, u32>("DIRECT", own)
     }
 

@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use anyhow::{Context as _, Result};
 use aya::maps::{Array, IterableMap as _, MapData};
 use forwarder_common::{
-    share::{self, ALL, Share},
+    share::{self, ALIASES, ALL, COUNT, Share},
     tuple::Address,
 };
 
@@ -50,12 +50,17 @@ impl Shares {
         mut keys: Array<MapData, [u64; 5]>,
     ) -> Result<Self> {
         let chosen = choose_keys(&mut keys)?;
-        let memory = Memory::map(map.map(), 0, ALL as usize + 1);
-        Ok(Self {
+        let memory = Memory::map(map.map(), 0, COUNT as usize);
+        let shares = Self {
             memory: memory.context("map SHARES into memory")?,
             keys: chosen,
             _maps: (map, keys),
-        })
+        };
+        // Until a walk has found none, an earlier program may have left some.
+        if let Some(aliases) = shares.memory.get(ALIASES as usize) {
+            aliases.entered.fetch_add(1, Relaxed);
+        }
+        Ok(shares)
     }
 
     /// Where a source is counted.
@@ -89,14 +94,14 @@ impl Shares {
     }
 
     fn all(&self) -> impl Iterator<Item = &Counters> {
-        (0..=ALL as usize).filter_map(|index| self.memory.get(index))
+        (0..COUNT as usize).filter_map(|index| self.memory.get(index))
     }
 
     /// Begins to count what a walk over the table sees.
     pub fn begin_count(&self) -> Count {
         Count {
             before: self.all().map(Counters::read).collect(),
-            seen: vec![0; ALL as usize + 1],
+            seen: vec![0; COUNT as usize],
         }
     }
 
@@ -122,7 +127,7 @@ impl Shares {
     }
 }
 
-/// What a walk over `FLOWS` has seen.
+/// What a walk over `FLOWS` has seen, and of aliases over both tables.
 pub struct Count {
     before: Vec<Share>,
     seen: Vec<u32>,
@@ -138,9 +143,18 @@ impl Count {
     /// An entry of a source that is counted there.
     pub fn saw(&mut self, index: u32) {
         for index in [index, ALL] {
-            if let Some(seen) = self.seen.get_mut(index as usize) {
-                *seen += 1;
-            }
+            self.count(index);
+        }
+    }
+
+    /// An alias.
+    pub fn saw_alias(&mut self) {
+        self.count(ALIASES);
+    }
+
+    fn count(&mut self, index: u32) {
+        if let Some(seen) = self.seen.get_mut(index as usize) {
+            *seen += 1;
         }
     }
 }
