@@ -2,6 +2,7 @@
 //! one, and while that goes and comes.
 
 use std::{
+    cell::Cell,
     fs::File,
     io::Read as _,
     net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, UdpSocket},
@@ -10,7 +11,7 @@ use std::{
 };
 
 use forwarder_tests::{
-    daemon::{Daemon, Datapath, binary},
+    daemon::{Daemon, Datapath, binary, program},
     deadline::wait_for,
     netns::Netns,
     topology::{Family, Topology},
@@ -24,6 +25,11 @@ use nix::{
 
 use crate::scene::{BACKEND_PORT, PORT};
 
+thread_local! {
+    /// `forwarder` by that name is started, instead of the program of its own.
+    static IS_WHOLE: Cell<bool> = const { Cell::new(false) };
+}
+
 /// A running one; killed when dropped.
 pub(crate) struct Shim {
     child: Child,
@@ -35,7 +41,12 @@ impl Shim {
     /// is one.
     fn start(netns: &Netns, instance: &str, flags: &[&str], listener: Option<OwnedFd>) -> Self {
         let (status, write) = pipe2(OFlag::O_CLOEXEC).unwrap();
-        let mut command = netns.command(&binary().to_string_lossy());
+        let program = if IS_WHOLE.get() {
+            binary()
+        } else {
+            program("forwarder-docker-proxy")
+        };
+        let mut command = netns.command(&program.to_string_lossy());
         command
             .arg0("docker-proxy")
             .args(flags)
@@ -352,4 +363,14 @@ fn a_killed_one_takes_its_port_with_it() {
     assert_eq!(next.said(), "0\n");
     assert_eq!(next.end(Signal::SIGINT), Some(0));
     daemon.stop().unwrap();
+}
+
+#[test]
+fn the_whole_program_keeps_the_contract_under_that_name() {
+    IS_WHOLE.set(true);
+    a_container_is_published_until_its_end(Datapath::Auto, Protocol::Tcp, "tcp");
+    the_socket_that_dockerd_has_bound_is_used();
+    a_port_that_is_taken_is_said_as_docker_says_it();
+    wrong_words_are_refused_with_an_empty_pipe();
+    without_an_instance_it_forwards_by_itself_until_there_is_one();
 }

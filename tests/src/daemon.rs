@@ -606,6 +606,11 @@ pub fn binary() -> PathBuf {
         .unwrap_or_else(|| "forwarder".into())
 }
 
+/// Another program that is built with it.
+pub fn program(name: &str) -> PathBuf {
+    binary().with_file_name(name)
+}
+
 fn collect(from: impl Read + Send + 'static, into: Arc<Mutex<String>>) {
     thread::spawn(move || {
         for line in BufReader::new(from).lines().map_while(Result::ok) {

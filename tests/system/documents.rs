@@ -50,7 +50,7 @@ const ELSEWHERE: &[(&str, Runner)] = &[
         Runner::Engines,
     ),
     (
-        "sudo ln -sf \"$(command -v forwarder)\" /usr/local/libexec/forwarder/docker-proxy",
+        "sudo ln -sf \"$(command -v forwarder-docker-proxy)\" /usr/local/libexec/forwarder/docker-proxy",
         Runner::Engines,
     ),
     (

@@ -97,7 +97,7 @@ fn with<'a>(tools: &Path, cargo: &'a mut Command) -> &'a mut Command {
     cargo.env("PATH", std::env::join_paths(folders).unwrap_or(path))
 }
 
-/// Builds the program: for this machine, or a static one for another target.
+/// Builds the programs, for this machine or static ones for another target; returns `forwarder`, which the others are beside.
 fn build(tools: &Path, object: &Object, target: Option<&str>) -> Result<PathBuf> {
     step(&format!(
         "building forwarder, optimised, for {}",
@@ -106,7 +106,7 @@ fn build(tools: &Path, object: &Object, target: Option<&str>) -> Result<PathBuf>
     let mut cargo = exec::cargo();
     object.embed(&mut cargo);
     with(tools, &mut cargo).args(["auditable", "build", "--release", "--quiet"]);
-    cargo.args(["--package", "forwarder", "--bin", "forwarder"]);
+    cargo.args(["--package", "forwarder", "--bins"]);
     if let Some(target) = target {
         exec::run(Command::new("rustup").args(["--quiet", "target", "add", target]))?;
         let variable = target.to_uppercase().replace('-', "_");
@@ -117,7 +117,7 @@ fn build(tools: &Path, object: &Object, target: Option<&str>) -> Result<PathBuf>
     exec::executable(&exec::executables(&mut cargo)?, "forwarder")
 }
 
-/// Packs a static program with what belongs to it.
+/// Packs static programs with what belongs to them.
 fn tarball(dist: &Path, target: &str, binary: &Path, runs: &Path) -> Result<()> {
     let name = format!("forwarder-{}-{target}", env!("CARGO_PKG_VERSION"));
     let tree = exec::workspace().join("target/tarball");

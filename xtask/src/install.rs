@@ -74,6 +74,9 @@ impl<'a> Layout<'a> {
     }
 }
 
+/// What people and engines start.
+pub(crate) const PROGRAMS: [&str; 2] = ["forwarder", "forwarder-docker-proxy"];
+
 /// Shells, and where each looks for completions below a prefix.
 const COMPLETIONS: [(&str, &str); 3] = [
     ("bash", "share/bash-completion/completions/forwarder"),
@@ -98,14 +101,7 @@ pub(crate) fn install(options: &Options) -> Result<()> {
     drop(changing(&prefix, "true")?);
     let object = ebpf::object()?;
     step("building forwarder, optimised");
-    let build = [
-        "build",
-        "--release",
-        "--package",
-        "forwarder",
-        "--bin",
-        "forwarder",
-    ];
+    let build = ["build", "--release", "--package", "forwarder", "--bins"];
     let binary = exec::executable(&exec::build_executables(&build, &object)?, "forwarder")?;
 
     let tree = exec::workspace().join("target/install");
@@ -206,19 +202,19 @@ fn changing(path: &Path, program: &str) -> Result<Command> {
     })
 }
 
-/// Makes below `tree` all that an installation consists of. `binary` is installed; `runs` is one that runs on this machine and
-/// knows the same commands.
+/// Makes below `tree` all that an installation consists of. `binary` is installed with the programs beside it; `runs` is one that
+/// runs on this machine and knows the same commands.
 pub(crate) fn stage(tree: &Path, layout: &Layout, binary: &Path, runs: &Path) -> Result<()> {
     if tree.exists() {
         fs::remove_dir_all(tree).with_context(|| tree.display().to_string())?;
     }
     let below = |path: &Path| tree.join(path.strip_prefix("/").unwrap_or(path));
     let prefix = below(layout.prefix);
-    write(
-        &prefix.join("bin/forwarder"),
-        0o755,
-        &fs::read(binary).with_context(|| binary.display().to_string())?,
-    )?;
+    for name in PROGRAMS {
+        let built = binary.with_file_name(name);
+        let content = fs::read(&built).with_context(|| built.display().to_string())?;
+        write(&prefix.join("bin").join(name), 0o755, &content)?;
+    }
 
     let manual = prefix.join("share/man/man1");
     fs::create_dir_all(&manual)?;

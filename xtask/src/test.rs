@@ -157,11 +157,11 @@ pub(crate) fn test(options: &Options) -> Result<()> {
     Ok(())
 }
 
-/// Builds `forwarder` and all test binaries of tiers 1 to 3.
+/// Builds the programs and all test binaries of tiers 1 to 3; returns `forwarder`, and those.
 pub(crate) fn build(profile: &[&str]) -> Result<(PathBuf, Vec<(String, PathBuf)>)> {
     let object = ebpf::object()?;
     step("building forwarder and its tests");
-    let binary = ["build", "--package", "forwarder", "--bin", "forwarder"];
+    let binary = ["build", "--package", "forwarder", "--bins"];
     let binary = exec::build_executables(&[&binary, profile].concat(), &object)?;
     let tests = [
         "test",

@@ -22,7 +22,7 @@ use anyhow::{Context, Result, bail};
 use self::kernel::Kernel;
 use crate::{
     exec::{self, step},
-    test,
+    install, test,
 };
 
 /// Programs of this machine: the emulator, what fetches and unpacks kernels, what goes into the guest.
@@ -198,7 +198,10 @@ pub(crate) fn run(
 /// Builds what is tested, and names where it goes in the guest.
 fn programs() -> Result<Vec<(PathBuf, String)>> {
     let (binary, tests) = test::build(&[])?;
-    let mut programs = vec![(binary, "usr/bin/forwarder".to_owned())];
+    let mut programs: Vec<_> = install::PROGRAMS
+        .iter()
+        .map(|name| (binary.with_file_name(name), format!("usr/bin/{name}")))
+        .collect();
     for group in ["packet", "netns"] {
         let program = exec::executable(&tests, group)?;
         programs.push((program, format!("tests/{group}")));

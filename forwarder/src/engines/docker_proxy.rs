@@ -1,6 +1,9 @@
 //! Docker's `userland-proxy-path`: the process that dockerd starts for each published port. It takes the port, hands it to the
 //! instance by a lease, and waits for its end; without an instance it forwards by itself until there is one.
 //!
+//! It is a program of its own as well, `forwarder-docker-proxy`, which has no proxy in it and becomes `forwarder` where it takes
+//! one: of the whole program, each process would have the tables for itself that the dynamic linker writes to.
+//!
 //! The contract is that of cmd/docker-proxy in moby: descriptor 3 is told `0\n`, or `1\n` and why; descriptor 4 is the bound
 //! socket where `-use-listen-fd` says so; SIGINT ends it with status 0.
 
@@ -15,10 +18,10 @@ use std::{
     net::{IpAddr, Ipv4Addr},
     os::{
         fd::{AsFd as _, BorrowedFd, FromRawFd as _, OwnedFd},
-        unix::net::UnixStream,
+        unix::{net::UnixStream, process::CommandExt as _},
     },
-    process::ExitCode,
-    sync::Arc,
+    process::{Command, ExitCode},
+    sync::{Arc, mpsc},
     thread,
     time::Duration,
 };
@@ -73,8 +76,21 @@ enum Asked {
     Help,
 }
 
+/// How a port is served without an instance: begun on return, until the sender is dropped. Gets the arguments, the port, and
+/// where dockerd waits for the outcome, if it does.
+type Alone = fn(&[String], &Port, Option<&Status>) -> Result<mpsc::Sender<()>>;
+
 /// Runs as Docker's proxy, with the arguments after the name.
 pub fn run(arguments: &[String]) -> ExitCode {
+    run_with(arguments, in_this_process)
+}
+
+/// The same, but becomes `forwarder` to serve a port by itself.
+pub fn run_small(arguments: &[String]) -> ExitCode {
+    run_with(arguments, become_forwarder)
+}
+
+fn run_with(arguments: &[String], alone: Alone) -> ExitCode {
     let asked = match parse(arguments) {
         Ok(Asked::Proxy(asked)) => asked,
         Ok(Asked::Version) => {
@@ -97,16 +113,20 @@ pub fn run(arguments: &[String]) -> ExitCode {
     let status = Status::take();
     let listener = asked.use_listener.then(|| passed(LISTENER));
     let begun = signals().and_then(|signals| Ok((signals, Port::take(&asked, listener)?)));
-    let (signals, mut port) = match begun {
+    let (signals, port) = match begun {
         Ok(begun) => begun,
         Err(error) => return status.failed(&error),
     };
-    let serving = match port.serve() {
+    let serve = |status: Option<&Status>| match port.lease()? {
+        Some(lease) => Ok(lease),
+        None => alone(arguments, &port, status).map(Serving::Own),
+    };
+    let serving = match serve(Some(&status)) {
         Ok(serving) => serving,
         Err(error) => return status.failed(&error),
     };
     status.done();
-    port.wait(&signals, serving);
+    port.wait(&signals, serving, || serve(None));
     ExitCode::SUCCESS
 }
 
@@ -231,7 +251,7 @@ enum Serving {
         owner: String,
     },
     /// This process. When this is dropped, what it has begun goes on and nothing new begins.
-    Own(std::sync::mpsc::Sender<()>),
+    Own(mpsc::Sender<()>),
 }
 
 impl Port {
@@ -294,14 +314,6 @@ impl Port {
         }
     }
 
-    /// Has the instance serve the port, or does so itself.
-    fn serve(&mut self) -> Result<Serving> {
-        match self.lease()? {
-            Some(lease) => Ok(lease),
-            None => self.serve_alone(),
-        }
-    }
-
     /// A lease; `None` if there is no instance.
     ///
     /// # Errors
@@ -336,42 +348,8 @@ impl Port {
         Ok(None)
     }
 
-    /// Forwards in user space, by threads that begin only now.
-    fn serve_alone(&self) -> Result<Serving> {
-        let mut given = Sockets::from(vec![self.socket.try_clone()?]);
-        let held = Held::bind(&self.spec, &mut [&mut given])?;
-        let spec = Arc::new(self.spec.clone());
-        let (end, ended) = std::sync::mpsc::channel();
-        let (begun, result) = std::sync::mpsc::channel();
-        thread::spawn(move || {
-            let runtime = tokio::runtime::Builder::new_current_thread()
-                .enable_all()
-                .build();
-            let served = runtime.map(|runtime| {
-                runtime.block_on(async {
-                    let started = Idle::start(Store::default())
-                        .and_then(|idle| Proxy::start(held, spec, Options::default(), &idle));
-                    let mut proxy = match started {
-                        Ok(proxy) => proxy,
-                        Err(error) => return drop(begun.send(Err(error))),
-                    };
-                    let _ = begun.send(Ok(()));
-                    let waits = tokio::task::spawn_blocking(move || ended.recv());
-                    let _ = waits.await; // closed is what it waits for
-                    proxy.stop(Stop::Drain).await;
-                    while proxy.counters().flows > 0 {
-                        tokio::time::sleep(RETRY).await;
-                    }
-                });
-            });
-            drop(served);
-        });
-        result.recv().context("forward in user space")??;
-        Ok(Serving::Own(end))
-    }
-
     /// Waits for the end, and follows the instance as it goes and comes.
-    fn wait(&mut self, signals: &SignalFd, mut serving: Serving) {
+    fn wait(&self, signals: &SignalFd, mut serving: Serving, serve: impl Fn() -> Result<Serving>) {
         loop {
             let mut watched = vec![PollFd::new(signals.as_fd(), PollFlags::POLLIN)];
             let timeout = match &serving {
@@ -396,7 +374,7 @@ impl Port {
                     let mut octets = [0; 4096];
                     match connection.read(&mut octets) {
                         Ok(count) if count > 0 => Serving::Lease { connection, owner },
-                        _ => match self.serve() {
+                        _ => match serve() {
                             Ok(serving) => serving,
                             Err(_) => {
                                 thread::sleep(RETRY);
@@ -425,6 +403,75 @@ impl Port {
             let _ = asked.and_then(Answer::line); // it ends with the connection at the latest
         }
     }
+}
+
+/// Forwards in user space, by threads that begin only now.
+fn in_this_process(_: &[String], port: &Port, _: Option<&Status>) -> Result<mpsc::Sender<()>> {
+    let mut given = Sockets::from(vec![port.socket.try_clone()?]);
+    let held = Held::bind(&port.spec, &mut [&mut given])?;
+    let spec = Arc::new(port.spec.clone());
+    let (end, ended) = mpsc::channel();
+    let (begun, result) = mpsc::channel();
+    thread::spawn(move || {
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build();
+        let served = runtime.map(|runtime| {
+            runtime.block_on(async {
+                let started = Idle::start(Store::default())
+                    .and_then(|idle| Proxy::start(held, spec, Options::default(), &idle));
+                let mut proxy = match started {
+                    Ok(proxy) => proxy,
+                    Err(error) => return drop(begun.send(Err(error))),
+                };
+                let _ = begun.send(Ok(()));
+                let waits = tokio::task::spawn_blocking(move || ended.recv());
+                let _ = waits.await; // closed is what it waits for
+                proxy.stop(Stop::Drain).await;
+                while proxy.counters().flows > 0 {
+                    tokio::time::sleep(RETRY).await;
+                }
+            });
+        });
+        drop(served);
+    });
+    result.recv().context("forward in user space")??;
+    Ok(end)
+}
+
+/// Does not return unless that fails. The port goes with it, as if dockerd had bound it, and signals that are held back.
+fn become_forwarder(
+    arguments: &[String],
+    port: &Port,
+    status: Option<&Status>,
+) -> Result<mpsc::Sender<()>> {
+    use nix::{
+        fcntl::{FcntlArg, fcntl},
+        unistd::{AccessFlags, access, dup2_raw},
+    };
+    let program = std::env::current_exe()?.with_file_name("forwarder");
+    let named = || format!("no instance is running, and {}", program.display());
+    access(&program, AccessFlags::X_OK).with_context(named)?;
+    let mut passed = vec![(port.socket.as_fd(), LISTENER)];
+    let pipe = status.and_then(|status| status.0.as_ref());
+    passed.extend(pipe.map(|pipe| (pipe.as_fd(), STATUS)));
+    // Above both numbers first: one may have the other's.
+    let copy = |(descriptor, number)| {
+        let copied = fcntl(descriptor, FcntlArg::F_DUPFD_CLOEXEC(LISTENER + 1))?;
+        // SAFETY: `fcntl` has made it.
+        Ok((unsafe { OwnedFd::from_raw_fd(copied) }, number))
+    };
+    let copies: Result<Vec<(OwnedFd, i32)>> = passed.into_iter().map(copy).collect();
+    for (copied, number) in copies? {
+        // SAFETY: what has the number is this process's, which ends here.
+        std::mem::forget(unsafe { dup2_raw(&copied, number) }?);
+    }
+    let error = Command::new(&program)
+        .arg("docker-proxy")
+        .args(arguments)
+        .arg("-use-listen-fd")
+        .exec();
+    Err(error).with_context(named)
 }
 
 #[cfg(test)]

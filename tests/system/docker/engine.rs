@@ -3,14 +3,13 @@
 use std::{
     fs::{self, File},
     net::Ipv4Addr,
-    os::unix::fs::symlink,
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
     time::Duration,
 };
 
 use anyhow::{Context as _, Result, bail, ensure};
-use forwarder_tests::{daemon::binary, deadline::wait_at_most, netns::Netns};
+use forwarder_tests::{daemon::program, deadline::wait_at_most, netns::Netns};
 use nix::{
     sys::signal::{Signal, kill},
     unistd::Pid,
@@ -51,13 +50,11 @@ impl Engine {
         instance: Option<&str>,
     ) -> Result<Self> {
         let mut config = json!({"iptables": iptables});
-        let links = tempfile::tempdir()?;
         if instance.is_some() {
-            let proxy = links.path().join("docker-proxy");
-            symlink(binary(), &proxy)?;
+            let proxy = program("forwarder-docker-proxy");
             config["userland-proxy-path"] = proxy.display().to_string().into();
         }
-        Self::start_with(host, links, config, instance)
+        Self::start_with(host, tempfile::tempdir()?, config, instance)
     }
 
     /// Starts it in a namespace with this configuration, and what it needs besides; it uses a folder that is empty but for

@@ -1,16 +1,19 @@
 //! `run --docker`: dockerd holds the ports of `docker run -p` itself, starts no process for them, and the fast path serves them
 //! beside its rules.
 
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::{
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
+    time::Instant,
+};
 
 use forwarder_tests::{
     deadline::wait_for,
     topology::Topology,
-    traffic::{Connection, Protocol, ask},
+    traffic::{Backend, Connection, Protocol, ask},
 };
 use serde_json::{Value, json};
 
-use super::{BOTH, Engine, GATEWAY, PORT, Programs, Scene};
+use super::{BOTH, Engine, GATEWAY, PORT, Programs, Scene, engine, run_a_hundred};
 
 fn scene(config: Value) -> Scene {
     let topology = Topology::new().unwrap();
@@ -132,6 +135,30 @@ fn the_fast_path_comes_before_dockers_own_proxy() {
     for protocol in BOTH {
         let local = SocketAddr::new(Ipv6Addr::LOCALHOST.into(), PORT);
         ask(scene.host(), protocol, local, "by the proxy").unwrap();
+    }
+    scene.stop();
+}
+
+#[test]
+fn a_hundred_ports_take_no_process_and_little_memory() {
+    let scene = scene(json!({"userland-proxy": false}));
+    let resident = || engine::memory(scene.daemon.pid()).unwrap();
+    let before = resident();
+    let time = run_a_hundred(&scene.engine);
+    let began = Instant::now();
+    scene.wait_for_list("the range", |rows| {
+        rows.len() == 1 && rows[0]["datapath"] == "ebpf"
+    });
+    let behind = began.elapsed();
+    let grown = resident().private.saturating_sub(before.private);
+    eprintln!("Docker takes {time:?}, and the watcher {behind:?} and {grown} KB more");
+    assert_eq!(scene.engine.proxies().unwrap().processes, 0);
+    assert!(grown < 10_000, "{grown} KB");
+    let container = scene.engine.netns("web").unwrap();
+    for port in [20_000, 20_099] {
+        let _backend = Backend::start(&container, Protocol::Tcp, port).unwrap();
+        let frontend = SocketAddr::new(scene.lan().ip(), port);
+        ask(&scene.topology.client, Protocol::Tcp, frontend, "of many").unwrap();
     }
     scene.stop();
 }

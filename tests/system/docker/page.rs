@@ -3,13 +3,14 @@
 
 use std::{
     fs,
+    os::unix::fs::symlink,
     path::Path,
     process::{Child, Stdio},
 };
 
 use anyhow::Result;
 use forwarder_tests::{
-    daemon::binary,
+    daemon::{binary, program},
     deadline::wait_for,
     netns::Netns,
     topology::{Family, Topology},
@@ -87,7 +88,9 @@ fn follow(topology: &Topology) {
     ]);
     let host = &topology.host;
     let tools = tempfile::tempdir().unwrap();
-    std::os::unix::fs::symlink(binary(), tools.path().join("forwarder")).unwrap();
+    for name in ["forwarder", "forwarder-docker-proxy"] {
+        symlink(program(name), tools.path().join(name)).unwrap();
+    }
     let path = format!(
         "{}:{}",
         tools.path().display(),
