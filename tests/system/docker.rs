@@ -8,6 +8,7 @@ mod newer;
 mod page;
 mod podman;
 mod programs;
+mod sctp;
 
 use std::{
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},

@@ -96,6 +96,7 @@ const ELSEWHERE: &[(&str, Runner)] = &[
     ("cargo xtask vm --jobs 2 --write", Runner::Person),
     ("cargo xtask vm 6.1 sid", Runner::Person),
     ("cargo xtask vm 5.10 --filter localhost", Runner::Person),
+    ("cargo xtask vm 6.12 --tier 3", Runner::Person),
     ("cargo xtask vm 6.12 -- forwarder doctor", Runner::Person),
     ("cargo xtask vm /tmp/tree", Runner::Person),
     ("cargo xtask verifier --write", Runner::Person),

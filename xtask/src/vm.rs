@@ -54,8 +54,8 @@ pub(crate) struct Options {
     /// Only tests whose name contains this
     #[arg(long)]
     filter: Option<String>,
-    /// Only this tier: 1 packets, 2 network namespaces
-    #[arg(long, value_parser = clap::value_parser!(u8).range(1..=2))]
+    /// Only this tier: 1 packets, 2 network namespaces, 3 Docker (not run unless asked for)
+    #[arg(long, value_parser = clap::value_parser!(u8).range(1..=3))]
     tier: Option<u8>,
     /// Seconds that one boot may take
     #[arg(long, default_value_t = 3600)]
@@ -90,7 +90,7 @@ struct Outcome {
 
 pub(crate) fn vm(options: &Options) -> Result<()> {
     let kernels = kernels(&options.kernels, options.refresh)?;
-    let programs = programs()?;
+    let programs = programs(options.tier == Some(3))?;
     let limit = Duration::from_secs(options.timeout);
     if !options.command.is_empty() {
         let root = root(programs, &options.command)?;
@@ -195,16 +195,32 @@ pub(crate) fn run(
     machine::boot(kernel, &root, "", Duration::from_secs(600), line)
 }
 
+/// What Docker consists of.
+const ENGINE: [&str; 8] = [
+    "containerd",
+    "containerd-shim-runc-v2",
+    "docker",
+    "docker-proxy",
+    "dockerd",
+    "iptables",
+    "runc",
+    "tar",
+];
+
 /// Builds what is tested, and names where it goes in the guest.
-fn programs() -> Result<Vec<(PathBuf, String)>> {
+fn programs(has_engine: bool) -> Result<Vec<(PathBuf, String)>> {
     let (binary, tests) = test::build(&[])?;
     let mut programs: Vec<_> = install::PROGRAMS
         .iter()
         .map(|name| (binary.with_file_name(name), format!("usr/bin/{name}")))
         .collect();
-    for group in ["packet", "netns"] {
+    for group in ["packet", "netns", "system"] {
         let program = exec::executable(&tests, group)?;
         programs.push((program, format!("tests/{group}")));
+    }
+    for name in ENGINE.iter().filter(|_| has_engine) {
+        let program = exec::find(name).with_context(|| format!("{name} is missing"))?;
+        programs.push((program, format!("usr/bin/{name}")));
     }
     Ok(programs)
 }
@@ -261,7 +277,12 @@ fn boots(options: &Options) -> Vec<Boot> {
     let mut groups = vec![
         group("packet", "packet", asked),
         group("netns", "netns", asked),
+        // Of what needs other programs, only that for which a kernel is the question.
+        group("system", "system", asked.or(Some("docker::sctp"))),
     ];
+    if options.tier.is_none() {
+        groups.pop();
+    }
     if let Some(tier) = options.tier {
         groups = groups
             .into_iter()
@@ -269,11 +290,13 @@ fn boots(options: &Options) -> Vec<Boot> {
             .take(1)
             .collect();
     }
-    let mut boots = vec![Boot {
-        parameters: "",
-        groups,
-    }];
-    if asked.is_none() && options.tier != Some(1) {
+    // The guest has nothing that loads Docker's profile.
+    let parameters = match options.tier {
+        Some(3) => "apparmor=0",
+        _ => "",
+    };
+    let mut boots = vec![Boot { parameters, groups }];
+    if asked.is_none() && options.tier.is_none_or(|tier| tier == 2) {
         for (parameters, name) in [(RESTRICTED, "restricted"), (WITHOUT_IPV6, "without_ipv6")] {
             let groups = vec![group(name, "netns", Some(name))];
             boots.push(Boot { parameters, groups });
@@ -306,7 +329,7 @@ fn script(groups: &[Group]) -> String {
 fn variables() -> String {
     format!(
         "export FORWARDER_BIN=/usr/bin/forwarder FORWARDER_TEST_SLACK={SLACK} FORWARDER_TEST_DEVICES=all \
-         RUST_BACKTRACE=0\n"
+         DOCKER_RAMDISK=yes RUST_BACKTRACE=0\n"
     )
 }
 
