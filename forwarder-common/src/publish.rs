@@ -171,7 +171,8 @@ pub struct Location {
     /// The device of the container network, as in [`Interface::network`]; that of [`Location::HERE`] for addresses of this
     /// host, and of [`Location::EVERYBODY`] for broadcast addresses.
     pub network: u32,
-    /// The device that the address's own container is behind; 0 where that is not known.
+    /// The device that the address's own container is behind. In the rest of the world, the one that the best route leads to, on
+    /// a host that the program cannot ask for it. 0 where that is not known.
     pub device: u32,
 }
 

@@ -161,7 +161,8 @@ pub fn is_behind(source: &Address, ifindex: u32) -> bool {
     if source.is_link_local() {
         return there.network != Location::HERE.network; // the others are everywhere
     }
-    there.network == network(ifindex) && (there.device == 0 || there.device == ifindex)
+    let is_any = there.device == 0 || there.network == 0;
+    there.network == network(ifindex) && (is_any || there.device == ifindex)
 }
 
 // VERIFIER: as above.
@@ -198,7 +199,15 @@ pub fn leads(way: &Hop, ifindex: u32) -> bool {
 /// Whether the packet came in by the device of the one container that has its source.
 #[inline(always)]
 pub fn is_known_behind(packet: &Packet) -> bool {
-    location(&packet.tuple.source).device == packet.ifindex
+    let there = location(&packet.tuple.source);
+    there.network != 0 && there.device == packet.ifindex
+}
+
+/// Whether the best route to an address of the rest of the world may lead to a device, as far as the daemon has said.
+#[inline(always)]
+pub fn may_be_reached_by(address: &Address, device: u32) -> bool {
+    let there = location(address);
+    there.network != 0 || there.device == 0 || there.device == device
 }
 
 /// The bits of a publish.

@@ -237,8 +237,8 @@ fn choose_uplink(context: *mut c_void, route: &mut Route) {
 }
 
 /// Whether a packet that begins a flow, or comes by another device than those before it, came by the device that this host's
-/// best route to its source leads to, where that is asked for (rp_filter is 1). A host that does not forward cannot be asked,
-/// and then answers by routes all the same. `context` is the program's.
+/// best route to its source leads to, where that is asked for (rp_filter is 1). A kernel that does not forward cannot be asked:
+/// there the daemon has written what its routes say. `context` is the program's.
 ///
 /// # Errors
 /// `Martian` if not.
@@ -268,6 +268,9 @@ fn is_reverse_path(
     let class = u32::from_ne_bytes([packet.is_v4 as u8, packet.protocol, packet.tos & DSCP, 0]);
     route.begin([&packet.tuple.destination, source], device, class, 0);
     let best = look_up(context, route, LOOPBACK_IFINDEX, 0, 0);
+    if !best && !publish::may_be_reached_by(source, device) {
+        return Err(Reason::Martian);
+    }
     if !best || route.lookup.ifindex == device {
         return Ok(());
     }

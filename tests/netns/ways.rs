@@ -214,38 +214,41 @@ fn who_comes_by_a_default_route_is_answered_by_it() {
 /// (rp_filter 1).
 #[test]
 fn a_machine_of_one_uplinks_network_does_not_speak_for_the_others() {
-    let scene = Scene::new(Protocol::Udp);
-    let Topology { host, client, .. } = &scene.topology;
-    host.set("ipv4/conf/all/rp_filter", "1").unwrap();
-    let daemon = scene.start(Family::V4, Protocol::Udp, &["--allow", "192.0.2.0/24"]);
-    let by_its_own = SocketAddr::from(([192, 0, 2, 2], PORT));
-    let answer = ask(client, Protocol::Udp, by_its_own, "honest").unwrap();
-    assert_eq!(answer.seen.ip(), IpAddr::from([192, 0, 2, 9]));
+    for forwards in [true, false] {
+        let scene = Scene::new(Protocol::Udp);
+        let Topology { host, client, .. } = &scene.topology;
+        host.forwards(forwards).unwrap();
+        host.set("ipv4/conf/all/rp_filter", "1").unwrap();
+        let daemon = scene.start(Family::V4, Protocol::Udp, &["--allow", "192.0.2.0/24"]);
+        let by_its_own = SocketAddr::from(([192, 0, 2, 2], PORT));
+        let answer = ask(client, Protocol::Udp, by_its_own, "honest").unwrap();
+        assert_eq!(answer.seen.ip(), IpAddr::from([192, 0, 2, 9]));
 
-    let mac = host
-        .mac("eth0")
-        .unwrap()
-        .map(|octet| format!("{octet:02x}"));
-    let (mac, frontend) = (mac.join(":"), scene.host(Family::V4, "eth0"));
-    client
-        .ip(&format!(
-            "addr add 192.0.2.77/32 dev lo\nneigh replace {frontend} lladdr {mac} dev eth0"
-        ))
+        let mac = host
+            .mac("eth0")
+            .unwrap()
+            .map(|octet| format!("{octet:02x}"));
+        let (mac, frontend) = (mac.join(":"), scene.host(Family::V4, "eth0"));
+        client
+            .ip(&format!(
+                "addr add 192.0.2.77/32 dev lo\nneigh replace {frontend} lladdr {mac} dev eth0"
+            ))
+            .unwrap();
+        let forger = client.enter(|| UdpSocket::bind("192.0.2.77:4000")).unwrap();
+        forger
+            .send_to(b"forged", scene.frontend(Family::V4))
+            .unwrap();
+        wait_for("the forgery is counted", || {
+            (daemon.counted("martian_source").unwrap() > 0).then_some(())
+        })
         .unwrap();
-    let forger = client.enter(|| UdpSocket::bind("192.0.2.77:4000")).unwrap();
-    forger
-        .send_to(b"forged", scene.frontend(Family::V4))
-        .unwrap();
-    wait_for("the forgery is counted", || {
-        (daemon.counted("martian_source").unwrap() > 0).then_some(())
-    })
-    .unwrap();
-    assert_eq!(
-        scene.backend.requests(),
-        1,
-        "the forgery reached the backend"
-    );
-    daemon.stop().unwrap();
+        assert_eq!(
+            scene.backend.requests(),
+            1,
+            "the forgery reached the backend"
+        );
+        daemon.stop().unwrap();
+    }
 }
 
 /// Has a machine on the first uplink's network send a datagram with a source on the other's; the host asks for the reverse path
@@ -274,41 +277,47 @@ fn is_dropped_by_the_first_uplink(
 
 #[test]
 fn a_machine_of_one_uplinks_network_does_not_join_the_others_conversation() {
-    let scene = Scene::new(Protocol::Udp);
-    let Topology { host, client, .. } = &scene.topology;
-    host.set("ipv4/conf/all/rp_filter", "1").unwrap();
-    let daemon = scene.start(Family::V4, Protocol::Udp, &[]);
-    let frontend = SocketAddr::from(([192, 0, 2, 2], PORT));
-    let socket = client.enter(|| UdpSocket::bind("192.0.2.9:4000")).unwrap();
-    ask_by(&socket, frontend, "before").unwrap();
-    let source = socket.local_addr().unwrap();
-    is_dropped_by_the_first_uplink(&scene, &daemon, source, frontend);
-    assert_eq!(ask_by(&socket, frontend, "after").unwrap().payload, "after");
-    assert_eq!(
-        scene.backend.requests(),
-        2,
-        "the forgery reached the backend"
-    );
-    daemon.stop().unwrap();
+    for forwards in [true, false] {
+        let scene = Scene::new(Protocol::Udp);
+        let Topology { host, client, .. } = &scene.topology;
+        host.forwards(forwards).unwrap();
+        host.set("ipv4/conf/all/rp_filter", "1").unwrap();
+        let daemon = scene.start(Family::V4, Protocol::Udp, &[]);
+        let frontend = SocketAddr::from(([192, 0, 2, 2], PORT));
+        let socket = client.enter(|| UdpSocket::bind("192.0.2.9:4000")).unwrap();
+        ask_by(&socket, frontend, "before").unwrap();
+        let source = socket.local_addr().unwrap();
+        is_dropped_by_the_first_uplink(&scene, &daemon, source, frontend);
+        assert_eq!(ask_by(&socket, frontend, "after").unwrap().payload, "after");
+        assert_eq!(
+            scene.backend.requests(),
+            2,
+            "the forgery reached the backend"
+        );
+        daemon.stop().unwrap();
+    }
 }
 
 #[test]
 fn a_machine_of_one_uplinks_network_does_not_answer_for_the_others() {
-    let scene = Scene::new(Protocol::Udp);
-    let Topology { host, client, .. } = &scene.topology;
-    host.set("ipv4/conf/all/rp_filter", "1").unwrap();
-    let _remote = Backend::start(client, Protocol::Udp, BACKEND_PORT).unwrap();
-    let backend = SocketAddr::from(([192, 0, 2, 9], BACKEND_PORT));
-    let specs = [format!("{PORT}:{backend}/udp")];
-    let daemon = Daemon::start(host, &[&specs[0]], Datapath::Ebpf).unwrap();
-    let socket = host.enter(|| UdpSocket::bind("127.0.0.1:0")).unwrap();
-    let frontend = SocketAddr::from(([127, 0, 0, 1], PORT));
-    let mut seen = None;
-    on_the_fast_path(&daemon, || {
-        seen = Some(ask_by(&socket, frontend, "before").unwrap().seen);
-    });
-    is_dropped_by_the_first_uplink(&scene, &daemon, backend, seen.unwrap());
-    let answer = ask_by(&socket, frontend, "after").unwrap();
-    assert_eq!(answer.payload, "after");
-    daemon.stop().unwrap();
+    for forwards in [true, false] {
+        let scene = Scene::new(Protocol::Udp);
+        let Topology { host, client, .. } = &scene.topology;
+        host.forwards(forwards).unwrap();
+        host.set("ipv4/conf/all/rp_filter", "1").unwrap();
+        let _remote = Backend::start(client, Protocol::Udp, BACKEND_PORT).unwrap();
+        let backend = SocketAddr::from(([192, 0, 2, 9], BACKEND_PORT));
+        let specs = [format!("{PORT}:{backend}/udp")];
+        let daemon = Daemon::start(host, &[&specs[0]], Datapath::Ebpf).unwrap();
+        let socket = host.enter(|| UdpSocket::bind("127.0.0.1:0")).unwrap();
+        let frontend = SocketAddr::from(([127, 0, 0, 1], PORT));
+        let mut seen = None;
+        on_the_fast_path(&daemon, || {
+            seen = Some(ask_by(&socket, frontend, "before").unwrap().seen);
+        });
+        is_dropped_by_the_first_uplink(&scene, &daemon, backend, seen.unwrap());
+        let answer = ask_by(&socket, frontend, "after").unwrap();
+        assert_eq!(answer.payload, "after");
+        daemon.stop().unwrap();
+    }
 }

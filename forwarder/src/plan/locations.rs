@@ -55,24 +55,14 @@ pub(crate) fn routed(snapshot: &Snapshot) -> BTreeSet<u32> {
 /// that lead elsewhere from within are exceptions, with 0.
 pub fn networks(snapshot: &Snapshot) -> BTreeMap<IpNet, Behind> {
     let devices = container_networks(snapshot);
-    let mut routes: Vec<(IpNet, u32, Behind)> = snapshot
-        .routes
-        .iter()
-        .filter(|route| tells_networks(route))
-        .filter_map(|route| {
-            let prefix = IpNet::new(route.destination, route.prefix).ok()?;
-            let behind = Behind {
-                network: devices.get(&route.ifindex).copied().unwrap_or(0),
-                gateway: route.gateway,
-            };
-            Some((prefix.trunc(), route.priority, behind))
-        })
-        .collect();
-    // Of equal prefixes the one that counts comes last.
-    routes.sort_by_key(|(prefix, priority, _)| (*prefix, std::cmp::Reverse(*priority)));
+    let behind = |route: &Route| Behind {
+        network: devices.get(&route.ifindex).copied().unwrap_or(0),
+        gateway: route.gateway,
+    };
+    let routes = best_routes(snapshot).into_iter();
     let mut networks: BTreeMap<IpNet, Behind> = routes
-        .iter()
-        .map(|(prefix, _, behind)| (*prefix, *behind))
+        .filter(|(_, route)| tells_networks(route))
+        .map(|(prefix, route)| (prefix, behind(route)))
         .collect();
     let inside: Vec<IpNet> = networks
         .iter()
@@ -83,6 +73,44 @@ pub fn networks(snapshot: &Snapshot) -> BTreeMap<IpNet, Behind> {
         behind.network != 0 || inside.iter().any(|outer| outer.contains(prefix))
     });
     networks
+}
+
+/// The route to each prefix that counts among equal ones.
+fn best_routes(snapshot: &Snapshot) -> BTreeMap<IpNet, &Route> {
+    let routes = snapshot.routes.iter().filter(|route| !route.local);
+    let mut routes: Vec<(IpNet, &Route)> = routes
+        .filter_map(|route| {
+            let prefix = IpNet::new(route.destination, route.prefix).ok()?;
+            Some((prefix.trunc(), route))
+        })
+        .collect();
+    // The best comes last.
+    routes.sort_by_key(|(prefix, route)| (*prefix, std::cmp::Reverse(route.priority)));
+    routes.into_iter().collect()
+}
+
+/// By which uplink the rest of the world is reached over IPv4, for devices that are particular about that, where the program
+/// cannot ask the kernel: that answers on hosts that forward alone. Rules of others may choose in other ways than routes say.
+fn reverse_paths(snapshot: &Snapshot) -> BTreeMap<IpNet, Location> {
+    let is_asked = snapshot.forwards.0 || snapshot.rules.0 || snapshot.strict.is_empty();
+    if is_asked || !super::has_several_uplinks(snapshot) {
+        return BTreeMap::new();
+    }
+    let devices = container_networks(snapshot);
+    let routes = best_routes(snapshot).into_iter();
+    let world: BTreeMap<IpNet, Location> = routes
+        .filter(|(prefix, route)| prefix.addr().is_ipv4() && !devices.contains_key(&route.ifindex))
+        .map(|(prefix, route)| {
+            let has_several_legs = route.gateway.is_some_and(|it| it.is_unspecified());
+            let device = if has_several_legs { 0 } else { route.ifindex };
+            (prefix, Location { network: 0, device })
+        })
+        .collect();
+    // What else is in the map must find its place there.
+    if world.len() > limits::LOCATIONS as usize / 4 {
+        return BTreeMap::new();
+    }
+    world
 }
 
 /// Where this host's route to a prefix leads.
@@ -180,9 +208,11 @@ pub fn locations(snapshot: &Snapshot) -> BTreeMap<IpNet, Location> {
         .chain(prefixes)
         .filter(|prefix| !prefix.addr().is_loopback())
         .map(|prefix| (prefix.trunc(), Location::HERE));
+    let world = reverse_paths(snapshot);
     let everybody = snapshot.addresses.iter().filter_map(broadcast);
     let everybody = everybody.map(|address| (IpNet::from(address), Location::EVERYBODY));
     networks
+        .chain(world)
         .chain(everybody)
         .chain(containers)
         .chain(local)
@@ -473,6 +503,61 @@ pub(crate) mod tests {
         snapshot.routes[1].priority = 200;
         let networks = networks(&snapshot).into_values();
         assert_eq!(networks.map(|it| it.network).collect::<Vec<_>>(), [3]);
+    }
+
+    #[test]
+    fn reverse_paths_are_those_of_the_routes_where_the_kernel_cannot_be_asked() {
+        let mut snapshot = host();
+        snapshot.links.insert(7, link("eth1", Kind::Other, None));
+        snapshot.routes.clear();
+        for (destination, prefix, ifindex, gateway) in [
+            ("0.0.0.0", 0, 2, true),
+            ("198.51.100.0", 24, 2, false),
+            ("192.0.2.0", 24, 7, false),
+            ("172.31.0.0", 24, 3, false),
+            ("2001:db8:2::", 64, 7, false),
+        ] {
+            snapshot
+                .routes
+                .push(route(destination, prefix, ifindex, gateway));
+        }
+        snapshot.strict = [7].into();
+        let shown = |snapshot: &Snapshot| {
+            let paths = reverse_paths(snapshot).into_iter();
+            paths
+                .map(|(prefix, there)| format!("{prefix} {}", there.device))
+                .collect::<Vec<_>>()
+        };
+        let expected = ["0.0.0.0/0 2", "192.0.2.0/24 7", "198.51.100.0/24 2"];
+        assert_eq!(shown(&snapshot), expected);
+        assert!(locations(&snapshot).values().any(|it| it.network == 3));
+        // The better of two.
+        let other = route("192.0.2.0", 24, 2, false);
+        snapshot.routes.push(Route {
+            priority: 10,
+            ..other
+        });
+        assert_eq!(shown(&snapshot), expected);
+        // By both uplinks.
+        snapshot.routes[0].gateway = Some(ip("0.0.0.0"));
+        assert_eq!(shown(&snapshot)[0], "0.0.0.0/0 0");
+        let others = [
+            Snapshot {
+                forwards: (true, false),
+                ..snapshot.clone()
+            },
+            Snapshot {
+                rules: (true, false),
+                ..snapshot.clone()
+            },
+            Snapshot {
+                strict: [].into(),
+                ..snapshot
+            },
+        ];
+        for other in &others {
+            assert!(reverse_paths(other).is_empty(), "{other:?}");
+        }
     }
 
     #[test]
