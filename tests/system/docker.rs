@@ -3,6 +3,7 @@
 
 mod engine;
 mod held;
+mod ipv6;
 mod labels;
 mod newer;
 mod page;
@@ -23,6 +24,7 @@ use forwarder_tests::{
     traffic::{Backend, Connection, Protocol, ask},
 };
 use nix::sys::signal::Signal;
+use serde_json::{Value, json};
 
 use self::{
     engine::{Engine, GATEWAY},
@@ -63,8 +65,13 @@ impl Scene {
 
     /// An instance that the engine's proxies ask.
     fn served(topology: Topology, host: Programs, iptables: bool) -> Self {
+        Self::served_with(topology, host, json!({"iptables": iptables}))
+    }
+
+    /// The same of an engine with this configuration.
+    fn served_with(topology: Topology, host: impl Into<Programs>, config: Value) -> Self {
         let daemon = Daemon::start_with_state(&topology.host, &[], Datapath::Auto, &[]).unwrap();
-        let engine = Engine::start(host, iptables, Some(daemon.instance())).unwrap();
+        let engine = Engine::start(host, config, Some(daemon.instance())).unwrap();
         Self {
             engine,
             daemon,
@@ -104,6 +111,13 @@ impl Scene {
             let client = SocketAddr::new(client, answer.local_port);
             assert_eq!(answer.seen, client, "{protocol:?}\n{}", self.shown());
         }
+    }
+
+    /// Waits for what the list is to say.
+    #[track_caller]
+    fn wait_for_list(&self, what: &str, is_so: impl Fn(&[Value]) -> bool) -> Vec<Value> {
+        let found = wait_for(what, || self.daemon.list().ok().filter(|rows| is_so(rows)));
+        found.unwrap_or_else(|error| panic!("{error:#}\n{}", self.shown()))
     }
 
     /// What the instance says of itself, for the message of a failure.
@@ -264,7 +278,7 @@ fn run_a_hundred(engine: &Engine) -> Duration {
 fn a_hundred_ports_take_a_third_of_the_memory_of_dockers_own_proxy() {
     let (own, own_time) = {
         let topology = Topology::new().unwrap();
-        let engine = Engine::start(&topology.host, true, None).unwrap();
+        let engine = Engine::start(&topology.host, json!({}), None).unwrap();
         let time = run_a_hundred(&engine);
         let own = engine.proxies().unwrap();
         engine.stop().unwrap();

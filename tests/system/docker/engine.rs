@@ -46,10 +46,9 @@ impl Engine {
     /// Starts it in a namespace, with our program as its proxy if there is an instance, else with its own.
     pub(super) fn start(
         host: impl Into<Programs>,
-        iptables: bool,
+        mut config: Value,
         instance: Option<&str>,
     ) -> Result<Self> {
-        let mut config = json!({"iptables": iptables});
         if instance.is_some() {
             let proxy = program("forwarder-docker-proxy");
             config["userland-proxy-path"] = proxy.display().to_string().into();

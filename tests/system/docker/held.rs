@@ -7,7 +7,6 @@ use std::{
 };
 
 use forwarder_tests::{
-    deadline::wait_for,
     topology::Topology,
     traffic::{Backend, Connection, Protocol, ask},
 };
@@ -28,13 +27,6 @@ fn scene_of(topology: Topology, host: Programs, config: Value) -> Scene {
 }
 
 impl Scene {
-    /// Waits for what the list is to say.
-    #[track_caller]
-    fn wait_for_list(&self, what: &str, is_so: impl Fn(&[Value]) -> bool) -> Vec<Value> {
-        let found = wait_for(what, || self.daemon.list().ok().filter(|rows| is_so(rows)));
-        found.unwrap_or_else(|error| panic!("{error:#}\n{}", self.shown()))
-    }
-
     /// Where Docker's own rules send the port.
     fn backend_of_rules(&self) -> String {
         let rules = "iptables -t nat -S DOCKER";

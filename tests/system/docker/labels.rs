@@ -4,6 +4,7 @@
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
 use forwarder_tests::{deadline::wait_for, topology::Topology, traffic::ask};
+use serde_json::{Value, json};
 
 use super::{BOTH, Engine, PORT, Scene};
 
@@ -11,7 +12,7 @@ const LABEL: &str = "forwarder.publish=8080:9000,8080:9000/udp";
 
 fn scene() -> Scene {
     let topology = Topology::new().unwrap();
-    let engine = Engine::start(&topology.host, true, None).unwrap();
+    let engine = Engine::start(&topology.host, json!({}), None).unwrap();
     Scene::followed(topology, engine, &["--docker-labels"])
 }
 
@@ -22,7 +23,7 @@ impl Scene {
         let owners = wait_for("the publishes of containers", || {
             let list = self.daemon.list().ok()?;
             let is_fast = list.iter().all(|row| row["datapath"] == "ebpf");
-            let owner = |row: &serde_json::Value| row["owner"].as_str().unwrap().to_owned();
+            let owner = |row: &Value| row["owner"].as_str().unwrap().to_owned();
             (list.len() == count && is_fast).then(|| list.iter().map(owner).collect())
         });
         owners.unwrap_or_else(|error| panic!("{error:#}\n{}", self.shown()))
@@ -67,9 +68,8 @@ fn a_label_publishes_a_container_wherever_it_is() {
         let address = scene.engine.address("web").unwrap();
         wait_for("the new address", || {
             let list = scene.daemon.list().ok()?;
-            let is_there = |row: &serde_json::Value| {
-                row["backend"]["address"] == address && row["delivery"] == "peer"
-            };
+            let is_there =
+                |row: &Value| row["backend"]["address"] == address && row["delivery"] == "peer";
             (list.len() == 2 && list.iter().all(is_there)).then_some(())
         })
         .unwrap_or_else(|error| panic!("{error:#}\n{}", scene.shown()));
