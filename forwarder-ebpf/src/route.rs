@@ -248,41 +248,46 @@ pub fn came_back(context: *mut c_void, packet: &Packet, source: &Address) -> Res
     if !several() || packet.is_from_this_host() || !packet.is_v4 {
         return Ok(());
     }
-    match publish::interface(packet.ifindex) {
-        Some(interface) if interface.strict != 0 && interface.network == 0 => {
-            is_reverse_path(context, packet, source, interface.layer3)
-        }
-        _ => Ok(()),
+    let device = match publish::interface(packet.ifindex) {
+        Some(interface) if interface.strict != 0 && interface.network == 0 => interface.layer3,
+        _ => return Ok(()),
+    };
+    let is_possible = match is_reverse_path(context, packet, source, device) {
+        NOT_KNOWN => publish::may_be_reached_by(source, device),
+        answer => answer == YES,
+    };
+    if is_possible {
+        Ok(())
+    } else {
+        Err(Reason::Martian)
     }
 }
 
+/// What the kernel says.
+const NO: u32 = 0;
+const YES: u32 = 1;
+const NOT_KNOWN: u32 = 2;
+
 // VERIFIER: as below.
 #[inline(never)]
-fn is_reverse_path(
-    context: *mut c_void,
-    packet: &Packet,
-    source: &Address,
-    device: u32,
-) -> Result<(), Reason> {
-    let route = element(limits::ROUTES).ok_or(Reason::NotOurs)?;
+fn is_reverse_path(context: *mut c_void, packet: &Packet, source: &Address, device: u32) -> u32 {
+    let Some(route) = element(limits::ROUTES) else {
+        return NO;
+    };
     let class = u32::from_ne_bytes([packet.is_v4 as u8, packet.protocol, packet.tos & DSCP, 0]);
     route.begin([&packet.tuple.destination, source], device, class, 0);
-    let best = look_up(context, route, LOOPBACK_IFINDEX, 0, 0);
-    if !best && !publish::may_be_reached_by(source, device) {
-        return Err(Reason::Martian);
+    if !look_up(context, route, LOOPBACK_IFINDEX, 0, 0) {
+        return NOT_KNOWN;
     }
-    if !best || route.lookup.ifindex == device {
-        return Ok(());
+    if route.lookup.ifindex == device {
+        return YES;
     }
     // Of several legs of one route the kernel has named another; it takes packets by each. A route of another metric, which is
     // where the question's `flow` was, is no leg of it, nor is one by a gateway to a neighbour of this host.
     let (next_hop, metric) = (route.lookup.destination, route.lookup.flow);
     let by_device = look_up(context, route, device, BPF_FIB_LOOKUP_OUTPUT, 0);
     let is_leg = next_hop != route.question() && metric == route.lookup.flow;
-    if by_device && route.lookup.ifindex == device && is_leg {
-        return Ok(());
-    }
-    Err(Reason::Martian)
+    (by_device && route.lookup.ifindex == device && is_leg) as u32
 }
 
 /// Asks the kernel as its own output would: for a route by that device.
