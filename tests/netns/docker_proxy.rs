@@ -5,17 +5,17 @@ use std::{
     cell::Cell,
     fs::File,
     io::Read as _,
-    net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, UdpSocket},
+    net::{Ipv4Addr, SocketAddr, TcpListener, UdpSocket},
     os::{fd::OwnedFd, unix::process::CommandExt as _},
     process::{Child, Stdio},
 };
 
 use forwarder_tests::{
-    daemon::{Daemon, Datapath, binary, program},
+    daemon::{Datapath, binary, program},
     deadline::wait_for,
     netns::Netns,
     topology::{Family, Topology},
-    traffic::{Backend, Connection, Protocol, ask},
+    traffic::{Connection, Protocol, ask},
 };
 use nix::{
     fcntl::OFlag,
@@ -23,7 +23,7 @@ use nix::{
     unistd::{Pid, dup2_raw, pipe2},
 };
 
-use crate::scene::{BACKEND_PORT, PORT};
+use crate::scene::{BACKEND_PORT, PORT, Scene, backend, frontend};
 
 thread_local! {
     /// `forwarder` by that name is started, instead of the program of its own.
@@ -120,41 +120,35 @@ pub(crate) fn start(topology: &Topology, instance: &str, protocol: &str, host: &
 }
 
 fn frontends(topology: &Topology) -> [(&Netns, SocketAddr); 2] {
+    let localhost = SocketAddr::from((Ipv4Addr::LOCALHOST, PORT));
     [
-        (
-            &topology.client,
-            SocketAddr::new(topology.host_address(Family::V4), PORT),
-        ),
-        (
-            &topology.host,
-            SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), PORT),
-        ),
+        (&topology.client, frontend(topology, Family::V4)),
+        (&topology.host, localhost),
     ]
 }
 
 fn a_container_is_published_until_its_end(datapath: Datapath, protocol: Protocol, name: &str) {
-    let topology = Topology::new().unwrap();
-    let _backend = Backend::start(&topology.backend.netns, protocol, BACKEND_PORT).unwrap();
-    let daemon = Daemon::start(&topology.host, &[], datapath).unwrap();
-    let mut v4 = start(&topology, daemon.instance(), name, "0.0.0.0");
+    let scene = Scene::of(Family::V4, protocol).idle().by(datapath).start();
+    let (topology, daemon) = scene.parts();
+    let mut v4 = start(topology, daemon.instance(), name, "0.0.0.0");
     assert_eq!(v4.said(), "0\n");
-    let mut v6 = start(&topology, daemon.instance(), name, "::");
+    let mut v6 = start(topology, daemon.instance(), name, "::");
     assert_eq!(v6.said(), "0\n");
     assert_eq!(daemon.list().unwrap().len(), 2);
-    for (netns, frontend) in frontends(&topology) {
+    for (netns, frontend) in frontends(topology) {
         ask(netns, protocol, frontend, "hello").unwrap();
     }
-    let six = SocketAddr::new(IpAddr::V6(std::net::Ipv6Addr::LOCALHOST), PORT);
+    let six = SocketAddr::new(Family::V6.localhost(), PORT);
     ask(&topology.host, protocol, six, "by IPv6").unwrap();
     assert_eq!(v4.end(Signal::SIGINT), Some(0));
     assert_eq!(daemon.list().unwrap().len(), 1, "at the time of its end");
     // The port is free for the next container at once.
-    let mut again = start(&topology, daemon.instance(), name, "0.0.0.0");
+    let mut again = start(topology, daemon.instance(), name, "0.0.0.0");
     assert_eq!(again.said(), "0\n");
     assert_eq!(again.end(Signal::SIGTERM), Some(0));
     assert_eq!(v6.end(Signal::SIGINT), Some(0));
     assert!(daemon.list().unwrap().is_empty());
-    daemon.stop().unwrap();
+    scene.stop();
 }
 
 #[test]
@@ -174,29 +168,15 @@ fn a_container_is_published_until_its_end_in_user_space() {
 
 #[test]
 fn the_socket_that_dockerd_has_bound_is_used() {
-    let topology = Topology::new().unwrap();
-    let daemon = Daemon::start(&topology.host, &[], Datapath::Auto).unwrap();
+    let scene = Scene::tcp().silent().idle().auto().start();
+    let (topology, daemon) = scene.parts();
     let bound = (Ipv4Addr::UNSPECIFIED, PORT);
     for protocol in [Protocol::Tcp, Protocol::Udp] {
-        let _backend = Backend::start(&topology.backend.netns, protocol, BACKEND_PORT).unwrap();
-        let (name, listener): (_, OwnedFd) = match protocol {
-            Protocol::Tcp => (
-                "tcp",
-                topology
-                    .host
-                    .enter(|| TcpListener::bind(bound))
-                    .unwrap()
-                    .into(),
-            ),
-            Protocol::Udp => (
-                "udp",
-                topology
-                    .host
-                    .enter(|| UdpSocket::bind(bound))
-                    .unwrap()
-                    .into(),
-            ),
-        };
+        let _backend = backend(&topology.backend, protocol);
+        let (name, listener): (_, OwnedFd) = topology.host.enter(|| match protocol {
+            Protocol::Tcp => ("tcp", TcpListener::bind(bound).unwrap().into()),
+            Protocol::Udp => ("udp", UdpSocket::bind(bound).unwrap().into()),
+        });
         let container = topology.backend.address(Family::V4).to_string();
         let backend = BACKEND_PORT.to_string();
         // The host's address and port are those of the socket.
@@ -215,24 +195,24 @@ fn the_socket_that_dockerd_has_bound_is_used() {
         ];
         let mut shim = Shim::start(&topology.host, daemon.instance(), &flags, Some(listener));
         assert_eq!(shim.said(), "0\n");
-        for (netns, frontend) in frontends(&topology) {
+        for (netns, frontend) in frontends(topology) {
             ask(netns, protocol, frontend, "hello").unwrap();
         }
         assert_eq!(daemon.entry().unwrap()["frontend"]["port"], PORT);
         assert_eq!(shim.end(Signal::SIGINT), Some(0));
     }
-    daemon.stop().unwrap();
+    scene.stop();
 }
 
 #[test]
 fn a_port_that_is_taken_is_said_as_docker_says_it() {
-    let topology = Topology::new().unwrap();
-    let daemon = Daemon::start(&topology.host, &[], Datapath::Auto).unwrap();
+    let scene = Scene::tcp().silent().idle().auto().start();
+    let (topology, daemon) = scene.parts();
     let _taken = topology
         .host
         .enter(|| TcpListener::bind((Ipv4Addr::UNSPECIFIED, PORT)))
         .unwrap();
-    let mut shim = start(&topology, daemon.instance(), "tcp", "0.0.0.0");
+    let mut shim = start(topology, daemon.instance(), "tcp", "0.0.0.0");
     let said = shim.said();
     assert!(
         said.starts_with("1\n") && said.contains("address already in use"),
@@ -243,7 +223,7 @@ fn a_port_that_is_taken_is_said_as_docker_says_it() {
     daemon
         .control(&["publish", &format!("0.0.0.0:{}:172.31.0.2:80", PORT + 1)])
         .unwrap();
-    daemon.stop().unwrap();
+    scene.stop();
 }
 
 #[test]
@@ -285,84 +265,76 @@ fn by_hand_it_has_no_pipe_and_says_what_is_wrong_on_standard_error() {
 
 #[test]
 fn without_an_instance_it_forwards_by_itself_until_there_is_one() {
-    let topology = Topology::new().unwrap();
-    let _backend = Backend::start(&topology.backend.netns, Protocol::Tcp, BACKEND_PORT).unwrap();
-    let mut daemon = Daemon::start(&topology.host, &[], Datapath::Auto).unwrap();
-    daemon.terminate().unwrap();
-    let mut shim = start(&topology, daemon.instance(), "tcp", "0.0.0.0");
+    let mut scene = Scene::tcp().idle().auto().start();
+    scene.daemon.terminate().unwrap();
+    let mut shim = start(&scene.topology, scene.daemon.instance(), "tcp", "0.0.0.0");
     assert_eq!(shim.said(), "0\n");
-    for (netns, frontend) in frontends(&topology) {
+    for (netns, frontend) in frontends(&scene.topology) {
         ask(netns, Protocol::Tcp, frontend, "by itself").unwrap();
     }
-    let mut old = Connection::open(&topology.client, frontends(&topology)[0].1).unwrap();
+    let mut old = scene.connect();
     old.ask("before").unwrap();
-    daemon.restart().unwrap();
+    scene.daemon.restart().unwrap();
     wait_for("the lease", || {
-        (daemon.list().unwrap().len() == 1).then_some(())
+        (scene.daemon.list().unwrap().len() == 1).then_some(())
     })
     .unwrap();
-    for (netns, frontend) in frontends(&topology) {
+    for (netns, frontend) in frontends(&scene.topology) {
         ask(netns, Protocol::Tcp, frontend, "by the instance").unwrap();
     }
     old.ask("what it had begun goes on").unwrap();
     assert_eq!(shim.end(Signal::SIGINT), Some(0));
-    daemon.stop().unwrap();
+    scene.stop();
 }
 
 #[test]
 fn connections_outlive_the_death_of_the_instance() {
-    let topology = Topology::new().unwrap();
-    let _backend = Backend::start(&topology.backend.netns, Protocol::Tcp, BACKEND_PORT).unwrap();
-    let mut daemon = Daemon::start_with_state(&topology.host, &[], Datapath::Ebpf, &[]).unwrap();
-    let mut shim = start(&topology, daemon.instance(), "tcp", "0.0.0.0");
+    let mut scene = Scene::tcp().idle().with_state().start();
+    let mut shim = start(&scene.topology, scene.daemon.instance(), "tcp", "0.0.0.0");
     assert_eq!(shim.said(), "0\n");
-    let mut connections = frontends(&topology).map(|(netns, frontend)| {
+    let mut connections = frontends(&scene.topology).map(|(netns, frontend)| {
         let mut connection = Connection::open(netns, frontend).unwrap();
         connection.ask("before").unwrap();
         connection
     });
-    daemon.kill().unwrap();
+    scene.daemon.kill().unwrap();
     for connection in &mut connections {
         connection.ask("while it is dead").unwrap();
     }
-    daemon.restart().unwrap();
+    scene.daemon.restart().unwrap();
     for connection in &mut connections {
         connection.ask("after").unwrap();
     }
-    assert_eq!(daemon.list().unwrap().len(), 1);
+    assert_eq!(scene.daemon.list().unwrap().len(), 1);
     assert_eq!(shim.end(Signal::SIGINT), Some(0));
-    daemon.stop().unwrap();
+    scene.stop();
 }
 
 #[test]
 fn connections_stay_with_the_publish_of_their_family() {
-    let topology = Topology::new().unwrap();
-    let _backend = Backend::start(&topology.backend.netns, Protocol::Tcp, BACKEND_PORT).unwrap();
     // As Docker asks for a container without IPv6, in the order that leases may come in after a restart.
-    let backend = SocketAddr::new(topology.backend.address(Family::V4), BACKEND_PORT);
-    let specs = ["[::]", "0.0.0.0"].map(|host| format!("{host}:{PORT}:{backend}"));
-    let specs: Vec<&str> = specs.iter().map(String::as_str).collect();
-    let mut daemon = Daemon::start(&topology.host, &specs, Datapath::Auto).unwrap();
-    let mut connection = Connection::open(&topology.client, frontends(&topology)[0].1).unwrap();
+    let specs = ["[::]", "0.0.0.0"].map(|host| format!("{host}:{PORT}:172.31.0.2:{BACKEND_PORT}"));
+    let mut scene = Scene::tcp().publishing(&specs).auto().start();
+    let mut connection = scene.connect();
     connection.ask("before").unwrap();
-    daemon.kill().unwrap();
-    daemon.restart().unwrap();
+    scene.daemon.kill().unwrap();
+    scene.daemon.restart().unwrap();
     connection.ask("after").unwrap();
-    daemon.stop().unwrap();
+    scene.stop();
 }
 
 #[test]
 fn a_killed_one_takes_its_port_with_it() {
-    let topology = Topology::new().unwrap();
-    let daemon = Daemon::start(&topology.host, &[], Datapath::Auto).unwrap();
-    let mut shim = start(&topology, daemon.instance(), "tcp", "0.0.0.0");
+    let scene = Scene::tcp().silent().idle().auto().start();
+    let (topology, daemon) = scene.parts();
+    let mut shim = start(topology, daemon.instance(), "tcp", "0.0.0.0");
     assert_eq!(shim.said(), "0\n");
     shim.child.kill().unwrap();
     shim.child.wait().unwrap();
-    let mut next = start(&topology, daemon.instance(), "tcp", "0.0.0.0");
+    let mut next = start(topology, daemon.instance(), "tcp", "0.0.0.0");
     assert_eq!(next.said(), "0\n");
     assert_eq!(next.end(Signal::SIGINT), Some(0));
-    daemon.stop().unwrap();
+    scene.stop();
 }
 
 #[test]

@@ -8,10 +8,10 @@ use forwarder_tests::{
     daemon::{Daemon, Datapath, WITHOUT_BPFFS, down},
     netns::Netns,
     topology::{Family, Topology},
-    traffic::{Backend, Connection, Protocol, ask, send_datagram},
+    traffic::{Backend, Protocol, ask, send_datagram},
 };
 
-use crate::scene::{BACKEND_PORT, PORT, on_the_fast_path, served_to_the_client, spec};
+use crate::scene::{Scene, served_to_the_client};
 
 /// A port that nothing publishes, and that somebody's filter drops.
 pub(crate) const DROPPED: u16 = 7777;
@@ -41,31 +41,18 @@ pub(crate) fn somebodys_filter(netns: &Netns, device: &str, side: &str) {
     netns.feed("tc -batch -", &filter).unwrap();
 }
 
-fn started(topology: &Topology) -> (Backend, Daemon) {
-    let backend = Backend::start(&topology.backend.netns, Protocol::Tcp, BACKEND_PORT).unwrap();
-    let spec = spec(&topology.backend, Family::V4, Protocol::Tcp);
-    let daemon = Daemon::start(&topology.host, &[&spec], Datapath::Ebpf).unwrap();
-    (backend, daemon)
-}
-
-fn served_on_the_fast_path(topology: &Topology, daemon: &Daemon) {
-    on_the_fast_path(daemon, || {
-        served_to_the_client(topology, Protocol::Tcp, "hello")
-    });
-}
-
 #[test]
 fn somebodys_filter_works_on_and_so_does_the_fast_path() {
     let topology = Topology::new().unwrap();
     topology.host.run("tc qdisc add dev eth0 clsact").unwrap();
     somebodys_filter(&topology.host, "eth0", "ingress");
     let dropped = Backend::start(&topology.host, Protocol::Udp, DROPPED).unwrap();
-    let (_backend, daemon) = started(&topology);
-    let to = SocketAddr::new(topology.host_address(Family::V4), DROPPED);
-    send_datagram(&topology.client, to, "dropped").unwrap();
-    served_on_the_fast_path(&topology, &daemon);
+    let scene = Scene::tcp().start_in(topology);
+    let to = SocketAddr::new(scene.topology.host_address(Family::V4), DROPPED);
+    send_datagram(&scene.topology.client, to, "dropped").unwrap();
+    scene.served_on_the_fast_path();
     assert_eq!(dropped.requests(), 0, "the filter let a datagram pass");
-    daemon.stop().unwrap();
+    scene.stop();
 }
 
 #[test]
@@ -76,23 +63,20 @@ fn what_somebody_has_on_a_device_stays_when_we_go() {
     somebodys_filter(&topology.host, "eth0", "ingress");
     let before = filters(&topology.host);
     assert_ne!(empty, before);
-    let (_backend, daemon) = started(&topology);
-    served_on_the_fast_path(&topology, &daemon);
-    daemon.stop().unwrap();
-    assert_eq!(filters(&topology.host), before);
+    let scene = Scene::tcp().start_in(topology);
+    scene.served_on_the_fast_path();
+    scene.daemon.stop().unwrap();
+    assert_eq!(filters(&scene.topology.host), before);
 }
 
 #[test]
 fn a_qdisc_that_we_made_stays_while_somebody_uses_it() {
-    let topology = Topology::new().unwrap();
-    let (_backend, daemon) = started(&topology);
-    let _ = topology.host.run("tc qdisc add dev eth0 clsact");
-    somebodys_filter(&topology.host, "eth0", "ingress");
-    daemon.stop().unwrap();
-    let left = topology
-        .host
-        .run("tc filter show dev eth0 ingress")
-        .unwrap();
+    let scene = Scene::tcp().start();
+    let host = &scene.topology.host;
+    let _ = host.run("tc qdisc add dev eth0 clsact");
+    somebodys_filter(host, "eth0", "ingress");
+    scene.daemon.stop().unwrap();
+    let left = host.run("tc filter show dev eth0 ingress").unwrap();
     assert!(left.contains(&DROPPED.to_string()), "{left}");
 }
 
@@ -102,54 +86,47 @@ fn down_after_a_kill_takes_ours_and_leaves_the_rest() {
     topology.host.run("tc qdisc add dev eth0 clsact").unwrap();
     somebodys_filter(&topology.host, "eth0", "ingress");
     let before = filters(&topology.host);
-    let (_backend, mut daemon) = started(&topology);
-    daemon.kill().unwrap();
-    served_to_the_client(&topology, Protocol::Tcp, "still there");
-    daemon.control(&["down"]).unwrap();
-    assert_eq!(filters(&topology.host), before);
-    let frontend = SocketAddr::new(topology.host_address(Family::V4), PORT);
-    assert!(ask(&topology.client, Protocol::Tcp, frontend, "gone").is_err());
+    let mut scene = Scene::tcp().start_in(topology);
+    scene.daemon.kill().unwrap();
+    scene.served("still there");
+    scene.daemon.control(&["down"]).unwrap();
+    assert_eq!(filters(&scene.topology.host), before);
+    assert!(scene.ask("gone").is_err());
 }
 
 #[test]
 fn a_restart_replaces_what_a_kill_left() {
     let topology = Topology::new().unwrap();
     let before = filters(&topology.host);
-    let (_backend, mut daemon) = started(&topology);
-    let during = filters(&topology.host);
+    let mut scene = Scene::tcp().start_in(topology);
+    let during = filters(&scene.topology.host);
     let ours = during.matches(" ingress direct-action").count();
     match kernel().attach {
         Attach::Tcx => assert_eq!(ours, 0, "tc does not show links:\n{during}"),
         Attach::Clsact => assert!(ours > 2, "lo, eth0 and the veths:\n{during}"),
     }
-    daemon.kill().unwrap();
-    daemon.restart().unwrap();
-    let after = filters(&topology.host);
+    scene.daemon.kill().unwrap();
+    scene.daemon.restart().unwrap();
+    let after = filters(&scene.topology.host);
     assert_eq!(after.matches(" ingress direct-action").count(), ours);
-    served_on_the_fast_path(&topology, &daemon);
-    daemon.stop().unwrap();
-    assert_eq!(
-        filters(&topology.host),
-        before,
-        "also the qdiscs of the first"
-    );
+    scene.served_on_the_fast_path();
+    scene.daemon.stop().unwrap();
+    let after = filters(&scene.topology.host);
+    assert_eq!(after, before, "also the qdiscs of the first");
 }
 
 #[test]
 fn a_kept_datapath_forwards_until_down() {
     let topology = Topology::new().unwrap();
     let before = filters(&topology.host);
-    let _backend = Backend::start(&topology.backend.netns, Protocol::Tcp, BACKEND_PORT).unwrap();
-    let spec = spec(&topology.backend, Family::V4, Protocol::Tcp);
-    let keep = ["--keep"];
-    let daemon = Daemon::start_with(&topology.host, &[&spec], Datapath::Ebpf, &keep).unwrap();
-    let frontend = SocketAddr::new(topology.host_address(Family::V4), PORT);
-    let mut conversation = Connection::open(&topology.client, frontend).unwrap();
+    let scene = Scene::tcp().flags(&["--keep"]).start_in(topology);
+    let topology = &scene.topology;
+    let (frontend, instance) = (scene.frontend(), scene.daemon.instance().to_owned());
+    let mut conversation = scene.connect();
     conversation.ask("before").unwrap();
-    let instance = daemon.instance().to_owned();
-    daemon.stop().unwrap();
+    scene.daemon.stop().unwrap();
     conversation.ask("after").unwrap();
-    served_to_the_client(&topology, Protocol::Tcp, "new");
+    served_to_the_client(topology, Protocol::Tcp, "new");
     down(&topology.host, &instance).unwrap();
     assert!(ask(&topology.client, Protocol::Tcp, frontend, "gone").is_err());
     assert_eq!(filters(&topology.host), before);
@@ -161,27 +138,22 @@ fn an_instance_that_respects_the_firewall_leaves_nothing() {
     for wrapper in [&[][..], &WITHOUT_BPFFS[..]] {
         let topology = Topology::new().unwrap();
         let before = filters(&topology.host);
-        let backend = &topology.backend;
-        let _backend = Backend::start(&backend.netns, Protocol::Tcp, BACKEND_PORT).unwrap();
-        let spec = spec(backend, Family::V4, Protocol::Tcp);
-        let flags = ["--respect-firewall"];
-        let host = &topology.host;
-        let daemon = Daemon::start_wrapped(host, wrapper, &[&spec], Datapath::Ebpf, &flags);
-        let daemon = daemon.unwrap();
-        served_on_the_fast_path(&topology, &daemon);
-        daemon.stop().unwrap();
-        assert_eq!(filters(&topology.host), before, "{wrapper:?}");
+        let scene = Scene::tcp().wrapped(wrapper).flags(&["--respect-firewall"]);
+        let scene = scene.start_in(topology);
+        scene.served_on_the_fast_path();
+        scene.daemon.stop().unwrap();
+        let after = filters(&scene.topology.host);
+        assert_eq!(after, before, "{wrapper:?}");
     }
 }
 
 #[test]
 fn an_instance_takes_down_only_itself() {
-    let topology = Topology::new().unwrap();
-    let (_backend, daemon) = started(&topology);
-    let spec = spec(&topology.backend, Family::V4, Protocol::Tcp).replacen("8080", "8081", 1);
-    let mut other = Daemon::start(&topology.host, &[&spec], Datapath::Ebpf).unwrap();
+    let scene = Scene::tcp().start();
+    let spec = scene.spec().replacen("8080", "8081", 1);
+    let mut other = Daemon::start(&scene.topology.host, &[&spec], Datapath::Ebpf).unwrap();
     other.kill().unwrap();
     other.control(&["down"]).unwrap();
-    served_on_the_fast_path(&topology, &daemon);
-    daemon.stop().unwrap();
+    scene.served_on_the_fast_path();
+    scene.stop();
 }

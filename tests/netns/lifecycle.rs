@@ -2,13 +2,13 @@
 
 use std::{
     collections::BTreeMap,
-    net::{Ipv4Addr, SocketAddr, UdpSocket},
+    net::{SocketAddr, UdpSocket},
     os::unix::net::UnixStream,
     path::Path,
 };
 
 use forwarder_tests::{
-    daemon::{Daemon, Datapath, interrupt_at_start},
+    daemon::{Datapath, interrupt_at_start},
     deadline::wait_for,
     netns::Netns,
     topology::{Family, Topology},
@@ -16,48 +16,38 @@ use forwarder_tests::{
 };
 
 use crate::scene::{
-    BACKEND_PORT, PORT, on_the_fast_path, packets, served_to_the_client, spec, wait_for_delivery,
+    BACKEND_PORT, PORT, Scene, backend, frontend, on_the_fast_path, packets, spec,
+    wait_for_delivery,
 };
 
 #[test]
 fn a_container_that_starts_after_the_publish_is_served() {
-    let mut topology = Topology::new().unwrap();
+    let topology = Topology::new().unwrap();
     topology.unplug_backend().unwrap();
-    let spec = spec(&topology.backend, Family::V4, Protocol::Tcp);
-    let daemon = Daemon::start(&topology.host, &[&spec], Datapath::Auto).unwrap();
-    topology.plug_backend().unwrap();
-    let _backend = Backend::start(&topology.backend.netns, Protocol::Tcp, BACKEND_PORT).unwrap();
-    wait_for_delivery(&daemon);
-    on_the_fast_path(&daemon, || {
-        served_to_the_client(&topology, Protocol::Tcp, "hello")
-    });
-    daemon.stop().unwrap();
+    let mut scene = Scene::tcp().silent().auto().start_in(topology);
+    scene.topology.plug_backend().unwrap();
+    let _backend = backend(&scene.topology.backend, Protocol::Tcp);
+    wait_for_delivery(&scene.daemon);
+    scene.served_on_the_fast_path();
+    scene.stop();
 }
 
 fn served_after_a_restart(protocol: Protocol) {
-    let mut topology = Topology::new().unwrap();
-    let _backend = Backend::start(&topology.backend.netns, protocol, BACKEND_PORT).unwrap();
-    let spec = spec(&topology.backend, Family::V4, protocol);
-    let daemon = Daemon::start(&topology.host, &[&spec], Datapath::Ebpf).unwrap();
-    on_the_fast_path(&daemon, || {
-        served_to_the_client(&topology, protocol, "before")
-    });
+    let mut scene = Scene::of(Family::V4, protocol).start();
+    on_the_fast_path(&scene.daemon, || scene.served("before"));
 
-    topology.unplug_backend().unwrap();
-    topology.plug_backend().unwrap();
+    scene.topology.unplug_backend().unwrap();
+    scene.topology.plug_backend().unwrap();
     // The daemon may not have noticed yet; then a request can be lost, but not for long.
-    let before = packets(&daemon);
-    let frontend = SocketAddr::new(topology.host_address(Family::V4), PORT);
+    let before = packets(&scene.daemon);
     wait_for("the restarted container is served by the fast path", || {
-        let answer = ask(&topology.client, protocol, frontend, "after").ok()?;
-        let seen = topology.client_address(Family::V4) == answer.seen.ip();
-        (seen && packets(&daemon) > before).then_some(())
+        let answer = scene.ask("after").ok()?;
+        let seen = scene.topology.client_address(Family::V4) == answer.seen.ip();
+        (seen && packets(&scene.daemon) > before).then_some(())
     })
     .unwrap();
-    on_the_fast_path(&daemon, || {
-        served_to_the_client(&topology, protocol, "later")
-    });
-    daemon.stop().unwrap();
+    on_the_fast_path(&scene.daemon, || scene.served("later"));
+    scene.stop();
 }
 
 #[test]
@@ -72,14 +62,10 @@ fn udp_reaches_a_container_that_came_back_with_another_mac_and_veth() {
 
 #[test]
 fn an_address_that_comes_later_is_published_and_one_that_goes_is_not() {
-    let topology = Topology::new().unwrap();
-    let _backend = Backend::start(&topology.backend.netns, Protocol::Tcp, BACKEND_PORT).unwrap();
-    let spec = spec(&topology.backend, Family::V4, Protocol::Tcp);
-    let daemon = Daemon::start(&topology.host, &[&spec], Datapath::Ebpf).unwrap();
-    topology
-        .host
-        .ip("addr add 198.51.100.77/24 dev eth0")
-        .unwrap();
+    let scene = Scene::tcp().start();
+    let topology = &scene.topology;
+    let host = &topology.host;
+    host.ip("addr add 198.51.100.77/24 dev eth0").unwrap();
     let frontend = SocketAddr::from(([198, 51, 100, 77], PORT));
     let client = topology.client_address(Family::V4);
     wait_for("the new address is served by the fast path", || {
@@ -87,49 +73,38 @@ fn an_address_that_comes_later_is_published_and_one_that_goes_is_not() {
         (answer.seen.ip() == client).then_some(())
     })
     .unwrap();
-    topology
-        .host
-        .ip("addr del 198.51.100.77/24 dev eth0")
-        .unwrap();
+    host.ip("addr del 198.51.100.77/24 dev eth0").unwrap();
     wait_for("the address is nobody's", || {
         ask(&topology.client, Protocol::Tcp, frontend, "hello").err()
     })
     .unwrap();
-    daemon.stop().unwrap();
+    scene.stop();
 }
 
 #[test]
 fn a_publish_comes_and_goes_while_it_runs() {
-    let topology = Topology::new().unwrap();
-    let _backend = Backend::start(&topology.backend.netns, Protocol::Tcp, BACKEND_PORT).unwrap();
-    let daemon = Daemon::start(&topology.host, &[], Datapath::Auto).unwrap();
+    let scene = Scene::tcp().idle().auto().start();
+    let daemon = &scene.daemon;
     assert!(daemon.list().unwrap().is_empty());
 
-    let spec = spec(&topology.backend, Family::V4, Protocol::Tcp);
-    daemon.control(&["publish", &spec]).unwrap();
-    wait_for_delivery(&daemon);
-    on_the_fast_path(&daemon, || {
-        served_to_the_client(&topology, Protocol::Tcp, "hello")
-    });
+    daemon.control(&["publish", scene.spec()]).unwrap();
+    wait_for_delivery(daemon);
+    scene.served_on_the_fast_path();
 
-    daemon.control(&["unpublish", &spec]).unwrap();
+    daemon.control(&["unpublish", scene.spec()]).unwrap();
     assert!(daemon.list().unwrap().is_empty());
-    let frontend = SocketAddr::new(topology.host_address(Family::V4), PORT);
-    assert!(ask(&topology.client, Protocol::Tcp, frontend, "hello").is_err());
-    daemon.stop().unwrap();
+    assert!(scene.ask("hello").is_err());
+    scene.stop();
 }
 
 /// A client of the host's and one of another machine, each by one and the same socket all the time.
 fn follows_its_publish(datapath: Datapath) {
-    let topology = Topology::new().unwrap();
-    let spec = |container| spec(container, Family::V4, Protocol::Udp);
-    let containers = [&topology.backend, &topology.peer];
-    let backends = containers
-        .map(|container| Backend::start(&container.netns, Protocol::Udp, BACKEND_PORT).unwrap());
-    let daemon = Daemon::start(&topology.host, &[], datapath).unwrap();
+    let scene = Scene::udp().and_another().idle().by(datapath).start();
+    let (topology, daemon) = scene.parts();
+    let requests = || [0, 1].map(|number: usize| scene.backends[number].requests());
     let clients = [
-        (&topology.client, topology.host_address(Family::V4)),
-        (&topology.host, Ipv4Addr::LOCALHOST.into()),
+        (&topology.client, scene.frontend().ip()),
+        (&topology.host, Family::V4.localhost()),
     ]
     .map(|(netns, host)| {
         let socket = netns.enter(|| UdpSocket::bind(("0.0.0.0", 0))).unwrap();
@@ -142,26 +117,24 @@ fn follows_its_publish(datapath: Datapath) {
     };
     for number in [0, 1, 0] {
         to_nobody();
-        let before = backends.each_ref().map(Backend::requests);
-        daemon
-            .control(&["publish", &spec(containers[number])])
-            .unwrap();
+        let (before, spec) = (requests(), &scene.specs[number]);
+        daemon.control(&["publish", spec]).unwrap();
         for text in ["first", "second", "third"] {
             for (socket, frontend) in &clients {
                 ask_by(socket, *frontend, &format!("{text} {number}")).unwrap();
             }
         }
         let other = 1 - number;
-        assert!(backends[number].requests() > before[number]);
-        assert_eq!(backends[other].requests(), before[other], "to the old one");
-        daemon
-            .control(&["unpublish", &spec(containers[number])])
-            .unwrap();
+        let after = requests();
+        assert!(after[number] > before[number]);
+        assert_eq!(after[other], before[other], "to the old one");
+        daemon.control(&["unpublish", spec]).unwrap();
     }
-    let before = backends.each_ref().map(Backend::requests);
+    let before = scene.requests();
     to_nobody();
-    daemon.stop().unwrap();
-    assert_eq!(backends.each_ref().map(Backend::requests), before);
+    scene.daemon.stop().unwrap();
+    let after: u64 = scene.backends.iter().map(Backend::requests).sum();
+    assert_eq!(after, before);
 }
 
 #[test]
@@ -176,17 +149,16 @@ fn a_udp_conversation_of_the_proxy_goes_where_its_port_leads_now() {
 
 #[test]
 fn every_port_of_a_range_leads_to_its_own() {
-    let topology = Topology::new().unwrap();
-    let backend = topology.backend.address(Family::V4);
+    let range = ["7000-7099:172.31.0.2:9000-9099/udp"];
+    let scene = Scene::udp().silent().publishing(&range).start();
+    let topology = &scene.topology;
     let ports = [0, 1, 99].map(|offset| {
         let started = Backend::start(&topology.backend.netns, Protocol::Udp, 9000 + offset);
         (offset, started.unwrap())
     });
-    let spec = format!("7000-7099:{backend}:9000-9099/udp");
-    let daemon = Daemon::start(&topology.host, &[&spec], Datapath::Ebpf).unwrap();
-    on_the_fast_path(&daemon, || {
+    on_the_fast_path(&scene.daemon, || {
         for (offset, server) in &ports {
-            let frontend = SocketAddr::new(topology.host_address(Family::V4), 7000 + offset);
+            let frontend = SocketAddr::new(scene.frontend().ip(), 7000 + offset);
             let answer = ask(&topology.client, Protocol::Udp, frontend, "hello").unwrap();
             assert_eq!(answer.seen.ip(), topology.client_address(Family::V4));
             assert!(
@@ -195,24 +167,21 @@ fn every_port_of_a_range_leads_to_its_own() {
             );
         }
     });
-    daemon.stop().unwrap();
+    scene.stop();
 }
 
 #[test]
 fn a_range_in_front_of_one_port_leads_there() {
-    let topology = Topology::new().unwrap();
-    let backend = SocketAddr::new(topology.backend.address(Family::V4), BACKEND_PORT);
-    let _backend = Backend::start(&topology.backend.netns, Protocol::Udp, BACKEND_PORT).unwrap();
-    let spec = format!("7000-7099:{backend}/udp");
-    let daemon = Daemon::start(&topology.host, &[&spec], Datapath::Ebpf).unwrap();
-    on_the_fast_path(&daemon, || {
+    let range = format!("7000-7099:172.31.0.2:{BACKEND_PORT}/udp");
+    let scene = Scene::udp().publishing(&[&range]).start();
+    on_the_fast_path(&scene.daemon, || {
         for port in [7000, 7050, 7099] {
-            let frontend = SocketAddr::new(topology.host_address(Family::V4), port);
-            let answer = ask(&topology.client, Protocol::Udp, frontend, "hello").unwrap();
+            let frontend = SocketAddr::new(scene.frontend().ip(), port);
+            let answer = ask(&scene.topology.client, Protocol::Udp, frontend, "hello").unwrap();
             assert_eq!(answer.payload, "hello");
         }
     });
-    daemon.stop().unwrap();
+    scene.stop();
 }
 
 #[test]
@@ -291,12 +260,11 @@ fn program_exists(number: u32) -> bool {
 #[test]
 fn ctrl_c_leaves_nothing_behind() {
     let topology = Topology::new().unwrap();
-    let _tcp = Backend::start(&topology.backend.netns, Protocol::Tcp, BACKEND_PORT).unwrap();
     let before = traces(&topology.host);
-    let spec = spec(&topology.backend, Family::V4, Protocol::Tcp);
-    let daemon = Daemon::start(&topology.host, &[&spec], Datapath::Ebpf).unwrap();
-    served_to_the_client(&topology, Protocol::Tcp, "hello");
-    let during = traces(&topology.host);
+    let scene = Scene::tcp().start_in(topology);
+    let (host, daemon) = (&scene.topology.host, &scene.daemon);
+    scene.served("hello");
+    let during = traces(host);
     assert_eq!(before.0, during.0, "a sysctl was changed");
     let programs = daemon.programs().unwrap();
     assert!(!programs.is_empty(), "no BPF program is loaded");
@@ -304,11 +272,11 @@ fn ctrl_c_leaves_nothing_behind() {
     let socket = format!("/run/forwarder/{}.sock", daemon.instance());
     assert!(Path::new(&socket).exists(), "no control socket {socket}");
 
-    daemon.stop().unwrap();
+    scene.daemon.stop().unwrap();
 
     assert!(!Path::new(&pins).exists(), "{pins} is left");
     assert!(!Path::new(&socket).exists(), "{socket} is left");
-    let after = traces(&topology.host);
+    let after = traces(host);
     assert_eq!(before.0, after.0, "a sysctl was left changed");
     assert_eq!(before.1, after.1, "devices, addresses, qdiscs or rules");
     // The kernel frees programs a little after their last reference.
@@ -320,50 +288,44 @@ fn ctrl_c_leaves_nothing_behind() {
 
 #[test]
 fn an_instance_that_ran_out_of_descriptors_can_be_asked_again() {
-    let topology = Topology::new().unwrap();
     let limit = ["sh", "-c", "ulimit -n 100; exec \"$0\" \"$@\""];
-    let userland = Datapath::Userland;
-    let spec = spec(&topology.backend, Family::V4, Protocol::Tcp);
-    let daemon = Daemon::start_wrapped(&topology.host, &limit, &[&spec], userland, &[]).unwrap();
+    let scene = Scene::tcp().silent().by(Datapath::Userland);
+    let scene = scene.wrapped(&limit).start();
+    let daemon = &scene.daemon;
     let socket = format!("/run/forwarder/{}.sock", daemon.instance());
     let clients: Vec<_> = (0..120).map(|_| UnixStream::connect(&socket)).collect();
     wait_for("descriptors run out", || {
-        daemon
-            .said()
-            .contains("accepts no more for now")
-            .then_some(())
+        let said = daemon.said();
+        said.contains("accepts no more for now").then_some(())
     })
     .unwrap();
     drop(clients);
     assert_eq!(daemon.list().unwrap().len(), 1);
-    daemon.stop().unwrap();
+    scene.stop();
 }
 
 #[test]
 fn each_family_may_have_its_own_publish_of_a_port() {
-    let topology = Topology::new().unwrap();
-    let _backends = [&topology.backend, &topology.peer]
-        .map(|container| Backend::start(&container.netns, Protocol::Tcp, BACKEND_PORT).unwrap());
     // A backend that has IPv6 alone is published to clients that have it.
-    let v6 = format!("[::]:{}", spec(&topology.peer, Family::V6, Protocol::Tcp));
-    let v4 = format!(
-        "0.0.0.0:{}",
-        spec(&topology.backend, Family::V4, Protocol::Tcp)
-    );
-    let daemon = Daemon::start(&topology.host, &[&v6, &v4], Datapath::Ebpf).unwrap();
+    let v6 = format!("[::]:{PORT}:[fd00:31::3]:{BACKEND_PORT}");
+    let v4 = format!("0.0.0.0:{PORT}:172.31.0.2:{BACKEND_PORT}");
+    let scene = Scene::tcp().and_another().publishing(&[&v6, &v4]).start();
+    let (topology, daemon) = scene.parts();
+    let ask = |family| {
+        let frontend = frontend(topology, family);
+        ask(&topology.client, Protocol::Tcp, frontend, "hello")
+    };
     let served = |family| {
-        let frontend = SocketAddr::new(topology.host_address(family), PORT);
-        let before = packets(&daemon);
-        let answer = ask(&topology.client, Protocol::Tcp, frontend, "hello").unwrap();
+        let before = packets(daemon);
+        let answer = ask(family).unwrap();
         assert_eq!(answer.seen.ip(), topology.client_address(family));
-        let after = packets(&daemon);
+        let after = packets(daemon);
         assert!(after.0 > before.0 && after.1 > before.1, "{family:?}");
     };
     served(Family::V4);
     served(Family::V6);
     daemon.control(&["unpublish", &v6]).unwrap();
     served(Family::V4);
-    let frontend = SocketAddr::new(topology.host_address(Family::V6), PORT);
-    ask(&topology.client, Protocol::Tcp, frontend, "hello").unwrap_err();
-    daemon.stop().unwrap();
+    ask(Family::V6).unwrap_err();
+    scene.stop();
 }

@@ -2,14 +2,14 @@
 
 use std::{
     io::{Read as _, Write as _},
-    net::{Ipv4Addr, SocketAddr, TcpStream},
+    net::{SocketAddr, TcpStream},
     process::Stdio,
     time::{Duration, Instant},
 };
 
 use forwarder_tests::{
     api,
-    daemon::{Daemon, Datapath, binary},
+    daemon::{Datapath, forwarder},
     deadline::wait_for,
     netns::Netns,
     topology::{Family, Topology},
@@ -17,7 +17,7 @@ use forwarder_tests::{
 };
 use serde_json::json;
 
-use crate::scene::{BACKEND_PORT, PORT, spec};
+use crate::scene::{BACKEND_PORT, PORT, Scene};
 
 const BOTH: [Datapath; 2] = [Datapath::Ebpf, Datapath::Userland];
 
@@ -37,15 +37,12 @@ fn connects(netns: &Netns, frontend: SocketAddr) -> bool {
 
 fn a_banned_source_gets_nothing(family: Family, protocol: Protocol) {
     for datapath in BOTH {
-        let topology = Topology::new().unwrap();
-        let _backend = Backend::start(&topology.backend.netns, protocol, BACKEND_PORT).unwrap();
-        let spec = spec(&topology.backend, family, protocol);
-        let daemon = Daemon::start(&topology.host, &[&spec], datapath).unwrap();
-        let frontend = SocketAddr::new(topology.host_address(family), PORT);
-        let served = || ask(&topology.client, protocol, frontend, "hello");
-        served().unwrap();
+        let scene = Scene::of(family, protocol).by(datapath).start();
+        let (topology, daemon) = scene.parts();
+        let frontend = scene.frontend();
+        scene.ask("hello").unwrap();
         let mut open = (protocol == Protocol::Tcp).then(|| {
-            let mut open = Connection::open(&topology.client, frontend).unwrap();
+            let mut open = scene.connect();
             open.ask("before").unwrap();
             open
         });
@@ -73,13 +70,13 @@ fn a_banned_source_gets_nothing(family: Family, protocol: Protocol) {
         // Others go on.
         ask(&topology.host, protocol, frontend, "this host").unwrap();
         daemon.control(&["unban", &client]).unwrap();
-        served().unwrap();
+        scene.ask("hello").unwrap();
         let bans = daemon.control(&["bans", "--json"]).unwrap();
         assert!(
             bans.contains("192.0.2.0/24") && !bans.contains(&client),
             "{bans}"
         );
-        daemon.stop().unwrap();
+        scene.stop();
     }
 }
 
@@ -102,14 +99,18 @@ fn a_banned_source_gets_nothing_by_udp() {
 fn a_source_is_banned_from_one_publish() {
     for (datapath, family) in BOTH.into_iter().zip([Family::V6, Family::V4]) {
         let topology = Topology::new().unwrap();
-        let _backend =
-            Backend::start(&topology.backend.netns, Protocol::Tcp, BACKEND_PORT).unwrap();
         let backend = SocketAddr::new(topology.backend.address(family), BACKEND_PORT);
         let specs = [PORT, 9090].map(|port| format!("{port}:{backend}"));
-        let [barred, free] =
-            [PORT, 9090].map(|port| SocketAddr::new(topology.host_address(family), port));
-        let mut daemon =
-            Daemon::start_with_state(&topology.host, &[&specs[1]], datapath, &[]).unwrap();
+        let host = topology.host_address(family);
+        let [barred, free] = [PORT, 9090].map(|port| SocketAddr::new(host, port));
+        let scene = Scene::of(family, Protocol::Tcp).publishing(&specs[1..]);
+        let scene = scene.by(datapath).with_state().start_in(topology);
+        let Scene {
+            mut daemon,
+            topology,
+            backends: _backends,
+            ..
+        } = scene;
         daemon.control(&["publish", &specs[0]]).unwrap();
         let open = |frontend| {
             let mut open = Connection::open(&topology.client, frontend).unwrap();
@@ -187,11 +188,11 @@ fn datagrams_of_a_source_are_kept_from_one_publish() {
     for datapath in BOTH {
         for family in [Family::V4, Family::V6] {
             let topology = Topology::new().unwrap();
-            let _backend =
-                Backend::start(&topology.backend.netns, Protocol::Udp, BACKEND_PORT).unwrap();
             let backend = SocketAddr::new(topology.backend.address(family), BACKEND_PORT);
-            let [barred, free] = [PORT, 9090].map(|port| format!("{port}:{backend}/udp"));
-            let daemon = Daemon::start(&topology.host, &[&barred, &free], datapath).unwrap();
+            let specs = [PORT, 9090].map(|port| format!("{port}:{backend}/udp"));
+            let scene = Scene::of(family, Protocol::Udp).publishing(&specs);
+            let scene = scene.by(datapath).start_in(topology);
+            let (topology, daemon) = scene.parts();
             let served = |port| {
                 let frontend = SocketAddr::new(topology.host_address(family), port);
                 ask(&topology.client, Protocol::Udp, frontend, "hello").is_ok()
@@ -199,16 +200,15 @@ fn datagrams_of_a_source_are_kept_from_one_publish() {
             assert!(served(PORT) && served(9090));
             let client = topology.client_address(family).to_string();
             let ban = |what| {
-                daemon
-                    .control(&[what, &client, "--publish", &barred])
-                    .unwrap();
+                let words = [what, client.as_str(), "--publish", &specs[0]];
+                daemon.control(&words).unwrap();
             };
             ban("ban");
             assert!(!served(PORT), "{datapath:?} {family:?}");
             assert!(served(9090), "{datapath:?} {family:?}");
             ban("unban");
             assert!(served(PORT), "{datapath:?} {family:?}");
-            daemon.stop().unwrap();
+            scene.stop();
         }
     }
 }
@@ -216,16 +216,12 @@ fn datagrams_of_a_source_are_kept_from_one_publish() {
 #[test]
 fn a_change_of_bans_that_cannot_be_written_to_disk_is_none() {
     for datapath in BOTH {
-        let topology = Topology::new().unwrap();
-        let _backend =
-            Backend::start(&topology.backend.netns, Protocol::Tcp, BACKEND_PORT).unwrap();
-        let spec = spec(&topology.backend, Family::V4, Protocol::Tcp);
-        let daemon = Daemon::start_with_state(&topology.host, &[&spec], datapath, &[]).unwrap();
-        let frontend = SocketAddr::new(topology.host_address(Family::V4), PORT);
+        let scene = Scene::tcp().by(datapath).with_state().start();
+        let (topology, daemon) = scene.parts();
         let client = topology.client_address(Family::V4).to_string();
         let is_banned = || {
             let bans = daemon.control(&["bans", "--json"]).unwrap();
-            let is_served = connects(&topology.client, frontend);
+            let is_served = connects(&topology.client, scene.frontend());
             assert_eq!(bans.contains(&client), !is_served, "{datapath:?}: {bans}");
             !is_served
         };
@@ -249,22 +245,19 @@ fn a_change_of_bans_that_cannot_be_written_to_disk_is_none() {
         assert!(is_banned());
         daemon.control(&["unban", &client]).unwrap();
         assert!(!is_banned());
-        daemon.stop().unwrap();
+        scene.stop();
     }
 }
 
 #[test]
 fn bans_are_taken_as_a_list_end_by_themselves_and_outlive_a_kill() {
-    let topology = Topology::new().unwrap();
-    let _backend = Backend::start(&topology.backend.netns, Protocol::Tcp, BACKEND_PORT).unwrap();
-    let spec = spec(&topology.backend, Family::V4, Protocol::Tcp);
-    let mut daemon =
-        Daemon::start_with_state(&topology.host, &[&spec], Datapath::Ebpf, &[]).unwrap();
-    let frontend = SocketAddr::new(topology.host_address(Family::V4), PORT);
-    let client = topology.client_address(Family::V4).to_string();
+    let mut scene = Scene::tcp().with_state().start();
+    let connects = |scene: &Scene| connects(&scene.topology.client, scene.frontend());
+    let client = scene.topology.client_address(Family::V4).to_string();
     let ban = |list: &str, expected: bool| {
-        let mut command = topology.host.command(&binary().to_string_lossy());
-        command.args(["ban", "--file", "-", "--instance", daemon.instance()]);
+        let mut command = forwarder(&scene.topology.host);
+        let instance = scene.daemon.instance();
+        command.args(["ban", "--file", "-", "--instance", instance]);
         let mut child = command
             .stdin(Stdio::piped())
             .stderr(Stdio::piped())
@@ -285,20 +278,17 @@ fn bans_are_taken_as_a_list_end_by_themselves_and_outlive_a_kill() {
         error.contains("-:2:") && error.contains("nonsense"),
         "{error}"
     );
-    assert!(
-        connects(&topology.client, frontend),
-        "nothing of the list is in force"
-    );
+    assert!(connects(&scene), "nothing of the list is in force");
     ban(
         &format!("# a list\n{client}  # this one\n\n2001:db8::/32\n"),
         true,
     );
-    assert!(!connects(&topology.client, frontend));
-    daemon.kill().unwrap();
-    assert!(!connects(&topology.client, frontend), "while it is dead");
-    daemon.restart().unwrap();
-    assert!(!connects(&topology.client, frontend), "after a kill");
-    let bans = api::ask(&daemon, "GET", "/v1/bans", "").unwrap().body;
+    assert!(!connects(&scene));
+    scene.daemon.kill().unwrap();
+    assert!(!connects(&scene), "while it is dead");
+    scene.daemon.restart().unwrap();
+    assert!(!connects(&scene), "after a kill");
+    let bans = api::ask(&scene.daemon, "GET", "/v1/bans", "").unwrap().body;
     assert_eq!(bans.as_array().unwrap().len(), 2, "{bans}");
     // In their place, and for a moment.
     let until = std::time::SystemTime::now() + Duration::from_secs(3);
@@ -308,28 +298,26 @@ fn bans_are_taken_as_a_list_end_by_themselves_and_outlive_a_kill() {
         .as_secs();
     let body = json!([{"network": format!("{client}/32"), "until": until}]).to_string();
     assert_eq!(
-        api::ask(&daemon, "PUT", "/v1/bans", &body).unwrap().status,
+        api::ask(&scene.daemon, "PUT", "/v1/bans", &body)
+            .unwrap()
+            .status,
         204
     );
-    assert!(!connects(&topology.client, frontend));
-    wait_for("the end of the ban", || {
-        connects(&topology.client, frontend).then_some(())
-    })
-    .unwrap();
-    assert_eq!(daemon.control(&["bans", "--json"]).unwrap().trim(), "[]");
-    daemon.stop().unwrap();
+    assert!(!connects(&scene));
+    wait_for("the end of the ban", || connects(&scene).then_some(())).unwrap();
+    assert_eq!(
+        scene.daemon.control(&["bans", "--json"]).unwrap().trim(),
+        "[]"
+    );
+    scene.stop();
 }
 
 /// A host with one publish of these flags.
-fn limited(datapath: Datapath, flags: &[&str]) -> (Topology, Backend, Daemon, SocketAddr) {
-    let topology = Topology::new().unwrap();
-    let backend = Backend::start(&topology.backend.netns, Protocol::Tcp, BACKEND_PORT).unwrap();
-    let daemon = Daemon::start(&topology.host, &[], datapath).unwrap();
-    let spec = spec(&topology.backend, Family::V4, Protocol::Tcp);
-    let words = [&["publish", &spec], flags].concat();
-    daemon.control(&words).unwrap();
-    let frontend = SocketAddr::new(topology.host_address(Family::V4), PORT);
-    (topology, backend, daemon, frontend)
+fn limited(datapath: Datapath, flags: &[&str]) -> Scene {
+    let scene = Scene::tcp().idle().by(datapath).start();
+    let words = [&["publish", scene.spec()], flags].concat();
+    scene.daemon.control(&words).unwrap();
+    scene
 }
 
 #[test]
@@ -338,18 +326,22 @@ fn no_more_flows_at_once_than_were_asked_for() {
         .into_iter()
         .zip(["too_many_flows", "userland_flow_limit"])
     {
-        let (topology, _backend, daemon, frontend) = limited(datapath, &["--max-flows", "2"]);
+        let scene = limited(datapath, &["--max-flows", "2"]);
+        let (topology, daemon) = scene.parts();
         assert_eq!(daemon.entry().unwrap()["max_flows"], 2);
-        let mut open = [(); 2].map(|()| Connection::open(&topology.client, frontend).unwrap());
+        let mut open = [(); 2].map(|()| scene.connect());
         for connection in &mut open {
             connection.ask("served").unwrap();
         }
-        assert!(!connects(&topology.client, frontend), "{datapath:?}");
+        assert!(
+            !connects(&topology.client, scene.frontend()),
+            "{datapath:?}"
+        );
         assert!(daemon.counted(reason).unwrap() > 0);
         for connection in &mut open {
             connection.ask("still served").unwrap();
         }
-        daemon.stop().unwrap();
+        scene.stop();
     }
 }
 
@@ -363,47 +355,37 @@ fn no_more_new_flows_a_second_than_were_asked_for() {
     ];
     let flags = ["--rate", "--rate-per-source"];
     for (at, reason) in reasons.into_iter().enumerate() {
-        let (topology, _backend, daemon, frontend) = limited(BOTH[at % 2], &[flags[at / 2], "1/s"]);
+        let scene = limited(BOTH[at % 2], &[flags[at / 2], "1/s"]);
+        let (client, frontend) = (&scene.topology.client, scene.frontend());
         // Five may begin at once.
-        let served = (0..10)
-            .filter(|_| connects(&topology.client, frontend))
-            .count();
+        let served = (0..10).filter(|_| connects(client, frontend)).count();
         assert!((5..10).contains(&served), "{reason}: {served}");
-        assert!(daemon.counted(reason).unwrap() > 0, "{reason}");
-        daemon.stop().unwrap();
+        assert!(scene.daemon.counted(reason).unwrap() > 0, "{reason}");
+        scene.stop();
     }
 }
 
 #[test]
 fn clients_come_by_the_interface_that_was_asked_for() {
     for datapath in BOTH {
-        let topology = Topology::new().unwrap();
-        let _backend =
-            Backend::start(&topology.backend.netns, Protocol::Tcp, BACKEND_PORT).unwrap();
-        let daemon = Daemon::start(&topology.host, &[], datapath).unwrap();
-        let spec = spec(&topology.backend, Family::V4, Protocol::Tcp);
-        let error = daemon
-            .control(&["publish", &spec, "--on", "none0"])
-            .unwrap_err()
-            .to_string();
+        let scene = Scene::tcp().idle().by(datapath).start();
+        let (topology, daemon) = scene.parts();
+        let on = |device| daemon.control(&["publish", scene.spec(), "--on", device]);
+        let error = on("none0").unwrap_err().to_string();
         assert!(error.contains("no interface \"none0\""), "{error}");
-        daemon.control(&["publish", &spec, "--on", "lo"]).unwrap();
-        let frontend = |address| SocketAddr::new(address, PORT);
-        let outside = frontend(topology.host_address(Family::V4));
-        assert!(
-            connects(&topology.host, frontend(Ipv4Addr::LOCALHOST.into())),
-            "{datapath:?}"
-        );
+        on("lo").unwrap();
+        let local = SocketAddr::new(Family::V4.localhost(), PORT);
+        assert!(connects(&topology.host, local), "{datapath:?}");
+        let outside = scene.frontend();
         assert!(!connects(&topology.client, outside), "{datapath:?}");
-        daemon.stop().unwrap();
+        scene.stop();
     }
 }
 
 #[test]
 fn bandwidth_is_what_was_asked_for_in_user_space() {
-    let (topology, _backend, daemon, frontend) =
-        limited(Datapath::Userland, &["--bandwidth", "8Mbit"]);
-    let mut connection = Connection::open(&topology.client, frontend).unwrap();
+    let scene = limited(Datapath::Userland, &["--bandwidth", "8Mbit"]);
+    let mut connection = scene.connect();
     let payload = "x".repeat(32 << 10);
     let begun = Instant::now();
     // A mebioctet there, of which an eighth may come at once, and the same back.
@@ -412,5 +394,5 @@ fn bandwidth_is_what_was_asked_for_in_user_space() {
     }
     let elapsed = begun.elapsed().as_secs_f64();
     assert!(elapsed > 0.7, "{elapsed} s for what takes 0.9");
-    daemon.stop().unwrap();
+    scene.stop();
 }

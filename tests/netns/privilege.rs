@@ -4,13 +4,11 @@ use std::{collections::BTreeSet, fs};
 
 use forwarder::privilege::CAPABILITIES;
 use forwarder_tests::{
-    daemon::{Daemon, Datapath, WITHOUT_CAPABILITIES, binary},
+    daemon::{Daemon, WITHOUT_CAPABILITIES, binary},
     deadline::wait_for,
-    topology::{Family, Topology},
-    traffic::{Backend, Protocol},
 };
 
-use crate::scene::{BACKEND_PORT, on_the_fast_path, served_to_the_client, spec};
+use crate::scene::Scene;
 
 /// The lines of /proc/PID/status that say what each of its threads may do, without repetition.
 fn privileges(daemon: &Daemon) -> BTreeSet<String> {
@@ -49,50 +47,33 @@ fn has(daemon: &Daemon, permitted: u64) {
 
 #[test]
 fn started_by_root_it_keeps_what_it_needs_alone() {
-    let topology = Topology::new().unwrap();
-    let _backend = Backend::start(&topology.backend.netns, Protocol::Tcp, BACKEND_PORT).unwrap();
-    let spec = spec(&topology.backend, Family::V4, Protocol::Tcp);
-    let daemon = Daemon::start(&topology.host, &[&spec], Datapath::Ebpf).unwrap();
-    has(
-        &daemon,
-        CAPABILITIES.iter().map(caps::Capability::bitmask).sum(),
-    );
-    on_the_fast_path(&daemon, || {
-        served_to_the_client(&topology, Protocol::Tcp, "hello")
-    });
-    daemon.stop().unwrap();
+    let scene = Scene::tcp().start();
+    let all = CAPABILITIES.iter().map(caps::Capability::bitmask).sum();
+    has(&scene.daemon, all);
+    scene.served_on_the_fast_path();
+    scene.stop();
 }
 
 #[test]
 fn without_capabilities_it_is_confined_too() {
-    let topology = Topology::new().unwrap();
-    let daemon = Daemon::start_wrapped(
-        &topology.host,
-        &WITHOUT_CAPABILITIES,
-        &["8080:172.31.0.2:80"],
-        Datapath::Auto,
-        &[],
-    )
-    .unwrap();
-    has(&daemon, 0);
-    daemon.stop().unwrap();
+    let scene = Scene::tcp().silent().auto();
+    let scene = scene.wrapped(&WITHOUT_CAPABILITIES).start();
+    has(&scene.daemon, 0);
+    scene.stop();
 }
 
 /// Nothing of the eBPF programs is loaded by anybody who has less.
 #[test]
 fn each_capability_that_the_fast_path_takes_is_missed() {
-    let topology = Topology::new().unwrap();
     for left_out in ["bpf", "perfmon", "net_admin"] {
         let bounding = format!("--bounding-set=-{left_out},-sys_admin");
         let wrapper = ["setpriv", &bounding, "--"];
-        let specs = ["8080:172.31.0.2:80"];
-        let daemon =
-            Daemon::start_wrapped(&topology.host, &wrapper, &specs, Datapath::Auto, &[]).unwrap();
-        let entry = daemon.entry().unwrap();
+        let scene = Scene::tcp().silent().auto().wrapped(&wrapper).start();
+        let entry = scene.daemon.entry().unwrap();
         let name = format!("CAP_{} missing", left_out.to_uppercase());
         let reason = entry["reason"].as_str().unwrap_or_default();
         assert!(reason.contains(&name), "{entry}");
-        daemon.stop().unwrap();
+        scene.stop();
     }
 }
 
@@ -109,16 +90,13 @@ const SOMEBODYS_PINS: [&str; 6] = [
 
 #[test]
 fn nothing_is_pinned_in_somebodys_directory_and_nothing_removed() {
-    let topology = Topology::new().unwrap();
-    let specs = ["8080:172.31.0.2:80"];
-    let daemon =
-        Daemon::start_wrapped(&topology.host, &SOMEBODYS_PINS, &specs, Datapath::Auto, &[]);
-    let daemon = daemon.unwrap();
-    let entry = daemon.entry().unwrap();
+    let scene = Scene::tcp().silent().auto();
+    let scene = scene.wrapped(&SOMEBODYS_PINS).start();
+    let entry = scene.daemon.entry().unwrap();
     let reason = entry["reason"].as_str().unwrap_or_default();
     let refusal = "/sys/fs/bpf/forwarder belongs to user 65534, not to 0; remove it";
     assert!(reason.contains(refusal), "{entry}");
-    daemon.stop().unwrap();
+    scene.daemon.stop().unwrap();
 
     let binary = binary().to_string_lossy().into_owned();
     let words = [
@@ -126,7 +104,7 @@ fn nothing_is_pinned_in_somebodys_directory_and_nothing_removed() {
         &[binary.as_str(), "down", "--instance", "probe"],
     ]
     .concat();
-    let mut command = topology.host.command(SOMEBODYS_PINS[0]);
+    let mut command = scene.topology.host.command(SOMEBODYS_PINS[0]);
     let output = command.args(words).output().unwrap();
     let said = String::from_utf8_lossy(&output.stderr);
     assert!(

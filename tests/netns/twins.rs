@@ -6,7 +6,7 @@ use std::{
 };
 
 use forwarder_tests::{
-    daemon::{Daemon, Datapath, run_to_failure},
+    daemon::{Datapath, run_to_failure},
     deadline::patience,
     netns::Netns,
     topology::{
@@ -16,11 +16,7 @@ use forwarder_tests::{
     traffic::{Backend, Protocol, ask, ask_by},
 };
 
-use crate::scene::{BACKEND_PORT, PORT, on_the_fast_path, packets, spec, suffix};
-
-fn frontend(topology: &Topology, family: Family) -> SocketAddr {
-    SocketAddr::new(topology.host_address(family), PORT)
-}
+use crate::scene::{BACKEND_PORT, PORT, Scene, frontend, on_the_fast_path, packets, suffix};
 
 /// Connects, ends, and returns what the backend got.
 fn got_by_the_backend(client: &Netns, frontend: SocketAddr, listener: &TcpListener) -> Vec<u8> {
@@ -35,19 +31,18 @@ fn got_by_the_backend(client: &Netns, frontend: SocketAddr, listener: &TcpListen
 
 #[test]
 fn the_proxy_protocol_names_clients_of_both_families() {
-    let topology = Topology::new().unwrap();
-    let any = SocketAddr::from((Ipv4Addr::UNSPECIFIED, BACKEND_PORT));
+    let scene = Scene::tcp().silent().auto();
+    let scene = scene.flags(&["--proxy-protocol"]).start();
+    let (topology, daemon) = scene.parts();
+    let any = (Ipv4Addr::UNSPECIFIED, BACKEND_PORT);
     let listener = topology.backend.netns.enter(|| TcpListener::bind(any));
     let listener = listener.unwrap();
-    let tcp = spec(&topology.backend, V4, Protocol::Tcp);
-    let flags = ["--proxy-protocol"];
-    let daemon = Daemon::start_with(&topology.host, &[&tcp], Datapath::Auto, &flags).unwrap();
     let entry = daemon.entry().unwrap();
     assert_eq!(entry["datapath"], "userland", "{entry}");
     let reason = entry["reason"].as_str().unwrap();
     assert!(reason.contains("PROXY protocol"), "{reason}");
     for (family, kind) in [(V4, 0x11), (V6, 0x21)] {
-        let frontend = frontend(&topology, family);
+        let frontend = frontend(topology, family);
         let got = got_by_the_backend(&topology.client, frontend, &listener);
         assert_eq!(&got[..12], b"\r\n\r\n\0\r\nQUIT\n", "{family:?}");
         assert_eq!(got[13], kind, "{family:?}");
@@ -57,35 +52,19 @@ fn the_proxy_protocol_names_clients_of_both_families() {
         };
         assert_eq!(got[16..16 + client.len()], client, "{family:?}");
     }
-    daemon.stop().unwrap();
+    scene.stop();
 }
 
 #[test]
 fn the_proxy_protocol_of_tcp_leaves_udp_alone() {
-    let topology = Topology::new().unwrap();
-    let _backend = Backend::start(&topology.backend.netns, Protocol::Udp, BACKEND_PORT).unwrap();
-    let udp = spec(&topology.backend, V4, Protocol::Udp);
-    let flags = ["--proxy-protocol"];
-    let daemon = Daemon::start_with(&topology.host, &[&udp], Datapath::Auto, &flags).unwrap();
-    on_the_fast_path(&daemon, || {
-        ask(
-            &topology.client,
-            Protocol::Udp,
-            frontend(&topology, V4),
-            "hello",
-        )
-        .unwrap();
-    });
+    let scene = Scene::udp().auto().flags(&["--proxy-protocol"]).start();
+    on_the_fast_path(&scene.daemon, || drop(scene.ask("hello").unwrap()));
     // By the proxy, which the backend sees as plainly.
-    let answer = ask(
-        &topology.client,
-        Protocol::Udp,
-        frontend(&topology, V6),
-        "six",
-    )
-    .unwrap();
+    let topology = &scene.topology;
+    let v6 = frontend(topology, V6);
+    let answer = ask(&topology.client, Protocol::Udp, v6, "six").unwrap();
     assert_eq!(answer.payload, "six");
-    daemon.stop().unwrap();
+    scene.stop();
 }
 
 #[test]
@@ -101,19 +80,11 @@ fn the_proxy_protocol_by_ebpf_alone_is_refused() {
 }
 
 fn a_network_written_in_ipv6(datapath: Datapath) {
-    let topology = Topology::new().unwrap();
-    let _backend = Backend::start(&topology.backend.netns, Protocol::Tcp, BACKEND_PORT).unwrap();
-    let tcp = spec(&topology.backend, V4, Protocol::Tcp);
     let allow = ["--allow", "::ffff:198.51.100.0/120"];
-    let daemon = Daemon::start_with(&topology.host, &[&tcp], datapath, &allow).unwrap();
+    let scene = Scene::tcp().by(datapath).flags(&allow).start();
+    let (topology, daemon) = scene.parts();
     assert_eq!(daemon.entry().unwrap()["allow"][0], "198.51.100.0/24");
-    ask(
-        &topology.client,
-        Protocol::Tcp,
-        frontend(&topology, V4),
-        "hello",
-    )
-    .unwrap();
+    scene.ask("hello").unwrap();
     let elsewhere = SocketAddr::new(topology.other.gateway(V4), PORT);
     ask(&topology.other.netns, Protocol::Tcp, elsewhere, "hello").unwrap_err();
     let name = match datapath {
@@ -121,7 +92,7 @@ fn a_network_written_in_ipv6(datapath: Datapath) {
         _ => "not_allowed",
     };
     assert!(daemon.counted(name).unwrap() > 0, "{name}");
-    daemon.stop().unwrap();
+    scene.stop();
 }
 
 #[test]
@@ -136,39 +107,20 @@ fn an_ipv4_network_written_in_ipv6_is_let_in_by_the_proxy() {
 
 /// Every address of the host is published, whatever the backend has.
 fn clients_of_the_other_family(backend: Family, client: Family, protocol: Protocol) {
-    let topology = Topology::new().unwrap();
-    let _backend = Backend::start(&topology.backend.netns, protocol, BACKEND_PORT).unwrap();
-    let spec = spec(&topology.backend, backend, protocol);
-    let daemon = Daemon::start(&topology.host, &[&spec], Datapath::Auto).unwrap();
-    let answer = ask(
-        &topology.client,
-        protocol,
-        frontend(&topology, client),
-        "hello",
-    )
-    .unwrap();
-    assert_eq!(answer.seen.ip(), topology.backend.gateway(backend));
-    let local: IpAddr = match client {
-        V4 => Ipv4Addr::LOCALHOST.into(),
-        V6 => Ipv6Addr::LOCALHOST.into(),
-    };
-    ask(
-        &topology.host,
-        protocol,
-        SocketAddr::new(local, PORT),
-        "hello",
-    )
-    .unwrap();
-    on_the_fast_path(&daemon, || {
-        ask(
-            &topology.client,
-            protocol,
-            frontend(&topology, backend),
-            "hello",
-        )
-        .unwrap();
-    });
-    daemon.stop().unwrap();
+    let scene = Scene::of(backend, protocol).auto().start();
+    let Topology {
+        host,
+        client: outside,
+        backend: container,
+        ..
+    } = &scene.topology;
+    let to = frontend(&scene.topology, client);
+    let answer = ask(outside, protocol, to, "hello").unwrap();
+    assert_eq!(answer.seen.ip(), container.gateway(backend));
+    let local = SocketAddr::new(client.localhost(), PORT);
+    ask(host, protocol, local, "hello").unwrap();
+    on_the_fast_path(&scene.daemon, || drop(scene.ask("hello").unwrap()));
+    scene.stop();
 }
 
 #[test]
@@ -193,64 +145,49 @@ fn udp_clients_of_ipv6_reach_a_backend_that_has_ipv4_alone() {
 
 /// A UDP publish that drains while another takes its port. Clients by either path.
 fn a_drain_beside_a_new_publish(datapath: Datapath) {
-    let topology = Topology::new().unwrap();
-    let containers = [&topology.backend, &topology.peer];
-    let backends = containers
-        .map(|container| Backend::start(&container.netns, Protocol::Udp, BACKEND_PORT).unwrap());
-    let specs = containers.map(|container| spec(container, V4, Protocol::Udp));
-    let daemon = Daemon::start(&topology.host, &[&specs[0]], datapath).unwrap();
-    let socket = |any: IpAddr| topology.client.enter(|| UdpSocket::bind((any, 0))).unwrap();
+    let scene = Scene::udp().and_another().by(datapath).start();
+    let (topology, daemon) = scene.parts();
+    let (backends, specs) = (&scene.backends, &scene.specs);
+    let client = |family: Family| {
+        let any = (family.unspecified(), 0);
+        let socket = topology.client.enter(|| UdpSocket::bind(any)).unwrap();
+        (socket, frontend(topology, family))
+    };
     // IPv6 clients of an IPv4 backend are the proxy's in any case.
-    let old = [
-        (
-            socket(Ipv6Addr::UNSPECIFIED.into()),
-            frontend(&topology, V6),
-        ),
-        (
-            socket(Ipv4Addr::UNSPECIFIED.into()),
-            frontend(&topology, V4),
-        ),
-    ];
+    let old = [client(V6), client(V4)];
     let old = match datapath {
         Datapath::Userland => &old[..],
         _ => &old[..1], // a new publish cuts what drains by the fast path
     };
-    for (socket, frontend) in old {
-        ask_by(socket, *frontend, "before").unwrap();
-    }
+    let asked = |payload: &str| {
+        for (socket, frontend) in old {
+            ask_by(socket, *frontend, payload).unwrap();
+        }
+    };
+    asked("before");
     daemon
         .control(&["unpublish", &specs[0], "--drain"])
         .unwrap();
-    for (socket, frontend) in old {
-        ask_by(socket, *frontend, "while it drains").unwrap();
-    }
+    asked("while it drains");
     let before = backends[0].requests();
-    let stranger = (
-        socket(Ipv6Addr::UNSPECIFIED.into()),
-        frontend(&topology, V6),
-    );
-    stranger.0.connect(stranger.1).unwrap();
-    stranger.0.send(b"to nobody").unwrap();
-    stranger.0.set_read_timeout(Some(patience())).unwrap();
-    let refused = stranger.0.recv(&mut [0]).unwrap_err();
+    let (stranger, to) = client(V6);
+    stranger.connect(to).unwrap();
+    stranger.send(b"to nobody").unwrap();
+    stranger.set_read_timeout(Some(patience())).unwrap();
+    let refused = stranger.recv(&mut [0]).unwrap_err();
     assert_eq!(refused.kind(), std::io::ErrorKind::ConnectionRefused);
 
     daemon.control(&["publish", &specs[1]]).unwrap();
     for family in [V4, V6] {
-        let frontend = frontend(&topology, family);
+        let frontend = frontend(topology, family);
         ask(&topology.client, Protocol::Udp, frontend, "new").unwrap();
     }
-    assert_eq!(
-        backends[0].requests(),
-        before,
-        "the old one has a new client"
-    );
+    let after = backends[0].requests();
+    assert_eq!(after, before, "the old one has a new client");
     let new = backends[1].requests();
-    for (socket, frontend) in old {
-        ask_by(socket, *frontend, "beside the new one").unwrap();
-    }
+    asked("beside the new one");
     assert_eq!(backends[1].requests(), new, "the new one has an old client");
-    daemon.stop().unwrap();
+    scene.stop();
 }
 
 #[test]
@@ -265,21 +202,13 @@ fn clients_of_the_proxy_drain_beside_the_fast_path_too() {
 
 #[test]
 fn a_port_of_a_wide_range_drains_beside_a_new_publish() {
-    let topology = Topology::new().unwrap();
-    let containers = [&topology.backend, &topology.peer];
-    let backends = containers
-        .map(|container| Backend::start(&container.netns, Protocol::Udp, BACKEND_PORT).unwrap());
-    let specs = containers.map(|container| {
-        let backend = SocketAddr::new(container.address(V4), BACKEND_PORT);
-        format!("7000-7999:{backend}/udp")
-    });
-    let daemon = Daemon::start(&topology.host, &[&specs[0]], Datapath::Ebpf).unwrap();
+    let specs = [2, 3].map(|at| format!("7000-7999:172.31.0.{at}:{BACKEND_PORT}/udp"));
+    let scene = Scene::udp().and_another().publishing(&specs[..1]).start();
+    let (topology, daemon) = scene.parts();
     // IPv6 clients of an IPv4 backend are the proxy's.
     let client = || {
-        let socket = topology
-            .client
-            .enter(|| UdpSocket::bind((Ipv6Addr::UNSPECIFIED, 0)));
-        socket.unwrap()
+        let any = (Ipv6Addr::UNSPECIFIED, 0);
+        topology.client.enter(|| UdpSocket::bind(any)).unwrap()
     };
     let (first, inner) = (client(), client());
     let frontend = |port| SocketAddr::new(topology.host_address(V6), port);
@@ -295,14 +224,14 @@ fn a_port_of_a_wide_range_drains_beside_a_new_publish() {
         let new = ask_by(&client(), frontend(port), "new").unwrap();
         assert_eq!((old.payload, new.payload), ("beside".into(), "new".into()));
     }
-    assert_eq!(backends.each_ref().map(Backend::requests), [4, 2]);
-    daemon.stop().unwrap();
+    let requests: Vec<_> = scene.backends.iter().map(Backend::requests).collect();
+    assert_eq!(requests, [4, 2]);
+    scene.stop();
 }
 
 /// Link-local addresses on both sides, by the devices that they are on.
 fn link_local(protocol: Protocol) {
     let topology = Topology::new().unwrap();
-    let _backend = Backend::start(&topology.backend.netns, protocol, BACKEND_PORT).unwrap();
     // Those that each device gives itself are not yet to be used.
     let container = &topology.backend.netns;
     for (netns, address, device) in [
@@ -316,7 +245,9 @@ fn link_local(protocol: Protocol) {
     }
     let suffix = suffix(protocol);
     let spec = format!("[fe80::77%eth0]:{PORT}:[fe80::88%br0]:{BACKEND_PORT}{suffix}");
-    let daemon = Daemon::start(&topology.host, &[&spec], Datapath::Auto).unwrap();
+    let scene = Scene::of(V6, protocol).publishing(&[&spec]).auto();
+    let scene = scene.start_in(topology);
+    let (topology, daemon) = scene.parts();
     let entry = daemon.entry().unwrap();
     let reason = entry["reason"].as_str().unwrap();
     assert!(reason.contains("link-local"), "{reason}");
@@ -326,12 +257,11 @@ fn link_local(protocol: Protocol) {
         let answer = ask(&topology.client, protocol, frontend.into(), "hello").unwrap();
         assert_eq!(answer.payload, "hello");
     });
-    let other = SocketAddr::new(topology.host_address(V6), PORT);
     if protocol == Protocol::Tcp {
-        ask(&topology.client, protocol, other, "hello").unwrap_err();
+        scene.ask("hello").unwrap_err();
     }
     daemon.control(&["unpublish", &spec]).unwrap();
-    daemon.stop().unwrap();
+    scene.stop();
 }
 
 #[test]
@@ -355,32 +285,26 @@ fn a_device_that_is_none_is_said() {
 
 /// Datagrams to all hosts of the network are answered by the host's own address there.
 fn broadcast(datapath: Datapath) {
-    let topology = Topology::new().unwrap();
-    let _backend = Backend::start(&topology.backend.netns, Protocol::Udp, BACKEND_PORT).unwrap();
-    let spec = spec(&topology.backend, V4, Protocol::Udp);
-    let daemon = Daemon::start(&topology.host, &[&spec], datapath).unwrap();
-    let before = (datapath == Datapath::Ebpf).then(|| packets(&daemon));
+    let scene = Scene::udp().by(datapath).start();
+    let (topology, daemon) = scene.parts();
+    let before = (datapath == Datapath::Ebpf).then(|| packets(daemon));
     // What answers is another machine than the destination names.
-    let socket = topology
-        .client
-        .enter(|| UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 0)));
+    let Topology { client, .. } = topology;
+    let socket = client.enter(|| UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 0)));
     let socket = socket.unwrap();
     socket.set_broadcast(true).unwrap();
     socket.set_read_timeout(Some(patience())).unwrap();
-    topology
-        .client
-        .ip("route add 255.255.255.255/32 dev eth0")
-        .unwrap();
+    client.ip("route add 255.255.255.255/32 dev eth0").unwrap();
     for everybody in ["198.51.100.255", "255.255.255.255"] {
         let everybody: IpAddr = everybody.parse().unwrap();
         socket.send_to(b"who is there?", (everybody, PORT)).unwrap();
         let mut buffer = [0; 100];
         let (length, from) = socket.recv_from(&mut buffer).unwrap();
-        assert_eq!(from, frontend(&topology, V4), "to {everybody}");
+        assert_eq!(from, scene.frontend(), "to {everybody}");
         assert!(buffer[..length].ends_with(b" who is there?"));
     }
-    assert_eq!(before, before.map(|_| packets(&daemon)), "by the proxy");
-    daemon.stop().unwrap();
+    assert_eq!(before, before.map(|_| packets(daemon)), "by the proxy");
+    scene.stop();
 }
 
 #[test]

@@ -12,7 +12,6 @@ use forwarder_tests::{
     deadline::wait_for,
     netns::Netns,
     topology::{
-        Container,
         Family::{self, V4, V6},
         Topology,
     },
@@ -20,7 +19,7 @@ use forwarder_tests::{
     tun,
 };
 
-use crate::scene::{BACKEND_PORT, PORT, packets, suffix, wait_for_delivery};
+use crate::scene::{BACKEND_PORT, PORT, Scene, backends, packets, suffix, wait_for_delivery};
 
 const PROTOCOLS: [Protocol; 2] = [Protocol::Tcp, Protocol::Udp];
 const FAMILIES: [Family; 2] = [V4, V6];
@@ -62,10 +61,6 @@ fn publish(
         .collect();
     let specs: Vec<&str> = specs.iter().map(String::as_str).collect();
     Daemon::start(host, &specs, datapath).unwrap()
-}
-
-fn backends(netns: &Netns) -> [Backend; 2] {
-    PROTOCOLS.map(|protocol| Backend::start(netns, protocol, BACKEND_PORT).unwrap())
 }
 
 /// Asserts that requests of such lengths are answered and carried by the fast path both ways, and who the backend saw.
@@ -609,57 +604,45 @@ mod without_ipv6 {
         topology
     }
 
-    /// The only publish is on every address.
-    fn started(container: &Container, topology: &Topology, protocol: Protocol) -> Daemon {
-        let backend = SocketAddr::new(container.address(V4), BACKEND_PORT);
-        let spec = format!("{PORT}:{backend}{}", suffix(protocol));
-        Daemon::start(&topology.host, &[&spec], Datapath::Ebpf).unwrap()
-    }
-
     #[test]
     fn ipv4_is_served_by_the_kernel() {
-        let topology = turned_off();
-        let _backends = backends(&topology.backend.netns);
         for protocol in PROTOCOLS {
-            let daemon = started(&topology.backend, &topology, protocol);
-            wait_for_delivery(&daemon);
+            let scene = Scene::of(V4, protocol).start_in(turned_off());
+            let (topology, daemon) = scene.parts();
+            wait_for_delivery(daemon);
+            let Topology {
+                host,
+                client,
+                backend,
+                ..
+            } = topology;
             let lan = topology.host_address(V4);
             for (from, to, seen) in [
-                (&topology.client, lan, topology.client_address(V4)),
-                (
-                    &topology.host,
-                    IpAddr::from([127, 0, 0, 1]),
-                    topology.backend.gateway(V4),
-                ),
+                (client, lan, topology.client_address(V4)),
+                (host, V4.localhost(), backend.gateway(V4)),
             ] {
-                carried(&daemon, from, protocol, to, &WORD, seen);
+                carried(daemon, from, protocol, to, &WORD, seen);
             }
-            daemon.stop().unwrap();
+            scene.stop();
         }
     }
 
     #[test]
     fn a_wide_range_and_the_proxy_do_without() {
-        let topology = turned_off();
-        let _backends = backends(&topology.backend.netns);
-        let backend = topology.backend.address(V4);
-        let spec = format!("8000-8999:{backend}:{BACKEND_PORT}");
+        let range = format!("8000-8999:172.31.0.2:{BACKEND_PORT}");
         for datapath in [Datapath::Ebpf, Datapath::Userland] {
-            let daemon = Daemon::start(&topology.host, &[&spec], datapath).unwrap();
-            let frontend = SocketAddr::new(topology.host_address(V4), PORT);
-            let answer = ask(&topology.client, Protocol::Tcp, frontend, "hello").unwrap();
-            assert_eq!(answer.payload, "hello");
-            daemon.stop().unwrap();
+            let scene = Scene::tcp().publishing(&[&range]).by(datapath);
+            let scene = scene.start_in(turned_off());
+            assert_eq!(scene.ask("hello").unwrap().payload, "hello");
+            scene.stop();
         }
     }
 
     #[test]
     fn an_ipv6_backend_is_left_to_user_space_with_its_reason() {
-        let topology = turned_off();
+        let scene = Scene::tcp().auto().start_in(turned_off());
+        let (topology, daemon) = scene.parts();
         let backend = SocketAddr::new(topology.backend.address(V6), BACKEND_PORT);
-        let served = format!("{PORT}:{}:{BACKEND_PORT}", topology.backend.address(V4));
-        let _backends = backends(&topology.backend.netns);
-        let daemon = Daemon::start(&topology.host, &[&served], Datapath::Auto).unwrap();
         let published = daemon.control(&["publish", &format!("8081:{backend}")]);
         if published.is_ok() {
             let list = daemon.list().unwrap();
@@ -669,7 +652,7 @@ mod without_ipv6 {
         }
         let (client, lan) = (&topology.client, topology.host_address(V4));
         let seen = topology.client_address(V4);
-        carried(&daemon, client, Protocol::Tcp, lan, &WORD, seen);
-        daemon.stop().unwrap();
+        carried(daemon, client, Protocol::Tcp, lan, &WORD, seen);
+        scene.stop();
     }
 }

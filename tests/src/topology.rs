@@ -25,6 +25,24 @@ pub enum Family {
     V6,
 }
 
+impl Family {
+    /// 127.0.0.1 or ::1.
+    pub fn localhost(self) -> IpAddr {
+        match self {
+            Self::V4 => Ipv4Addr::LOCALHOST.into(),
+            Self::V6 => Ipv6Addr::LOCALHOST.into(),
+        }
+    }
+
+    /// Any address, to bind a socket to.
+    pub fn unspecified(self) -> IpAddr {
+        match self {
+            Self::V4 => Ipv4Addr::UNSPECIFIED.into(),
+            Self::V6 => Ipv6Addr::UNSPECIFIED.into(),
+        }
+    }
+}
+
 /// A network with an IPv4 /24 and an IPv6 /64; its machines have the same number in both.
 #[derive(Debug, Clone, Copy)]
 pub struct Network {
