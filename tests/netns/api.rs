@@ -12,18 +12,17 @@ use forwarder_tests::{
     api::{self, Open},
     daemon::{Daemon, Datapath},
     deadline::wait_for,
-    topology::{Family, Topology},
-    traffic::{Backend, Connection, Protocol, ask},
+    topology::{Container, Family, Topology},
+    traffic::{Connection, Protocol, ask},
 };
 use serde_json::{Value, json};
 
-use crate::scene::{BACKEND_PORT, PORT, spec};
+use crate::scene::{BACKEND_PORT, PORT, Scene, frontend, spec};
 
 /// A host with an instance that has published nothing.
 fn idle(datapath: Datapath) -> (Topology, Daemon) {
-    let topology = Topology::new().unwrap();
-    let daemon = Daemon::start(&topology.host, &[], datapath).unwrap();
-    (topology, daemon)
+    let scene = Scene::tcp().silent().idle().by(datapath).start();
+    (scene.topology, scene.daemon)
 }
 
 fn ids(daemon: &Daemon) -> Vec<u64> {
@@ -316,44 +315,34 @@ fn a_lease_lasts_as_long_as_its_connection() {
         (ids(&daemon) == [2]).then_some(())
     })
     .unwrap();
-    let frontend = SocketAddr::new(topology.host_address(Family::V4), PORT);
+    let frontend = frontend(&topology, Family::V4);
     assert!(ask(&topology.client, Protocol::Tcp, frontend, "hello").is_err());
     drop(other);
     daemon.stop().unwrap();
 }
 
 fn a_lease_serves_a_given_listener(datapath: Datapath) {
-    let (topology, daemon) = idle(datapath);
-    let _backend = Backend::start(&topology.backend.netns, Protocol::Tcp, BACKEND_PORT).unwrap();
+    let scene = Scene::tcp().idle().by(datapath).start();
+    let (topology, daemon) = scene.parts();
     // As Docker does it: somebody else has bound the port, and hands the socket on.
     let bound = (Ipv4Addr::UNSPECIFIED, PORT);
     let listener = topology.host.enter(|| TcpListener::bind(bound)).unwrap();
-    let spec = format!(
-        "0.0.0.0:{PORT}:{}:{BACKEND_PORT}",
-        topology.backend.address(Family::V4)
-    );
-    let (lease, row) = leased(&daemon, &spec, Some(&listener));
-    let served_by = if datapath == Datapath::Userland {
-        "userland"
-    } else {
-        "ebpf"
-    };
+    let spec = format!("0.0.0.0:{}", scene.spec());
+    let (lease, row) = leased(daemon, &spec, Some(&listener));
+    let is_userland = datapath == Datapath::Userland;
+    let served_by = if is_userland { "userland" } else { "ebpf" };
     assert_eq!(row["datapath"], served_by, "{row}");
-    let address = topology.host_address(Family::V4);
-    for (netns, host) in [
-        (&topology.client, address),
-        (&topology.host, Ipv4Addr::LOCALHOST.into()),
-    ] {
-        ask(netns, Protocol::Tcp, SocketAddr::new(host, PORT), "hello").unwrap();
-    }
+    scene.ask("hello").unwrap();
+    let local = SocketAddr::new(Family::V4.localhost(), PORT);
+    ask(&topology.host, Protocol::Tcp, local, "hello").unwrap();
     drop(lease);
     wait_for("the end of the lease", || {
-        ids(&daemon).is_empty().then_some(())
+        ids(daemon).is_empty().then_some(())
     })
     .unwrap();
     // Its owner still has the port.
     assert!(topology.host.enter(|| TcpListener::bind(bound)).is_err());
-    daemon.stop().unwrap();
+    scene.stop();
 }
 
 #[test]
@@ -366,40 +355,43 @@ fn a_lease_serves_a_given_listener_in_user_space() {
     a_lease_serves_a_given_listener(Datapath::Userland);
 }
 
+/// Gives publish 1 another backend, in place.
+#[track_caller]
+fn replace_backend(daemon: &Daemon, container: &Container) {
+    let address = container.address(Family::V4);
+    let body = json!([{"address": address, "port": BACKEND_PORT}]).to_string();
+    let answer = api::ask(daemon, "PUT", "/v1/publishes/1/backends", &body).unwrap();
+    assert_eq!(answer.status, 200, "{answer:?}");
+}
+
 fn a_backend_is_replaced_without_a_refusal(datapath: Datapath) {
-    let topology = Topology::new().unwrap();
+    let scene = Scene::tcp().and_another().by(datapath).start();
+    let (topology, daemon) = scene.parts();
     let containers = [&topology.backend, &topology.peer];
-    let backends = containers
-        .map(|container| Backend::start(&container.netns, Protocol::Tcp, BACKEND_PORT).unwrap());
-    let spec = spec(&topology.backend, Family::V4, Protocol::Tcp);
-    let daemon = Daemon::start(&topology.host, &[&spec], datapath).unwrap();
-    let frontend = SocketAddr::new(topology.host_address(Family::V4), PORT);
     let over = AtomicBool::new(false);
     thread::scope(|scope| {
         let client = scope.spawn(|| {
             let mut asked = 0;
             while !over.load(Relaxed) {
-                ask(&topology.client, Protocol::Tcp, frontend, "hello").unwrap();
+                scene.ask("hello").unwrap();
                 asked += 1;
             }
             asked
         });
         for number in (0..10).map(|round| (round + 1) % 2) {
-            let address = containers[number].address(Family::V4);
-            let body = json!([{"address": address, "port": BACKEND_PORT}]).to_string();
-            let answer = api::ask(&daemon, "PUT", "/v1/publishes/1/backends", &body).unwrap();
-            assert_eq!(answer.status, 200, "{answer:?}");
-            let before = backends[number].requests();
+            replace_backend(daemon, containers[number]);
+            let backend = &scene.backends[number];
+            let before = backend.requests();
             wait_for("a request to the new backend", || {
-                (backends[number].requests() > before).then_some(())
+                (backend.requests() > before).then_some(())
             })
             .unwrap();
         }
         over.store(true, Relaxed);
         assert!(client.join().unwrap() > 0);
     });
-    assert_eq!(ids(&daemon), [1]);
-    daemon.stop().unwrap();
+    assert_eq!(ids(daemon), [1]);
+    scene.stop();
 }
 
 #[test]
@@ -413,30 +405,23 @@ fn a_backend_is_replaced_without_a_refusal_in_user_space() {
 }
 
 fn a_connection_outlives_the_replacement_of_its_backend(datapath: Datapath) {
-    let topology = Topology::new().unwrap();
+    let scene = Scene::tcp().and_another().by(datapath).start();
+    let (topology, daemon) = scene.parts();
     let containers = [&topology.backend, &topology.peer];
-    let _backends = containers
-        .map(|container| Backend::start(&container.netns, Protocol::Tcp, BACKEND_PORT).unwrap());
-    let spec = |container| spec(container, Family::V4, Protocol::Tcp);
-    let daemon = Daemon::start(&topology.host, &[&spec(containers[0])], datapath).unwrap();
-    let frontend = SocketAddr::new(topology.host_address(Family::V4), PORT);
     let clients = [&topology.client, &topology.host];
-    let mut old = clients.map(|netns| Connection::open(netns, frontend).unwrap());
+    let mut old = clients.map(|netns| Connection::open(netns, scene.frontend()).unwrap());
     for connection in &mut old {
         connection.ask("before").unwrap();
     }
     for number in [1, 0, 1, 0] {
-        let address = containers[number].address(Family::V4);
-        let body = json!([{"address": address, "port": BACKEND_PORT}]).to_string();
-        let answer = api::ask(&daemon, "PUT", "/v1/publishes/1/backends", &body).unwrap();
-        assert_eq!(answer.status, 200, "{answer:?}");
+        replace_backend(daemon, containers[number]);
         for connection in &mut old {
             connection.ask("after").unwrap();
         }
-        ask(&topology.client, Protocol::Tcp, frontend, "new").unwrap();
+        scene.ask("new").unwrap();
     }
     assert!(daemon.entry().unwrap()["flows"].as_u64().unwrap() >= 2);
-    daemon.stop().unwrap();
+    scene.stop();
 }
 
 #[test]
@@ -450,33 +435,28 @@ fn a_connection_outlives_the_replacement_of_its_backend_in_user_space() {
 }
 
 fn what_drains_goes_on_beside_a_new_publish_of_its_port(datapath: Datapath) {
-    let topology = Topology::new().unwrap();
-    let containers = [&topology.backend, &topology.peer];
-    let _backends = containers
-        .map(|container| Backend::start(&container.netns, Protocol::Tcp, BACKEND_PORT).unwrap());
-    let spec = |container| spec(container, Family::V4, Protocol::Tcp);
-    let daemon = Daemon::start(&topology.host, &[], datapath).unwrap();
-    let frontend = SocketAddr::new(topology.host_address(Family::V4), PORT);
-    daemon.control(&["publish", &spec(containers[0])]).unwrap();
-    let mut old = Connection::open(&topology.client, frontend).unwrap();
+    let scene = Scene::tcp().and_another().idle().by(datapath).start();
+    let daemon = &scene.daemon;
+    daemon.control(&["publish", &scene.specs[0]]).unwrap();
+    let mut old = scene.connect();
     old.ask("before").unwrap();
     daemon.control(&["unpublish", "1", "--drain"]).unwrap();
     assert_eq!(daemon.entry().unwrap()["draining"], true);
-    assert!(ask(&topology.client, Protocol::Tcp, frontend, "to nobody").is_err());
+    assert!(scene.ask("to nobody").is_err());
     old.ask("while it drains").unwrap();
-    daemon.control(&["publish", &spec(containers[1])]).unwrap();
-    let new = ask(&topology.client, Protocol::Tcp, frontend, "to the new one").unwrap();
+    daemon.control(&["publish", &scene.specs[1]]).unwrap();
+    let new = scene.ask("to the new one").unwrap();
     assert!(new.seen.is_ipv4());
     old.ask("beside the new one").unwrap();
-    assert_eq!(ids(&daemon), [1, 2]);
+    assert_eq!(ids(daemon), [1, 2]);
     daemon.control(&["unpublish", "2"]).unwrap();
     old.ask("after the new one").unwrap();
     old.close().unwrap();
     wait_for("the end of what drains", || {
-        ids(&daemon).is_empty().then_some(())
+        ids(daemon).is_empty().then_some(())
     })
     .unwrap();
-    daemon.stop().unwrap();
+    scene.stop();
 }
 
 #[test]
@@ -491,13 +471,10 @@ fn what_drains_goes_on_beside_a_new_publish_of_its_port_in_user_space() {
 
 #[test]
 fn flows_are_shown_and_ended_by_publish_and_by_client() {
-    let topology = Topology::new().unwrap();
-    let _backend = Backend::start(&topology.backend.netns, Protocol::Tcp, BACKEND_PORT).unwrap();
-    let spec = spec(&topology.backend, Family::V4, Protocol::Tcp);
-    let daemon = Daemon::start(&topology.host, &[&spec], Datapath::Ebpf).unwrap();
-    let frontend = SocketAddr::new(topology.host_address(Family::V4), PORT);
+    let scene = Scene::tcp().start();
+    let (topology, daemon) = scene.parts();
     let _open = [&topology.client, &topology.host].map(|netns| {
-        let mut connection = Connection::open(netns, frontend).unwrap();
+        let mut connection = Connection::open(netns, scene.frontend()).unwrap();
         connection.ask("hello").unwrap();
         connection
     });
@@ -516,11 +493,11 @@ fn flows_are_shown_and_ended_by_publish_and_by_client() {
     assert_eq!(shown(&["--client", &client]), 1);
     assert_eq!(shown(&["--publish", "1", "--client", "192.0.2.0/24"]), 0);
     let path = format!("/v1/flows?client={client}/32");
-    let answer = api::ask(&daemon, "DELETE", &path, "").unwrap();
+    let answer = api::ask(daemon, "DELETE", &path, "").unwrap();
     assert_eq!(answer.body["ended"], 1, "{answer:?}");
     assert_eq!(shown(&["--client", &client]), 0);
     assert_eq!(shown(&[]), 1);
-    daemon.stop().unwrap();
+    scene.stop();
 }
 
 #[test]

@@ -3,7 +3,7 @@
 
 use std::{
     io::Write as _,
-    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
+    net::SocketAddr,
     os::unix::process::CommandExt as _,
     process::Stdio,
     sync::atomic::{AtomicBool, Ordering::Relaxed},
@@ -15,11 +15,11 @@ use forwarder_tests::{
     deadline::wait_for,
     netns::Netns,
     topology::{Family, Topology},
-    traffic::{Backend, Protocol, ask},
+    traffic::{Protocol, ask},
 };
 use serde_json::{Value, json};
 
-use crate::scene::{BACKEND_PORT, PORT, served_to_the_client};
+use crate::scene::{BACKEND_PORT, PORT, Scene};
 
 /// What a run of the plugin came to.
 #[derive(Debug)]
@@ -49,12 +49,19 @@ impl Ran {
 }
 
 /// A plugin of one network, run for containers.
-struct Plugin<'a> {
-    host: &'a Netns,
-    instance: &'a str,
+struct Plugin {
+    host: Netns,
+    instance: String,
 }
 
-impl Plugin<'_> {
+impl Plugin {
+    fn of(scene: &Scene) -> Self {
+        Self {
+            host: scene.topology.host.clone(),
+            instance: scene.daemon.instance().into(),
+        }
+    }
+
     fn run(&self, command: &str, container: &str, config: &Value) -> Ran {
         let variables = [
             ("CNI_COMMAND", command),
@@ -62,9 +69,9 @@ impl Plugin<'_> {
             ("CNI_NETNS", "/run/netns/any"),
             ("CNI_IFNAME", "eth0"),
             ("CNI_PATH", "/opt/cni/bin"),
-            ("FORWARDER_INSTANCE", self.instance),
+            ("FORWARDER_INSTANCE", &self.instance),
         ];
-        run(self.host, "portmap", &variables, &config.to_string())
+        run(&self.host, "portmap", &variables, &config.to_string())
     }
 
     fn add(&self, container: &str, config: &Value) -> Ran {
@@ -150,28 +157,24 @@ fn owners(daemon: &Daemon) -> Vec<String> {
 }
 
 fn a_container_is_published_until_it_is_deleted(protocol: Protocol, name: &str) {
-    let topology = Topology::new().unwrap();
-    let _backend = Backend::start(&topology.backend.netns, protocol, BACKEND_PORT).unwrap();
-    let daemon = Daemon::start(&topology.host, &[], Datapath::Auto).unwrap();
-    let plugin = Plugin {
-        host: &topology.host,
-        instance: daemon.instance(),
-    };
+    let scene = Scene::of(Family::V4, protocol).idle().auto().start();
+    let (topology, daemon) = scene.parts();
+    let plugin = Plugin::of(&scene);
     for version in ["0.3.0", "0.3.1", "0.4.0", "1.0.0", "1.1.0"] {
-        let config = config(&topology, version, &mapping(name));
+        let config = config(topology, version, &mapping(name));
         let result = plugin.add("c0ffee", &config).good();
         assert_eq!(
             result,
-            result_of_bridge(&topology, version),
+            result_of_bridge(topology, version),
             "passed through"
         );
-        assert_eq!(owners(&daemon), ["cni:test-net/c0ffee/eth0"]);
-        served_to_the_client(&topology, protocol, version);
+        assert_eq!(owners(daemon), ["cni:test-net/c0ffee/eth0"]);
+        scene.served(version);
         let lan = topology.host_address(Family::V6);
         for (netns, host) in [
             (&topology.client, lan),
-            (&topology.host, IpAddr::V4(Ipv4Addr::LOCALHOST)),
-            (&topology.host, IpAddr::V6(Ipv6Addr::LOCALHOST)),
+            (&topology.host, Family::V4.localhost()),
+            (&topology.host, Family::V6.localhost()),
             (
                 &topology.backend.netns,
                 topology.backend.gateway(Family::V4),
@@ -184,16 +187,16 @@ fn a_container_is_published_until_it_is_deleted(protocol: Protocol, name: &str) 
             let list = daemon.list().unwrap();
             list.iter().map(|row| row["id"].clone()).collect()
         };
-        let before = ids(&daemon);
+        let before = ids(daemon);
         plugin.add("c0ffee", &config).good();
-        assert_eq!(ids(&daemon), before);
+        assert_eq!(ids(daemon), before);
         assert_eq!(plugin.run("CHECK", "c0ffee", &config).good(), Value::Null);
         for _ in 0..2 {
             assert_eq!(plugin.run("DEL", "c0ffee", &config).good(), Value::Null);
         }
         assert!(daemon.list().unwrap().is_empty());
     }
-    daemon.stop().unwrap();
+    scene.stop();
 }
 
 #[test]
@@ -208,64 +211,42 @@ fn a_container_is_published_until_it_is_deleted_by_udp() {
 
 #[test]
 fn the_address_of_the_host_is_the_only_one() {
-    let topology = Topology::new().unwrap();
-    let _backend = Backend::start(&topology.backend.netns, Protocol::Tcp, BACKEND_PORT).unwrap();
-    let daemon = Daemon::start(&topology.host, &[], Datapath::Auto).unwrap();
-    let plugin = Plugin {
-        host: &topology.host,
-        instance: daemon.instance(),
-    };
+    let scene = Scene::tcp().idle().auto().start();
+    let topology = &scene.topology;
+    let plugin = Plugin::of(&scene);
     let mappings = json!([
         {"hostPort": PORT, "containerPort": BACKEND_PORT, "hostIP": "127.0.0.1"},
         {"hostPort": PORT + 1, "containerPort": BACKEND_PORT, "hostIP": "::"},
     ]);
     plugin
-        .add("c0ffee", &config(&topology, "1.0.0", &mappings))
+        .add("c0ffee", &config(topology, "1.0.0", &mappings))
         .good();
-    let frontend = |host: IpAddr, port| SocketAddr::new(host, port);
-    let (v4, v6) = (
-        topology.host_address(Family::V4),
-        topology.host_address(Family::V6),
-    );
-    let local = frontend(Ipv4Addr::LOCALHOST.into(), PORT);
+    let local = SocketAddr::new(Family::V4.localhost(), PORT);
     ask(&topology.host, Protocol::Tcp, local, "loopback").unwrap();
-    ask(
-        &topology.client,
-        Protocol::Tcp,
-        frontend(v6, PORT + 1),
-        "IPv6",
-    )
-    .unwrap();
-    for closed in [
-        frontend(v4, PORT),
-        frontend(v4, PORT + 1),
-        frontend(v6, PORT),
-    ] {
-        assert!(
-            ask(&topology.client, Protocol::Tcp, closed, "closed").is_err(),
-            "{closed}"
-        );
+    let answers = |host, port| {
+        let frontend = SocketAddr::new(host, port);
+        ask(&topology.client, Protocol::Tcp, frontend, "hello").is_ok()
+    };
+    let [v4, v6] = [Family::V4, Family::V6].map(|family| topology.host_address(family));
+    assert!(answers(v6, PORT + 1));
+    for (host, port) in [(v4, PORT), (v4, PORT + 1), (v6, PORT)] {
+        assert!(!answers(host, port), "{host} {port}");
     }
-    daemon.stop().unwrap();
+    scene.stop();
 }
 
 #[test]
 fn new_clients_go_to_the_new_address_whatever_becomes_of_the_old() {
-    let topology = Topology::new().unwrap();
-    let _old = Backend::start(&topology.backend.netns, Protocol::Tcp, BACKEND_PORT).unwrap();
-    let _new = Backend::start(&topology.peer.netns, Protocol::Tcp, BACKEND_PORT).unwrap();
-    let daemon = Daemon::start(&topology.host, &[], Datapath::Auto).unwrap();
-    let plugin = Plugin {
-        host: &topology.host,
-        instance: daemon.instance(),
-    };
-    let config = config(&topology, "1.0.0", &mapping("tcp"));
+    let scene = Scene::tcp().and_another().idle().auto().start();
+    let (topology, daemon) = scene.parts();
+    let plugin = Plugin::of(&scene);
+    let config = config(topology, "1.0.0", &mapping("tcp"));
     plugin.add("c0ffee", &config).good();
-    served_to_the_client(&topology, Protocol::Tcp, "the old one");
+    scene.served("the old one");
     let mut moved = config.clone();
     moved["prevResult"]["ips"] = json!([{"address": "172.31.0.3/24", "interface": 1}]);
     plugin.add("c0ffee", &moved).good();
-    served_to_the_client(&topology, Protocol::Tcp, "the new one");
+    scene.served("the new one");
     // What drains is written anew when its link goes.
     topology.unplug_backend().unwrap();
     let path = || {
@@ -278,21 +259,17 @@ fn new_clients_go_to_the_new_address_whatever_becomes_of_the_old() {
     };
     wait_for("the new one's link", path).unwrap();
     for _ in 0..20 {
-        served_to_the_client(&topology, Protocol::Tcp, "the new one still");
+        scene.served("the new one still");
     }
-    daemon.stop().unwrap();
+    scene.stop();
 }
 
 #[test]
 fn a_late_delete_never_takes_the_port_of_the_next_container() {
-    let topology = Topology::new().unwrap();
-    let _backend = Backend::start(&topology.backend.netns, Protocol::Tcp, BACKEND_PORT).unwrap();
-    let daemon = Daemon::start(&topology.host, &[], Datapath::Auto).unwrap();
-    let plugin = Plugin {
-        host: &topology.host,
-        instance: daemon.instance(),
-    };
-    let config = config(&topology, "1.0.0", &mapping("tcp"));
+    let scene = Scene::tcp().idle().auto().start();
+    let (topology, daemon) = scene.parts();
+    let plugin = Plugin::of(&scene);
+    let config = config(topology, "1.0.0", &mapping("tcp"));
     plugin.add("first", &config).good();
     let taken = plugin.add("second", &config).failed(100);
     let message = taken["msg"].as_str().unwrap();
@@ -300,41 +277,35 @@ fn a_late_delete_never_takes_the_port_of_the_next_container() {
     plugin.run("DEL", "first", &config).good();
     plugin.add("second", &config).good();
     plugin.run("DEL", "first", &config).good();
-    assert_eq!(owners(&daemon), ["cni:test-net/second/eth0"]);
-    served_to_the_client(&topology, Protocol::Tcp, "still there");
-    daemon.stop().unwrap();
+    assert_eq!(owners(daemon), ["cni:test-net/second/eth0"]);
+    scene.served("still there");
+    scene.stop();
 }
 
 #[test]
 fn a_delete_while_the_instance_is_down_is_remembered() {
-    let topology = Topology::new().unwrap();
-    let _backend = Backend::start(&topology.backend.netns, Protocol::Tcp, BACKEND_PORT).unwrap();
-    let mut daemon = Daemon::start_with_state(&topology.host, &[], Datapath::Auto, &[]).unwrap();
-    let instance = daemon.instance().to_owned();
-    let plugin = Plugin {
-        host: &topology.host,
-        instance: &instance,
-    };
+    let mut scene = Scene::tcp().idle().auto().with_state().start();
+    let plugin = Plugin::of(&scene);
     let second = json!([{"hostPort": PORT + 1, "containerPort": BACKEND_PORT}]);
-    let second = config(&topology, "1.1.0", &second);
-    let first = config(&topology, "1.1.0", &mapping("tcp"));
+    let second = config(&scene.topology, "1.1.0", &second);
+    let first = config(&scene.topology, "1.1.0", &mapping("tcp"));
     plugin.add("first", &first).good();
     plugin.add("second", &second).good();
     plugin.run("STATUS", "", &first).good();
-    daemon.kill().unwrap();
+    scene.daemon.kill().unwrap();
     plugin.run("STATUS", "", &first).failed(50);
     plugin.add("third", &first).failed(11);
     plugin.run("CHECK", "first", &first).failed(11);
-    let without_ports = config(&topology, "1.1.0", &json!([]));
+    let without_ports = config(&scene.topology, "1.1.0", &json!([]));
     plugin.add("fourth", &without_ports).good();
     for _ in 0..2 {
         plugin.run("DEL", "first", &first).good();
     }
-    daemon.restart().unwrap();
-    assert_eq!(owners(&daemon), ["cni:test-net/second/eth0"]);
+    scene.daemon.restart().unwrap();
+    assert_eq!(owners(&scene.daemon), ["cni:test-net/second/eth0"]);
     plugin.run("STATUS", "", &first).good();
     // What is deleted while it ends is deleted, too.
-    daemon.terminate().unwrap();
+    scene.daemon.terminate().unwrap();
     plugin
         .run(
             "GC",
@@ -342,22 +313,17 @@ fn a_delete_while_the_instance_is_down_is_remembered() {
             &json!({"cniVersion": "1.1.0", "name": "test-net", "cni.dev/valid-attachments": []}),
         )
         .good();
-    daemon.restart().unwrap();
-    assert!(daemon.list().unwrap().is_empty());
-    daemon.stop().unwrap();
+    scene.daemon.restart().unwrap();
+    assert!(scene.daemon.list().unwrap().is_empty());
+    scene.stop();
 }
 
 #[test]
 fn deletes_do_not_keep_an_instance_from_starting() {
-    let topology = Topology::new().unwrap();
-    let mut daemon =
-        Daemon::start_with_state(&topology.host, &[], Datapath::Userland, &[]).unwrap();
-    let instance = daemon.instance().to_owned();
-    let plugin = Plugin {
-        host: &topology.host,
-        instance: &instance,
-    };
-    let config = config(&topology, "1.1.0", &mapping("tcp"));
+    let userland = Scene::tcp().silent().idle().by(Datapath::Userland);
+    let mut scene = userland.with_state().start();
+    let plugin = Plugin::of(&scene);
+    let config = config(&scene.topology, "1.1.0", &mapping("tcp"));
     let ends = AtomicBool::new(false);
     thread::scope(|scope| {
         let deletes = || {
@@ -368,8 +334,8 @@ fn deletes_do_not_keep_an_instance_from_starting() {
         let all = [(); 3].map(|()| scope.spawn(deletes));
         let mut restarts = || -> anyhow::Result<()> {
             for _ in 0..30 {
-                daemon.kill()?;
-                daemon.restart()?;
+                scene.daemon.kill()?;
+                scene.daemon.restart()?;
             }
             Ok(())
         };
@@ -378,17 +344,14 @@ fn deletes_do_not_keep_an_instance_from_starting() {
         all.into_iter().for_each(|one| one.join().unwrap());
         restarted.unwrap();
     });
-    daemon.stop().unwrap();
+    scene.stop();
 }
 
 #[test]
 fn garbage_is_what_one_network_does_not_list() {
-    let topology = Topology::new().unwrap();
-    let daemon = Daemon::start(&topology.host, &[], Datapath::Auto).unwrap();
-    let plugin = Plugin {
-        host: &topology.host,
-        instance: daemon.instance(),
-    };
+    let scene = Scene::tcp().silent().idle().auto().start();
+    let (topology, daemon) = scene.parts();
+    let plugin = Plugin::of(&scene);
     for (number, (network, container)) in [
         ("test-net", "kept"),
         ("test-net", "left"),
@@ -399,29 +362,26 @@ fn garbage_is_what_one_network_does_not_list() {
     {
         let mappings =
             json!([{"hostPort": PORT + number as u16, "containerPort": 80, "hostIP": "127.0.0.1"}]);
-        let mut config = config(&topology, "1.1.0", &mappings);
+        let mut config = config(topology, "1.1.0", &mappings);
         config["name"] = network.into();
         plugin.add(container, &config).good();
     }
     daemon.control(&["publish", "9999:172.31.0.2:80"]).unwrap();
-    let mut gc = config(&topology, "1.1.0", &json!([]));
+    let mut gc = config(topology, "1.1.0", &json!([]));
     plugin.run("GC", "", &gc).failed(7);
     gc["cni.dev/valid-attachments"] = json!([{"containerID": "kept", "ifname": "eth0"}]);
     plugin.run("GC", "", &gc).good();
     let expected = ["cni:test-net/kept/eth0", "cni:test-net2/left/eth0", "cli"];
-    assert_eq!(owners(&daemon), expected);
-    daemon.stop().unwrap();
+    assert_eq!(owners(daemon), expected);
+    scene.stop();
 }
 
 #[test]
 fn a_check_finds_what_is_gone() {
-    let topology = Topology::new().unwrap();
-    let daemon = Daemon::start(&topology.host, &[], Datapath::Auto).unwrap();
-    let plugin = Plugin {
-        host: &topology.host,
-        instance: daemon.instance(),
-    };
-    let config = config(&topology, "1.0.0", &mapping("tcp"));
+    let scene = Scene::tcp().silent().idle().auto().start();
+    let (topology, daemon) = scene.parts();
+    let plugin = Plugin::of(&scene);
+    let config = config(topology, "1.0.0", &mapping("tcp"));
     plugin.add("c0ffee", &config).good();
     plugin.run("CHECK", "c0ffee", &config).good();
     let id = daemon.list().unwrap()[0]["id"].to_string();
@@ -437,18 +397,15 @@ fn a_check_finds_what_is_gone() {
             .contains("0.0.0.0:8080"),
         "{failure}"
     );
-    daemon.stop().unwrap();
+    scene.stop();
 }
 
 #[test]
 fn a_mistake_has_the_specifications_code() {
-    let topology = Topology::new().unwrap();
-    let daemon = Daemon::start(&topology.host, &[], Datapath::Auto).unwrap();
-    let plugin = Plugin {
-        host: &topology.host,
-        instance: daemon.instance(),
-    };
-    let good = config(&topology, "1.0.0", &mapping("tcp"));
+    let scene = Scene::tcp().silent().idle().auto().start();
+    let (topology, daemon) = scene.parts();
+    let plugin = Plugin::of(&scene);
+    let good = config(topology, "1.0.0", &mapping("tcp"));
     let without = |key: &str| {
         let mut config = good.clone();
         config.as_object_mut().unwrap().remove(key);
@@ -496,13 +453,13 @@ fn a_mistake_has_the_specifications_code() {
         "nonsense",
     );
     broken.failed(6);
-    daemon.stop().unwrap();
+    scene.stop();
 }
 
 #[test]
 fn versions_are_told_and_the_instance_is_named_in_the_configuration() {
-    let topology = Topology::new().unwrap();
-    let daemon = Daemon::start(&topology.host, &[], Datapath::Auto).unwrap();
+    let scene = Scene::tcp().silent().idle().auto().start();
+    let (topology, daemon) = scene.parts();
     let asked = r#"{"cniVersion": "1.0.0"}"#;
     let told = run(
         &topology.host,
@@ -519,12 +476,12 @@ fn versions_are_told_and_the_instance_is_named_in_the_configuration() {
     assert!(about.said.contains("a CNI plugin"), "{about:?}");
     about.good();
     let plugin = Plugin {
-        host: &topology.host,
-        instance: "another",
+        host: topology.host.clone(),
+        instance: "another".into(),
     };
-    let mut config = config(&topology, "1.0.0", &mapping("tcp"));
+    let mut config = config(topology, "1.0.0", &mapping("tcp"));
     config["instance"] = daemon.instance().into();
     plugin.add("c0ffee", &config).good();
-    assert_eq!(owners(&daemon), ["cni:test-net/c0ffee/eth0"]);
-    daemon.stop().unwrap();
+    assert_eq!(owners(daemon), ["cni:test-net/c0ffee/eth0"]);
+    scene.stop();
 }

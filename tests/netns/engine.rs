@@ -19,7 +19,7 @@ use serde_json::{Value, json};
 
 use crate::{
     docker_proxy, metrics,
-    scene::{BACKEND_PORT, PORT, served_to_the_client},
+    scene::{BACKEND_PORT, PORT, backend, backends, frontend, served_to_the_client},
 };
 
 /// An instance that follows an engine, and the backends of two containers.
@@ -60,7 +60,7 @@ impl Scene {
     }
 
     fn frontend(&self) -> SocketAddr {
-        SocketAddr::new(self.topology.host_address(Family::V4), PORT)
+        frontend(&self.topology, Family::V4)
     }
 
     /// A socket that holds the port as an engine's does, without a backlog that anybody reads.
@@ -113,16 +113,11 @@ fn published() -> Value {
     json!({"9000/tcp": port, "9000/udp": port, "9000/sctp": port, "9001/tcp": null})
 }
 
-fn backends(container: &Container) -> [Backend; 2] {
-    [Protocol::Tcp, Protocol::Udp]
-        .map(|protocol| Backend::start(&container.netns, protocol, BACKEND_PORT).unwrap())
-}
-
 #[test]
 fn a_port_that_the_engine_holds_gets_the_fast_path() {
     let scene = Scene::new(&[]);
     let (held, _listener) = scene.held();
-    let [tcp, udp] = backends(&scene.topology.backend);
+    let [tcp, udp] = backends(&scene.topology.backend.netns);
     scene.run("a1", &scene.topology.backend, &Value::Null);
     for row in scene.owned("docker:a1", 3) {
         let expected = match row["protocol"].as_str() {
@@ -190,7 +185,7 @@ fn metrics_name_the_container() {
 fn a_late_end_of_a_container_takes_nothing_of_its_successor() {
     let scene = Scene::new(&[]);
     let (_held, _listener) = scene.held();
-    let _backends = backends(&scene.topology.backend);
+    let _backends = backends(&scene.topology.backend.netns);
     scene.run("a1", &scene.topology.backend, &Value::Null);
     scene.owned("docker:a1", 3);
     // The next has its port and its address before anything is heard of the end.
@@ -214,7 +209,7 @@ fn a_late_end_of_a_container_takes_nothing_of_its_successor() {
 fn what_has_changed_while_the_engine_was_away_is_seen_at_its_return() {
     let mut scene = Scene::new(&[]);
     let (_held, _listener) = scene.held();
-    let _backends = backends(&scene.topology.backend);
+    let _backends = backends(&scene.topology.backend.netns);
     scene.run("a1", &scene.topology.backend, &Value::Null);
     scene.owned("docker:a1", 3);
     scene.engine.hang_up();
@@ -237,8 +232,7 @@ fn what_has_changed_while_the_engine_was_away_is_seen_at_its_return() {
 fn a_port_of_dockers_proxy_is_the_leases() {
     let scene = Scene::new(&[]);
     let port = json!([{"HostIp": "0.0.0.0", "HostPort": PORT.to_string()}]);
-    let _backend =
-        Backend::start(&scene.topology.backend.netns, Protocol::Tcp, BACKEND_PORT).unwrap();
+    let _backend = backend(&scene.topology.backend, Protocol::Tcp);
     let addresses = [scene.topology.backend.address(Family::V4)];
     let ports = json!({"9000/tcp": port});
     // The watcher was first, as after a restart of the instance.
@@ -268,7 +262,7 @@ fn a_port_of_dockers_proxy_is_the_leases() {
 fn labels_restrict_what_the_engine_publishes() {
     let scene = Scene::new(&["--docker-labels"]);
     let (held, _listener) = scene.held();
-    let _backends = backends(&scene.topology.backend);
+    let _backends = backends(&scene.topology.backend.netns);
     // What is published by both ways is the engine's.
     let labels = json!({
         "forwarder.allow": "203.0.113.0/24",
@@ -322,8 +316,8 @@ fn labels_restrict_what_the_engine_publishes() {
 #[test]
 fn a_publish_follows_its_container() {
     let mut scene = Scene::new(&[]);
-    let there = backends(&scene.topology.backend);
-    let _elsewhere = backends(&scene.topology.peer);
+    let there = backends(&scene.topology.backend.netns);
+    let _elsewhere = backends(&scene.topology.peer.netns);
     let requests = || there.iter().map(Backend::requests).sum::<u64>();
     let run = |scene: &Scene, id: &str, container: &Container| {
         let addresses = [container.address(Family::V4)];
@@ -525,7 +519,7 @@ fn a_container_of_both_families_is_published_in_both() {
             &scene.topology.client,
             scene.topology.host_address(Family::V6),
         ),
-        (&scene.topology.host, Ipv4Addr::LOCALHOST.into()),
+        (&scene.topology.host, Family::V4.localhost()),
         (
             &scene.topology.host,
             IpAddr::V6(std::net::Ipv6Addr::LOCALHOST),

@@ -18,7 +18,7 @@ use forwarder_tests::{
     traffic::{Backend, Connection, Protocol, ask},
 };
 
-use crate::scene::{BACKEND_PORT, PORT};
+use crate::scene::{self, BACKEND_PORT, PORT, backends};
 
 const FAMILY: Family = Family::V4;
 const STREAM_PORT: u16 = 9100;
@@ -32,11 +32,10 @@ struct Scene {
 impl Scene {
     fn new() -> Self {
         let topology = Topology::new().unwrap();
-        let start = |protocol| Backend::start(&topology.backend.netns, protocol, BACKEND_PORT);
-        let backends = [Protocol::Tcp, Protocol::Udp].map(|protocol| start(protocol).unwrap());
+        let _backends = backends(&topology.backend.netns);
         Self {
             topology,
-            _backends: backends,
+            _backends,
         }
     }
 
@@ -370,10 +369,7 @@ fn what_is_taken_back_is_kept_no_more() {
 /// Where nobody keeps anything, there is nobody to hand over to.
 #[test]
 fn without_a_manager_it_ends_as_by_any_other_signal() {
-    let topology = Topology::new().unwrap();
-    let backend = topology.backend.address(FAMILY);
-    let spec = format!("{PORT}:{backend}:{BACKEND_PORT}");
-    let mut daemon = Daemon::start(&topology.host, &[&spec], Datapath::Ebpf).unwrap();
+    let scene::Scene { mut daemon, .. } = scene::Scene::tcp().silent().start();
     let pins = daemon.pins();
     assert!(pins.exists());
     daemon.quit().unwrap();

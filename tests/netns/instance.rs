@@ -16,13 +16,13 @@ use forwarder_tests::{
     api,
     daemon::{Daemon, Datapath, binary, run_to_failure},
     deadline::wait_for,
-    topology::{Family, Topology},
-    traffic::{Backend, Protocol, ask},
+    topology::Topology,
+    traffic::{Protocol, ask},
 };
 use nix::sys::signal::Signal;
 use serde_json::Value;
 
-use crate::scene::{BACKEND_PORT, PORT, on_the_fast_path, served_to_the_client, spec};
+use crate::scene::{PORT, Scene};
 
 /// What a restart must not change of a list.
 fn published(daemon: &Daemon) -> Vec<(Value, Value, Value, Value)> {
@@ -41,23 +41,15 @@ fn published(daemon: &Daemon) -> Vec<(Value, Value, Value, Value)> {
 
 #[test]
 fn what_was_published_survives_a_stop_and_a_kill() {
-    let topology = Topology::new().unwrap();
     let flags = ["--allow", "198.51.100.0/24"];
-    let spec = spec(&topology.backend, Family::V4, Protocol::Tcp);
-    let mut daemon =
-        Daemon::start_with_state(&topology.host, &[&spec], Datapath::Auto, &flags).unwrap();
+    let scene = Scene::tcp().silent().auto().with_state();
+    let Scene { mut daemon, .. } = scene.flags(&flags).start();
     daemon
         .control(&["publish", "8081:172.31.0.2:81", "8082:172.31.0.2:82"])
         .unwrap();
+    let policy = ["--owner", "team", "--allow", "fd00::/8"];
     daemon
-        .control(&[
-            "publish",
-            "8083:172.31.0.2:83",
-            "--owner",
-            "team",
-            "--allow",
-            "fd00::/8",
-        ])
+        .control(&[&["publish", "8083:172.31.0.2:83"][..], &policy].concat())
         .unwrap();
     daemon.control(&["unpublish", "2"]).unwrap();
     let before = published(&daemon);
@@ -129,9 +121,8 @@ impl Acknowledged {
 
 #[test]
 fn a_hundred_kills_lose_nothing_that_was_acknowledged() {
-    let topology = Topology::new().unwrap();
-    let mut daemon =
-        Daemon::start_with_state(&topology.host, &[], Datapath::Userland, &[]).unwrap();
+    let scene = Scene::tcp().silent().idle().by(Datapath::Userland);
+    let Scene { mut daemon, .. } = scene.with_state().start();
     let mut acknowledged = Acknowledged::default();
     let mut answered = 0;
     for _ in 0..100 {
@@ -153,14 +144,11 @@ fn a_hundred_kills_lose_nothing_that_was_acknowledged() {
 
 #[test]
 fn what_a_flag_asked_for_once_does_not_come_back() {
-    let topology = Topology::new().unwrap();
-    let mut daemon = Daemon::start_with_state(
-        &topology.host,
-        &["8080:172.31.0.2:80"],
-        Datapath::Userland,
-        &[],
-    )
-    .unwrap();
+    let scene = Scene::tcp().silent().by(Datapath::Userland);
+    let mut scene = scene.with_state().start();
+    let Scene {
+        daemon, topology, ..
+    } = &mut scene;
     daemon.control(&["publish", "8081:172.31.0.2:81"]).unwrap();
     let (instance, binary) = (daemon.instance().to_owned(), binary());
     daemon.terminate().unwrap();
@@ -193,21 +181,17 @@ fn what_a_flag_asked_for_once_does_not_come_back() {
 
 #[test]
 fn a_port_that_somebody_took_meanwhile_keeps_nothing_else_from_being_served() {
-    let topology = Topology::new().unwrap();
-    let _backend = Backend::start(&topology.backend.netns, Protocol::Tcp, BACKEND_PORT).unwrap();
-    let mut daemon = Daemon::start_with_state(&topology.host, &[], Datapath::Auto, &[]).unwrap();
-    let spec = spec(&topology.backend, Family::V4, Protocol::Tcp);
-    let other = spec.replacen(&PORT.to_string(), "8081", 1);
-    daemon.control(&["publish", &other]).unwrap();
-    daemon.control(&["publish", &spec]).unwrap();
-    daemon.terminate().unwrap();
-    let taken = topology
-        .host
-        .enter(|| TcpListener::bind((Ipv4Addr::UNSPECIFIED, 8081)))
-        .unwrap();
-    daemon.restart().unwrap();
-    served_to_the_client(&topology, Protocol::Tcp, "beside it");
-    let row = daemon.list().unwrap().remove(0);
+    let mut scene = Scene::tcp().idle().auto().with_state().start();
+    let other = scene.spec().replacen(&PORT.to_string(), "8081", 1);
+    scene.daemon.control(&["publish", &other]).unwrap();
+    scene.daemon.control(&["publish", scene.spec()]).unwrap();
+    scene.daemon.terminate().unwrap();
+    let host = &scene.topology.host;
+    let taken = host.enter(|| TcpListener::bind((Ipv4Addr::UNSPECIFIED, 8081)).unwrap());
+    scene.daemon.restart().unwrap();
+    scene.served("beside it");
+    let first = || scene.daemon.list().unwrap().remove(0);
+    let row = first();
     assert_eq!(row["reason_code"], "waiting", "{row}");
     assert!(
         row["reason"]
@@ -218,21 +202,18 @@ fn a_port_that_somebody_took_meanwhile_keeps_nothing_else_from_being_served() {
     );
     drop(taken);
     wait_for("the port is had", || {
-        let row = daemon.list().unwrap().remove(0);
-        (row["reason_code"] != "waiting").then_some(())
+        (first()["reason_code"] != "waiting").then_some(())
     })
     .unwrap();
-    let frontend = SocketAddr::new(topology.host_address(Family::V4), 8081);
-    ask(&topology.client, Protocol::Tcp, frontend, "hello").unwrap();
-    daemon.stop().unwrap();
+    let frontend = SocketAddr::new(scene.frontend().ip(), 8081);
+    ask(&scene.topology.client, Protocol::Tcp, frontend, "hello").unwrap();
+    scene.stop();
 }
 
 #[test]
 fn whether_it_runs_is_no_matter_of_its_socket() {
-    let topology = Topology::new().unwrap();
-    let _backend = Backend::start(&topology.backend.netns, Protocol::Tcp, BACKEND_PORT).unwrap();
-    let spec = spec(&topology.backend, Family::V4, Protocol::Tcp);
-    let daemon = Daemon::start(&topology.host, &[&spec], Datapath::Ebpf).unwrap();
+    let scene = Scene::tcp().start();
+    let (topology, daemon) = scene.parts();
     fs::remove_file(daemon.socket()).unwrap();
     let error = daemon.control(&["down"]).unwrap_err().to_string();
     assert!(error.contains("is running"), "{error}");
@@ -243,27 +224,22 @@ fn whether_it_runs_is_no_matter_of_its_socket() {
         .unwrap();
     let error = String::from_utf8_lossy(&second.stderr).into_owned();
     assert!(error.contains("already running"), "{error}");
-    served_to_the_client(&topology, Protocol::Tcp, "hello");
-    daemon.stop().unwrap();
+    scene.served("hello");
+    scene.stop();
 }
 
 #[test]
 fn signals_that_mean_nothing_end_nothing() {
-    let topology = Topology::new().unwrap();
-    let _backend = Backend::start(&topology.backend.netns, Protocol::Tcp, BACKEND_PORT).unwrap();
-    let spec = spec(&topology.backend, Family::V4, Protocol::Tcp);
-    let daemon = Daemon::start(&topology.host, &[&spec], Datapath::Ebpf).unwrap();
+    let scene = Scene::tcp().start();
     for signal in [Signal::SIGHUP, Signal::SIGUSR1, Signal::SIGUSR2] {
-        daemon.signal(signal).unwrap();
+        scene.daemon.signal(signal).unwrap();
     }
-    on_the_fast_path(&daemon, || {
-        served_to_the_client(&topology, Protocol::Tcp, "hello")
-    });
+    scene.served_on_the_fast_path();
     wait_for("a word about SIGHUP", || {
-        daemon.said().contains("SIGHUP").then_some(())
+        scene.daemon.said().contains("SIGHUP").then_some(())
     })
     .unwrap();
-    daemon.stop().unwrap();
+    scene.stop();
 }
 
 #[test]
@@ -332,16 +308,11 @@ impl Drop for File {
 
 #[test]
 fn a_configuration_is_read_again_as_a_whole_or_not_at_all() {
-    let topology = Topology::new().unwrap();
     let file = File::new("publish = [\"8080:172.31.0.2:80\", \"8081:172.31.0.2:81\"]");
     let flags = ["--config", file.path()];
-    let daemon = Daemon::start_with(
-        &topology.host,
-        &["9090:172.31.0.2:90"],
-        Datapath::Auto,
-        &flags,
-    )
-    .unwrap();
+    let scene = Scene::tcp().silent().publishing(&["9090:172.31.0.2:90"]);
+    let scene = scene.auto().flags(&flags).start();
+    let (topology, daemon) = scene.parts();
     daemon.control(&["publish", "8085:172.31.0.2:85"]).unwrap();
     let owners = |daemon: &Daemon| -> Vec<String> {
         let list = daemon.list().unwrap();
@@ -355,7 +326,7 @@ fn a_configuration_is_read_again_as_a_whole_or_not_at_all() {
             })
             .collect()
     };
-    let mut before = owners(&daemon);
+    let mut before = owners(daemon);
     before.sort();
     assert_eq!(
         before,
@@ -396,7 +367,7 @@ fn a_configuration_is_read_again_as_a_whole_or_not_at_all() {
         list.iter().all(|row| row["allow"][0] == "10.0.0.0/8"),
         "{list:?}"
     );
-    let mut after = owners(&daemon);
+    let mut after = owners(daemon);
     after.sort();
     assert_eq!(
         after,
@@ -408,7 +379,7 @@ fn a_configuration_is_read_again_as_a_whole_or_not_at_all() {
         (daemon.list().unwrap().len() == 2).then_some(())
     })
     .unwrap();
-    daemon.stop().unwrap();
+    scene.stop();
 }
 
 #[test]
@@ -435,8 +406,7 @@ fn a_configuration_is_checked_without_being_used() {
 
 #[test]
 fn a_name_with_a_dot_has_the_fast_path_and_pins() {
-    let topology = Topology::new().unwrap();
-    let daemon = Daemon::start(&topology.host, &["8080:172.31.0.2:80"], Datapath::Ebpf).unwrap();
+    let Scene { daemon, .. } = Scene::tcp().silent().start();
     assert!(daemon.instance().contains('.'));
     assert!(daemon.pins().is_dir());
     let pins = daemon.pins();

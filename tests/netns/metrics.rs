@@ -15,11 +15,10 @@ use forwarder_tests::{
     deadline::wait_for,
     netns::Netns,
     topology::{Family, Topology},
-    traffic::{Backend, Connection, Protocol, ask},
 };
 use prometheus_parse::{Scrape, Value};
 
-use crate::scene::{BACKEND_PORT, PORT, spec};
+use crate::scene::{PORT, Scene};
 
 const LOOPBACK: &str = "127.0.0.1:9100";
 
@@ -81,13 +80,11 @@ pub(crate) fn value(series: &BTreeMap<Series, f64>, name: &str, labels: &[(&str,
 }
 
 fn traffic_is_counted_by_publish_and_owner(datapath: Datapath, refusal: &str) {
-    let topology = Topology::new().unwrap();
-    let _backend = Backend::start(&topology.backend.netns, Protocol::Tcp, BACKEND_PORT).unwrap();
     let flags = ["--metrics", LOOPBACK];
-    let daemon = Daemon::start_with(&topology.host, &[], datapath, &flags).unwrap();
-    let spec = spec(&topology.backend, Family::V4, Protocol::Tcp);
+    let scene = Scene::tcp().idle().by(datapath).flags(&flags).start();
+    let (topology, daemon) = scene.parts();
     daemon
-        .control(&["publish", &spec, "--owner", "docker:web"])
+        .control(&["publish", scene.spec(), "--owner", "docker:web"])
         .unwrap();
     let closed = format!("8099:{}:80", topology.backend.address(Family::V4));
     daemon
@@ -100,15 +97,14 @@ fn traffic_is_counted_by_publish_and_owner(datapath: Datapath, refusal: &str) {
         ("protocol", "tcp"),
         ("id", "1"),
     ];
-    let address = SocketAddr::new(topology.host_address(Family::V4), PORT);
     let (_, mut before) = scrape(&topology.host).unwrap();
     assert_eq!(
         value(&before, "forwarder_publish_packets_total", &publish),
         0.0
     );
-    let mut long = Connection::open(&topology.client, address).unwrap();
+    let mut long = scene.connect();
     for _ in 0..20 {
-        ask(&topology.client, Protocol::Tcp, address, "hello").unwrap();
+        scene.ask("hello").unwrap();
         long.ask("hello").unwrap();
         let (_, now) = scrape(&topology.host).unwrap();
         for ((name, labels), value) in &before {
@@ -149,7 +145,7 @@ fn traffic_is_counted_by_publish_and_owner(datapath: Datapath, refusal: &str) {
     })
     .unwrap();
     // The control socket says the same, and neither says who came.
-    let answer = api::ask(&daemon, "GET", "/metrics", "").unwrap();
+    let answer = api::ask(daemon, "GET", "/metrics", "").unwrap();
     let by_socket = answer.body.as_str().unwrap().to_owned();
     let (by_tcp, series) = scrape(&topology.host).unwrap();
     let names = |series: &BTreeMap<Series, f64>| series.keys().cloned().collect::<Vec<_>>();
@@ -158,7 +154,7 @@ fn traffic_is_counted_by_publish_and_owner(datapath: Datapath, refusal: &str) {
     for text in [by_socket, by_tcp] {
         assert!(!text.contains(&client), "{client} in {text}");
     }
-    daemon.stop().unwrap();
+    scene.stop();
 }
 
 #[test]
@@ -173,37 +169,33 @@ fn traffic_of_the_proxy_is_counted_by_publish_and_owner() {
 
 /// While a client talks, its rate is in the list, and later no more. A publish is as old as its number, also after a restart.
 fn the_list_says_rates_and_age(datapath: Datapath) {
-    let topology = Topology::new().unwrap();
-    let _backend = Backend::start(&topology.backend.netns, Protocol::Udp, BACKEND_PORT).unwrap();
-    let mut daemon = Daemon::start_with_state(&topology.host, &[], datapath, &[]).unwrap();
-    let spec = spec(&topology.backend, Family::V4, Protocol::Udp);
-    daemon.control(&["publish", &spec]).unwrap();
-    let since = daemon.entry().unwrap()["since"].as_u64().unwrap();
+    let mut scene = Scene::udp().idle().by(datapath).with_state().start();
+    scene.daemon.control(&["publish", scene.spec()]).unwrap();
+    let since = scene.daemon.entry().unwrap()["since"].as_u64().unwrap();
     let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap();
     assert!(now.as_secs() - since < 60, "{since}");
     let rates = || {
-        let entry = daemon.entry().unwrap();
+        let entry = scene.daemon.entry().unwrap();
         ["packets_per_second", "bytes_per_second"].map(|it| entry[it].as_f64().unwrap())
     };
     assert_eq!(rates(), [0.0, 0.0]);
-    let address = SocketAddr::new(topology.host_address(Family::V4), PORT);
     let [packets, bytes] = wait_for("a rate", || {
-        ask(&topology.client, Protocol::Udp, address, "hello").unwrap();
+        scene.ask("hello").unwrap();
         let now = rates();
         (now[0] > 0.0).then_some(now)
     })
     .unwrap();
     assert!(bytes >= packets * "hello".len() as f64, "{bytes} {packets}");
     wait_for("silence", || (rates() == [0.0, 0.0]).then_some(())).unwrap();
-    daemon.kill().unwrap();
-    daemon.restart().unwrap();
-    assert_eq!(daemon.entry().unwrap()["since"], since);
-    let table = daemon.control(&["list"]).unwrap();
+    scene.daemon.kill().unwrap();
+    scene.daemon.restart().unwrap();
+    assert_eq!(scene.daemon.entry().unwrap()["since"], since);
+    let table = scene.daemon.control(&["list"]).unwrap();
     let header = table.lines().next().unwrap();
     for column in ["AGE", "PACKETS/S", "BYTES/S"] {
         assert!(header.contains(column), "{table}");
     }
-    daemon.stop().unwrap();
+    scene.stop();
 }
 
 #[test]
@@ -219,14 +211,14 @@ fn the_list_says_rates_and_age_of_the_proxy() {
 #[test]
 fn a_scrape_of_five_thousand_publishes_holds_nobody_up() {
     const PUBLISHES: usize = 5000;
-    let topology = Topology::new().unwrap();
     let flags = ["--metrics", LOOPBACK];
-    let daemon = Daemon::start_with(&topology.host, &[], Datapath::Auto, &flags).unwrap();
+    let scene = Scene::tcp().silent().idle().auto().flags(&flags).start();
+    let (topology, daemon) = scene.parts();
     let specs: Vec<String> = (0..PUBLISHES)
         .map(|number| format!("127.0.0.1:{}:172.31.0.2:80", 10_000 + number))
         .collect();
     let body = serde_json::to_string(&specs).unwrap();
-    let answer = api::ask(&daemon, "PUT", "/v1/owners/many", &body).unwrap();
+    let answer = api::ask(daemon, "PUT", "/v1/owners/many", &body).unwrap();
     assert_eq!(answer.status, 200);
     let host = &topology.host;
     let counted = thread::scope(|scope| {
@@ -246,7 +238,7 @@ fn a_scrape_of_five_thousand_publishes_holds_nobody_up() {
         scrapes.map(of_many).collect::<Vec<_>>()
     });
     assert_eq!(counted, [PUBLISHES; 2]);
-    daemon.stop().unwrap();
+    scene.stop();
 }
 
 #[test]
@@ -269,7 +261,9 @@ fn who_is_not_on_the_list_gets_nothing() {
     let topology = Topology::new().unwrap();
     let client = format!("{}/32", topology.client_address(Family::V4));
     let flags = ["--metrics", "[::]:9100", "--metrics-allow", &client];
-    let daemon = Daemon::start_with(&topology.host, &[], Datapath::Userland, &flags).unwrap();
+    let scene = Scene::tcp().silent().idle().by(Datapath::Userland);
+    let scene = scene.flags(&flags).start_in(topology);
+    let topology = &scene.topology;
     let address = SocketAddr::new(topology.host_address(Family::V4), 9100).to_string();
     let answer = request(&topology.client, &address, "GET", "/metrics").unwrap();
     assert!(answer.contains("forwarder_build_info"), "{answer}");
@@ -284,15 +278,14 @@ fn who_is_not_on_the_list_gets_nothing() {
         let answer = request(netns, &address, "GET", "/metrics").unwrap_or_default();
         assert_eq!(answer, "", "from {}", netns.label());
     }
-    daemon.stop().unwrap();
+    scene.stop();
 }
 
 #[test]
 fn nothing_is_changed_by_the_port_for_reading() {
-    let topology = Topology::new().unwrap();
-    let spec = spec(&topology.backend, Family::V4, Protocol::Tcp);
-    let flags = ["--metrics", LOOPBACK];
-    let daemon = Daemon::start_with(&topology.host, &[&spec], Datapath::Auto, &flags).unwrap();
+    let scene = Scene::tcp().silent().auto();
+    let scene = scene.flags(&["--metrics", LOOPBACK]).start();
+    let (topology, daemon) = scene.parts();
     let before = daemon.list().unwrap();
     for (method, path, status) in [
         ("POST", "/v1/publishes", 405),
@@ -322,7 +315,7 @@ fn nothing_is_changed_by_the_port_for_reading() {
     let body = answer.split_once("\r\n\r\n").unwrap().1;
     let rows: Vec<serde_json::Value> = serde_json::from_str(body).unwrap();
     assert_eq!(rows, before, "what is read is the same");
-    daemon.stop().unwrap();
+    scene.stop();
 }
 
 #[test]
