@@ -3,7 +3,7 @@
 
 use std::{
     io::ErrorKind,
-    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket},
+    net::{IpAddr, SocketAddr, UdpSocket},
 };
 
 use forwarder_tests::{
@@ -20,24 +20,16 @@ use forwarder_tests::{
 
 use crate::{
     bulk::there_and_back,
-    scene::{BACKEND_PORT, PORT, on_the_fast_path, spec, suffix, wait_for_peer},
+    scene::{BACKEND_PORT, PORT, Scene, on_the_fast_path, suffix, wait_for_peer},
 };
 
 const NARROW: u32 = 1300;
 
-fn localhost(family: Family) -> IpAddr {
-    match family {
-        V4 => Ipv4Addr::LOCALHOST.into(),
-        V6 => Ipv6Addr::LOCALHOST.into(),
-    }
-}
-
 /// Publishes the backend's port, and waits until it is delivered to directly.
-fn published(topology: &Topology, family: Family, protocol: Protocol) -> Daemon {
-    let spec = spec(&topology.backend, family, protocol);
-    let daemon = Daemon::start(&topology.host, &[&spec], Datapath::Ebpf).unwrap();
-    wait_for_peer(&daemon);
-    daemon
+fn published(topology: Topology, family: Family, protocol: Protocol) -> Scene {
+    let scene = Scene::of(family, protocol).silent().start_in(topology);
+    wait_for_peer(&scene.daemon);
+    scene
 }
 
 /// A machine behind two routers, of which the topology's client is the one next to the host. One of two links is
@@ -134,19 +126,19 @@ fn published_far(topology: &Topology, family: Family, protocol: Protocol) -> Dae
 }
 
 fn refused(family: Family) {
-    let topology = Topology::new().unwrap();
-    let daemon = published(&topology, family, Protocol::Udp);
+    let scene = published(Topology::new().unwrap(), family, Protocol::Udp);
+    let (topology, daemon) = scene.parts();
     let lan = topology.host_address(family);
     for (client, host) in [
         (&topology.client, lan),
-        (&topology.host, localhost(family)),
+        (&topology.host, family.localhost()),
         (&topology.host, lan),
         (&topology.peer.netns, lan),
         (&topology.other.netns, lan),
         (&topology.backend.netns, lan),
     ] {
         let before = daemon.counted("forwarded_error").unwrap();
-        let any = if family == V4 { "0.0.0.0:0" } else { "[::]:0" };
+        let any = (family.unspecified(), 0);
         let socket = client.enter(|| UdpSocket::bind(any)).unwrap();
         socket.set_read_timeout(Some(patience())).unwrap();
         socket.connect(SocketAddr::new(host, PORT)).unwrap();
@@ -163,7 +155,7 @@ fn refused(family: Family) {
             "{who} asks {host}"
         );
     }
-    daemon.stop().unwrap();
+    scene.stop();
 }
 
 #[test]
@@ -206,25 +198,25 @@ fn greeted(client: &Listener, backend: &Listener) -> SocketAddr {
 fn backend_learns(family: Family, narrow: Narrow) {
     let topology = Topology::new().unwrap();
     let far = Far::behind(&topology, narrow);
-    let lan = topology.host_address(family);
-    let daemon = published(&topology, family, Protocol::Udp);
-    let backend = Listener::bind(&topology.backend.netns, family == V4, BACKEND_PORT).unwrap();
-    let client = Listener::connect(&far.netns, SocketAddr::new(lan, PORT)).unwrap();
+    let scene = published(topology, family, Protocol::Udp);
+    let backend = &scene.topology.backend.netns;
+    let backend = Listener::bind(backend, family == V4, BACKEND_PORT).unwrap();
+    let client = Listener::connect(&far.netns, scene.frontend()).unwrap();
     let seen = greeted(&client, &backend);
     learns(&backend, Some(seen));
-    daemon.stop().unwrap();
+    scene.stop();
 }
 
 /// A connection in bulk, none of whose ends knows of the narrow link.
 fn bulk_passes(family: Family, narrow: Narrow) {
     let topology = Topology::new().unwrap();
     let far = Far::behind(&topology, narrow);
-    let lan = topology.host_address(family);
-    let daemon = published(&topology, family, Protocol::Tcp);
-    on_the_fast_path(&daemon, || {
-        there_and_back(&topology.backend.netns, &far.netns, lan)
+    let scene = published(topology, family, Protocol::Tcp);
+    on_the_fast_path(&scene.daemon, || {
+        let backend = &scene.topology.backend.netns;
+        there_and_back(backend, &far.netns, scene.frontend().ip());
     });
-    daemon.stop().unwrap();
+    scene.stop();
 }
 
 #[test]
@@ -279,7 +271,7 @@ fn client_learns(family: Family, narrow: Narrow) {
     let daemon = published_far(&topology, family, Protocol::Tcp);
     for (client, host) in [
         (&topology.other.netns, lan),
-        (&topology.host, localhost(family)),
+        (&topology.host, family.localhost()),
     ] {
         on_the_fast_path(&daemon, || there_and_back(&far.netns, client, host));
     }
@@ -308,22 +300,27 @@ fn a_client_learns_the_mtu_of_the_hosts_way_to_the_backend_over_ipv6() {
 
 #[test]
 fn a_container_with_a_narrow_link_is_served() {
-    let topology = Topology::new().unwrap();
-    let veth = &topology.backend.veth;
-    topology
-        .host
-        .ip(&format!("link set {veth} mtu 1280\nlink set br0 mtu 1280"))
-        .unwrap();
-    topology.backend.netns.ip("link set eth0 mtu 1280").unwrap();
     for family in [V4, V6] {
-        let daemon = published(&topology, family, Protocol::Tcp);
-        let lan = topology.host_address(family);
-        for (client, host) in [(&topology.client, lan), (&topology.host, localhost(family))] {
-            on_the_fast_path(&daemon, || {
-                there_and_back(&topology.backend.netns, client, host)
+        let topology = Topology::new().unwrap();
+        let Topology { host, backend, .. } = &topology;
+        let veth = &backend.veth;
+        host.ip(&format!("link set {veth} mtu 1280\nlink set br0 mtu 1280"))
+            .unwrap();
+        backend.netns.ip("link set eth0 mtu 1280").unwrap();
+        let scene = published(topology, family, Protocol::Tcp);
+        let Topology {
+            host,
+            client,
+            backend,
+            ..
+        } = &scene.topology;
+        let ends = [(client, scene.frontend().ip()), (host, family.localhost())];
+        for (client, address) in ends {
+            on_the_fast_path(&scene.daemon, || {
+                there_and_back(&backend.netns, client, address);
             });
         }
-        daemon.stop().unwrap();
+        scene.stop();
     }
 }
 
@@ -340,8 +337,8 @@ fn traced(family: Family) {
     let far = Far::behind(&topology, Narrow::None);
     // So that an error about a packet whose checksum was left to a device must be right, too.
     topology.host.complete_checksums("eth0").unwrap();
-    let daemon = published(&topology, family, Protocol::Udp);
-    let host = topology.host_address(family);
+    let scene = published(topology, family, Protocol::Udp);
+    let host = scene.frontend().ip();
     let routers: [IpAddr; 2] = match family {
         V4 => [[192, 0, 2, 1].into(), [203, 0, 113, 1].into()],
         V6 => [2, 3].map(|net| [0x2001, 0xdb8, net, 0, 0, 0, 0, 1].into()),
@@ -355,7 +352,7 @@ fn traced(family: Family) {
     ];
     for (ttl, (from, (kind, code))) in (1..).zip(path) {
         // As traceroute does: another port for each probe.
-        let probe = Listener::connect(&far.netns, SocketAddr::new(host, PORT)).unwrap();
+        let probe = Listener::connect(&far.netns, scene.frontend()).unwrap();
         probe.set_ttl(ttl).unwrap();
         probe.socket.send(b"how far?").unwrap();
         assert_eq!(
@@ -364,7 +361,7 @@ fn traced(family: Family) {
             "TTL {ttl}"
         );
     }
-    daemon.stop().unwrap();
+    scene.stop();
 }
 
 #[test]

@@ -7,33 +7,28 @@ use std::{
 };
 
 use forwarder_tests::{
-    daemon::{Daemon, Datapath, run_to_failure},
+    daemon::{Daemon, run_to_failure},
     deadline::wait_for,
     link,
     netns::Netns,
     topology::{Family, Topology},
-    traffic::{Backend, Protocol, ask},
+    traffic::{Protocol, ask},
 };
 
-use crate::scene::{BACKEND_PORT, on_the_fast_path, suffix};
+use crate::scene::{BACKEND_PORT, Scene, Setting, on_the_fast_path, suffix};
 
 const FIRST: u16 = 10_000;
 const LAST: u16 = 59_999;
 const SOME: [u16; 4] = [FIRST, FIRST + 1, 33_333, LAST];
 
 /// 50,000 ports, all of them to one of the backend.
-fn range(topology: &Topology, protocol: Protocol) -> String {
-    let backend = SocketAddr::new(topology.backend.address(Family::V4), BACKEND_PORT);
-    format!("{FIRST}-{LAST}:{backend}{}", suffix(protocol))
+fn range(protocol: Protocol) -> String {
+    let suffix = suffix(protocol);
+    format!("{FIRST}-{LAST}:172.31.0.2:{BACKEND_PORT}{suffix}")
 }
 
-fn start(topology: &Topology, protocol: Protocol) -> Daemon {
-    Daemon::start(
-        &topology.host,
-        &[&range(topology, protocol)],
-        Datapath::Ebpf,
-    )
-    .unwrap()
+fn published<'a>(protocol: Protocol) -> Setting<'a> {
+    Scene::of(Family::V4, protocol).publishing(&[range(protocol)])
 }
 
 /// Sockets of a namespace, by lines of its tables.
@@ -48,7 +43,7 @@ fn sockets(netns: &Netns) -> usize {
 }
 
 #[track_caller]
-fn served(topology: &Topology, protocol: Protocol, client: &Netns, host: IpAddr) {
+fn served(scene: &Scene, protocol: Protocol, client: &Netns, host: IpAddr) {
     for port in SOME {
         let frontend = SocketAddr::new(host, port);
         let payload = format!("to {frontend}");
@@ -56,26 +51,18 @@ fn served(topology: &Topology, protocol: Protocol, client: &Netns, host: IpAddr)
             .unwrap_or_else(|error| panic!("{frontend} from {}: {error:#}", client.label()));
         assert_eq!(answer.payload, payload);
     }
-    assert!(sockets(&topology.host) < 12, "a socket for each port");
+    let sockets = sockets(&scene.topology.host);
+    assert!(sockets < 12, "a socket for each port");
 }
 
 fn in_the_kernel(protocol: Protocol) {
-    let topology = Topology::new().unwrap();
-    let _backend = Backend::start(&topology.backend.netns, protocol, BACKEND_PORT).unwrap();
-    let daemon = start(&topology, protocol);
-    let lan = topology.host_address(Family::V4);
-    on_the_fast_path(&daemon, || {
-        served(&topology, protocol, &topology.client, lan)
-    });
-    on_the_fast_path(&daemon, || {
-        served(
-            &topology,
-            protocol,
-            &topology.host,
-            Ipv4Addr::LOCALHOST.into(),
-        );
-    });
-    daemon.stop().unwrap();
+    let scene = published(protocol).start();
+    let Topology { host, client, .. } = &scene.topology;
+    let lan = scene.frontend().ip();
+    for (client, host) in [(client, lan), (host, Family::V4.localhost())] {
+        on_the_fast_path(&scene.daemon, || served(&scene, protocol, client, host));
+    }
+    scene.stop();
 }
 
 #[test]
@@ -90,20 +77,13 @@ fn every_port_of_a_udp_range_is_served_in_the_kernel() {
 
 /// IPv6 clients of an IPv4 backend are the proxy's, which gets them by its one socket.
 fn by_the_proxy(protocol: Protocol) {
-    let topology = Topology::new().unwrap();
-    let _backend = Backend::start(&topology.backend.netns, protocol, BACKEND_PORT).unwrap();
-    let daemon = start(&topology, protocol);
-    served(
-        &topology,
-        protocol,
-        &topology.client,
-        topology.host_address(Family::V6),
-    );
-    assert!(
-        daemon.counted("other_family").unwrap() > 0,
-        "not by the proxy"
-    );
-    daemon.stop().unwrap();
+    let scene = published(protocol).start();
+    let (topology, daemon) = scene.parts();
+    let host = topology.host_address(Family::V6);
+    served(&scene, protocol, &topology.client, host);
+    let count = daemon.counted("other_family").unwrap();
+    assert!(count > 0, "not by the proxy");
+    scene.stop();
 }
 
 #[test]
@@ -118,8 +98,8 @@ fn every_port_of_a_udp_range_reaches_the_proxy_and_answers() {
 
 #[test]
 fn no_other_process_gets_a_port_of_the_range_until_it_is_free() {
-    let topology = Topology::new().unwrap();
-    let daemon = start(&topology, Protocol::Tcp);
+    let scene = published(Protocol::Tcp).silent().start();
+    let (topology, daemon) = scene.parts();
     let at = |port| (Ipv4Addr::UNSPECIFIED, port);
     let listen = |netns: &Netns, port| netns.enter(|| TcpListener::bind(at(port)));
     for port in SOME {
@@ -133,23 +113,22 @@ fn no_other_process_gets_a_port_of_the_range_until_it_is_free() {
     udp.expect("another protocol has its own ports");
     daemon.control(&["unpublish", "1"]).unwrap();
     listen(&topology.host, SOME[2]).expect("free again");
-    daemon.stop().unwrap();
+    scene.stop();
 }
 
 #[test]
 fn no_other_process_gets_an_ipv4_port_of_the_range_by_an_ipv6_socket() {
-    let topology = Topology::new().unwrap();
-    let spec = format!("0.0.0.0:{}", range(&topology, Protocol::Tcp));
-    let daemon = Daemon::start(&topology.host, &[&spec], Datapath::Ebpf).unwrap();
+    let spec = format!("0.0.0.0:{}", range(Protocol::Tcp));
+    let scene = Scene::tcp().silent().publishing(&[spec]).start();
     let listen = |address: &str| {
         let at = (address.parse::<IpAddr>().unwrap(), SOME[2]);
-        topology.host.enter(|| TcpListener::bind(at))
+        scene.topology.host.enter(|| TcpListener::bind(at))
     };
     let error = listen("::ffff:127.0.0.1").expect_err("the port is published");
     let refused = [ErrorKind::AddrInUse, ErrorKind::PermissionDenied];
     assert!(refused.contains(&error.kind()), "{error}");
     listen("::1").expect("IPv6 has its own ports");
-    daemon.stop().unwrap();
+    scene.stop();
 }
 
 #[test]
@@ -159,7 +138,7 @@ fn a_port_of_the_range_that_somebody_has_is_an_error_that_names_it() {
         .host
         .enter(|| TcpListener::bind((Ipv4Addr::UNSPECIFIED, 33_333)))
         .unwrap();
-    let spec = range(&topology, Protocol::Tcp);
+    let spec = range(Protocol::Tcp);
     let (status, errors) = run_to_failure(&topology.host, &["-p", &spec]).unwrap();
     assert_eq!(status.code(), Some(1));
     let holder = format!("held by pid {}", std::process::id());
@@ -178,9 +157,8 @@ fn said_of(daemon: &Daemon, program: &str) -> usize {
 
 #[test]
 fn programs_of_ranges_that_somebody_detached_are_attached_again() {
-    let topology = Topology::new().unwrap();
-    let _backend = Backend::start(&topology.backend.netns, Protocol::Udp, BACKEND_PORT).unwrap();
-    let daemon = start(&topology, Protocol::Udp);
+    let scene = published(Protocol::Udp).start();
+    let (topology, daemon) = scene.parts();
     let mut kinds = Vec::new();
     for link in link::held(daemon.pid()).unwrap() {
         if ["netns", "cgroup"].contains(&link.kind.as_str()) {
@@ -192,7 +170,7 @@ fn programs_of_ranges_that_somebody_detached_are_attached_again() {
     assert_eq!(kinds, ["cgroup", "cgroup", "netns"]);
     for program in ["steer", "bind4", "bind6"] {
         let said = wait_for("the program is back", || {
-            (said_of(&daemon, program) == 1).then_some(())
+            (said_of(daemon, program) == 1).then_some(())
         });
         said.unwrap_or_else(|error| panic!("{program}: {error:#}\n{}", daemon.said()));
     }
@@ -204,5 +182,5 @@ fn programs_of_ranges_that_somebody_detached_are_attached_again() {
         let bound = topology.host.enter(|| UdpSocket::bind(at));
         bound.expect_err("the port is published");
     }
-    daemon.stop().unwrap();
+    scene.stop();
 }

@@ -169,14 +169,10 @@ impl Lan {
     fn served(&self, location: Where, family: Family, protocol: Protocol) {
         let (_, network) = self.backend(location);
         let host = LAN.address(family, HOST);
-        let localhost = match family {
-            V4 => "127.0.0.1".parse().unwrap(),
-            V6 => "::1".parse().unwrap(),
-        };
         for (from, address) in [
             (&self.client, host),
             (&self.host, host),
-            (&self.host, localhost),
+            (&self.host, family.localhost()),
         ] {
             let frontend = SocketAddr::new(address, PORT);
             let answer = ask(from, protocol, frontend, "hello").unwrap();

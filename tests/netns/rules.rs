@@ -1,19 +1,16 @@
 //! Policy routing: the way to a backend is in another table than main, where a rule leads to it, as Tailscale and
 //! other VPNs have it. The kernel's answer counts, at the start and when rules and routes change.
 
-use std::net::SocketAddr;
-
 use forwarder_tests::{
-    daemon::{Daemon, Datapath},
     deadline::wait_for,
     topology::{
         Family::{self, V4, V6},
         Topology,
     },
-    traffic::{Backend, Protocol::Tcp, ask},
+    traffic::Protocol::Tcp,
 };
 
-use crate::scene::{BACKEND_PORT, PORT, on_the_fast_path, spec, wait_for_peer};
+use crate::scene::{Scene, wait_for_peer};
 
 /// Table main leads to the client for every address that it has no route to, as an uplink's default route does.
 fn with_a_default_route() -> Topology {
@@ -55,20 +52,9 @@ fn move_to_another_table(topology: &Topology, family: Family) {
 }
 
 #[track_caller]
-fn served(topology: &Topology, daemon: &Daemon, family: Family) {
-    wait_for_peer(daemon);
-    on_the_fast_path(daemon, || {
-        let frontend = SocketAddr::new(topology.host_address(family), PORT);
-        let answer = ask(&topology.client, Tcp, frontend, "hello").unwrap();
-        assert_eq!(answer.seen.ip(), topology.client_address(family));
-    });
-}
-
-fn start(topology: &Topology, family: Family) -> (Backend, Daemon) {
-    let backend = Backend::start(&topology.backend.netns, Tcp, BACKEND_PORT).unwrap();
-    let spec = spec(&topology.backend, family, Tcp);
-    let daemon = Daemon::start(&topology.host, &[&spec], Datapath::Auto).unwrap();
-    (backend, daemon)
+fn served(scene: &Scene) {
+    wait_for_peer(&scene.daemon);
+    scene.served_on_the_fast_path();
 }
 
 #[test]
@@ -76,9 +62,9 @@ fn a_container_whose_route_is_in_another_table_is_served() {
     for family in [V4, V6] {
         let topology = with_a_default_route();
         move_to_another_table(&topology, family);
-        let (_backend, daemon) = start(&topology, family);
-        served(&topology, &daemon, family);
-        daemon.stop().unwrap();
+        let scene = Scene::of(family, Tcp).auto().start_in(topology);
+        served(&scene);
+        scene.stop();
     }
 }
 
@@ -91,19 +77,20 @@ fn a_rule_that_comes_and_goes_is_followed() {
             .host
             .ip(&format!("route add unreachable {network} table 53"))
             .unwrap();
-        let (_backend, daemon) = start(&topology, family);
-        served(&topology, &daemon, family);
-        rule(&topology, family, "add", 53);
+        let scene = Scene::of(family, Tcp).auto().start_in(topology);
+        let (topology, daemon) = scene.parts();
+        served(&scene);
+        rule(topology, family, "add", 53);
         let reason = wait_for("the reason", || {
             daemon.entry().ok()?["reason"].as_str().map(str::to_owned)
         })
         .unwrap();
         let no_route = format!("no route to {}", topology.backend.address(family));
         assert_eq!(reason, no_route);
-        rule(&topology, family, "del", 53);
-        served(&topology, &daemon, family);
-        move_to_another_table(&topology, family);
-        served(&topology, &daemon, family);
-        daemon.stop().unwrap();
+        rule(topology, family, "del", 53);
+        served(&scene);
+        move_to_another_table(topology, family);
+        served(&scene);
+        scene.stop();
     }
 }

@@ -12,7 +12,7 @@ use forwarder_tests::{
     },
 };
 
-use crate::scene::{BACKEND_PORT, PORT};
+use crate::scene::{BACKEND_PORT, PORT, frontend};
 
 fn spec(topology: &Topology, family: Family) -> String {
     let backend = SocketAddr::new(topology.backend.address(family), BACKEND_PORT);
@@ -48,12 +48,9 @@ fn associate(
     listener: &Listener,
     family: Family,
 ) -> (Association, Association) {
-    let frontend = SocketAddr::new(topology.host_address(family), PORT);
-    let client = topology
-        .client
-        .enter(|| Association::connect(frontend))
-        .unwrap();
-    (client, listener.accept().unwrap())
+    let frontend = frontend(topology, family);
+    let client = topology.client.enter(|| Association::connect(frontend));
+    (client.unwrap(), listener.accept().unwrap())
 }
 
 fn messages_pass(family: Family) {
@@ -94,12 +91,7 @@ fn messages_pass_as_they_are_over_ipv6() {
 #[test]
 fn an_ipv6_client_reaches_an_ipv4_backend() {
     published(V4, |topology, listener| {
-        let frontend = SocketAddr::new(topology.host_address(V6), PORT);
-        let client = topology
-            .client
-            .enter(|| Association::connect(frontend))
-            .unwrap();
-        let backend = listener.accept().unwrap();
+        let (client, backend) = associate(topology, &listener, V6);
         let message = Message::new(1, b"hello");
         client.send(&message).unwrap();
         assert_eq!(backend.receive().unwrap(), Some(message));
@@ -129,11 +121,9 @@ fn the_end_of_either_side_passes() {
 fn a_client_whose_backend_refuses_is_aborted() {
     published(V4, |topology, listener| {
         drop(listener);
-        let frontend = SocketAddr::new(topology.host_address(V4), PORT);
-        let client = topology
-            .client
-            .enter(|| Association::connect(frontend))
-            .unwrap();
+        let frontend = frontend(topology, V4);
+        let client = topology.client.enter(|| Association::connect(frontend));
+        let client = client.unwrap();
         let error = client.receive().unwrap_err();
         assert_eq!(error.kind(), ErrorKind::ConnectionReset, "{error}");
     });
