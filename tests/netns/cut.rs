@@ -7,14 +7,14 @@ use std::{
 };
 
 use forwarder_tests::{
-    daemon::{Daemon, Datapath},
+    daemon::Daemon,
     deadline::{patience, slack},
     netns::Netns,
     topology::{Family, Topology},
     traffic::Protocol,
 };
 
-use crate::scene::{BACKEND_PORT, PORT, spec};
+use crate::scene::{BACKEND_PORT, PORT, Scene, backend, spec};
 
 /// Connections of a test, half of which are busy in both directions.
 const CONNECTIONS: usize = 18;
@@ -42,12 +42,11 @@ impl Client {
     }
 
     fn frontend(self, topology: &Topology, family: Family) -> SocketAddr {
-        let address = match (self, family) {
-            (Self::Outside, _) => topology.host_address(family),
-            (Self::Here, Family::V4) => [127, 0, 0, 1].into(),
-            (Self::Here, Family::V6) => "::1".parse().unwrap(),
-            (Self::Peer, _) => topology.peer.gateway(family),
-            (Self::Other, _) => topology.other.gateway(family),
+        let address = match self {
+            Self::Outside => topology.host_address(family),
+            Self::Here => family.localhost(),
+            Self::Peer => topology.peer.gateway(family),
+            Self::Other => topology.other.gateway(family),
         };
         SocketAddr::new(address, PORT)
     }
@@ -120,14 +119,15 @@ fn open(topology: &Topology, client: Client, family: Family) -> Vec<[End; 2]> {
 
 fn both_ends_hear(client: Client, flags: &[&str], ends: impl Fn(Daemon, &str) -> Option<Daemon>) {
     for family in [Family::V4, Family::V6] {
-        let topology = Topology::new().unwrap();
-        let spec = spec(&topology.backend, family, Protocol::Tcp);
-        let daemon = Daemon::start_with(&topology.host, &[&spec], Datapath::Ebpf, flags).unwrap();
-        let connections = open(&topology, client, family);
-        let flows = daemon.control(&["flows", "--json"]).unwrap();
+        let scene = Scene::of(family, Protocol::Tcp)
+            .silent()
+            .flags(flags)
+            .start();
+        let connections = open(&scene.topology, client, family);
+        let flows = scene.daemon.control(&["flows", "--json"]).unwrap();
         let flows: Vec<serde_json::Value> = serde_json::from_str(&flows).unwrap();
         assert_eq!(flows.len(), CONNECTIONS, "on the fast path");
-        let daemon = ends(daemon, &spec);
+        let daemon = ends(scene.daemon, &scene.specs[0]);
         for (number, [client_end, backend_end]) in connections.iter().enumerate() {
             let heard = (client_end.is_reset(), backend_end.is_reset());
             let said = daemon.as_ref().map(Daemon::said);
@@ -186,20 +186,17 @@ fn all_hear_that_the_instance_stops() {
 /// The port is free at once, though the old connections are still being told.
 #[test]
 fn a_port_that_was_taken_back_is_published_anew_at_once() {
-    let topology = Topology::new().unwrap();
-    let old = spec(&topology.backend, Family::V4, Protocol::Tcp);
+    let scene = Scene::tcp().silent().start();
+    let (topology, daemon) = scene.parts();
+    let connections = open(topology, Client::Outside, Family::V4);
     let new = spec(&topology.peer, Family::V4, Protocol::Tcp);
-    let daemon = Daemon::start(&topology.host, &[&old], Datapath::Ebpf).unwrap();
-    let connections = open(&topology, Client::Outside, Family::V4);
-    daemon.control(&["unpublish", &old]).unwrap();
+    daemon.control(&["unpublish", scene.spec()]).unwrap();
     daemon.control(&["publish", &new]).unwrap();
-    let _backend =
-        forwarder_tests::traffic::Backend::start(&topology.peer.netns, Protocol::Tcp, BACKEND_PORT)
-            .unwrap();
-    crate::scene::served_to_the_client(&topology, Protocol::Tcp, "new");
+    let _backend = backend(&topology.peer, Protocol::Tcp);
+    scene.served("new");
     // Their resets were on the way; who was busy meets the new backend, which does not know the connection either.
     for [client, _] in &connections {
         assert!(client.is_reset());
     }
-    daemon.stop().unwrap();
+    scene.stop();
 }

@@ -2,31 +2,25 @@
 
 use std::net::SocketAddr;
 
-use forwarder_tests::{
-    daemon::{Daemon, Datapath},
-    topology::{Family, Topology},
-    traffic::{Backend, Connection, Protocol},
-};
+use forwarder_tests::{topology::Family, traffic::Connection};
 
-use crate::scene::{BACKEND_PORT, PORT, spec};
+use crate::scene::{BACKEND_PORT, PORT, Scene};
 
 /// Another container on the backend's bridge, the published port as it sees it, and the backend itself.
-fn scene() -> (Topology, Backend, Daemon, [SocketAddr; 2]) {
-    let topology = Topology::new().unwrap();
-    let backend = Backend::start(&topology.backend.netns, Protocol::Tcp, BACKEND_PORT).unwrap();
-    let spec = spec(&topology.backend, Family::V4, Protocol::Tcp);
-    let daemon = Daemon::start(&topology.host, &[&spec], Datapath::Ebpf).unwrap();
+fn scene() -> (Scene, [SocketAddr; 2]) {
+    let scene = Scene::tcp().start();
+    let topology = &scene.topology;
     let ends = [
         SocketAddr::new(topology.peer.gateway(Family::V4), PORT),
         SocketAddr::new(topology.backend.address(Family::V4), BACKEND_PORT),
     ];
-    (topology, backend, daemon, ends)
+    (scene, ends)
 }
 
 #[test]
 fn a_live_direct_connection_and_a_forwarded_one_each_keep_their_conversation() {
-    let (topology, _backend, daemon, [frontend, backend]) = scene();
-    let peer = &topology.peer;
+    let (scene, [frontend, backend]) = scene();
+    let peer = &scene.topology.peer;
     let own = SocketAddr::new(peer.address(Family::V4), 5555);
     let mut direct = Connection::open_from(&peer.netns, 5555, backend).unwrap();
     assert_eq!(direct.ask("direct").unwrap().seen, own);
@@ -40,13 +34,13 @@ fn a_live_direct_connection_and_a_forwarded_one_each_keep_their_conversation() {
     }
     drop(direct);
     assert_eq!(forwarded.ask("forwarded").unwrap().seen, seen);
-    daemon.stop().unwrap();
+    scene.stop();
 }
 
 #[test]
 fn a_direct_connection_follows_a_forwarded_one_that_is_closed() {
-    let (topology, _backend, daemon, [frontend, backend]) = scene();
-    let peer = &topology.peer;
+    let (scene, [frontend, backend]) = scene();
+    let peer = &scene.topology.peer;
     let own = SocketAddr::new(peer.address(Family::V4), 5556);
     let mut forwarded = Connection::open_from(&peer.netns, 5556, frontend).unwrap();
     assert_eq!(forwarded.ask("forwarded").unwrap().seen, own);
@@ -55,5 +49,5 @@ fn a_direct_connection_follows_a_forwarded_one_that_is_closed() {
     for _ in 0..10 {
         assert_eq!(direct.ask("direct").unwrap().seen, own);
     }
-    daemon.stop().unwrap();
+    scene.stop();
 }

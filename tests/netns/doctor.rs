@@ -8,15 +8,11 @@ use forwarder::datapath::kernel::{Attach, Memory, kernel};
 use forwarder_tests::{
     daemon::{Daemon, Datapath, WITHOUT_BPFFS, WITHOUT_BTF, WITHOUT_CAPABILITIES, doctor},
     netns::Netns,
-    topology::{Family, Topology},
-    traffic::{Backend, Protocol},
+    topology::Topology,
 };
 use serde_json::Value;
 
-use crate::{
-    filters::somebodys_filter,
-    scene::{BACKEND_PORT, on_the_fast_path, served_to_the_client, spec},
-};
+use crate::{filters::somebodys_filter, scene::Scene};
 
 fn findings(wrapper: &[&str]) -> BTreeMap<String, Value> {
     let netns = Netns::new("host").unwrap();
@@ -90,11 +86,9 @@ fn doctor_names_what_a_process_may_not_do_and_the_remedy() {
 
 #[test]
 fn doctor_names_containers_links_whose_filters_are_gone_past() {
-    let topology = Topology::new().unwrap();
-    let Topology { host, backend, .. } = &topology;
-    let spec = spec(backend, Family::V4, Protocol::Tcp);
-    let flags = ["--respect-firewall"];
-    let daemon = Daemon::start_with(host, &[&spec], Datapath::Auto, &flags).unwrap();
+    let scene = Scene::tcp().silent().auto();
+    let scene = scene.flags(&["--respect-firewall"]).start();
+    let Topology { host, backend, .. } = &scene.topology;
     let links = || doctor(host, &[]).unwrap()["containers' links"].clone();
     assert_eq!(links()["ok"], true, "our own program is nobody else's");
     let clsact = format!("tc qdisc add dev {} clsact", backend.veth);
@@ -110,7 +104,7 @@ fn doctor_names_containers_links_whose_filters_are_gone_past() {
         found["found"],
         format!("tc egress of {veth} has others' programs")
     );
-    daemon.stop().unwrap();
+    scene.stop();
 }
 
 #[test]
@@ -175,15 +169,9 @@ fn doctor_names_what_a_bridge_would_forbid() {
 fn served_without(wrapper: &[&str], check: &str) {
     let found = &findings(wrapper)[check];
     assert_eq!(found["ok"], false, "{found}");
-    let topology = Topology::new().unwrap();
-    let _backend = Backend::start(&topology.backend.netns, Protocol::Tcp, BACKEND_PORT).unwrap();
-    let spec = spec(&topology.backend, Family::V4, Protocol::Tcp);
-    let daemon =
-        Daemon::start_wrapped(&topology.host, wrapper, &[&spec], Datapath::Ebpf, &[]).unwrap();
-    on_the_fast_path(&daemon, || {
-        served_to_the_client(&topology, Protocol::Tcp, "hello");
-    });
-    daemon.stop().unwrap();
+    let scene = Scene::tcp().wrapped(wrapper).start();
+    scene.served_on_the_fast_path();
+    scene.stop();
 }
 
 #[test]

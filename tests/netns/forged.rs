@@ -15,7 +15,9 @@ use forwarder_tests::{
     wire::Wire,
 };
 
-use crate::scene::{BACKEND_PORT, PORT, packets, served_to_the_client, spec, wait_for_peer};
+use crate::scene::{
+    BACKEND_PORT, backend, frontend, packets, served_to_the_client, spec, wait_for_peer,
+};
 
 fn shown(mac: Mac) -> String {
     mac.map(|octet| format!("{octet:02x}")).join(":")
@@ -86,7 +88,7 @@ impl Scene {
     fn of(family: Family, protocol: Protocol, wrapper: &[&str], flags: &[&str]) -> Self {
         let topology = Topology::new().unwrap();
         let third = Third::join(&topology);
-        let backend = Backend::start(&topology.backend.netns, protocol, BACKEND_PORT).unwrap();
+        let backend = backend(&topology.backend, protocol);
         let spec = spec(&topology.backend, family, protocol);
         let (host, specs) = (&topology.host, [spec.as_str()]);
         let daemon = Daemon::start_wrapped(host, wrapper, &specs, Datapath::Ebpf, flags).unwrap();
@@ -102,18 +104,14 @@ impl Scene {
     }
 
     fn frontend(&self) -> SocketAddr {
-        SocketAddr::new(self.topology.host_address(self.family), PORT)
+        frontend(&self.topology, self.family)
     }
 
     /// What `client` hears first after `forger` has answered in the backend's name is the backend's own answer.
     fn hears_the_backend_alone(self, client: &Netns, forger: &Netns, device: &str) {
         let frontend = self.frontend();
-        let any: IpAddr = if self.family == Family::V4 {
-            [0, 0, 0, 0].into()
-        } else {
-            [0_u16; 8].into()
-        };
-        let socket = client.enter(|| UdpSocket::bind((any, 0))).unwrap();
+        let any = (self.family.unspecified(), 0);
+        let socket = client.enter(|| UdpSocket::bind(any)).unwrap();
         let seen = ask_by(&socket, frontend, "before").unwrap().seen;
 
         let backend = SocketAddr::new(self.topology.backend.address(self.family), BACKEND_PORT);

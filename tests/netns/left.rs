@@ -3,12 +3,11 @@
 use std::net::{SocketAddr, UdpSocket};
 
 use forwarder_tests::{
-    daemon::{Daemon, Datapath},
     topology::{Family, Topology},
     traffic::{Backend, Protocol, ask_by},
 };
 
-use crate::scene::{BACKEND_PORT, served_to_the_client, spec};
+use crate::scene::{BACKEND_PORT, Scene, spec};
 
 const QUERIES: u16 = 200;
 
@@ -24,13 +23,12 @@ fn a_masqueraded_containers_queries_are_all_answered() {
         }
         }\n";
         topology.host.feed("nft -f -", rules).unwrap();
-        let _published =
-            Backend::start(&topology.backend.netns, Protocol::Udp, BACKEND_PORT).unwrap();
         let _resolver = Backend::start(&topology.client, Protocol::Udp, 53).unwrap();
         let backend = SocketAddr::new(topology.backend.address(family), BACKEND_PORT);
         let range = format!("50000-60000:{backend}/udp");
-        let specs = [&*range, &spec(&topology.backend, Family::V4, Protocol::Udp)];
-        let daemon = Daemon::start(&topology.host, &specs, Datapath::Ebpf).unwrap();
+        let specs = [range, spec(&topology.backend, Family::V4, Protocol::Udp)];
+        let scene = Scene::udp().publishing(&specs).start_in(topology);
+        let (topology, daemon) = scene.parts();
 
         let resolver = SocketAddr::new(topology.client_address(family), 53);
         for port in 50_000..50_000 + QUERIES {
@@ -42,7 +40,7 @@ fn a_masqueraded_containers_queries_are_all_answered() {
         }
         let passed = daemon.counted("others_answer").unwrap();
         assert!(passed >= QUERIES.into(), "{passed} answers were seen");
-        served_to_the_client(&topology, Protocol::Udp, "and clients are served");
-        daemon.stop().unwrap();
+        scene.served("and clients are served");
+        scene.stop();
     }
 }

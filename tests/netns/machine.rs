@@ -9,7 +9,6 @@ use std::{
 };
 
 use forwarder_tests::{
-    daemon::{Daemon, Datapath},
     deadline::wait_for,
     frame::{Frame, Mac},
     netns::Netns,
@@ -18,9 +17,7 @@ use forwarder_tests::{
     tun,
 };
 
-use crate::scene::{
-    BACKEND_PORT, PORT, on_the_fast_path, served_to_the_client, spec, wait_for_peer,
-};
+use crate::scene::{BACKEND_PORT, PORT, Scene, on_the_fast_path, wait_for_peer};
 
 const ADDRESS: Ipv4Addr = Ipv4Addr::new(172, 31, 0, 9);
 const MAC: Mac = [2, 0, 0, 0, 0, 9];
@@ -74,7 +71,9 @@ fn a_virtual_machine_behind_a_tap_is_delivered_to_by_device() {
     // Ends when the device goes with its namespace, at the latest with the test's process.
     thread::spawn(|| machine(device));
     let spec = format!("{PORT}:{ADDRESS}:9000/udp");
-    let daemon = Daemon::start(&topology.host, &[&spec], Datapath::Ebpf).unwrap();
+    let scene = Scene::udp().silent().publishing(&[spec]);
+    let scene = scene.start_in(topology);
+    let (topology, daemon) = scene.parts();
     let delivered = wait_for("delivery `device`", || {
         (daemon.entry().ok()?["delivery"] == "device").then_some(())
     });
@@ -83,15 +82,15 @@ fn a_virtual_machine_behind_a_tap_is_delivered_to_by_device() {
     let gateway = topology.backend.gateway(Family::V4);
     for (client, host, seen) in [
         (&topology.client, lan, topology.client_address(Family::V4)),
-        (&topology.host, IpAddr::V4(Ipv4Addr::LOCALHOST), gateway),
+        (&topology.host, Family::V4.localhost(), gateway),
         (&topology.peer.netns, lan, topology.peer.address(Family::V4)),
     ] {
-        on_the_fast_path(&daemon, || {
+        on_the_fast_path(daemon, || {
             let answer = ask(client, Protocol::Udp, SocketAddr::new(host, PORT), "hello").unwrap();
             assert_eq!((answer.payload.as_str(), answer.seen.ip()), ("hello", seen));
         });
     }
-    daemon.stop().unwrap();
+    scene.stop();
 }
 
 /// A container with a bridge between its link and a machine of its own, as some runtimes have for virtual machines: the
@@ -115,12 +114,10 @@ fn a_machine_bridged_to_a_containers_link_is_served() {
         ))
         .unwrap();
     let _backend = Backend::start(&machine, Protocol::Udp, BACKEND_PORT).unwrap();
-    let spec = spec(container, Family::V4, Protocol::Udp);
-    let daemon = Daemon::start(&topology.host, &[&spec], Datapath::Ebpf).unwrap();
-    served_to_the_client(&topology, Protocol::Udp, "first");
-    wait_for_peer(&daemon);
-    on_the_fast_path(&daemon, || {
-        served_to_the_client(&topology, Protocol::Udp, "hello")
-    });
-    daemon.stop().unwrap();
+    let scene = Scene::udp().container(|it| &it.peer).silent();
+    let scene = scene.start_in(topology);
+    scene.served("first");
+    wait_for_peer(&scene.daemon);
+    scene.served_on_the_fast_path();
+    scene.stop();
 }

@@ -10,7 +10,7 @@ use forwarder_tests::{
     traffic::{Backend, Protocol, ask},
 };
 
-use crate::scene::{BACKEND_PORT, PORT, on_the_fast_path, spec, wait_for_peer};
+use crate::scene::{BACKEND_PORT, PORT, Scene, frontend, on_the_fast_path, spec, wait_for_peer};
 
 /// Who connects, to which address of the host, and to whom that leads.
 #[derive(Debug, Clone, Copy)]
@@ -200,21 +200,13 @@ matrix! {
 
 #[test]
 fn an_ipv6_client_reaches_an_ipv4_backend_through_the_proxy() {
-    let topology = Topology::new().unwrap();
-    let Topology {
-        host,
-        client,
-        backend,
-        ..
-    } = &topology;
     for protocol in [Protocol::Tcp, Protocol::Udp] {
-        let _backend = Backend::start(&backend.netns, protocol, BACKEND_PORT).unwrap();
-        let spec = spec(backend, Family::V4, protocol);
-        let daemon = Daemon::start(host, &[&spec], Datapath::Auto).unwrap();
-        let frontend = SocketAddr::new(topology.host_address(Family::V6), PORT);
-        let answer = ask(client, protocol, frontend, "hello").unwrap();
+        let scene = Scene::of(Family::V4, protocol).auto().start();
+        let topology = &scene.topology;
+        let frontend = frontend(topology, Family::V6);
+        let answer = ask(&topology.client, protocol, frontend, "hello").unwrap();
         assert_eq!(answer.payload, "hello");
-        assert_eq!(answer.seen.ip(), backend.gateway(Family::V4));
-        daemon.stop().unwrap();
+        assert_eq!(answer.seen.ip(), topology.backend.gateway(Family::V4));
+        scene.stop();
     }
 }

@@ -3,43 +3,40 @@
 use std::net::{SocketAddr, UdpSocket};
 
 use forwarder_tests::{
-    daemon::{Daemon, Datapath},
     deadline::wait_for,
     topology::{Family, Topology},
-    traffic::{Backend, Connection, Protocol, ask_by},
+    traffic::ask_by,
     tun,
 };
 
 use crate::{
-    scene::{BACKEND_PORT, PORT, on_the_fast_path, spec, wait_for_peer},
+    scene::{Scene, on_the_fast_path, wait_for_peer},
     worlds::{client_is, uplink_is},
 };
 
 /// The MAC of the client's device changes, and the host's neighbour entry is found to be stale.
-fn outlives_another_mac(topology: &Topology, device: &str, uplink: &str) {
-    let _backend = Backend::start(&topology.backend.netns, Protocol::Tcp, BACKEND_PORT).unwrap();
-    let spec = spec(&topology.backend, Family::V4, Protocol::Tcp);
-    let daemon = Daemon::start(&topology.host, &[&spec], Datapath::Ebpf).unwrap();
-    let frontend = SocketAddr::new(topology.host_address(Family::V4), PORT);
-    let mut conversation = Connection::open(&topology.client, frontend).unwrap();
+fn outlives_another_mac(topology: Topology, device: &str, uplink: &str) {
+    let scene = Scene::tcp().start_in(topology);
+    let (topology, daemon) = scene.parts();
+    let mut conversation = scene.connect();
     conversation.ask("before").unwrap();
-    wait_for_peer(&daemon);
+    wait_for_peer(daemon);
     let mac = format!("link set {device} address 02:00:00:00:99:99");
     topology.client.ip(&mac).unwrap();
     let client = topology.client_address(Family::V4);
     let stale = format!("neigh del {client} dev {uplink}");
     topology.host.ip(&stale).unwrap();
-    on_the_fast_path(&daemon, || {
+    on_the_fast_path(daemon, || {
         for text in ["after", "later"] {
             conversation.ask(text).unwrap();
         }
     });
-    daemon.stop().unwrap();
+    scene.stop();
 }
 
 #[test]
 fn a_conversation_outlives_another_mac_of_the_client() {
-    outlives_another_mac(&Topology::new().unwrap(), "eth0", "eth0");
+    outlives_another_mac(Topology::new().unwrap(), "eth0", "eth0");
 }
 
 /// The host's uplink is a bridge, whose port is no veth.
@@ -51,31 +48,27 @@ fn a_conversation_by_a_bridges_port_outlives_another_mac_of_the_client() {
     let bridge = "link add lan type bridge\nlink set tap0 up\nlink set tap0 master lan";
     uplink_is(&topology, "lan", bridge);
     client_is(&topology, "tap0", "");
-    outlives_another_mac(&topology, "tap0", "lan");
+    outlives_another_mac(topology, "tap0", "lan");
 }
 
 /// A container that is a client, and whose port stays the same, so that its conversation does.
 #[test]
 fn a_conversation_of_a_container_outlives_another_link_of_it() {
-    let mut topology = Topology::new().unwrap();
-    let _backend = Backend::start(&topology.peer.netns, Protocol::Udp, BACKEND_PORT).unwrap();
-    let spec = spec(&topology.peer, Family::V4, Protocol::Udp);
-    let daemon = Daemon::start(&topology.host, &[&spec], Datapath::Ebpf).unwrap();
-    let frontend = SocketAddr::new(topology.host_address(Family::V4), PORT);
-    let container = topology.backend.netns.clone();
-    let socket = container.enter(|| UdpSocket::bind(("0.0.0.0", 5000)));
+    let mut scene = Scene::udp().container(|it| &it.peer).start();
+    let (frontend, container) = (scene.frontend(), &scene.topology.backend);
+    let socket = container.netns.enter(|| UdpSocket::bind(("0.0.0.0", 5000)));
     let socket = socket.unwrap();
-    let by_itself = SocketAddr::new(topology.backend.address(Family::V4), 5000);
+    let by_itself = SocketAddr::new(container.address(Family::V4), 5000);
     for text in ["before", "soon"] {
         assert_eq!(ask_by(&socket, frontend, text).unwrap().seen, by_itself);
     }
-    topology.unplug_backend().unwrap();
-    topology.plug_backend().unwrap();
+    scene.topology.unplug_backend().unwrap();
+    scene.topology.plug_backend().unwrap();
     // The proxy answers until the device has the program.
     wait_for("the fast path has its new link", || {
         let seen = ask_by(&socket, frontend, "after").ok()?.seen;
         (seen == by_itself).then_some(())
     })
     .unwrap();
-    daemon.stop().unwrap();
+    scene.stop();
 }

@@ -7,15 +7,13 @@ use std::{
 };
 
 use forwarder_tests::{
-    daemon::{Daemon, Datapath, doctor},
+    daemon::{Daemon, doctor},
     deadline::{patience, wait_for},
     topology::{Family::V4, Topology},
-    traffic::{Backend, Protocol::Tcp},
+    traffic::Protocol::Tcp,
 };
 
-use crate::scene::{
-    BACKEND_PORT, PORT, on_the_fast_path, served_to_the_client, spec, wait_for_peer,
-};
+use crate::scene::{BACKEND_PORT, PORT, Scene, backend, on_the_fast_path, wait_for_peer};
 
 const SIZE: usize = 2 << 20;
 
@@ -64,22 +62,20 @@ fn wait_for_delivery(daemon: &Daemon, delivery: &str) {
 
 #[test]
 fn a_rate_limit_on_a_containers_link_is_met() {
-    let topology = Topology::new().unwrap();
-    let spec = spec(&topology.backend, V4, Tcp);
-    let daemon = Daemon::start(&topology.host, &[&spec], Datapath::Ebpf).unwrap();
+    let scene = Scene::tcp().silent().start();
+    let (topology, daemon) = scene.parts();
     let veth = &topology.backend.veth;
     let shaping = || doctor(&topology.host, &[]).unwrap()["shaping"].clone();
     assert_eq!(shaping()["found"], "no limits by qdiscs");
-    on_the_fast_path(&daemon, || {
-        let backend = Backend::start(&topology.backend.netns, Tcp, BACKEND_PORT).unwrap();
-        served_to_the_client(&topology, Tcp, "hello");
-        drop(backend);
+    on_the_fast_path(daemon, || {
+        let _backend = backend(&topology.backend, Tcp);
+        scene.served("hello");
     });
-    wait_for_peer(&daemon);
-    limit(&topology);
-    wait_for_delivery(&daemon, "device");
-    on_the_fast_path(&daemon, || {
-        let took = upload(&topology);
+    wait_for_peer(daemon);
+    limit(topology);
+    wait_for_delivery(daemon, "device");
+    on_the_fast_path(daemon, || {
+        let took = upload(topology);
         // 2.1 s without what the queue holds at the beginning.
         assert!(took > Duration::from_millis(1500), "{took:?}");
     });
@@ -87,6 +83,6 @@ fn a_rate_limit_on_a_containers_link_is_met() {
     assert_eq!(found["found"], format!("limits are met on {veth} (tbf)"));
     let gone = format!("tc qdisc del dev {veth} root");
     topology.host.run(&gone).unwrap();
-    wait_for_delivery(&daemon, "peer");
-    daemon.stop().unwrap();
+    wait_for_delivery(daemon, "peer");
+    scene.stop();
 }

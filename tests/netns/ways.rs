@@ -11,7 +11,7 @@ use forwarder_tests::{
     wire::Wire,
 };
 
-use crate::scene::{BACKEND_PORT, PORT, on_the_fast_path, spec};
+use crate::scene::{BACKEND_PORT, PORT, backend, on_the_fast_path, spec};
 
 const FAMILIES: [Family; 2] = [Family::V4, Family::V6];
 
@@ -45,7 +45,7 @@ impl Scene {
                  link set eth1 up\naddr add 203.0.113.9/32 dev lo\naddr add 2001:db8:3::9/128 dev lo nodad",
             )
             .unwrap();
-        let backend = Backend::start(&topology.backend.netns, protocol, BACKEND_PORT).unwrap();
+        let backend = backend(&topology.backend, protocol);
         Self { topology, backend }
     }
 
