@@ -7,7 +7,7 @@ use std::{
 
 use forwarder::datapath::kernel::kernel;
 use forwarder_tests::{
-    daemon::{Daemon, Datapath},
+    daemon::Datapath,
     deadline::patience,
     netns::Netns,
     topology::{Family, Topology},
@@ -19,7 +19,7 @@ use nix::sys::{
     time::{TimeVal, TimeValLike},
 };
 
-use crate::scene::{BACKEND_PORT, PORT, on_the_fast_path, packets, spec, wait_for_peer};
+use crate::scene::{BACKEND_PORT, PORT, Scene, on_the_fast_path, packets, wait_for_peer};
 
 const SIZE: usize = 32 << 20;
 
@@ -56,9 +56,8 @@ pub(crate) fn there_and_back(backend: &Netns, client: &Netns, host: IpAddr) {
 
 #[test]
 fn tcp_in_bulk_arrives_whole_from_everywhere() {
-    let topology = Topology::new().unwrap();
-    let spec = spec(&topology.backend, Family::V4, Protocol::Tcp);
-    let daemon = Daemon::start(&topology.host, &[&spec], Datapath::Ebpf).unwrap();
+    let scene = Scene::tcp().silent().start();
+    let (topology, daemon) = scene.parts();
     let lan = topology.host_address(Family::V4);
     for (client, host) in [
         (&topology.client, lan),
@@ -67,46 +66,41 @@ fn tcp_in_bulk_arrives_whole_from_everywhere() {
         (&topology.peer.netns, lan),
         (&topology.backend.netns, lan),
     ] {
-        on_the_fast_path(&daemon, || {
+        on_the_fast_path(daemon, || {
             there_and_back(&topology.backend.netns, client, host)
         });
     }
-    daemon.stop().unwrap();
+    scene.stop();
 }
 
 /// By splice(2), which a running instance has to be allowed.
 #[test]
 fn tcp_in_bulk_arrives_whole_in_user_space() {
-    let topology = Topology::new().unwrap();
-    let spec = spec(&topology.backend, Family::V4, Protocol::Tcp);
-    let daemon = Daemon::start(&topology.host, &[&spec], Datapath::Userland).unwrap();
-    let lan = topology.host_address(Family::V4);
+    let scene = Scene::tcp().silent().by(Datapath::Userland).start();
+    let topology = &scene.topology;
+    let lan = scene.frontend().ip();
     there_and_back(&topology.backend.netns, &topology.client, lan);
-    daemon.stop().unwrap();
+    scene.stop();
 }
 
 /// Datagrams of several lengths, each echoed by the backend.
 fn datagrams(family: Family, clients: impl Fn(&Topology) -> Vec<(&Netns, IpAddr)>) {
-    let topology = Topology::new().unwrap();
-    let spec = spec(&topology.backend, family, Protocol::Udp);
-    let daemon = Daemon::start(&topology.host, &[&spec], Datapath::Ebpf).unwrap();
-    let any: IpAddr = match family {
-        Family::V4 => Ipv4Addr::UNSPECIFIED.into(),
-        Family::V6 => Ipv6Addr::UNSPECIFIED.into(),
-    };
+    let scene = Scene::of(family, Protocol::Udp).silent().start();
+    let (topology, daemon) = scene.parts();
     let bind = |netns: &Netns, port| {
-        let socket = netns.enter(|| UdpSocket::bind((any, port))).unwrap();
+        let at = (family.unspecified(), port);
+        let socket = netns.enter(|| UdpSocket::bind(at)).unwrap();
         socket.set_read_timeout(Some(patience())).unwrap();
         socket
     };
     let server = bind(&topology.backend.netns, BACKEND_PORT);
     // Until `peer` is known, packets from the host cross the bridge, whose MTU counts.
-    wait_for_peer(&daemon);
-    for (netns, host) in clients(&topology) {
+    wait_for_peer(daemon);
+    for (netns, host) in clients(topology) {
         let client = bind(netns, 0);
         let frontend = SocketAddr::new(host, PORT);
         for length in [1_000, 1_473, 4_000, 8_000, 60_000] {
-            let before = packets(&daemon);
+            let before = packets(daemon);
             let data: Vec<u8> = (0..length).map(|at| (at ^ (at >> 8)) as u8).collect();
             let mut got = vec![0; 1 << 16];
             client.send_to(&data, frontend).unwrap();
@@ -123,7 +117,7 @@ fn datagrams(family: Family, clients: impl Fn(&Topology) -> Vec<(&Netns, IpAddr)
             });
             assert!(got[..received] == data, "{received} bytes of {length} back");
             assert_eq!(from, frontend);
-            let after = packets(&daemon);
+            let after = packets(daemon);
             // Before 6.1 nothing but the proxy gets these to the container.
             let too_long = length > 1_458 && netns.path() == topology.host.path();
             let carried = kernel().peer_from_lo || !too_long;
@@ -135,18 +129,14 @@ fn datagrams(family: Family, clients: impl Fn(&Topology) -> Vec<(&Netns, IpAddr)
             );
         }
     }
-    daemon.stop().unwrap();
+    scene.stop();
 }
 
 fn everybody(topology: &Topology, family: Family) -> Vec<(&Netns, IpAddr)> {
     let lan = topology.host_address(family);
-    let localhost = match family {
-        Family::V4 => Ipv4Addr::LOCALHOST.into(),
-        Family::V6 => Ipv6Addr::LOCALHOST.into(),
-    };
     vec![
         (&topology.client, lan),
-        (&topology.host, localhost),
+        (&topology.host, family.localhost()),
         (&topology.host, lan),
         (&topology.peer.netns, lan),
         (&topology.other.netns, lan),

@@ -3,19 +3,20 @@
 
 use std::{
     io::IoSlice,
-    net::{IpAddr, SocketAddr, UdpSocket},
+    net::{SocketAddr, UdpSocket},
     os::fd::AsRawFd as _,
 };
 
 use forwarder_tests::{
-    daemon::{Daemon, Datapath},
+    daemon::Datapath,
     deadline::patience,
     netns::Netns,
     topology::{Family, Topology},
+    traffic::Protocol,
 };
 use nix::sys::socket::{ControlMessage, MsgFlags, SockaddrStorage, sendmsg};
 
-use crate::scene::{BACKEND_PORT, PORT};
+use crate::scene::{BACKEND_PORT, Scene};
 
 const SIZE: u16 = 1400;
 const COUNT: usize = 10;
@@ -51,18 +52,19 @@ fn receive(socket: &UdpSocket) -> SocketAddr {
 /// One way, by a device whose MTU may be too small for them.
 fn conversation(family: Family, mtu: u32, to_the_client: bool) {
     let topology = Topology::new().unwrap();
-    let container = &topology.backend;
     let device = if to_the_client { "eth0" } else { "br0" };
     let command = format!("link set {device} mtu {mtu}");
     topology.host.ip(&command).unwrap();
-    let port = BACKEND_PORT;
-    let backend = SocketAddr::new(container.address(family), port);
-    let server = socket(&container.netns, backend);
-    let spec = format!("{PORT}:{backend}/udp");
-    let daemon = Daemon::start(&topology.host, &[&spec], Datapath::Userland).unwrap();
-    let frontend = SocketAddr::new(topology.host_address(family), PORT);
-    let any: IpAddr = topology.client_address(family);
-    let client = socket(&topology.client, SocketAddr::new(any, 0));
+    let scene = Scene::of(family, Protocol::Udp).silent();
+    let scene = scene.by(Datapath::Userland).start_in(topology);
+    let Topology {
+        client, backend, ..
+    } = &scene.topology;
+    let at = SocketAddr::new(backend.address(family), BACKEND_PORT);
+    let server = socket(&backend.netns, at);
+    let frontend = scene.frontend();
+    let own = scene.topology.client_address(family);
+    let client = socket(client, SocketAddr::new(own, 0));
     // What waits for the first answer of ARP is lost.
     client.send_to(b"first", frontend).unwrap();
     let (_, proxy) = server.recv_from(&mut [0; 16]).unwrap();
@@ -77,7 +79,7 @@ fn conversation(family: Family, mtu: u32, to_the_client: bool) {
             assert_eq!(receive(&server), proxy);
         }
     }
-    daemon.stop().unwrap();
+    scene.stop();
 }
 
 #[test]

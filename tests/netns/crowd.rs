@@ -11,10 +11,8 @@ use std::{
 };
 
 use forwarder_tests::{
-    daemon::{Daemon, Datapath},
     deadline::{patience, slack},
-    topology::{Family, Topology},
-    traffic::Protocol,
+    topology::Topology,
 };
 use nix::sys::{
     epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags},
@@ -22,7 +20,7 @@ use nix::sys::{
 };
 use socket2::{Domain, Socket, Type};
 
-use crate::scene::{BACKEND_PORT, PORT, on_the_fast_path, spec, wait_for_delivery};
+use crate::scene::{BACKEND_PORT, PORT, Scene, on_the_fast_path, wait_for_delivery};
 
 const CONNECTIONS: usize = 60_000;
 /// What the kernel may give to sockets by itself; 64,435 ports are left. Of each conversation's 128 that are tried, one is
@@ -172,11 +170,11 @@ fn sixty_thousand_connections_of_this_host_each_keep_their_conversation() {
         fs::write("/proc/sys/net/ipv4/ip_local_port_range", LOCAL_PORTS).unwrap();
     });
     raise_limit();
-    let spec = spec(&topology.backend, Family::V4, Protocol::Tcp);
-    let daemon = Daemon::start(&topology.host, &[&spec], Datapath::Ebpf).unwrap();
-    wait_for_delivery(&daemon);
+    let scene = Scene::tcp().silent().start_in(topology);
+    let (topology, daemon) = scene.parts();
+    wait_for_delivery(daemon);
     let crowd = Crowd::default();
-    on_the_fast_path(&daemon, || {
+    on_the_fast_path(daemon, || {
         thread::scope(|scope| {
             let (backend, host) = (&topology.backend.netns, &topology.host);
             let crowd = &crowd;
@@ -191,5 +189,5 @@ fn sixty_thousand_connections_of_this_host_each_keep_their_conversation() {
             assert_eq!(ports.len(), CONNECTIONS, "two share a port");
         });
     });
-    daemon.stop().unwrap();
+    scene.stop();
 }

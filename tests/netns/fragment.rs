@@ -6,16 +6,14 @@ use std::{
 };
 
 use forwarder_tests::{
-    daemon::{Daemon, Datapath},
     deadline::patience,
     fragment::cut,
     frame::{Frame, Protocol},
     topology::{Family, Topology},
-    traffic::Backend,
     wire::Wire,
 };
 
-use crate::scene::{BACKEND_PORT, PORT, spec, wait_for_peer};
+use crate::scene::{BACKEND_PORT, PORT, Scene, wait_for_peer};
 
 /// Sends a datagram's parts in that order, and returns whom the backend saw. The answer must be the frontend's.
 fn seen(topology: &Topology, socket: &UdpSocket, id: u32, order: [usize; 3]) -> SocketAddr {
@@ -44,28 +42,26 @@ fn seen(topology: &Topology, socket: &UdpSocket, id: u32, order: [usize; 3]) -> 
 }
 
 fn parts_in_any_order_arrive(family: Family) {
-    let topology = Topology::new().unwrap();
-    let _backend = Backend::start(&topology.backend.netns, Protocol::Udp, BACKEND_PORT).unwrap();
-    let spec = spec(&topology.backend, family, Protocol::Udp);
-    let daemon = Daemon::start(&topology.host, &[&spec], Datapath::Ebpf).unwrap();
+    let scene = Scene::of(family, Protocol::Udp).start();
+    let topology = &scene.topology;
     let client = topology.client_address(family);
     let socket = topology.client.enter(|| UdpSocket::bind((client, 0)));
     let socket = socket.unwrap();
     socket.set_read_timeout(Some(patience())).unwrap();
     // The client's neighbour entry for the answers, and the host's for the client.
-    let frontend = SocketAddr::new(topology.host_address(family), PORT);
+    let frontend = scene.frontend();
     socket.send_to(b"hello", frontend).unwrap();
     socket.recv(&mut [0; 100]).unwrap();
 
-    let in_order = seen(&topology, &socket, 1, [0, 1, 2]);
+    let in_order = seen(topology, &socket, 1, [0, 1, 2]);
     assert_eq!(in_order, socket.local_addr().unwrap(), "the fast path");
-    assert_eq!(seen(&topology, &socket, 2, [0, 2, 1]), in_order);
+    assert_eq!(seen(topology, &socket, 2, [0, 2, 1]), in_order);
     for (id, order) in [(3, [1, 0, 2]), (4, [2, 1, 0]), (5, [1, 2, 0])] {
-        let by_the_proxy = seen(&topology, &socket, id, order);
+        let by_the_proxy = seen(topology, &socket, id, order);
         assert_eq!(by_the_proxy.ip(), topology.backend.gateway(family));
     }
-    assert_eq!(seen(&topology, &socket, 6, [0, 1, 2]), in_order);
-    daemon.stop().unwrap();
+    assert_eq!(seen(topology, &socket, 6, [0, 1, 2]), in_order);
+    scene.stop();
 }
 
 #[test]
@@ -80,9 +76,8 @@ fn the_parts_of_a_datagram_arrive_in_any_order_over_ipv6() {
 
 /// A backend's answer to each client, cut in three, in every order.
 fn answers_in_any_order_arrive(family: Family) {
-    let topology = Topology::new().unwrap();
-    let spec = spec(&topology.backend, family, Protocol::Udp);
-    let daemon = Daemon::start(&topology.host, &[&spec], Datapath::Ebpf).unwrap();
+    let scene = Scene::of(family, Protocol::Udp).silent().start();
+    let (topology, daemon) = scene.parts();
     let backend = &topology.backend;
     let address = SocketAddr::new(backend.address(family), BACKEND_PORT);
     let server = backend.netns.enter(|| UdpSocket::bind(address)).unwrap();
@@ -137,7 +132,7 @@ fn answers_in_any_order_arrive(family: Family) {
     }
     // Whose first was not the first, of each client.
     assert_eq!(daemon.counted("out_of_order").unwrap(), 4 * 4);
-    daemon.stop().unwrap();
+    scene.stop();
 }
 
 #[test]
@@ -157,8 +152,8 @@ fn an_answer_that_the_uplink_is_too_narrow_for_arrives_in_parts() {
     let topology = Topology::new().unwrap();
     topology.host.ip("link set eth0 mtu 1460").unwrap();
     let family = Family::V4;
-    let spec = spec(&topology.backend, family, Protocol::Udp);
-    let daemon = Daemon::start(&topology.host, &[&spec], Datapath::Ebpf).unwrap();
+    let scene = Scene::udp().silent().start_in(topology);
+    let (topology, daemon) = scene.parts();
     let backend = &topology.backend;
     let address = SocketAddr::new(backend.address(family), BACKEND_PORT);
     let server = backend.netns.enter(|| UdpSocket::bind(address)).unwrap();
@@ -175,8 +170,8 @@ fn an_answer_that_the_uplink_is_too_narrow_for_arrives_in_parts() {
         .enter(|| UdpSocket::bind("0.0.0.0:0"))
         .unwrap();
     client.set_read_timeout(Some(patience())).unwrap();
-    let frontend = SocketAddr::new(topology.host_address(family), PORT);
-    wait_for_peer(&daemon);
+    let frontend = scene.frontend();
+    wait_for_peer(daemon);
     for length in [100, 1452, 1472, 4000] {
         client.send_to(b"question", frontend).unwrap();
         let (_, seen) = server.recv_from(&mut [0; 100]).unwrap();
@@ -189,5 +184,5 @@ fn an_answer_that_the_uplink_is_too_narrow_for_arrives_in_parts() {
         assert_eq!((&buffer[..received], from), (&answer[..], frontend));
     }
     assert!(daemon.counted("cut_up").unwrap() >= 3);
-    daemon.stop().unwrap();
+    scene.stop();
 }

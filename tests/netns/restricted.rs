@@ -1,17 +1,10 @@
 //! A kernel that lacks something, as `cargo xtask vm` boots it (`vm.rs`, RESTRICTED): under lockdown, and without
 //! the qdisc that clsact filters are attached to. The same test passes where nothing is missing.
 
-use std::net::SocketAddr;
-
 use forwarder::datapath::kernel::{Attach, kernel};
-use forwarder_tests::{
-    daemon::{Daemon, Datapath, doctor},
-    netns::Netns,
-    topology::{Family, Topology},
-    traffic::{Backend, Protocol, ask},
-};
+use forwarder_tests::{daemon::doctor, netns::Netns, topology::Family};
 
-use crate::scene::{BACKEND_PORT, PORT, on_the_fast_path, served_to_the_client, spec};
+use crate::scene::Scene;
 
 /// A TCX link takes nothing but the kernel itself.
 fn can_attach() -> bool {
@@ -21,27 +14,21 @@ fn can_attach() -> bool {
 
 #[test]
 fn auto_serves_by_what_the_kernel_has_and_says_why() {
-    let topology = Topology::new().unwrap();
-    let _backend = Backend::start(&topology.backend.netns, Protocol::Tcp, BACKEND_PORT).unwrap();
-    let spec = spec(&topology.backend, Family::V4, Protocol::Tcp);
-    let daemon = Daemon::start(&topology.host, &[&spec], Datapath::Auto).unwrap();
+    let scene = Scene::tcp().auto().start();
     if can_attach() {
-        on_the_fast_path(&daemon, || {
-            served_to_the_client(&topology, Protocol::Tcp, "hello")
-        });
+        scene.served_on_the_fast_path();
     } else {
-        let entry = daemon.entry().unwrap();
+        let entry = scene.daemon.entry().unwrap();
         assert_eq!(entry["datapath"], "userland", "{entry}");
         let reason = entry["reason"].as_str().unwrap();
         assert!(
             reason.contains("from 6.6 on, or the modules sch_ingress"),
             "{reason}"
         );
-        let frontend = SocketAddr::new(topology.host_address(Family::V4), PORT);
-        let answer = ask(&topology.client, Protocol::Tcp, frontend, "hello").unwrap();
-        assert_eq!(answer.seen.ip(), topology.backend.gateway(Family::V4));
+        let answer = scene.ask("hello").unwrap();
+        assert_eq!(answer.seen.ip(), scene.topology.backend.gateway(Family::V4));
     }
-    daemon.stop().unwrap();
+    scene.stop();
 }
 
 #[test]

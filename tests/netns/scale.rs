@@ -10,15 +10,9 @@ use forwarder_common::{
     limits,
     tuple::{Address, Tuple, UDP},
 };
-use forwarder_tests::{
-    daemon::{Daemon, Datapath},
-    deadline::slack,
-    table::Table,
-    topology::{Family, Topology},
-    traffic::{Backend, Connection, Protocol},
-};
+use forwarder_tests::{deadline::slack, table::Table, traffic::Connection};
 
-use crate::scene::{BACKEND_PORT, PORT, served_to_the_client, spec};
+use crate::scene::{BACKEND_PORT, PORT, Scene};
 
 /// How long the sweep of a full table may take, in units of [`slack`].
 const SWEEP: u32 = 60;
@@ -62,13 +56,11 @@ fn fill(table: &Table, last_seen: u64) -> u32 {
 
 #[test]
 fn a_full_table_is_counted_and_its_sweep_stalls_nobody() {
-    let topology = Topology::new().unwrap();
-    let _backend = Backend::start(&topology.backend.netns, Protocol::Tcp, BACKEND_PORT).unwrap();
-    let spec = spec(&topology.backend, Family::V4, Protocol::Tcp);
-    let daemon = Daemon::start(&topology.host, &[&spec], Datapath::Ebpf).unwrap();
-    let frontend = SocketAddr::new(topology.host_address(Family::V4), PORT);
+    let scene = Scene::tcp().start();
+    let (topology, daemon) = scene.parts();
+    let frontend = scene.frontend();
     let localhost = SocketAddr::from(([127, 0, 0, 1], PORT));
-    let mut kept = Connection::open(&topology.client, frontend).unwrap();
+    let mut kept = scene.connect();
     kept.ask("before").unwrap();
 
     let table = Table::open(daemon.instance()).unwrap();
@@ -97,7 +89,7 @@ fn a_full_table_is_counted_and_its_sweep_stalls_nobody() {
         for connection in &mut others {
             connection.ask("meanwhile").unwrap();
         }
-        served_to_the_client(&topology, Protocol::Tcp, "new");
+        scene.served("new");
         daemon.counted("new_flow").unwrap();
         longest = longest.max(asked.elapsed());
     }
@@ -106,7 +98,7 @@ fn a_full_table_is_counted_and_its_sweep_stalls_nobody() {
     for connection in others.iter_mut().chain([&mut kept]) {
         connection.ask("after").unwrap();
     }
-    served_to_the_client(&topology, Protocol::Tcp, "after");
+    scene.served("after");
     assert_eq!(daemon.counted("flows_full").unwrap(), before);
-    daemon.stop().unwrap();
+    scene.stop();
 }

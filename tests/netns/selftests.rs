@@ -4,25 +4,22 @@
 use std::{net::UdpSocket, thread};
 
 use forwarder_tests::{
-    daemon::{Daemon, Datapath},
     deadline::patience,
     topology::{Family, Topology},
-    traffic::{Backend, Protocol},
+    traffic::Protocol,
 };
 
 use crate::{
     bulk,
-    scene::{BACKEND_PORT, PORT, on_the_fast_path, spec},
+    scene::{PORT, Scene, on_the_fast_path},
 };
 
 #[test]
 fn conntrack_clash_first_datagrams_of_two_threads_all_arrive() {
-    let topology = Topology::new().unwrap();
-    let backend = Backend::start(&topology.backend.netns, Protocol::Udp, BACKEND_PORT).unwrap();
-    let spec = spec(&topology.backend, Family::V4, Protocol::Udp);
-    let daemon = Daemon::start(&topology.host, &[&spec], Datapath::Ebpf).unwrap();
+    let scene = Scene::udp().start();
+    let (topology, daemon) = scene.parts();
     let frontend = (topology.host_address(Family::V4), PORT);
-    on_the_fast_path(&daemon, || {
+    on_the_fast_path(daemon, || {
         topology.client.enter(|| {
             for _ in 0..50 {
                 let socket = UdpSocket::bind(("0.0.0.0", 0)).unwrap();
@@ -41,8 +38,8 @@ fn conntrack_clash_first_datagrams_of_two_threads_all_arrive() {
             }
         });
     });
-    assert_eq!(backend.requests(), 200);
-    daemon.stop().unwrap();
+    assert_eq!(scene.requests(), 200);
+    scene.stop();
 }
 
 #[test]
@@ -64,12 +61,13 @@ fn nft_flowtable_bulk_passes_between_links_of_any_mtu() {
         let set = |mtu: u32| format!("link set eth0 mtu {mtu}");
         topology.client.ip(&set(client)).unwrap();
         topology.backend.netns.ip(&set(backend)).unwrap();
-        let spec = spec(&topology.backend, family, Protocol::Tcp);
-        let daemon = Daemon::start(&topology.host, &[&spec], Datapath::Ebpf).unwrap();
-        on_the_fast_path(&daemon, || {
-            let host = topology.host_address(family);
-            bulk::there_and_back(&topology.backend.netns, &topology.client, host);
+        let scene = Scene::of(family, Protocol::Tcp).silent().start_in(topology);
+        let Topology {
+            client, backend, ..
+        } = &scene.topology;
+        on_the_fast_path(&scene.daemon, || {
+            bulk::there_and_back(&backend.netns, client, scene.frontend().ip());
         });
-        daemon.stop().unwrap();
+        scene.stop();
     }
 }

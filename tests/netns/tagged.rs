@@ -3,7 +3,6 @@
 use std::net::{SocketAddr, UdpSocket};
 
 use forwarder_tests::{
-    daemon::{Daemon, Datapath},
     deadline::patience,
     frame::Frame,
     topology::{Family, Topology},
@@ -11,7 +10,7 @@ use forwarder_tests::{
     wire::Wire,
 };
 
-use crate::scene::{BACKEND_PORT, PORT, spec, wait_for_peer};
+use crate::scene::{BACKEND_PORT, Scene, wait_for_peer};
 
 /// TPID, and priority 3 with number 0.
 const TAG: [u8; 4] = [0x81, 0x00, 0x60, 0x00];
@@ -19,17 +18,15 @@ const TAG: [u8; 4] = [0x81, 0x00, 0x60, 0x00];
 #[test]
 fn a_frame_with_a_priority_alone_is_served_as_untagged() {
     for family in [Family::V4, Family::V6] {
-        let topology = Topology::new().unwrap();
-        let Topology { host, client, .. } = &topology;
-        let spec = spec(&topology.backend, family, Protocol::Udp);
-        let daemon = Daemon::start(host, &[&spec], Datapath::Ebpf).unwrap();
-        wait_for_peer(&daemon);
+        let scene = Scene::of(family, Protocol::Udp).silent().start();
+        let (topology, frontend) = (&scene.topology, scene.frontend());
+        let Topology { host, client, .. } = topology;
+        wait_for_peer(&scene.daemon);
         let address = SocketAddr::new(topology.backend.address(family), BACKEND_PORT);
         let bound = topology.backend.netns.enter(|| UdpSocket::bind(address));
         let server = bound.unwrap();
         server.set_read_timeout(Some(patience())).unwrap();
 
-        let frontend = SocketAddr::new(topology.host_address(family), PORT);
         let from = SocketAddr::new(topology.client_address(family), 4000);
         let listening = client.enter(|| UdpSocket::bind(from)).unwrap();
         listening.set_read_timeout(Some(patience())).unwrap();
@@ -47,6 +44,6 @@ fn a_frame_with_a_priority_alone_is_served_as_untagged() {
         server.send_to(b"answer", seen).unwrap();
         let (length, heard) = listening.recv_from(&mut buffer).unwrap();
         assert_eq!((&buffer[..length], heard), (&b"answer"[..], frontend));
-        daemon.stop().unwrap();
+        scene.stop();
     }
 }

@@ -1,20 +1,12 @@
 //! `forwarder trace`: what happened to each packet, while somebody looks.
 
-use forwarder_tests::{
-    daemon::{Daemon, Datapath},
-    topology::{Family, Topology},
-    traffic::{Backend, Protocol},
-};
-
-use crate::scene::{BACKEND_PORT, on_the_fast_path, served_to_the_client, spec};
+use crate::scene::{Scene, on_the_fast_path};
 
 #[test]
 fn a_trace_names_publish_rewrite_and_delivery_again_and_again() {
-    let topology = Topology::new().unwrap();
-    let _backend = Backend::start(&topology.backend.netns, Protocol::Tcp, BACKEND_PORT).unwrap();
-    let spec = spec(&topology.backend, Family::V4, Protocol::Tcp);
-    let daemon = Daemon::start(&topology.host, &[&spec], Datapath::Ebpf).unwrap();
-    let traffic = || served_to_the_client(&topology, Protocol::Tcp, "hello");
+    let scene = Scene::tcp().start();
+    let daemon = &scene.daemon;
+    let traffic = || scene.served("hello");
     // The second one finds the traced program loaded, and its buffer being read.
     for _ in 0..2 {
         let to = |line: &str| line.contains("-> 172.31.0.2:9000 by ");
@@ -30,6 +22,6 @@ fn a_trace_names_publish_rewrite_and_delivery_again_and_again() {
             .unwrap();
         assert!(line.contains(" by neighbour eth0"), "{line}");
     }
-    on_the_fast_path(&daemon, traffic);
-    daemon.stop().unwrap();
+    on_the_fast_path(daemon, traffic);
+    scene.stop();
 }

@@ -1,15 +1,10 @@
 //! Mistakes: each gets one line that names the thing, and the right exit status.
 
-use std::net::{Ipv4Addr, SocketAddr, TcpListener};
+use std::net::{Ipv4Addr, TcpListener};
 
-use forwarder_tests::{
-    daemon::{Daemon, Datapath, run_to_failure},
-    netns::Netns,
-    topology::{Family, Topology},
-    traffic::{Backend, Connection, Protocol},
-};
+use forwarder_tests::{daemon::run_to_failure, netns::Netns};
 
-use crate::scene::{BACKEND_PORT, PORT, spec};
+use crate::scene::{PORT, Scene};
 
 /// The line that begins with `error: `, and that there is only one.
 #[track_caller]
@@ -57,14 +52,11 @@ fn a_port_held_by_another_process_is_an_error_in_user_space_too() {
 
 #[test]
 fn a_published_port_is_held() {
-    let topology = Topology::new().unwrap();
-    let spec = spec(&topology.backend, Family::V4, Protocol::Tcp);
-    let daemon = Daemon::start(&topology.host, &[&spec], Datapath::Ebpf).unwrap();
-    let taken = topology
-        .host
-        .enter(|| TcpListener::bind((Ipv4Addr::UNSPECIFIED, PORT)));
+    let scene = Scene::tcp().silent().start();
+    let host = &scene.topology.host;
+    let taken = host.enter(|| TcpListener::bind((Ipv4Addr::UNSPECIFIED, PORT)));
     assert_eq!(taken.unwrap_err().kind(), std::io::ErrorKind::AddrInUse);
-    daemon.stop().unwrap();
+    scene.stop();
 }
 
 fn wrong_usage(flags: &[&str], names: &str) {
@@ -114,12 +106,9 @@ fn publishes_that_overlap_are_refused() {
 
 #[test]
 fn a_request_that_fails_changes_nothing() {
-    let topology = Topology::new().unwrap();
-    let _backend = Backend::start(&topology.backend.netns, Protocol::Tcp, BACKEND_PORT).unwrap();
-    let first = spec(&topology.backend, Family::V4, Protocol::Tcp);
-    let daemon = Daemon::start(&topology.host, &[&first], Datapath::Ebpf).unwrap();
-    let frontend = SocketAddr::new(topology.host_address(Family::V4), PORT);
-    let mut connection = Connection::open(&topology.client, frontend).unwrap();
+    let scene = Scene::tcp().start();
+    let (topology, daemon) = scene.parts();
+    let mut connection = scene.connect();
     connection.ask("before").unwrap();
     let _held = topology
         .host
@@ -130,8 +119,8 @@ fn a_request_that_fails_changes_nothing() {
     let held = format!("{}:172.31.0.2:80", PORT + 2);
     for (request, named) in [
         (["publish", &good, &held], "8082"),
-        (["publish", &good, &first], "8080"),
-        (["unpublish", &first, "77"], "77"),
+        (["publish", &good, scene.spec()], "8080"),
+        (["unpublish", scene.spec(), "77"], "77"),
     ] {
         let error = daemon.control(&request).unwrap_err().to_string();
         assert!(error_line_of(&error).contains(named), "{error}");
@@ -139,7 +128,7 @@ fn a_request_that_fails_changes_nothing() {
         assert_eq!(listed.len(), 1, "after {request:?}: {listed:?}");
         connection.ask("meanwhile").unwrap();
     }
-    daemon.stop().unwrap();
+    scene.stop();
 }
 
 /// The same line in what a failed command said.
