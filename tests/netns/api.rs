@@ -12,6 +12,7 @@ use forwarder_tests::{
     api::{self, Open},
     daemon::{Daemon, Datapath},
     deadline::wait_for,
+    document::Flow,
     topology::{Container, Family, Topology},
     traffic::{Connection, Protocol, ask},
 };
@@ -27,7 +28,7 @@ fn idle(datapath: Datapath) -> (Topology, Daemon) {
 
 fn ids(daemon: &Daemon) -> Vec<u64> {
     let list = daemon.list().unwrap();
-    list.iter().map(|row| row["id"].as_u64().unwrap()).collect()
+    list.iter().map(|row| row.id).collect()
 }
 
 #[test]
@@ -420,7 +421,7 @@ fn a_connection_outlives_the_replacement_of_its_backend(datapath: Datapath) {
         }
         scene.ask("new").unwrap();
     }
-    assert!(daemon.entry().unwrap()["flows"].as_u64().unwrap() >= 2);
+    assert!(daemon.entry().unwrap().flows >= 2);
     scene.stop();
 }
 
@@ -441,7 +442,7 @@ fn what_drains_goes_on_beside_a_new_publish_of_its_port(datapath: Datapath) {
     let mut old = scene.connect();
     old.ask("before").unwrap();
     daemon.control(&["unpublish", "1", "--drain"]).unwrap();
-    assert_eq!(daemon.entry().unwrap()["draining"], true);
+    assert!(daemon.entry().unwrap().draining);
     assert!(scene.ask("to nobody").is_err());
     old.ask("while it drains").unwrap();
     daemon.control(&["publish", &scene.specs[1]]).unwrap();
@@ -480,10 +481,8 @@ fn flows_are_shown_and_ended_by_publish_and_by_client() {
     });
     let client = topology.client_address(Family::V4).to_string();
     let shown = |words: &[&str]| {
-        let text = daemon
-            .control(&[&["flows", "--json"], words].concat())
-            .unwrap();
-        let flows: Vec<Value> = serde_json::from_str(&text).unwrap();
+        let words = [&["flows"], words].concat();
+        let flows: Vec<Flow> = daemon.document(&words).unwrap();
         flows.len()
     };
     assert_eq!(shown(&[]), 2);

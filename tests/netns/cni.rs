@@ -12,14 +12,13 @@ use std::{
 
 use forwarder_tests::{
     daemon::{Daemon, Datapath, binary},
-    deadline::wait_for,
     netns::Netns,
     topology::{Family, Topology},
     traffic::{Protocol, ask},
 };
 use serde_json::{Value, json};
 
-use crate::scene::{BACKEND_PORT, PORT, Scene};
+use crate::scene::{BACKEND_PORT, PORT, Scene, wait_for_peer};
 
 /// What a run of the plugin came to.
 #[derive(Debug)]
@@ -150,8 +149,7 @@ fn mapping(protocol: &str) -> Value {
 
 fn owners(daemon: &Daemon) -> Vec<String> {
     let list = daemon.list().unwrap();
-    let owner = |row: &Value| row["owner"].as_str().unwrap().to_owned();
-    let mut owners: Vec<String> = list.iter().map(owner).collect();
+    let mut owners: Vec<String> = list.into_iter().map(|row| row.owner).collect();
     owners.dedup();
     owners
 }
@@ -183,13 +181,13 @@ fn a_container_is_published_until_it_is_deleted(protocol: Protocol, name: &str) 
             ask(netns, protocol, SocketAddr::new(host, PORT), version).unwrap();
         }
         // Asked for again, it is the same.
-        let ids = |daemon: &Daemon| -> Vec<Value> {
+        let ids = || -> Vec<u64> {
             let list = daemon.list().unwrap();
-            list.iter().map(|row| row["id"].clone()).collect()
+            list.iter().map(|row| row.id).collect()
         };
-        let before = ids(daemon);
+        let before = ids();
         plugin.add("c0ffee", &config).good();
-        assert_eq!(ids(daemon), before);
+        assert_eq!(ids(), before);
         assert_eq!(plugin.run("CHECK", "c0ffee", &config).good(), Value::Null);
         for _ in 0..2 {
             assert_eq!(plugin.run("DEL", "c0ffee", &config).good(), Value::Null);
@@ -249,15 +247,7 @@ fn new_clients_go_to_the_new_address_whatever_becomes_of_the_old() {
     scene.served("the new one");
     // What drains is written anew when its link goes.
     topology.unplug_backend().unwrap();
-    let path = || {
-        daemon
-            .list()
-            .ok()?
-            .iter()
-            .all(|row| row["delivery"] == "peer")
-            .then_some(())
-    };
-    wait_for("the new one's link", path).unwrap();
+    wait_for_peer(daemon);
     for _ in 0..20 {
         scene.served("the new one still");
     }
@@ -384,7 +374,7 @@ fn a_check_finds_what_is_gone() {
     let config = config(topology, "1.0.0", &mapping("tcp"));
     plugin.add("c0ffee", &config).good();
     plugin.run("CHECK", "c0ffee", &config).good();
-    let id = daemon.list().unwrap()[0]["id"].to_string();
+    let id = daemon.list().unwrap()[0].id.to_string();
     let owner = "cni:test-net/c0ffee/eth0";
     daemon
         .control(&["unpublish", &id, "--owner", owner])

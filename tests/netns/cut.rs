@@ -9,6 +9,7 @@ use std::{
 use forwarder_tests::{
     daemon::Daemon,
     deadline::{patience, slack},
+    document::Flow,
     netns::Netns,
     topology::{Family, Topology},
     traffic::Protocol,
@@ -124,8 +125,7 @@ fn both_ends_hear(client: Client, flags: &[&str], ends: impl Fn(Daemon, &str) ->
             .flags(flags)
             .start();
         let connections = open(&scene.topology, client, family);
-        let flows = scene.daemon.control(&["flows", "--json"]).unwrap();
-        let flows: Vec<serde_json::Value> = serde_json::from_str(&flows).unwrap();
+        let flows: Vec<Flow> = scene.daemon.document(&["flows"]).unwrap();
         assert_eq!(flows.len(), CONNECTIONS, "on the fast path");
         let daemon = ends(scene.daemon, &scene.specs[0]);
         for (number, [client_end, backend_end]) in connections.iter().enumerate() {
@@ -146,7 +146,7 @@ fn both_ends_hear(client: Client, flags: &[&str], ends: impl Fn(Daemon, &str) ->
 /// Also publishes the port again at once.
 fn unpublished(daemon: Daemon, spec: &str) -> Option<Daemon> {
     daemon.control(&["unpublish", spec]).unwrap();
-    assert_eq!(daemon.list().unwrap(), [] as [serde_json::Value; 0]);
+    assert_eq!(daemon.list().unwrap(), []);
     daemon.control(&["unpublish", spec]).unwrap_err();
     Some(daemon)
 }

@@ -11,6 +11,7 @@ use forwarder_tests::{
     cpu::pin_this_thread,
     daemon::{Daemon, Datapath},
     deadline::wait_for,
+    document::Delivery,
     frame::{ACK, FIN_ACK, Flags, Frame, Mac, Protocol as Carried, RST, SYN, SYN_ACK},
     netns::Netns,
     topology::Family,
@@ -182,7 +183,7 @@ impl Host {
         wait_for("delivery of all by `peer`", || {
             let rows = daemon.list().ok()?;
             rows.iter()
-                .all(|row| row["delivery"] == "peer")
+                .all(|row| row.delivery == Some(Delivery::Peer))
                 .then_some(())
         })
         .unwrap();

@@ -198,7 +198,7 @@ fn the_socket_that_dockerd_has_bound_is_used() {
         for (netns, frontend) in frontends(topology) {
             ask(netns, protocol, frontend, "hello").unwrap();
         }
-        assert_eq!(daemon.entry().unwrap()["frontend"]["port"], PORT);
+        assert_eq!(daemon.entry().unwrap().frontend.port, PORT);
         assert_eq!(shim.end(Signal::SIGINT), Some(0));
     }
     scene.stop();

@@ -7,14 +7,14 @@ use aya::util::KernelVersion;
 use forwarder::datapath::kernel::{Attach, Memory, kernel};
 use forwarder_tests::{
     daemon::{Daemon, Datapath, WITHOUT_BPFFS, WITHOUT_BTF, WITHOUT_CAPABILITIES, doctor},
+    document::Finding,
     netns::Netns,
     topology::Topology,
 };
-use serde_json::Value;
 
 use crate::{filters::somebodys_filter, scene::Scene};
 
-fn findings(wrapper: &[&str]) -> BTreeMap<String, Value> {
+fn findings(wrapper: &[&str]) -> BTreeMap<String, Finding> {
     let netns = Netns::new("host").unwrap();
     netns.ip("link set lo up").unwrap();
     doctor(&netns, wrapper).unwrap()
@@ -64,24 +64,22 @@ fn doctor_shows_what_is_found() {
         ("memory", memory),
         ("BTF", if kernel.btf { "present" } else { "absent" }),
     ] {
-        assert_eq!(findings[check]["found"], found, "{check}");
+        assert_eq!(findings[check].found, found, "{check}");
     }
-    assert_eq!(findings["attach"]["ok"], kernel.attach == Attach::Tcx);
-    assert_eq!(findings["peer from lo"]["ok"], kernel.peer_from_lo);
-    let lockdown = findings.get("lockdown").map(|finding| &finding["found"]);
-    assert_eq!(lockdown.and_then(Value::as_str), kernel.lockdown.as_deref());
+    assert_eq!(findings["attach"].ok, kernel.attach == Attach::Tcx);
+    assert_eq!(findings["peer from lo"].ok, kernel.peer_from_lo);
+    let lockdown = findings.get("lockdown").map(|finding| &*finding.found);
+    assert_eq!(lockdown, kernel.lockdown.as_deref());
 }
 
 #[test]
 fn doctor_names_what_a_process_may_not_do_and_the_remedy() {
     let privilege = &findings(&WITHOUT_CAPABILITIES)["privilege"];
-    assert_eq!(privilege["ok"], false);
-    assert_eq!(
-        privilege["found"],
-        "no CAP_BPF, no CAP_PERFMON, no CAP_NET_ADMIN"
-    );
+    assert!(!privilege.ok);
+    let found = &privilege.found;
+    assert_eq!(found, "no CAP_BPF, no CAP_PERFMON, no CAP_NET_ADMIN");
     let remedy = "run as root or with CAP_BPF, CAP_PERFMON and CAP_NET_ADMIN";
-    assert_eq!(privilege["remedy"], remedy);
+    assert_eq!(privilege.remedy.as_deref(), Some(remedy));
 }
 
 #[test]
@@ -90,7 +88,7 @@ fn doctor_names_containers_links_whose_filters_are_gone_past() {
     let scene = scene.flags(&["--respect-firewall"]).start();
     let Topology { host, backend, .. } = &scene.topology;
     let links = || doctor(host, &[]).unwrap()["containers' links"].clone();
-    assert_eq!(links()["ok"], true, "our own program is nobody else's");
+    assert!(links().ok, "our own program is nobody else's");
     let clsact = format!("tc qdisc add dev {} clsact", backend.veth);
     let there = host.run(&clsact);
     assert!(
@@ -99,9 +97,9 @@ fn doctor_names_containers_links_whose_filters_are_gone_past() {
     );
     somebodys_filter(host, &backend.veth, "egress");
     let (found, veth) = (links(), &backend.veth);
-    assert_eq!(found["ok"], false);
+    assert!(!found.ok);
     assert_eq!(
-        found["found"],
+        found.found,
         format!("tc egress of {veth} has others' programs")
     );
     scene.stop();
@@ -118,9 +116,9 @@ fn doctor_tells_the_two_sides_of_a_link_apart() {
     }
     let findings = doctor(host, &[]).unwrap();
     let found = |device| format!("tc ingress of {device} has others' programs");
-    let veth = &findings["containers' links"]["found"];
+    let veth = &findings["containers' links"].found;
     assert_eq!(*veth, found(backend.veth.as_str()));
-    assert_eq!(findings["uplinks"]["found"], found("eth0"));
+    assert_eq!(findings["uplinks"].found, found("eth0"));
 }
 
 #[test]
@@ -128,12 +126,12 @@ fn doctor_says_whether_source_ports_are_left() {
     let netns = Netns::new("host").unwrap();
     netns.ip("link set lo up").unwrap();
     let ports = || doctor(&netns, &[]).unwrap()["source ports"].clone();
-    assert_eq!(ports()["found"], "31744 beside ip_local_port_range");
+    assert_eq!(ports().found, "31744 beside ip_local_port_range");
     netns
         .enter(|| std::fs::write("/proc/sys/net/ipv4/ip_local_port_range", "1024 65535"))
         .unwrap();
     let found = ports();
-    assert_eq!(found["ok"], false, "{found}");
+    assert!(!found.ok, "{found:?}");
     let daemon = Daemon::start(&netns, &["8080:10.0.0.2:80"], Datapath::Auto).unwrap();
     let warned = daemon.said().contains("ip_local_port_range");
     assert!(warned, "{}", daemon.said());
@@ -145,7 +143,7 @@ fn doctor_names_what_a_bridge_would_forbid() {
     let topology = Topology::new().unwrap();
     let Topology { host, backend, .. } = &topology;
     let bridges = || doctor(host, &[]).unwrap()["bridges"].clone();
-    assert_eq!(bridges()["ok"], true);
+    assert!(bridges().ok);
     host.run(&format!(
         "ip link set {} type bridge_slave isolated on",
         backend.veth
@@ -161,14 +159,14 @@ fn doctor_names_what_a_bridge_would_forbid() {
         expected += ", br1 has VLAN filtering";
     }
     let found = bridges();
-    assert_eq!(found["found"], expected);
-    assert_eq!(found["ok"], false);
+    assert_eq!(found.found, expected);
+    assert!(!found.ok);
 }
 
 /// The fast path does without something that `doctor` misses.
 fn served_without(wrapper: &[&str], check: &str) {
     let found = &findings(wrapper)[check];
-    assert_eq!(found["ok"], false, "{found}");
+    assert!(!found.ok, "{found:?}");
     let scene = Scene::tcp().wrapped(wrapper).start();
     scene.served_on_the_fast_path();
     scene.stop();
@@ -192,7 +190,7 @@ fn doctor_names_who_bans_by_the_firewall_and_the_remedy() {
     let nft = |rules: &str| netns.run(&format!("nft {rules}")).unwrap();
     nft("add table inet filter");
     nft("add chain inet filter somebody");
-    assert_eq!(bans()["ok"], true, "chains of others are no bans");
+    assert!(bans().ok, "chains of others are no bans");
     for (rules, found) in [
         ("inet f2b-table f2b-chain", "fail2ban"),
         ("ip crowdsec crowdsec-chain-input", "CrowdSec, fail2ban"),
@@ -203,11 +201,11 @@ fn doctor_names_who_bans_by_the_firewall_and_the_remedy() {
         };
         nft(&format!("add table {family} {table}"));
         nft(&format!("add chain {family} {table} {chain}"));
-        assert_eq!(bans()["found"], found);
+        assert_eq!(bans().found, found);
     }
     let bans = bans();
-    assert_eq!(bans["ok"], false);
-    assert!(bans["remedy"].as_str().unwrap().contains("forwarder ban"));
+    assert!(!bans.ok);
+    assert!(bans.remedy.unwrap().contains("forwarder ban"));
 }
 
 /// Of the instance that is named, since another one may not.
@@ -219,11 +217,10 @@ fn doctor_does_not_warn_of_bans_that_the_instance_respects() {
     netns.run("nft add chain inet f2b-table f2b-chain").unwrap();
     for (flags, ok) in [(&["--respect-firewall"][..], true), (&[], false)] {
         let daemon = Daemon::start_with(&netns, &[], Datapath::Auto, flags).unwrap();
-        let text = daemon.control(&["doctor", "--json"]).unwrap();
-        let findings: Vec<Value> = serde_json::from_str(&text).unwrap();
-        let bans = findings.iter().find(|it| it["check"] == "bans").unwrap();
-        assert_eq!(bans["ok"], ok, "{bans}");
-        assert!(bans["found"].as_str().unwrap().starts_with("fail2ban"));
+        let findings: Vec<Finding> = daemon.document(&["doctor"]).unwrap();
+        let bans = findings.iter().find(|it| it.check == "bans").unwrap();
+        assert_eq!(bans.ok, ok, "{bans:?}");
+        assert!(bans.found.starts_with("fail2ban"));
         daemon.stop().unwrap();
     }
 }

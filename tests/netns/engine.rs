@@ -10,6 +10,7 @@ use forwarder_tests::{
     api,
     daemon::{Daemon, Datapath, forwarder},
     deadline::wait_for,
+    document::Row,
     engine::Engine,
     topology::{Container, Family, Topology},
     traffic::{Backend, Protocol, ask, ask_by, send_datagram},
@@ -74,7 +75,7 @@ impl Scene {
     }
 
     #[track_caller]
-    fn wait(&self, what: &str, is_so: impl Fn(&[Value]) -> bool) -> Vec<Value> {
+    fn wait(&self, what: &str, is_so: impl Fn(&[Row]) -> bool) -> Vec<Row> {
         let rows = wait_for(what, || self.daemon.list().ok().filter(|rows| is_so(rows)));
         rows.unwrap_or_else(|error| {
             panic!(
@@ -87,9 +88,9 @@ impl Scene {
 
     /// Waits until all publishes are this owner's, and so many.
     #[track_caller]
-    fn owned(&self, owner: &str, count: usize) -> Vec<Value> {
+    fn owned(&self, owner: &str, count: usize) -> Vec<Row> {
         self.wait(owner, |rows| {
-            rows.len() == count && rows.iter().all(|row| row["owner"] == owner)
+            rows.len() == count && rows.iter().all(|row| row.owner == owner)
         })
     }
 
@@ -120,13 +121,11 @@ fn a_port_that_the_engine_holds_gets_the_fast_path() {
     let [tcp, udp] = backends(&scene.topology.backend.netns);
     scene.run("a1", &scene.topology.backend, &Value::Null);
     for row in scene.owned("docker:a1", 3) {
-        let expected = match row["protocol"].as_str() {
-            Some("sctp") => "engine",
-            _ => "ebpf",
-        };
-        assert_eq!(row["datapath"], expected, "{row}");
-        assert_eq!(row["holder"], "engine", "{row}");
-        assert_eq!(row["container"], "web", "{row}");
+        let is_sctp = row.protocol == "sctp";
+        let expected = if is_sctp { "engine" } else { "ebpf" };
+        assert_eq!(row.datapath, expected, "{row:?}");
+        assert_eq!(row.holder, "engine", "{row:?}");
+        assert_eq!(row.container.as_deref(), Some("web"), "{row:?}");
     }
     let listed = scene.daemon.control(&["list"]).unwrap();
     assert!(
@@ -143,7 +142,7 @@ fn a_port_that_the_engine_holds_gets_the_fast_path() {
     ask_by(&client, scene.frontend(), "while it is there").unwrap();
     let before = (tcp.requests(), udp.requests());
     scene.engine.end("a1", "web");
-    scene.wait("the end of its publishes", <[Value]>::is_empty);
+    scene.wait("the end of its publishes", <[Row]>::is_empty);
     // What the fast path does not take is the holder's, also of a flow that was there.
     client.send_to(b"after its end", scene.frontend()).unwrap();
     let mut datagram = [0; 64];
@@ -176,7 +175,9 @@ fn metrics_name_the_container() {
     let engine = &scene.engine;
     engine.put("a1", "www", &addresses, &published(), &Value::Null);
     engine.tell("rename", "a1", "www");
-    scene.wait("the new name", |rows| rows[0]["container"] == "www");
+    scene.wait("the new name", |rows| {
+        rows[0].container.as_deref() == Some("www")
+    });
     assert_eq!(named("1"), "www");
     scene.daemon.stop().unwrap();
 }
@@ -223,7 +224,7 @@ fn what_has_changed_while_the_engine_was_away_is_seen_at_its_return() {
     scene.daemon.kill().unwrap();
     scene.engine.hang_up();
     scene.daemon.restart().unwrap();
-    assert_eq!(scene.owned("docker:b2", 3)[0]["holder"], "engine");
+    assert_eq!(scene.owned("docker:b2", 3)[0].holder, "engine");
     served_to_the_client(&scene.topology, Protocol::Tcp, "again");
     scene.daemon.stop().unwrap();
 }
@@ -244,7 +245,7 @@ fn a_port_of_dockers_proxy_is_the_leases() {
     let mut proxy = docker_proxy::start(&scene.topology, instance, "tcp", "0.0.0.0");
     assert_eq!(proxy.said(), "0\n");
     let row = &scene.owned("lease:1", 1)[0];
-    assert_eq!(row["holder"], "forwarder", "{row}");
+    assert_eq!(row.holder, "forwarder", "{row:?}");
     // And now it comes second.
     scene.engine.tell("start", "a1", "web");
     let other = json!({"1/udp": [{"HostIp": "0.0.0.0", "HostPort": "1"}]});
@@ -252,7 +253,7 @@ fn a_port_of_dockers_proxy_is_the_leases() {
         .engine
         .run("b2", "other", &addresses, &other, &Value::Null);
     let rows = scene.wait("the one behind it", |rows| rows.len() == 2);
-    assert_eq!(rows[0]["owner"], "lease:1", "{rows:?}");
+    assert_eq!(rows[0].owner, "lease:1", "{rows:?}");
     served_to_the_client(&scene.topology, Protocol::Tcp, "by the lease");
     assert_eq!(proxy.end(Signal::SIGINT), Some(0));
     scene.daemon.stop().unwrap();
@@ -271,14 +272,12 @@ fn labels_restrict_what_the_engine_publishes() {
     });
     scene.run("a1", &scene.topology.backend, &labels);
     let rows = scene.owned("docker:a1", 4);
-    let of_forwarder = rows.iter().filter(|row| row["holder"] == "forwarder");
-    let ports: Vec<_> = of_forwarder.map(|row| &row["frontend"]["port"]).collect();
+    let of_forwarder = rows.iter().filter(|row| row.holder == "forwarder");
+    let ports: Vec<_> = of_forwarder.map(|row| row.frontend.port).collect();
     assert_eq!(ports, [8081]);
     let row = &rows[0];
-    assert_eq!(
-        (&row["allow"][0], &row["max_flows"]),
-        (&json!("203.0.113.0/24"), &json!(7))
-    );
+    assert_eq!(row.allow, ["203.0.113.0/24"]);
+    assert_eq!(row.max_flows, Some(7));
     let refused = || scene.daemon.counted("not_allowed").unwrap();
     let before = refused();
     send_datagram(&scene.topology.client, scene.frontend(), "from elsewhere").unwrap();
@@ -286,15 +285,12 @@ fn labels_restrict_what_the_engine_publishes() {
     held.set_nonblocking(true).unwrap();
     assert!(held.recv_from(&mut [0; 64]).is_err(), "the holder got it");
     scene.engine.end("a1", "web");
-    scene.wait("its end", <[Value]>::is_empty);
+    scene.wait("its end", <[Row]>::is_empty);
     // The image's own say nothing, and what has no meaning opens nothing.
     scene.engine.label_image(labels.clone());
     scene.run("b2", &scene.topology.backend, &labels);
     let row = &scene.owned("docker:b2", 3)[0];
-    assert_eq!(
-        (&row["allow"], &row["max_flows"]),
-        (&json!([]), &Value::Null)
-    );
+    assert_eq!((row.allow.len(), row.max_flows), (0, None));
     scene.engine.end("b2", "web");
     scene.run(
         "c3",
@@ -309,7 +305,7 @@ fn labels_restrict_what_the_engine_publishes() {
             .then_some(())
     };
     wait_for("the mistake", told).unwrap();
-    scene.wait("nothing of it", <[Value]>::is_empty);
+    scene.wait("nothing of it", <[Row]>::is_empty);
     scene.daemon.stop().unwrap();
 }
 
@@ -341,10 +337,8 @@ fn a_publish_follows_its_container() {
         "{said}"
     );
     let rows = scene.owned("cli", 2);
-    assert_eq!(
-        (&rows[0]["container"], &rows[0]["max_flows"]),
-        (&json!("web"), &json!(9))
-    );
+    assert_eq!(rows[0].container.as_deref(), Some("web"));
+    assert_eq!(rows[0].max_flows, Some(9));
     served_to_the_client(&scene.topology, Protocol::Tcp, "where it is");
     let client = scene.topology.client.enter(|| {
         let any = (Ipv4Addr::UNSPECIFIED, 0);
@@ -352,15 +346,10 @@ fn a_publish_follows_its_container() {
     });
     ask_by(&client, scene.frontend(), "begins a flow").unwrap();
     scene.engine.end("a1", "web");
-    let stopped = |rows: &[Value]| {
-        let all = rows.iter().all(|row| row["reason_code"] == "waiting");
-        all && rows.len() == 2
-    };
+    let stopped = |rows: &[Row]| rows.len() == 2 && rows.iter().all(Row::waits);
     let rows = scene.wait("its end", stopped);
-    assert_eq!(
-        rows[0]["reason"],
-        "not served: container web is not running"
-    );
+    let reason = rows[0].reason();
+    assert_eq!(reason, "not served: container web is not running");
     // Its port is free, and nothing reaches its address, which may be another's.
     let before = requests();
     let (held, listener) = scene.held();
@@ -374,18 +363,12 @@ fn a_publish_follows_its_container() {
     scene.wait("the same after a restart", stopped);
     scene.is_heard();
     run(&scene, "b2", &scene.topology.peer);
-    let is_taken = |row: &Value| {
-        row["reason"]
-            .as_str()
-            .is_some_and(|why| why.contains("already in use"))
-    };
+    let is_taken = |row: &Row| row.reason().contains("already in use");
     scene.wait("somebody else's port", |rows| rows.iter().all(is_taken));
     drop((held, listener));
-    let address = scene.topology.peer.address(Family::V4).to_string();
+    let address = scene.topology.peer.address(Family::V4);
     scene.wait("its successor", |rows| {
-        let served = |row: &Value| {
-            row["datapath"] == "ebpf" && row["backend"]["address"] == address.as_str()
-        };
+        let served = |row: &Row| row.datapath == "ebpf" && row.backend.address == Some(address);
         rows.iter().all(served)
     });
     for protocol in [Protocol::Tcp, Protocol::Udp] {
@@ -397,10 +380,10 @@ fn a_publish_follows_its_container() {
     assert_eq!(replaced.body[0]["container"], Value::Null, "{replaced:?}");
     scene.engine.end("b2", "web");
     scene.wait("the end of the other", |rows| {
-        rows[0]["datapath"] == "ebpf" && rows[1]["reason_code"] == "waiting"
+        rows[0].datapath == "ebpf" && rows[1].waits()
     });
     scene.daemon.control(&["unpublish", "1", "2"]).unwrap();
-    scene.wait("nothing", <[Value]>::is_empty);
+    scene.wait("nothing", <[Row]>::is_empty);
     scene.daemon.stop().unwrap();
 }
 
@@ -430,8 +413,7 @@ fn unpublish_takes_back_what_leads_to_a_container() {
     let unpublish = |words: &[&str]| {
         let (said, status) = scene.refused(&[&["unpublish", "--container", "web"], words].concat());
         let rows = scene.daemon.list().unwrap();
-        let port = |row: &Value| row["frontend"]["port"].as_u64().unwrap();
-        let mut ports: Vec<u64> = rows.iter().map(port).collect();
+        let mut ports: Vec<u16> = rows.iter().map(|row| row.frontend.port).collect();
         ports.sort_unstable();
         ports.dedup();
         (said, status, ports)
@@ -463,7 +445,7 @@ fn unpublish_takes_back_what_leads_to_a_container() {
     // Of one that has gone, too, and nothing of others.
     scene.engine.end("a1", "web");
     scene.wait("its end", |rows| {
-        let waits = rows.iter().filter(|row| row["reason_code"] == "waiting");
+        let waits = rows.iter().filter(|row| row.waits());
         (rows.len(), waits.count()) == (5, 4)
     });
     assert_eq!(unpublish(&[]).2, [8083, 8084]);
@@ -487,7 +469,7 @@ fn a_container_that_goes_while_it_is_being_published_is_noticed() {
     scene.daemon.control(&publish).unwrap();
     scene.wait("its end", |rows| {
         let stopped = "not served: container web is not running";
-        rows.iter().any(|row| row["reason"] == stopped)
+        rows.iter().any(|row| row.reason() == stopped)
     });
     scene.daemon.stop().unwrap();
 }

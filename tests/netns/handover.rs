@@ -204,7 +204,7 @@ impl Drop for End<'_> {
 /// Of all publishes.
 fn packets(daemon: &Daemon) -> u64 {
     let all = daemon.list().unwrap();
-    all.iter().map(|it| it["packets"].as_u64().unwrap()).sum()
+    all.iter().map(|it| it.packets).sum()
 }
 
 fn nobody_notices(datapath: Datapath, hand_over: impl Fn(&mut Daemon)) {
@@ -239,7 +239,7 @@ fn nobody_notices(datapath: Datapath, hand_over: impl Fn(&mut Daemon)) {
         talk.join().unwrap();
     });
     for entry in daemon.list().unwrap() {
-        assert_eq!(entry["datapath"], datapath.name(), "{entry}");
+        assert_eq!(entry.datapath, datapath.name(), "{entry:?}");
     }
     for conversation in &mut conversations {
         conversation.ask("goodbye").unwrap();
@@ -355,7 +355,7 @@ fn what_is_taken_back_is_kept_no_more() {
     let mut daemon = scene.start(Datapath::Userland);
     let every = ["p1", "p1", "p2", "p2", "p3", "p3"];
     wait_for("all are kept", || (daemon.stored() == every).then_some(())).unwrap();
-    let id = daemon.list().unwrap()[1]["id"].to_string();
+    let id = daemon.list().unwrap()[1].id.to_string();
     daemon.control(&["unpublish", &id]).unwrap();
     assert_eq!(daemon.stored(), ["p1", "p1", "p3", "p3"]);
     // The port is free: for somebody else, and for another publish.

@@ -16,27 +16,19 @@ use forwarder_tests::{
     api,
     daemon::{Daemon, Datapath, binary, run_to_failure},
     deadline::wait_for,
+    document::{Endpoint, Row},
     topology::Topology,
     traffic::{Protocol, ask},
 };
 use nix::sys::signal::Signal;
-use serde_json::Value;
 
 use crate::scene::{PORT, Scene};
 
 /// What a restart must not change of a list.
-fn published(daemon: &Daemon) -> Vec<(Value, Value, Value, Value)> {
-    let list = daemon.list().unwrap();
-    let row = |row: &Value| {
-        let field = |name: &str| row[name].clone();
-        (
-            field("id"),
-            field("owner"),
-            field("frontend"),
-            field("allow"),
-        )
-    };
-    list.iter().map(row).collect()
+fn published(daemon: &Daemon) -> Vec<(u64, String, Endpoint, Vec<String>)> {
+    let list = daemon.list().unwrap().into_iter();
+    list.map(|row| (row.id, row.owner, row.frontend, row.allow))
+        .collect()
 }
 
 #[test]
@@ -62,7 +54,7 @@ fn what_was_published_survives_a_stop_and_a_kill() {
     assert_eq!(published(&daemon), before, "after a kill");
     daemon.control(&["publish", "8084:172.31.0.2:84"]).unwrap();
     let last = daemon.list().unwrap().pop().unwrap();
-    assert_eq!(last["id"], 5, "numbers go on: {last}");
+    assert_eq!(last.id, 5, "numbers go on: {last:?}");
     daemon.stop().unwrap();
 }
 
@@ -103,11 +95,8 @@ impl Acknowledged {
     }
 
     /// Compares with what there is, and takes on what the last request came to.
-    fn compare(&mut self, listed: &[Value]) {
-        let number = |row: &Value| {
-            let port = row["frontend"]["port"].as_u64().unwrap() as u16;
-            (port, row["id"].as_u64().unwrap())
-        };
+    fn compare(&mut self, listed: &[Row]) {
+        let number = |row: &Row| (row.frontend.port, row.id);
         let mut there: BTreeMap<u16, u64> = listed.iter().map(number).collect();
         if let Some(port) = self.asked.take() {
             let came_to = there.remove(&port);
@@ -192,19 +181,10 @@ fn a_port_that_somebody_took_meanwhile_keeps_nothing_else_from_being_served() {
     scene.served("beside it");
     let first = || scene.daemon.list().unwrap().remove(0);
     let row = first();
-    assert_eq!(row["reason_code"], "waiting", "{row}");
-    assert!(
-        row["reason"]
-            .as_str()
-            .unwrap()
-            .contains("address already in use"),
-        "{row}"
-    );
+    assert!(row.waits(), "{row:?}");
+    assert!(row.reason().contains("address already in use"), "{row:?}");
     drop(taken);
-    wait_for("the port is had", || {
-        (first()["reason_code"] != "waiting").then_some(())
-    })
-    .unwrap();
+    wait_for("the port is had", || (!first().waits()).then_some(())).unwrap();
     let frontend = SocketAddr::new(scene.frontend().ip(), 8081);
     ask(&scene.topology.client, Protocol::Tcp, frontend, "hello").unwrap();
     scene.stop();
@@ -317,13 +297,7 @@ fn a_configuration_is_read_again_as_a_whole_or_not_at_all() {
     let owners = |daemon: &Daemon| -> Vec<String> {
         let list = daemon.list().unwrap();
         list.iter()
-            .map(|row| {
-                format!(
-                    "{} {}",
-                    row["owner"].as_str().unwrap(),
-                    row["frontend"]["port"]
-                )
-            })
+            .map(|row| format!("{} {}", row.owner, row.frontend.port))
             .collect()
     };
     let mut before = owners(daemon);
@@ -364,7 +338,7 @@ fn a_configuration_is_read_again_as_a_whole_or_not_at_all() {
     assert_eq!(said.trim(), "1 added, 1 changed, 1 removed");
     let list = daemon.list().unwrap();
     assert!(
-        list.iter().all(|row| row["allow"][0] == "10.0.0.0/8"),
+        list.iter().all(|row| row.allow == ["10.0.0.0/8"]),
         "{list:?}"
     );
     let mut after = owners(daemon);

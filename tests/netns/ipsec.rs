@@ -2,7 +2,6 @@
 
 use forwarder_tests::{
     daemon::{Daemon, doctor},
-    deadline::wait_for,
     topology::{
         Family::{self, V4, V6},
         Topology,
@@ -13,7 +12,7 @@ use forwarder_tests::{
     },
 };
 
-use crate::scene::{Scene, on_the_fast_path, packets};
+use crate::scene::{Scene, on_the_fast_path, packets, wait_for_row};
 
 /// `add` or `delete`: policies that nothing of the client and nothing to it passes.
 fn block(topology: &Topology, what: &str, family: Family) {
@@ -36,10 +35,7 @@ fn block(topology: &Topology, what: &str, family: Family) {
 
 #[track_caller]
 fn wait_until_served_by(daemon: &Daemon, datapath: &str) {
-    wait_for(datapath, || {
-        (daemon.entry().ok()?["datapath"] == datapath).then_some(())
-    })
-    .unwrap_or_else(|error| panic!("{error:#}\n{:?}\n{}", daemon.list(), daemon.said()));
+    wait_for_row(daemon, datapath, |row| row.datapath == datapath);
 }
 
 #[test]
@@ -50,14 +46,14 @@ fn a_client_that_a_policy_blocks_is_not_served() {
         let scene = Scene::of(family, Tcp).auto().start_in(topology);
         let (topology, daemon) = scene.parts();
         let entry = daemon.entry().unwrap();
-        assert_eq!(entry["datapath"], "userland", "{entry}");
-        let reason = entry["reason"].as_str().unwrap();
+        assert_eq!(entry.datapath, "userland", "{entry:?}");
+        let reason = entry.reason();
         assert!(
             reason.starts_with("an IPsec policy covers it: "),
             "{reason}"
         );
         let findings = doctor(&topology.host, &[]).unwrap();
-        assert_eq!(findings["IPsec"]["ok"], false, "{findings:?}");
+        assert!(!findings["IPsec"].ok, "{findings:?}");
         assert!(scene.ask("blocked").is_err());
         // No policy is about this one.
         let peer = &topology.peer.netns;

@@ -9,7 +9,7 @@ use std::{
 };
 
 use forwarder_tests::{
-    deadline::wait_for,
+    document::Delivery,
     frame::{Frame, Mac},
     netns::Netns,
     topology::{Family, Topology},
@@ -17,7 +17,9 @@ use forwarder_tests::{
     tun,
 };
 
-use crate::scene::{BACKEND_PORT, PORT, Scene, on_the_fast_path, wait_for_peer};
+use crate::scene::{
+    BACKEND_PORT, PORT, Scene, on_the_fast_path, wait_for_delivery_by, wait_for_peer,
+};
 
 const ADDRESS: Ipv4Addr = Ipv4Addr::new(172, 31, 0, 9);
 const MAC: Mac = [2, 0, 0, 0, 0, 9];
@@ -74,10 +76,7 @@ fn a_virtual_machine_behind_a_tap_is_delivered_to_by_device() {
     let scene = Scene::udp().silent().publishing(&[spec]);
     let scene = scene.start_in(topology);
     let (topology, daemon) = scene.parts();
-    let delivered = wait_for("delivery `device`", || {
-        (daemon.entry().ok()?["delivery"] == "device").then_some(())
-    });
-    delivered.unwrap_or_else(|error| panic!("{error:#}: {:?}", daemon.list()));
+    wait_for_delivery_by(daemon, Delivery::Device);
     let lan = topology.host_address(Family::V4);
     let gateway = topology.backend.gateway(Family::V4);
     for (client, host, seen) in [

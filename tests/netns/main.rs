@@ -1,11 +1,14 @@
 //! Tier 2: real sockets in network namespaces, through the daemon as a user starts it.
 //!
-//! `matrix` has every kind of client, `firewall` what a firewall does meanwhile, `flood` what a flood does, `forged` what says it comes from somebody else, `cut` who hears that a publish is no more, `lifecycle` what
-//! comes and goes, `metrics` what is counted, `top` a terminal, `moved` clients that get another MAC or link, `filters` other people's tc filters, `shaping` their limits, `ipsec` their policies, `rules` their routes, `promises` what must
-//! not be reachable, `timeout` when a flow ends, `fragment` datagrams in parts, `direct` connections past the published port,
-//! `privilege` what an instance may do, `scale` as many flows as there may be, `coalesced` datagrams that come in one buffer, `crowd` as many connections of this host as there are source ports, `selftests`
-//! the scenarios of the kernel's own tests, `starved` who takes what others need, `twins` what both paths do alike, and `usage` what a mistake is answered with. Every test makes its own machine,
-//! so they run side by side.
+//! `matrix` has every kind of client, `firewall` what a firewall does meanwhile, `flood` what a flood does, `forged` what
+//! says it comes from somebody else, `cut` who hears that a publish is no more, `lifecycle` what comes and goes, `metrics`
+//! what is counted, `names` what documents call it, `top` a terminal, `moved` clients that get another MAC or link, `filters`
+//! other people's tc filters, `shaping` their limits, `ipsec` their policies, `rules` their routes, `promises` what must not
+//! be reachable, `timeout` when a flow ends, `fragment` datagrams in parts, `direct` connections past the published port,
+//! `privilege` what an instance may do, `scale` as many flows as there may be, `coalesced` datagrams that come in one buffer,
+//! `crowd` as many connections of this host as there are source ports, `selftests` the scenarios of the kernel's own tests,
+//! `starved` who takes what others need, `twins` what both paths do alike, and `usage` what a mistake is answered with. Every
+//! test makes its own machine (`scene` has the usual one), so they run side by side.
 
 mod api;
 mod bulk;
@@ -34,6 +37,7 @@ mod machine;
 mod matrix;
 mod metrics;
 mod moved;
+mod names;
 mod policy;
 mod privilege;
 mod promises;

@@ -112,7 +112,7 @@ fn row(client: Client, protocol: Protocol, family: Family, datapath: Datapath) {
     let spec = spec(case.backend, family, protocol);
     let daemon = Daemon::start(&topology.host, &[&spec], datapath).unwrap();
     assert_eq!(
-        daemon.entry().unwrap()["datapath"],
+        daemon.entry().unwrap().datapath,
         datapath.name(),
         "{}",
         daemon.said()

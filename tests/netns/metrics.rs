@@ -13,6 +13,7 @@ use forwarder_tests::{
     api,
     daemon::{Daemon, Datapath, run_to_failure},
     deadline::wait_for,
+    document::Row,
     netns::Netns,
     topology::{Family, Topology},
 };
@@ -171,12 +172,12 @@ fn traffic_of_the_proxy_is_counted_by_publish_and_owner() {
 fn the_list_says_rates_and_age(datapath: Datapath) {
     let mut scene = Scene::udp().idle().by(datapath).with_state().start();
     scene.daemon.control(&["publish", scene.spec()]).unwrap();
-    let since = scene.daemon.entry().unwrap()["since"].as_u64().unwrap();
+    let since = scene.daemon.entry().unwrap().since;
     let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap();
     assert!(now.as_secs() - since < 60, "{since}");
     let rates = || {
         let entry = scene.daemon.entry().unwrap();
-        ["packets_per_second", "bytes_per_second"].map(|it| entry[it].as_f64().unwrap())
+        [entry.packets_per_second, entry.bytes_per_second]
     };
     assert_eq!(rates(), [0.0, 0.0]);
     let [packets, bytes] = wait_for("a rate", || {
@@ -189,7 +190,7 @@ fn the_list_says_rates_and_age(datapath: Datapath) {
     wait_for("silence", || (rates() == [0.0, 0.0]).then_some(())).unwrap();
     scene.daemon.kill().unwrap();
     scene.daemon.restart().unwrap();
-    assert_eq!(scene.daemon.entry().unwrap()["since"], since);
+    assert_eq!(scene.daemon.entry().unwrap().since, since);
     let table = scene.daemon.control(&["list"]).unwrap();
     let header = table.lines().next().unwrap();
     for column in ["AGE", "PACKETS/S", "BYTES/S"] {
@@ -313,7 +314,7 @@ fn nothing_is_changed_by_the_port_for_reading() {
     assert_eq!(daemon.list().unwrap(), before);
     let answer = request(&topology.host, LOOPBACK, "GET", "/v1/publishes").unwrap();
     let body = answer.split_once("\r\n\r\n").unwrap().1;
-    let rows: Vec<serde_json::Value> = serde_json::from_str(body).unwrap();
+    let rows: Vec<Row> = serde_json::from_str(body).unwrap();
     assert_eq!(rows, before, "what is read is the same");
     scene.stop();
 }

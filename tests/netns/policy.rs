@@ -11,6 +11,7 @@ use forwarder_tests::{
     api,
     daemon::{Datapath, forwarder},
     deadline::wait_for,
+    document::Row,
     netns::Netns,
     topology::{Family, Topology},
     traffic::{Backend, Connection, Protocol, ask},
@@ -134,14 +135,9 @@ fn a_source_is_banned_from_one_publish() {
             others.unwrap();
         };
         is_kept_out("at once");
-        let id = daemon.control(&["list", "--json"]).unwrap();
-        let id = serde_json::from_str::<serde_json::Value>(&id).unwrap();
-        let id = id
-            .as_array()
-            .unwrap()
-            .iter()
-            .find(|it| it["owner"] == "cli" && it["frontend"]["port"] == PORT);
-        let id = id.unwrap()["id"].to_string();
+        let list = daemon.list().unwrap();
+        let is_barred = |row: &&Row| row.owner == "cli" && row.frontend.port == PORT;
+        let id = list.iter().find(is_barred).unwrap().id.to_string();
         let shown = daemon.control(&["bans"]).unwrap();
         let row = shown.lines().nth(1).unwrap();
         assert_eq!(row.split_whitespace().nth(1), Some(&id[..]), "{shown}");
@@ -328,7 +324,7 @@ fn no_more_flows_at_once_than_were_asked_for() {
     {
         let scene = limited(datapath, &["--max-flows", "2"]);
         let (topology, daemon) = scene.parts();
-        assert_eq!(daemon.entry().unwrap()["max_flows"], 2);
+        assert_eq!(daemon.entry().unwrap().max_flows, Some(2));
         let mut open = [(); 2].map(|()| scene.connect());
         for connection in &mut open {
             connection.ask("served").unwrap();

@@ -71,8 +71,8 @@ fn each_capability_that_the_fast_path_takes_is_missed() {
         let scene = Scene::tcp().silent().auto().wrapped(&wrapper).start();
         let entry = scene.daemon.entry().unwrap();
         let name = format!("CAP_{} missing", left_out.to_uppercase());
-        let reason = entry["reason"].as_str().unwrap_or_default();
-        assert!(reason.contains(&name), "{entry}");
+        let reason = entry.reason();
+        assert!(reason.contains(&name), "{entry:?}");
         scene.stop();
     }
 }
@@ -93,9 +93,9 @@ fn nothing_is_pinned_in_somebodys_directory_and_nothing_removed() {
     let scene = Scene::tcp().silent().auto();
     let scene = scene.wrapped(&SOMEBODYS_PINS).start();
     let entry = scene.daemon.entry().unwrap();
-    let reason = entry["reason"].as_str().unwrap_or_default();
+    let reason = entry.reason();
     let refusal = "/sys/fs/bpf/forwarder belongs to user 65534, not to 0; remove it";
-    assert!(reason.contains(refusal), "{entry}");
+    assert!(reason.contains(refusal), "{entry:?}");
     scene.daemon.stop().unwrap();
 
     let binary = binary().to_string_lossy().into_owned();

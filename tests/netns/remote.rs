@@ -8,6 +8,7 @@ use forwarder_tests::{
     cpu::pin_this_thread,
     daemon::{Daemon, Datapath},
     deadline::wait_for,
+    document::Delivery,
     link,
     netns::Netns,
     topology::{
@@ -200,7 +201,8 @@ fn tc_carries_both_ways() {
     for location in [Where::Near, Where::Far] {
         for (family, protocol) in ALL {
             let daemon = lan.publish(location, family, protocol, "off");
-            assert_eq!(daemon.entry().unwrap()["delivery"], "neighbour");
+            let delivery = daemon.entry().unwrap().delivery;
+            assert_eq!(delivery, Some(Delivery::Neighbour));
             on_the_fast_path(&daemon, || lan.served(location, family, protocol));
             assert_eq!(daemon.counted("forwarded_xdp").unwrap(), 0);
             daemon.stop().unwrap();
@@ -516,7 +518,7 @@ fn a_new_address_of_the_host_cuts_no_conversation() {
     conversation.ask("before").unwrap();
     with_another_address(&lan, "nodad");
     let entry = || daemon.entry().unwrap();
-    assert_eq!(entry()["datapath"], "ebpf");
+    assert_eq!(entry().datapath, "ebpf");
     // One that the daemon serves only after it has read the network again.
     let known = SocketAddr::new(FAR.address(V6, 77), PORT);
     wait_for("the new address is served", || {

@@ -7,7 +7,8 @@ use std::{
 };
 
 use forwarder_tests::{
-    deadline::{patience, wait_for},
+    deadline::patience,
+    document::Delivery,
     topology::{
         Family::{self, V4, V6},
         Topology,
@@ -22,7 +23,7 @@ use forwarder_tests::{
 use crate::{
     bulk::there_and_back,
     filters::{DROPPED, somebodys_filter},
-    scene::{BACKEND_PORT, PORT, Scene, Setting, on_the_fast_path, spec},
+    scene::{BACKEND_PORT, PORT, Scene, Setting, on_the_fast_path, spec, wait_for_delivery_by},
 };
 
 /// The usual client.
@@ -69,7 +70,8 @@ fn only_for(client: &str, setting: Setting<'_>) -> Scene {
 
 fn permitted(family: Family, protocol: Protocol) {
     let scene = only_for(CLIENT, Scene::of(family, protocol));
-    assert_eq!(scene.daemon.entry().unwrap()["delivery"], "stack");
+    let delivery = scene.daemon.entry().unwrap().delivery;
+    assert_eq!(delivery, Some(Delivery::Stack));
     for _ in 0..2 {
         scene.served_on_the_fast_path();
     }
@@ -198,17 +200,14 @@ fn a_host_that_does_not_forward_serves_in_user_space_until_it_does() {
     let scene = respecting(topology, Scene::tcp());
     let (topology, daemon) = scene.parts();
     let entry = daemon.entry().unwrap();
-    assert_eq!(entry["datapath"], "userland");
-    let reason = entry["reason"].as_str().unwrap();
+    assert_eq!(entry.datapath, "userland");
+    let reason = entry.reason();
     assert!(reason.contains("net.ipv4.ip_forward"), "{reason}");
     let answer = scene.ask("hello").unwrap();
     assert_eq!(answer.seen.ip(), topology.backend.gateway(V4));
 
     topology.host.forwards(true).unwrap();
-    wait_for("delivery by the stack", || {
-        (daemon.entry().ok()?["delivery"] == "stack").then_some(())
-    })
-    .unwrap();
+    wait_for_delivery_by(daemon, Delivery::Stack);
     scene.served_on_the_fast_path();
     scene.stop();
 }

@@ -17,7 +17,7 @@ use forwarder_tests::{
 };
 
 use nix::net::if_::if_nametoindex;
-use serde_json::{Value, json};
+use serde_json::json;
 
 use crate::scene::{
     BACKEND_PORT, PORT, on_the_fast_path, packets, served_to_the_client, spec, wait_for_delivery,
@@ -80,13 +80,7 @@ fn what_drains_outlives_a_kill_and_a_restart() {
     let mut live = connect();
     let ids = |daemon: &Daemon| -> Vec<(u64, bool)> {
         let rows = daemon.list().unwrap();
-        let row = |row: &Value| {
-            (
-                row["id"].as_u64().unwrap(),
-                row["draining"].as_bool().unwrap(),
-            )
-        };
-        rows.iter().map(row).collect()
+        rows.iter().map(|row| (row.id, row.draining)).collect()
     };
     assert_eq!(ids(&daemon), [(1, true), (2, false)]);
     for turn in ["once", "twice"] {
@@ -314,8 +308,8 @@ fn without_capabilities_it_forwards_in_user_space_and_says_why() {
     let pins = daemon.pins();
     assert!(!pins.exists(), "{pins:?} is of no use");
     for entry in daemon.list().unwrap() {
-        assert_eq!(entry["datapath"], "userland");
-        let reason = entry["reason"].as_str().unwrap();
+        assert_eq!(entry.datapath, "userland");
+        let reason = entry.reason();
         assert!(reason.contains("CAP_BPF"), "{reason}");
     }
     let frontend = SocketAddr::new(topology.host_address(Family::V4), PORT);

@@ -19,8 +19,8 @@ fn auto_serves_by_what_the_kernel_has_and_says_why() {
         scene.served_on_the_fast_path();
     } else {
         let entry = scene.daemon.entry().unwrap();
-        assert_eq!(entry["datapath"], "userland", "{entry}");
-        let reason = entry["reason"].as_str().unwrap();
+        assert_eq!(entry.datapath, "userland", "{entry:?}");
+        let reason = entry.reason();
         assert!(
             reason.contains("from 6.6 on, or the modules sch_ingress"),
             "{reason}"
@@ -36,13 +36,13 @@ fn doctor_shows_what_is_missing_and_the_lockdown() {
     let netns = Netns::new("host").unwrap();
     netns.ip("link set lo up").unwrap();
     let findings = doctor(&netns, &[]).unwrap();
-    assert_eq!(findings["load"]["ok"], can_attach());
+    assert_eq!(findings["load"].ok, can_attach());
     if !can_attach() {
-        let found = findings["load"]["found"].as_str().unwrap();
+        let found = &findings["load"].found;
         assert!(found.contains("the modules sch_ingress"), "{found}");
     }
     let asked = std::fs::read_to_string("/proc/cmdline").unwrap();
     if asked.contains("lockdown=confidentiality") {
-        assert_eq!(findings["lockdown"]["found"], "confidentiality");
+        assert_eq!(findings["lockdown"].found, "confidentiality");
     }
 }

@@ -81,10 +81,7 @@ fn a_rule_that_comes_and_goes_is_followed() {
         let (topology, daemon) = scene.parts();
         served(&scene);
         rule(topology, family, "add", 53);
-        let reason = wait_for("the reason", || {
-            daemon.entry().ok()?["reason"].as_str().map(str::to_owned)
-        })
-        .unwrap();
+        let reason = wait_for("the reason", || daemon.entry().ok()?.reason).unwrap();
         let no_route = format!("no route to {}", topology.backend.address(family));
         assert_eq!(reason, no_route);
         rule(topology, family, "del", 53);

@@ -7,6 +7,7 @@ use anyhow::Result;
 use forwarder_tests::{
     daemon::{Daemon, Datapath},
     deadline::wait_for,
+    document::{Delivery, Row},
     netns::Netns,
     topology::{Container, Family, Topology},
     traffic::{
@@ -285,7 +286,7 @@ pub(crate) fn packets(daemon: &Daemon) -> (u64, u64) {
 #[track_caller]
 pub(crate) fn on_the_fast_path(daemon: &Daemon, traffic: impl FnOnce()) {
     let entry = daemon.entry().unwrap();
-    assert_eq!(entry["datapath"], "ebpf", "{entry}\n{}", daemon.said());
+    assert_eq!(entry.datapath, "ebpf", "{entry:?}\n{}", daemon.said());
     let before = packets(daemon);
     traffic();
     let after = packets(daemon);
@@ -299,18 +300,30 @@ pub(crate) fn on_the_fast_path(daemon: &Daemon, traffic: impl FnOnce()) {
 /// Waits until the only publish is delivered by the fast path, as after its backend came up.
 #[track_caller]
 pub(crate) fn wait_for_delivery(daemon: &Daemon) {
-    wait_for("the fast path finds the backend", || {
-        let entry = daemon.entry().ok()?;
-        (entry["datapath"] == "ebpf" && entry["delivery"].is_string()).then_some(())
-    })
-    .unwrap_or_else(|error| panic!("{error:#}\n{:?}\n{}", daemon.list(), daemon.said()));
+    wait_for_row(daemon, "the fast path finds the backend", |row| {
+        row.datapath == "ebpf" && row.delivery.is_some()
+    });
 }
 
-/// Waits until the backend, whose neighbour entry its first packets made, is delivered to directly.
+/// Waits until the backend, whose neighbour entry its first packets made, is delivered to directly. Until then, packets from
+/// the host cross the bridge.
 #[track_caller]
 pub(crate) fn wait_for_peer(daemon: &Daemon) {
-    let found = wait_for("delivery `peer`", || {
-        (daemon.entry().ok()?["delivery"] == "peer").then_some(())
+    wait_for_delivery_by(daemon, Delivery::Peer);
+}
+
+#[track_caller]
+pub(crate) fn wait_for_delivery_by(daemon: &Daemon, delivery: Delivery) {
+    let what = format!("delivery by {delivery:?}");
+    wait_for_row(daemon, &what, |row| row.delivery == Some(delivery));
+}
+
+/// Waits until every publish is such a one.
+#[track_caller]
+pub(crate) fn wait_for_row(daemon: &Daemon, what: &str, is_so: impl Fn(&Row) -> bool) {
+    let found = wait_for(what, || {
+        let rows = daemon.list().ok()?;
+        (!rows.is_empty() && rows.iter().all(&is_so)).then_some(())
     });
     found.unwrap_or_else(|error| panic!("{error:#}\n{:?}\n{}", daemon.list(), daemon.said()));
 }

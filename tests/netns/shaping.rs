@@ -7,13 +7,16 @@ use std::{
 };
 
 use forwarder_tests::{
-    daemon::{Daemon, doctor},
-    deadline::{patience, wait_for},
+    daemon::doctor,
+    deadline::patience,
+    document::Delivery,
     topology::{Family::V4, Topology},
     traffic::Protocol::Tcp,
 };
 
-use crate::scene::{BACKEND_PORT, PORT, Scene, backend, on_the_fast_path, wait_for_peer};
+use crate::scene::{
+    BACKEND_PORT, PORT, Scene, backend, on_the_fast_path, wait_for_delivery_by, wait_for_peer,
+};
 
 const SIZE: usize = 2 << 20;
 
@@ -52,37 +55,29 @@ fn limit(topology: &Topology) {
         .unwrap();
 }
 
-#[track_caller]
-fn wait_for_delivery(daemon: &Daemon, delivery: &str) {
-    wait_for(delivery, || {
-        (daemon.entry().ok()?["delivery"] == delivery).then_some(())
-    })
-    .unwrap_or_else(|error| panic!("{error:#}\n{:?}", daemon.list()));
-}
-
 #[test]
 fn a_rate_limit_on_a_containers_link_is_met() {
     let scene = Scene::tcp().silent().start();
     let (topology, daemon) = scene.parts();
     let veth = &topology.backend.veth;
     let shaping = || doctor(&topology.host, &[]).unwrap()["shaping"].clone();
-    assert_eq!(shaping()["found"], "no limits by qdiscs");
+    assert_eq!(shaping().found, "no limits by qdiscs");
     on_the_fast_path(daemon, || {
         let _backend = backend(&topology.backend, Tcp);
         scene.served("hello");
     });
     wait_for_peer(daemon);
     limit(topology);
-    wait_for_delivery(daemon, "device");
+    wait_for_delivery_by(daemon, Delivery::Device);
     on_the_fast_path(daemon, || {
         let took = upload(topology);
         // 2.1 s without what the queue holds at the beginning.
         assert!(took > Duration::from_millis(1500), "{took:?}");
     });
     let found = shaping();
-    assert_eq!(found["found"], format!("limits are met on {veth} (tbf)"));
+    assert_eq!(found.found, format!("limits are met on {veth} (tbf)"));
     let gone = format!("tc qdisc del dev {veth} root");
     topology.host.run(&gone).unwrap();
-    wait_for_delivery(daemon, "peer");
+    wait_for_peer(daemon);
     scene.stop();
 }

@@ -11,8 +11,7 @@ use crate::scene::Scene;
 /// Live flows of each publish.
 fn flows(daemon: &Daemon) -> Vec<u64> {
     let listed = daemon.list().unwrap();
-    let flows = listed.iter().map(|entry| entry["flows"].as_u64());
-    flows.map(Option::unwrap).collect()
+    listed.iter().map(|row| row.flows).collect()
 }
 
 fn a_silent_flow_ends(datapath: Datapath) {

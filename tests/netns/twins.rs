@@ -38,8 +38,8 @@ fn the_proxy_protocol_names_clients_of_both_families() {
     let listener = topology.backend.netns.enter(|| TcpListener::bind(any));
     let listener = listener.unwrap();
     let entry = daemon.entry().unwrap();
-    assert_eq!(entry["datapath"], "userland", "{entry}");
-    let reason = entry["reason"].as_str().unwrap();
+    assert_eq!(entry.datapath, "userland", "{entry:?}");
+    let reason = entry.reason();
     assert!(reason.contains("PROXY protocol"), "{reason}");
     for (family, kind) in [(V4, 0x11), (V6, 0x21)] {
         let frontend = frontend(topology, family);
@@ -83,7 +83,7 @@ fn a_network_written_in_ipv6(datapath: Datapath) {
     let allow = ["--allow", "::ffff:198.51.100.0/120"];
     let scene = Scene::tcp().by(datapath).flags(&allow).start();
     let (topology, daemon) = scene.parts();
-    assert_eq!(daemon.entry().unwrap()["allow"][0], "198.51.100.0/24");
+    assert_eq!(daemon.entry().unwrap().allow, ["198.51.100.0/24"]);
     scene.ask("hello").unwrap();
     let elsewhere = SocketAddr::new(topology.other.gateway(V4), PORT);
     ask(&topology.other.netns, Protocol::Tcp, elsewhere, "hello").unwrap_err();
@@ -249,7 +249,7 @@ fn link_local(protocol: Protocol) {
     let scene = scene.start_in(topology);
     let (topology, daemon) = scene.parts();
     let entry = daemon.entry().unwrap();
-    let reason = entry["reason"].as_str().unwrap();
+    let reason = entry.reason();
     assert!(reason.contains("link-local"), "{reason}");
     topology.client.enter(|| {
         let scope = nix::net::if_::if_nametoindex("eth0").unwrap();

@@ -19,7 +19,9 @@ use forwarder_tests::{
     tun,
 };
 
-use crate::scene::{BACKEND_PORT, PORT, Scene, backends, packets, suffix, wait_for_delivery};
+use crate::scene::{
+    BACKEND_PORT, PORT, Scene, backends, packets, suffix, wait_for_delivery, wait_for_peer,
+};
 
 const PROTOCOLS: [Protocol; 2] = [Protocol::Tcp, Protocol::Udp];
 const FAMILIES: [Family; 2] = [V4, V6];
@@ -91,19 +93,6 @@ fn carried(
     );
 }
 
-/// Waits until every backend is delivered to directly: until then, packets from the host cross the bridge.
-#[track_caller]
-fn wait_for_peers(daemon: &Daemon) {
-    wait_for("delivery `peer`", || {
-        let list = daemon.list().ok()?;
-        let mut entries = list.iter();
-        entries
-            .all(|entry| entry["delivery"] == "peer")
-            .then_some(())
-    })
-    .unwrap_or_else(|error| panic!("{error:#}\n{:?}", daemon.list()));
-}
-
 /// The usual clients of a container are served by the kernel, and the backend sees who they are.
 #[track_caller]
 fn served(topology: &Topology, lengths: &[usize]) {
@@ -117,7 +106,7 @@ fn served(topology: &Topology, lengths: &[usize]) {
     let _backends = backends(&backend.netns);
     let lan = FAMILIES.map(|family| topology.host_address(family));
     let daemon = publish(host, lan, |family| backend.address(family), Datapath::Ebpf);
-    wait_for_peers(&daemon);
+    wait_for_peer(&daemon);
     let link = host.run(&format!("ip link show {}", backend.veth)).unwrap();
     let (_, mtu) = link.split_once(" mtu ").unwrap();
     let mtu: usize = mtu.split(' ').next().unwrap().parse().unwrap();
@@ -494,8 +483,8 @@ fn a_tunnel_with_other_headers_is_left_to_user_space_with_its_reason() {
         Datapath::Auto,
     );
     for entry in daemon.list().unwrap() {
-        assert_eq!(entry["datapath"], "userland", "{entry}");
-        let reason = entry["reason"].as_str().unwrap();
+        assert_eq!(entry.datapath, "userland", "{entry:?}");
+        let reason = entry.reason();
         assert!(reason.contains("gre1"), "{reason}");
     }
     for (gateway, seen) in gateways.into_iter().zip(near) {
@@ -646,8 +635,8 @@ mod without_ipv6 {
         let published = daemon.control(&["publish", &format!("8081:{backend}")]);
         if published.is_ok() {
             let list = daemon.list().unwrap();
-            let entry = list.iter().find(|entry| entry["frontend"]["port"] == 8081);
-            let reason = entry.unwrap()["reason"].as_str().unwrap();
+            let entry = list.iter().find(|entry| entry.frontend.port == 8081);
+            let reason = entry.unwrap().reason();
             assert!(reason.starts_with("no route to"), "{reason}");
         }
         let (client, lan) = (&topology.client, topology.host_address(V4));

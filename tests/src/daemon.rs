@@ -18,10 +18,11 @@ use nix::{
     sys::signal::{Signal, kill},
     unistd::Pid,
 };
-use serde_json::Value;
+use serde::de::DeserializeOwned;
 
 use crate::{
     deadline::wait_for,
+    document::{Counter, Finding, Row},
     netns::Netns,
     service::{AS_SERVICE, Manager},
 };
@@ -360,16 +361,21 @@ impl Daemon {
         PathBuf::from(format!("/run/forwarder/{}.sock", self.instance))
     }
 
-    /// The entries of `forwarder list --json`.
+    /// The document that a command prints, such as `list`.
     ///
     /// # Errors
-    /// The daemon does not answer, or not with an array.
-    pub fn list(&self) -> Result<Vec<Value>> {
-        let text = self.control(&["list", "--json"])?;
-        match serde_json::from_str(&text).with_context(|| format!("list --json: {text}"))? {
-            Value::Array(entries) => Ok(entries),
-            other => bail!("list --json is no array: {other}"),
-        }
+    /// It fails, or prints another kind of document.
+    pub fn document<T: DeserializeOwned>(&self, words: &[&str]) -> Result<T> {
+        let text = self.control(&[words, &["--json"]].concat())?;
+        serde_json::from_str(&text).with_context(|| format!("{}: {text}", words.join(" ")))
+    }
+
+    /// What is published.
+    ///
+    /// # Errors
+    /// The daemon does not answer.
+    pub fn list(&self) -> Result<Vec<Row>> {
+        self.document(&["list"])
     }
 
     /// A counter of the eBPF program, by the name of its reason; the proxy has no part in it.
@@ -385,31 +391,25 @@ impl Daemon {
     /// # Errors
     /// As [`Daemon::counted`].
     pub fn counts<const N: usize>(&self, reasons: [&str; N]) -> Result<[u64; N]> {
-        let text = self.control(&["stats", "--json"])?;
-        let counters: Value = serde_json::from_str(&text)?;
+        let counters: Vec<Counter> = self.document(&["stats"])?;
         let mut counts = [0; N];
         for (count, reason) in counts.iter_mut().zip(reasons) {
-            *count = counters
-                .as_array()
-                .and_then(|all| all.iter().find(|counter| counter["reason"] == reason))
-                .and_then(|counter| counter["packets"].as_u64())
-                .with_context(|| format!("no counter {reason}: {text}"))?;
+            let counter = counters.iter().find(|counter| counter.reason == reason);
+            let counter = counter.with_context(|| format!("no counter {reason}: {counters:?}"))?;
+            *count = counter.packets;
         }
         Ok(counts)
     }
 
-    /// The only entry of the list.
+    /// The only publish.
     ///
     /// # Errors
     /// There are others, or none.
-    pub fn entry(&self) -> Result<Value> {
-        let mut entries = self.list()?;
-        ensure!(
-            entries.len() == 1,
-            "not one publish but {}: {entries:?}",
-            entries.len()
-        );
-        Ok(entries.remove(0))
+    pub fn entry(&self) -> Result<Row> {
+        let mut rows = self.list()?;
+        let count = rows.len();
+        ensure!(count == 1, "not one publish but {count}: {rows:?}");
+        Ok(rows.remove(0))
     }
 
     /// Numbers of the BPF programs that the daemon holds.
@@ -543,15 +543,14 @@ pub fn interrupt_at_start(netns: &Netns, specs: &[&str]) -> Result<(ExitStatus, 
 ///
 /// # Errors
 /// It fails.
-pub fn doctor(netns: &Netns, wrapper: &[&str]) -> Result<BTreeMap<String, Value>> {
+pub fn doctor(netns: &Netns, wrapper: &[&str]) -> Result<BTreeMap<String, Finding>> {
     let binary = binary().to_string_lossy().into_owned();
     let words = [wrapper, &[binary.as_str(), "doctor", "--json"]].concat();
     let output = netns.command(words[0]).args(&words[1..]).output()?;
     ensure!(output.status.success(), "`forwarder doctor`: {output:?}");
-    let findings: Vec<Value> = serde_json::from_slice(&output.stdout)?;
-    let check = |finding: &Value| finding["check"].as_str().unwrap_or_default().to_owned();
+    let findings: Vec<Finding> = serde_json::from_slice(&output.stdout)?;
     let findings = findings.into_iter();
-    Ok(findings.map(|finding| (check(&finding), finding)).collect())
+    Ok(findings.map(|it| (it.check.clone(), it)).collect())
 }
 
 /// Removes what an instance that has ended left.

@@ -7,6 +7,7 @@ pub mod browser;
 pub mod cpu;
 pub mod daemon;
 pub mod deadline;
+pub mod document;
 pub mod engine;
 pub mod fragment;
 pub mod frame;

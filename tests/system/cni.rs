@@ -13,6 +13,7 @@ use std::{
 use forwarder_tests::{
     daemon::{Daemon, Datapath, binary},
     deadline::wait_for,
+    document::Row,
     netns::Netns,
     topology::{Family, Topology},
     traffic::{Backend, Protocol, ask},
@@ -175,7 +176,7 @@ impl Container {
 
 /// Waits until the fast path delivers to the container: IPv6 addresses are tentative at first.
 fn wait_for_delivery(daemon: &Daemon) {
-    let is_delivered = |row: &Value| row["datapath"] == "ebpf" && row["delivery"].is_string();
+    let is_delivered = |row: &Row| row.datapath == "ebpf" && row.delivery.is_some();
     wait_for("the fast path", || {
         daemon.list().ok()?.iter().all(is_delivered).then_some(())
     })

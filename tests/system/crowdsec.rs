@@ -15,6 +15,7 @@ use std::{
 use forwarder_tests::{
     daemon::{Daemon, Datapath, binary},
     deadline::wait_for,
+    document::Ban,
     topology::Topology,
 };
 use serde_json::{Value, json};
@@ -72,12 +73,12 @@ fn api(listener: TcpListener, allowed: Arc<AtomicUsize>) {
     }
 }
 
-fn bans(daemon: &Daemon) -> Vec<Value> {
-    serde_json::from_str(&daemon.control(&["bans", "--json"]).unwrap()).unwrap()
+fn bans(daemon: &Daemon) -> Vec<Ban> {
+    daemon.document(&["bans"]).unwrap()
 }
 
-fn has(bans: &[Value], network: &str) -> bool {
-    bans.iter().any(|ban| ban["network"] == network)
+fn has(bans: &[Ban], network: &str) -> bool {
+    bans.iter().any(|ban| ban.network == network)
 }
 
 #[test]
@@ -122,7 +123,7 @@ fn what_crowdsec_decides_is_done_to_published_ports() {
     })
     .and_then(|bans| {
         assert!(has(&bans, "198.51.100.77/32") && has(&bans, "2001:db8:7::/64"));
-        assert!(bans.iter().all(|ban| ban["until"].is_number()));
+        assert!(bans.iter().all(|ban| ban.until.is_some()));
         allowed.store(2, Ordering::SeqCst);
         wait_for("the end of a ban", || {
             (!has(&self::bans(&daemon), "198.51.100.77/32")).then_some(())

@@ -19,6 +19,7 @@ use std::{
 use forwarder_tests::{
     daemon::{Daemon, Datapath},
     deadline::wait_for,
+    document::Row,
     netns::Netns,
     topology::{Family, Topology},
     traffic::{Backend, Connection, Protocol, ask},
@@ -115,7 +116,7 @@ impl Scene {
 
     /// Waits for what the list is to say.
     #[track_caller]
-    fn wait_for_list(&self, what: &str, is_so: impl Fn(&[Value]) -> bool) -> Vec<Value> {
+    fn wait_for_list(&self, what: &str, is_so: impl Fn(&[Row]) -> bool) -> Vec<Row> {
         let found = wait_for(what, || self.daemon.list().ok().filter(|rows| is_so(rows)));
         found.unwrap_or_else(|error| panic!("{error:#}\n{}", self.shown()))
     }
@@ -141,12 +142,10 @@ fn every_client_of_a_container_is_served(scene: Scene) {
     let list = scene.daemon.list().unwrap();
     assert_eq!(list.len(), 4, "two protocols, two families: {list:?}");
     for row in &list {
-        let is_v4 = row["frontend"]["address"] == "0.0.0.0";
+        let is_v4 = row.frontend.address == Some(Ipv4Addr::UNSPECIFIED.into());
         let expected = if is_v4 { "ebpf" } else { "userland" };
-        assert_eq!(
-            row["datapath"], expected,
-            "the container has no IPv6: {row}"
-        );
+        let path = &row.datapath;
+        assert_eq!(path, expected, "the container has no IPv6: {row:?}");
     }
     let forwarded = || scene.daemon.counted("forwarded_original").unwrap();
     let before = forwarded();

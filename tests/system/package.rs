@@ -14,11 +14,11 @@ use std::{
 use forwarder::privilege::CAPABILITIES;
 use forwarder_tests::{
     deadline::wait_for,
+    document::{Finding, Row},
     machine::Machine,
     topology::{Family, Topology},
     traffic::{Backend, Connection, Protocol, ask},
 };
-use serde_json::Value;
 
 const PORT: u16 = 8080;
 const BACKEND_PORT: u16 = 9000;
@@ -112,10 +112,10 @@ impl Scene {
     }
 
     /// The only publish, as `list` has it.
-    fn entry(&self) -> Value {
-        let entries: Vec<Value> = serde_json::from_str(&self.run("forwarder list --json")).unwrap();
-        let [entry] = <[Value; 1]>::try_from(entries).unwrap();
-        entry
+    fn entry(&self) -> Row {
+        let rows: Vec<Row> = serde_json::from_str(&self.run("forwarder list --json")).unwrap();
+        let [row] = <[Row; 1]>::try_from(rows).unwrap();
+        row
     }
 
     /// Publishes the backend's port by the unit.
@@ -145,8 +145,8 @@ fn a_debian_package_serves_and_purged_leaves_nothing() {
     scene.start();
     scene.serves();
     let entry = scene.entry();
-    assert_eq!(entry["datapath"], "ebpf", "{entry}");
-    assert!(entry["packets"].as_u64() > Some(0), "{entry}");
+    assert_eq!(entry.datapath, "ebpf", "{entry:?}");
+    assert!(entry.packets > 0, "{entry:?}");
 
     is_confined(&scene);
     // Killed, it is started again, and forwards meanwhile.
@@ -242,7 +242,7 @@ fn the_service_takes_over_what_an_instance_of_root_left() {
     scene.run("systemctl kill --signal=KILL by-hand; systemctl start forwarder || { journalctl --no-pager -u forwarder; false; }");
     scene.serves();
     let entry = scene.entry();
-    assert_eq!(entry["datapath"], "ebpf", "{entry}");
+    assert_eq!(entry.datapath, "ebpf", "{entry:?}");
     is_confined(&scene);
     scene.run("apt-get purge -y forwarder");
     scene.is_closed();
@@ -485,12 +485,9 @@ fn cargo_installs_a_program_with_its_fast_path() {
         .args(["doctor", "--json"])
         .output()
         .unwrap();
-    let findings: Vec<Value> = serde_json::from_slice(&found.stdout).unwrap();
-    let load = findings
-        .iter()
-        .find(|finding| finding["check"] == "load")
-        .unwrap();
-    assert_eq!(load["ok"], true, "{load}");
+    let findings: Vec<Finding> = serde_json::from_slice(&found.stdout).unwrap();
+    let load = findings.iter().find(|it| it.check == "load").unwrap();
+    assert!(load.ok, "{load:?}");
 }
 
 /// A userland instance of the program for another processor serves a port.

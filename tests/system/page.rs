@@ -4,7 +4,7 @@
 use std::{
     fs,
     io::{Read, Write},
-    net::{SocketAddr, TcpStream},
+    net::{IpAddr, SocketAddr, TcpStream},
     path::PathBuf,
     process::{Child, Command, Stdio},
     sync::{Arc, Mutex},
@@ -17,13 +17,13 @@ use forwarder_tests::{
     browser::{Browser, Scheme},
     daemon::binary,
     deadline::{patience, wait_at_most},
+    document::Row,
     netns::{Netns, has_ipv6},
 };
 use nix::{
     sys::signal::{Signal, kill},
     unistd::Pid,
 };
-use serde_json::Value;
 
 const URL: &str = "http://127.0.0.1:8080/";
 
@@ -79,14 +79,15 @@ impl Demonstration {
     }
 
     /// What the daemon itself says of the publish with that frontend.
-    fn listed(&self, instance: &str, address: &str) -> Result<Value> {
+    fn listed(&self, instance: &str, address: &str) -> Result<Row> {
         let arguments = ["list", "--json", "--instance", instance];
         let mut command: Command = self.host.command(&binary().to_string_lossy());
         let output = command.args(arguments).output()?;
-        let list: Vec<Value> = serde_json::from_slice(&output.stdout)
+        let list: Vec<Row> = serde_json::from_slice(&output.stdout)
             .with_context(|| String::from_utf8_lossy(&output.stderr).into_owned())?;
         let mut list = list.into_iter();
-        let found = list.find(|entry| entry["frontend"]["address"] == address);
+        let address: IpAddr = address.parse()?;
+        let found = list.find(|row| row.frontend.address == Some(address));
         found.with_context(|| format!("{address} is not published"))
     }
 
@@ -190,14 +191,10 @@ fn counters_are_the_daemons(demonstration: &Demonstration, browser: &mut Browser
     browser.wait_until("document.querySelector('#curve').points.length > 1")?;
 
     // What is shown next was read between these two.
-    let before = demonstration.listed(&instance, "127.0.0.1")?["packets"]
-        .as_u64()
-        .unwrap();
+    let before = demonstration.listed(&instance, "127.0.0.1")?.packets;
     browser.wait_until(&format!("{raw} >= {before}"))?;
     let shown = packets(browser)?;
-    let after = demonstration.listed(&instance, "127.0.0.1")?["packets"]
-        .as_u64()
-        .unwrap();
+    let after = demonstration.listed(&instance, "127.0.0.1")?.packets;
     assert!(
         (before..=after).contains(&shown),
         "{shown} is not in {before}..={after}"

@@ -7,6 +7,7 @@ use std::{
 };
 
 use forwarder_tests::{
+    document::{Endpoint, Row},
     topology::Topology,
     traffic::{Backend, Connection, Protocol, ask},
 };
@@ -28,14 +29,14 @@ fn scene_of(topology: Topology, host: Programs, config: Value) -> Scene {
 
 impl Scene {
     /// Where Docker's own rules send the port.
-    fn backend_of_rules(&self) -> String {
+    fn backend_of_rules(&self) -> IpAddr {
         let rules = "iptables -t nat -S DOCKER";
         let rules = self.engine.output_of(rules).unwrap();
         let port = format!("--dport {PORT} ");
         let rule = rules.lines().find(|rule| rule.contains(&port));
         let rule = rule.unwrap_or_else(|| panic!("no rule: {rules}"));
         let (_, backend) = rule.split_once("--to-destination ").unwrap();
-        backend.split(':').next().unwrap().to_owned()
+        backend.split(':').next().unwrap().parse().unwrap()
     }
 
     /// Waits until the fast path sends the port where Docker's rules do.
@@ -43,7 +44,7 @@ impl Scene {
     fn agrees_with_the_rules(&self) {
         let backend = self.backend_of_rules();
         self.wait_for_list("the same backend", |rows| {
-            let is_so = |row: &Value| row["backend"]["address"] == backend.as_str();
+            let is_so = |row: &Row| row.backend.address == Some(backend);
             rows.len() == 2 && rows.iter().all(is_so)
         });
     }
@@ -64,12 +65,8 @@ fn serves_ports_that_dockerd_holds(scene: Scene) {
     let (container, backends) = scene.run("web");
     let rows = scene.wait_for_list("both protocols", |rows| rows.len() == 2);
     for row in &rows {
-        let served = (&row["datapath"], &row["holder"], &row["container"]);
-        assert_eq!(
-            served,
-            (&json!("ebpf"), &json!("engine"), &json!("web")),
-            "{row}"
-        );
+        let served = (&*row.datapath, &*row.holder, row.container.as_deref());
+        assert_eq!(served, ("ebpf", "engine", Some("web")), "{row:?}");
     }
     assert_eq!(scene.engine.proxies().unwrap().processes, 0);
     let forwarded = || scene.daemon.counted("forwarded_original").unwrap();
@@ -92,15 +89,18 @@ fn serves_ports_that_dockerd_holds(scene: Scene) {
     scene.engine.docker(&["unpause", "web"]).unwrap();
     scene.engine.docker(&["rename", "web", "www"]).unwrap();
     let after = scene.wait_for_list("the new name", |rows| {
-        rows.len() == 2 && rows.iter().all(|row| row["container"] == "www")
+        rows.len() == 2
+            && rows
+                .iter()
+                .all(|row| row.container.as_deref() == Some("www"))
     });
-    assert_eq!(rows[0]["id"], after[0]["id"]);
+    assert_eq!(rows[0].id, after[0].id);
     scene.serves_the_lan("under another name");
     drop((container, backends));
     // A restart may give it another address.
     let address = scene.engine.address("www").unwrap();
     scene.engine.docker(&["stop", "-t", "0", "www"]).unwrap();
-    scene.wait_for_list("its end", <[Value]>::is_empty);
+    scene.wait_for_list("its end", <[Row]>::is_empty);
     scene.engine.run("squatter", &[]).unwrap();
     scene.engine.docker(&["start", "www"]).unwrap();
     assert_ne!(scene.engine.address("www").unwrap(), address);
@@ -121,7 +121,7 @@ fn the_fast_path_comes_before_dockers_own_proxy() {
     let _backends = scene.run("web");
     assert!(scene.engine.proxies().unwrap().processes > 0);
     scene.wait_for_list("both protocols", |rows| {
-        rows.len() == 2 && rows.iter().all(|row| row["datapath"] == "ebpf")
+        rows.len() == 2 && rows.iter().all(|row| row.datapath == "ebpf")
     });
     scene.serves_the_lan("by the fast path");
     for protocol in BOTH {
@@ -139,7 +139,7 @@ fn a_hundred_ports_take_no_process_and_little_memory() {
     let time = run_a_hundred(&scene.engine);
     let began = Instant::now();
     scene.wait_for_list("the range", |rows| {
-        rows.len() == 1 && rows[0]["datapath"] == "ebpf"
+        rows.len() == 1 && rows[0].datapath == "ebpf"
     });
     let behind = began.elapsed();
     let grown = resident().private.saturating_sub(before.private);
@@ -189,11 +189,14 @@ fn a_port_leads_to_the_network_that_dockers_rules_lead_to() {
     ];
     scene.engine.run("range", &range).unwrap();
     let rows = scene.wait_for_list("a range as one", |rows| rows.len() == 3);
-    let frontend = json!({"address": "127.0.0.1", "port": 20000, "end_port": 20099});
-    assert!(
-        rows.iter().any(|row| row["frontend"] == frontend),
-        "{rows:?}"
-    );
+    let frontend = Endpoint {
+        address: Some(Ipv4Addr::LOCALHOST.into()),
+        zone: None,
+        port: 20_000,
+        end_port: 20_099,
+    };
+    let is_there = rows.iter().any(|row| row.frontend == frontend);
+    assert!(is_there, "{rows:?}");
     scene.stop();
 }
 
@@ -210,14 +213,14 @@ fn containers_outlive_dockerd_and_are_served_meanwhile() {
     scene.engine.restart().unwrap();
     connection.ask("after").unwrap();
     let same = scene.wait_for_list("the same", |rows| rows.len() == 2);
-    assert_eq!(same[0]["id"], rows[0]["id"]);
+    assert_eq!(same[0].id, rows[0].id);
     scene.serves_the_lan("after");
     // One that ends while nobody looks is seen to have ended.
     scene.engine.kill().unwrap();
     drop(backends);
     scene.engine.restart().unwrap();
     scene.engine.docker(&["rm", "-f", "web"]).unwrap();
-    scene.wait_for_list("its end", <[Value]>::is_empty);
+    scene.wait_for_list("its end", <[Row]>::is_empty);
     let answer = ask(&scene.topology.client, Protocol::Tcp, scene.lan(), "nobody");
     assert!(answer.is_err());
     scene.stop();

@@ -18,7 +18,7 @@ const GATEWAY: Ipv6Addr = Ipv6Addr::new(0xfd00, 0x31, 7, 0, 0, 0, 0, 1);
 fn serves_both_families(scene: Scene) {
     let (container, _backends) = scene.run("web");
     scene.wait_for_list("all of it on the fast path", |rows| {
-        rows.len() == 4 && rows.iter().all(|row| row["datapath"] == "ebpf")
+        rows.len() == 4 && rows.iter().all(|row| row.datapath == "ebpf")
     });
     scene.serves_the_lan("by IPv4");
     let client = &scene.topology.client;

@@ -3,8 +3,13 @@
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
-use forwarder_tests::{deadline::wait_for, topology::Topology, traffic::ask};
-use serde_json::{Value, json};
+use forwarder_tests::{
+    deadline::wait_for,
+    document::{Delivery, Row},
+    topology::Topology,
+    traffic::ask,
+};
+use serde_json::json;
 
 use super::{BOTH, Engine, PORT, Scene};
 
@@ -22,9 +27,9 @@ impl Scene {
     fn wait_for_owners(&self, count: usize) -> Vec<String> {
         let owners = wait_for("the publishes of containers", || {
             let list = self.daemon.list().ok()?;
-            let is_fast = list.iter().all(|row| row["datapath"] == "ebpf");
-            let owner = |row: &Value| row["owner"].as_str().unwrap().to_owned();
-            (list.len() == count && is_fast).then(|| list.iter().map(owner).collect())
+            let is_fast = list.iter().all(|row| row.datapath == "ebpf");
+            let is_so = list.len() == count && is_fast;
+            is_so.then(|| list.into_iter().map(|row| row.owner).collect())
         });
         owners.unwrap_or_else(|error| panic!("{error:#}\n{}", self.shown()))
     }
@@ -68,8 +73,10 @@ fn a_label_publishes_a_container_wherever_it_is() {
         let address = scene.engine.address("web").unwrap();
         wait_for("the new address", || {
             let list = scene.daemon.list().ok()?;
-            let is_there =
-                |row: &Value| row["backend"]["address"] == address && row["delivery"] == "peer";
+            let is_there = |row: &Row| {
+                let at = row.backend.address.map(|it| it.to_string());
+                at == Some(address.clone()) && row.delivery == Some(Delivery::Peer)
+            };
             (list.len() == 2 && list.iter().all(is_there)).then_some(())
         })
         .unwrap_or_else(|error| panic!("{error:#}\n{}", scene.shown()));
@@ -140,7 +147,7 @@ fn of_two_containers_with_one_port_the_second_waits_for_the_end_of_the_first() {
     let owner = format!("docker:{second}");
     wait_for("the second", || {
         let list = scene.daemon.list().ok()?;
-        (list.len() == 2 && list.iter().all(|row| row["owner"] == owner)).then_some(())
+        (list.len() == 2 && list.iter().all(|row| row.owner == owner)).then_some(())
     })
     .unwrap_or_else(|error| panic!("{error:#}\n{}", scene.shown()));
     let _backends = scene.backends("second");

@@ -9,9 +9,9 @@ use std::{
 use forwarder_tests::{
     daemon::{Daemon, Datapath},
     deadline::wait_for,
+    document::{Delivery, Endpoint, Row},
     topology::{Family, Topology},
 };
-use serde_json::Value;
 
 use super::{Programs, engine, page::isolate};
 use crate::documents::{
@@ -140,12 +140,12 @@ struct Scene<'a> {
 }
 
 impl Scene<'_> {
-    /// The backends' addresses, once the fast path has so many, and all that there are.
-    fn served(&self, count: usize) -> Option<Vec<Value>> {
+    /// The backends, once the fast path has so many, and all that there are.
+    fn served(&self, count: usize) -> Option<Vec<Endpoint>> {
         let rows = self.daemon.list().ok()?;
-        let is_fast = rows.iter().all(|row| row["delivery"] == "peer");
-        let backends = rows.iter().map(|row| row["backend"]["address"].clone());
-        (is_fast && rows.len() == count).then(|| backends.collect())
+        let is_fast = rows.iter().all(|row| row.delivery == Some(Delivery::Peer));
+        let is_so = is_fast && rows.len() == count;
+        is_so.then(|| rows.into_iter().map(|row| row.backend).collect())
     }
 
     #[track_caller]
@@ -180,9 +180,8 @@ impl Scene<'_> {
             }
         }
         let rows = self.daemon.list().unwrap();
-        let held: Vec<_> = rows.iter().map(|row| row["holder"].as_str()).collect();
-        let expected: Vec<_> = holders.iter().copied().map(Some).collect();
-        assert_eq!(held, expected, "the page's ways: {rows:?}");
+        let held: Vec<_> = rows.iter().map(|row| row.holder.as_str()).collect();
+        assert_eq!(held, holders, "the page's ways: {rows:?}");
         self.serves_the_lan(ports);
     }
 
@@ -234,10 +233,9 @@ pub(super) fn follow(topology: &Topology, host: Programs, network: Network) {
         assert!(scene.podman.has_rules(), "as the page says");
     }
     scene.podman.run("podman rm -f -t 0 web api");
-    let waits = |row: &Value| row["reason_code"] == "waiting";
     scene.wait("the end of what they published themselves", || {
         let rows = scene.daemon.list().ok()?;
-        (rows.len() == 1 && rows.iter().all(waits)).then_some(())
+        (rows.len() == 1 && rows.iter().all(Row::waits)).then_some(())
     });
     let unpublish = ["unpublish", "--container", "api"];
     scene.daemon.control(&unpublish).unwrap();

@@ -22,7 +22,7 @@ fn an_sctp_port_of_a_container_is_served_where_the_kernel_has_sctp() {
     let backend = SocketAddr::new(address, BACKEND_PORT);
     let listener = container.enter(|| Listener::bind(backend)).unwrap();
     let list = scene.daemon.list().unwrap();
-    assert_eq!(list[0]["protocol"], "sctp", "{list:?}");
+    assert_eq!(list[0].protocol, "sctp", "{list:?}");
     for (netns, frontend) in [
         (&scene.topology.client, scene.lan()),
         (scene.host(), SocketAddr::from(([127, 0, 0, 1], PORT))),

@@ -221,10 +221,7 @@ impl Scale {
             eprintln!("{flows} flows: {:.0} kpackets/s", rate.median);
             let maps = map_bytes(pid)?;
             let kept = arena.daemon.as_ref().context("the daemon")?.list()?;
-            let kept = kept
-                .iter()
-                .filter_map(|entry| entry["flows"].as_u64())
-                .sum();
+            let kept = kept.iter().map(|row| row.flows).sum();
             self.flows.push(Flows {
                 flows,
                 kept,

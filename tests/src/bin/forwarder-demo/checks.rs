@@ -18,7 +18,6 @@ use forwarder_tests::{
 
 use crate::{
     http, loopback,
-    watch::document,
     who::Place::{self, Backend, Container, Host, Machine},
 };
 
@@ -187,7 +186,7 @@ fn print_row([client, to, seen, path, verdict]: [&str; 5]) {
 
 /// What the daemon says of the publish with that frontend.
 fn entry(daemon: &Daemon, frontend: SocketAddr) -> Result<Listed> {
-    let entries: Vec<Listed> = document(daemon, "list")?;
+    let entries: Vec<Listed> = daemon.document(&["list"])?;
     let mut entries = entries.into_iter();
     entries
         .find(|entry| entry.frontend.address == Some(frontend.ip()))

@@ -8,10 +8,9 @@ use std::{
     time::{Duration, Instant},
 };
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 use forwarder::control::api::{Counter, Listed, ListedFlow};
 use forwarder_tests::daemon::Daemon;
-use serde::de::DeserializeOwned;
 
 /// The least time between two readings.
 const PAUSE: Duration = Duration::from_millis(200);
@@ -124,16 +123,10 @@ impl Drop for Ending<'_> {
 /// Asks the daemon for all three.
 pub(crate) fn documents(daemon: &Daemon) -> Result<Documents> {
     Ok(Documents {
-        list: document(daemon, "list")?,
-        flows: document(daemon, "flows")?,
-        stats: document(daemon, "stats")?,
+        list: daemon.document(&["list"])?,
+        flows: daemon.document(&["flows"])?,
+        stats: daemon.document(&["stats"])?,
     })
-}
-
-/// The document that a command of `forwarder` prints.
-pub(crate) fn document<T: DeserializeOwned>(daemon: &Daemon, command: &str) -> Result<T> {
-    let text = daemon.control(&[command, "--json"])?;
-    serde_json::from_str(&text).with_context(|| format!("{command} --json: {text}"))
 }
 
 #[cfg(test)]
