@@ -2,15 +2,16 @@
 
 use std::{
     io::{Read, Write},
-    net::{IpAddr, Ipv4Addr, Ipv6Addr, Shutdown, SocketAddr, TcpListener, TcpStream, UdpSocket},
+    net::{IpAddr, Ipv6Addr, Shutdown, SocketAddr, TcpListener, TcpStream, UdpSocket},
 };
 
 use forwarder::datapath::kernel::kernel;
 use forwarder_tests::{
+    clients::{Client, Kind},
     daemon::Datapath,
     deadline::patience,
     netns::Netns,
-    topology::{Family, Topology},
+    topology::Family,
     traffic::Protocol,
 };
 
@@ -58,16 +59,16 @@ pub(crate) fn there_and_back(backend: &Netns, client: &Netns, host: IpAddr) {
 fn tcp_in_bulk_arrives_whole_from_everywhere() {
     let scene = Scene::tcp().silent().start();
     let (topology, daemon) = scene.parts();
-    let lan = topology.host_address(Family::V4);
-    for (client, host) in [
-        (&topology.client, lan),
-        (&topology.host, Ipv4Addr::LOCALHOST.into()),
-        (&topology.host, lan),
-        (&topology.peer.netns, lan),
-        (&topology.backend.netns, lan),
+    for kind in [
+        Kind::External,
+        Kind::Localhost,
+        Kind::HostLocal,
+        Kind::HairpinSameBridge,
+        Kind::SelfHairpin,
     ] {
+        let client = kind.client(topology, Family::V4);
         on_the_fast_path(daemon, || {
-            there_and_back(&topology.backend.netns, client, host)
+            there_and_back(&client.backend.netns, client.netns, client.connects_to);
         });
     }
     scene.stop();
@@ -84,7 +85,7 @@ fn tcp_in_bulk_arrives_whole_in_user_space() {
 }
 
 /// Datagrams of several lengths, each echoed by the backend.
-fn datagrams(family: Family, clients: impl Fn(&Topology) -> Vec<(&Netns, IpAddr)>) {
+fn datagrams(family: Family) {
     let scene = Scene::of(family, Protocol::Udp).silent().start();
     let (topology, daemon) = scene.parts();
     let bind = |netns: &Netns, port| {
@@ -96,7 +97,18 @@ fn datagrams(family: Family, clients: impl Fn(&Topology) -> Vec<(&Netns, IpAddr)
     let server = bind(&topology.backend.netns, BACKEND_PORT);
     // Until `peer` is known, packets from the host cross the bridge, whose MTU counts.
     wait_for_peer(daemon);
-    for (netns, host) in clients(topology) {
+    for kind in [
+        Kind::External,
+        Kind::Localhost,
+        Kind::HostLocal,
+        Kind::HairpinSameBridge,
+        Kind::HairpinOtherBridge,
+    ] {
+        let Client {
+            netns,
+            connects_to: host,
+            ..
+        } = kind.client(topology, family);
         let client = bind(netns, 0);
         let frontend = SocketAddr::new(host, PORT);
         for length in [1_000, 1_473, 4_000, 8_000, 60_000] {
@@ -132,23 +144,12 @@ fn datagrams(family: Family, clients: impl Fn(&Topology) -> Vec<(&Netns, IpAddr)
     scene.stop();
 }
 
-fn everybody(topology: &Topology, family: Family) -> Vec<(&Netns, IpAddr)> {
-    let lan = topology.host_address(family);
-    vec![
-        (&topology.client, lan),
-        (&topology.host, family.localhost()),
-        (&topology.host, lan),
-        (&topology.peer.netns, lan),
-        (&topology.other.netns, lan),
-    ]
-}
-
 #[test]
 fn datagrams_longer_than_the_mtu_arrive_whole_over_ipv4() {
-    datagrams(Family::V4, |topology| everybody(topology, Family::V4));
+    datagrams(Family::V4);
 }
 
 #[test]
 fn datagrams_longer_than_the_mtu_arrive_whole_over_ipv6() {
-    datagrams(Family::V6, |topology| everybody(topology, Family::V6));
+    datagrams(Family::V6);
 }

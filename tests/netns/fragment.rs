@@ -1,11 +1,12 @@
 //! Datagrams in parts that a network has mixed up: they arrive all the same.
 
 use std::{
-    net::{IpAddr, SocketAddr, UdpSocket},
+    net::{SocketAddr, UdpSocket},
     os::fd::AsRawFd as _,
 };
 
 use forwarder_tests::{
+    clients::Kind,
     deadline::patience,
     fragment::cut,
     frame::{Frame, Protocol},
@@ -83,23 +84,17 @@ fn answers_in_any_order_arrive(family: Family) {
     let server = backend.netns.enter(|| UdpSocket::bind(address)).unwrap();
     server.set_read_timeout(Some(patience())).unwrap();
     let wire = Wire::open(&backend.netns, "eth0").unwrap();
-    let outside = topology.host_address(family);
-    let (any, loopback) = match family {
-        Family::V4 => ("0.0.0.0", "127.0.0.1"),
-        Family::V6 => ("::", "::1"),
-    };
-    let loopback: IpAddr = loopback.parse().unwrap();
-    let clients = [
-        (&topology.client, outside),
-        (&topology.host, outside),
-        (&topology.host, loopback),
-        (&topology.peer.netns, outside),
+    let kinds = [
+        Kind::External,
+        Kind::HostLocal,
+        Kind::Localhost,
+        Kind::HairpinSameBridge,
     ];
     let mut id = 0;
-    for (netns, host) in clients {
-        let frontend = SocketAddr::new(host, PORT);
-        let client = netns.enter(|| {
-            let socket = UdpSocket::bind((any, 0)).unwrap();
+    for client in kinds.map(|kind| kind.client(topology, family)) {
+        let frontend = SocketAddr::new(client.connects_to, PORT);
+        let client = client.netns.enter(|| {
+            let socket = UdpSocket::bind((family.unspecified(), 0)).unwrap();
             socket.connect(frontend).unwrap();
             socket
         });

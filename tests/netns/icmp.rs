@@ -7,6 +7,7 @@ use std::{
 };
 
 use forwarder_tests::{
+    clients::{Client, Kind},
     daemon::{Daemon, Datapath},
     deadline::{patience, wait_for},
     hearsay::{Heard, Listener},
@@ -128,15 +129,19 @@ fn published_far(topology: &Topology, family: Family, protocol: Protocol) -> Dae
 fn refused(family: Family) {
     let scene = published(Topology::new().unwrap(), family, Protocol::Udp);
     let (topology, daemon) = scene.parts();
-    let lan = topology.host_address(family);
-    for (client, host) in [
-        (&topology.client, lan),
-        (&topology.host, family.localhost()),
-        (&topology.host, lan),
-        (&topology.peer.netns, lan),
-        (&topology.other.netns, lan),
-        (&topology.backend.netns, lan),
+    for kind in [
+        Kind::External,
+        Kind::Localhost,
+        Kind::HostLocal,
+        Kind::HairpinSameBridge,
+        Kind::HairpinOtherBridge,
+        Kind::SelfHairpin,
     ] {
+        let Client {
+            netns: client,
+            connects_to: host,
+            ..
+        } = kind.client(topology, family);
         let before = daemon.counted("forwarded_error").unwrap();
         let any = (family.unspecified(), 0);
         let socket = client.enter(|| UdpSocket::bind(any)).unwrap();

@@ -4,6 +4,7 @@
 
 pub mod api;
 pub mod browser;
+pub mod clients;
 pub mod cpu;
 pub mod daemon;
 pub mod deadline;

@@ -1,100 +1,30 @@
 //! Every kind of client, whom the backend must have seen, and the table of it, in the terminal and for the page.
 
-use std::{
-    net::{IpAddr, SocketAddr},
-    sync::mpsc::Receiver,
-};
+use std::{net::SocketAddr, sync::mpsc::Receiver};
 
 use anyhow::{Context, Result};
 use forwarder::control::api::Listed;
 use forwarder_tests::{
+    clients::{Kind, Place},
     daemon::Daemon,
-    netns::Netns,
     topology::{
-        Family::{self, V4, V6},
+        Family::{V4, V6},
         Topology,
     },
 };
 
-use crate::{
-    http, loopback,
-    who::Place::{self, Backend, Container, Host, Machine},
-};
+use crate::http;
 
-struct Client<'a> {
-    what: &'static str,
-    place: Place,
-    netns: &'a Netns,
-    connects_to: IpAddr,
-    /// What the backend sees as the source when the packets take the fast path.
-    seen: IpAddr,
-}
-
-fn clients(topology: &Topology, family: Family) -> Vec<Client<'_>> {
-    let Topology {
-        host,
-        client,
-        backend,
-        peer,
-        other,
-        ptp,
-        ..
-    } = topology;
-    let lan = topology.host_address(family);
-    let row = |what, place, netns, connects_to, seen| Client {
-        what,
-        place,
-        netns,
-        connects_to,
-        seen,
-    };
-    let gateway = backend.gateway(family);
-    vec![
-        row(
-            "another machine",
-            Machine,
-            client,
-            lan,
-            topology.client_address(family),
-        ),
-        row(
-            "a process here, to loopback",
-            Host,
-            host,
-            loopback(family),
-            gateway,
-        ),
-        row("a process here, to its own address", Host, host, lan, lan),
-        row(
-            "a container on the same bridge",
-            Container,
-            &peer.netns,
-            gateway,
-            peer.address(family),
-        ),
-        row(
-            "a container on another bridge",
-            Container,
-            &other.netns,
-            lan,
-            other.address(family),
-        ),
-        row(
-            "a container without a bridge",
-            Container,
-            &ptp.netns,
-            ptp.gateway(family),
-            ptp.address(family),
-        ),
-        row(
-            "the backend itself",
-            Backend,
-            &backend.netns,
-            gateway,
-            gateway,
-        ),
-    ]
-}
+/// Those that it shows.
+const KINDS: [Kind; 7] = [
+    Kind::External,
+    Kind::Localhost,
+    Kind::HostLocal,
+    Kind::HairpinGateway,
+    Kind::HairpinOtherBridge,
+    Kind::HairpinFromRoutedGateway,
+    Kind::SelfHairpinGateway,
+];
 
 /// How one client was served.
 #[derive(Debug, Clone)]
@@ -125,7 +55,7 @@ pub(crate) fn check(
     let mut good = true;
     let mut reasons = Vec::new();
     for family in [V4, V6] {
-        for client in clients(topology, family) {
+        for client in KINDS.map(|kind| kind.client(topology, family)) {
             if interrupted.try_recv().is_ok() {
                 anyhow::bail!("interrupted");
             }

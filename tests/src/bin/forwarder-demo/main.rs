@@ -192,7 +192,7 @@ fn specs(topology: &Topology, port: u16) -> Vec<String> {
     for family in [Family::V4, Family::V6] {
         let to = SocketAddr::new(backend.address(family), BACKEND_PORT);
         let gateways = [backend, other, ptp].map(|container| container.gateway(family));
-        for address in [loopback(family), topology.host_address(family)]
+        for address in [family.localhost(), topology.host_address(family)]
             .into_iter()
             .chain(gateways)
         {
@@ -200,13 +200,6 @@ fn specs(topology: &Topology, port: u16) -> Vec<String> {
         }
     }
     specs
-}
-
-fn loopback(family: Family) -> IpAddr {
-    match family {
-        Family::V4 => Ipv4Addr::LOCALHOST.into(),
-        Family::V6 => Ipv6Addr::LOCALHOST.into(),
-    }
 }
 
 fn shown(specs: &[&str]) -> String {

@@ -6,17 +6,16 @@
 use std::net::{IpAddr, SocketAddr};
 
 use forwarder::control::api::{Listed, ListedFlow};
-use forwarder_tests::topology::Family;
+use forwarder_tests::{clients::Place, topology::Family};
 use serde_json::json;
 
 use crate::{
     checks::Row,
     http::Request,
-    loopback,
     site::Site,
     template::{Value, Values, escaped, fill},
     watch::{Documents, State},
-    who::{self, Place},
+    who,
 };
 
 const PAGE: &str = include_str!("page/page.html");
@@ -89,7 +88,7 @@ fn asked_for(request: &Request) -> Option<SocketAddr> {
     } else {
         Family::V6
     };
-    let address = loopback(family);
+    let address = family.localhost();
     (name == "localhost").then_some(SocketAddr::new(address, port.parse().ok()?))
 }
 
@@ -157,7 +156,7 @@ fn row(row: &Row) -> String {
          <td role=\"cell\" class=\"address\">{}</td><td role=\"cell\" class=\"address\">{}</td>\
          <td role=\"cell\"><span class=\"path {kind}\">{}</span></td>\
          <td role=\"cell\" class=\"verdict {good}\">{}</td></tr>\n",
-        row.place.name(),
+        who::name(row.place),
         escaped(row.client),
         row.connects_to,
         escaped(&row.seen),
@@ -232,7 +231,7 @@ fn values<'a>(
         ("why", why(site, &visit)),
         (
             "client-kind",
-            visit.place.map_or("unknown", Place::name).to_owned(),
+            visit.place.map_or("unknown", who::name).to_owned(),
         ),
         ("path-kind", visit.path().to_owned()),
         ("path", path(&visit).to_owned()),
@@ -292,7 +291,7 @@ fn how(visit: &Visit<'_>) -> String {
              Reason: {reason}."
         );
     }
-    let device = visit.place.map_or("the device", Place::device);
+    let device = visit.place.map_or("the device", who::device);
     // `bpf_redirect_peer` carries nothing from `lo`.
     let delivery = match (visit.place, publish.delivery.as_deref()) {
         (Some(Place::Host), Some("peer")) => {

@@ -1,40 +1,32 @@
-//! The kinds of client, which of them an address belongs to, and whom the backend sees for each.
+//! What the page says of clients: where the one with an address is, and whom the backend sees for each.
 
 use std::net::IpAddr;
 
-use forwarder_tests::topology::{
-    Family::{V4, V6},
-    Topology,
+use forwarder_tests::{
+    clients::Place,
+    topology::{
+        Family::{V4, V6},
+        Topology,
+    },
 };
 
-/// Where a client is, as the picture shows it.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Place {
-    Machine,
-    Host,
-    Container,
-    Backend,
+/// What the page calls a place.
+pub(crate) fn name(place: Place) -> &'static str {
+    match place {
+        Place::Machine => "machine",
+        Place::Host => "host",
+        Place::Container => "container",
+        Place::Backend => "backend",
+    }
 }
 
-impl Place {
-    /// In the page's attributes.
-    pub(crate) fn name(self) -> &'static str {
-        match self {
-            Self::Machine => "machine",
-            Self::Host => "host",
-            Self::Container => "container",
-            Self::Backend => "backend",
-        }
-    }
-
-    /// The device by which its packets come to the program.
-    pub(crate) fn device(self) -> &'static str {
-        match self {
-            Self::Machine => "the uplink",
-            Self::Host => "lo",
-            Self::Container => "the client's veth",
-            Self::Backend => "the backend's veth",
-        }
+/// The device by which packets of a place's clients come to the program.
+pub(crate) fn device(place: Place) -> &'static str {
+    match place {
+        Place::Machine => "the uplink",
+        Place::Host => "lo",
+        Place::Container => "the client's veth",
+        Place::Backend => "the backend's veth",
     }
 }
 
