@@ -11,7 +11,7 @@ use std::{
 use forwarder_tests::{
     api::{self, Open},
     daemon::{Daemon, Datapath},
-    deadline::wait_for,
+    deadline::wait_until,
     document::Flow,
     topology::{Container, Family, Topology},
     traffic::{Connection, Protocol, ask},
@@ -312,10 +312,7 @@ fn a_lease_lasts_as_long_as_its_connection() {
     let (other, _) = leased(&daemon, "9090:172.31.0.2:80", None);
     assert_eq!(ids(&daemon).len(), 2);
     drop(lease);
-    wait_for("the end of the lease", || {
-        (ids(&daemon) == [2]).then_some(())
-    })
-    .unwrap();
+    wait_until("the end of the lease", || ids(&daemon) == [2]);
     let frontend = frontend(&topology, Family::V4);
     assert!(ask(&topology.client, Protocol::Tcp, frontend, "hello").is_err());
     drop(other);
@@ -337,10 +334,7 @@ fn a_lease_serves_a_given_listener(datapath: Datapath) {
     let local = SocketAddr::new(Family::V4.localhost(), PORT);
     ask(&topology.host, Protocol::Tcp, local, "hello").unwrap();
     drop(lease);
-    wait_for("the end of the lease", || {
-        ids(daemon).is_empty().then_some(())
-    })
-    .unwrap();
+    wait_until("the end of the lease", || ids(daemon).is_empty());
     // Its owner still has the port.
     assert!(topology.host.enter(|| TcpListener::bind(bound)).is_err());
     scene.stop();
@@ -383,10 +377,9 @@ fn a_backend_is_replaced_without_a_refusal(datapath: Datapath) {
             replace_backend(daemon, containers[number]);
             let backend = &scene.backends[number];
             let before = backend.requests();
-            wait_for("a request to the new backend", || {
-                (backend.requests() > before).then_some(())
-            })
-            .unwrap();
+            wait_until("a request to the new backend", || {
+                backend.requests() > before
+            });
         }
         over.store(true, Relaxed);
         assert!(client.join().unwrap() > 0);
@@ -453,10 +446,7 @@ fn what_drains_goes_on_beside_a_new_publish_of_its_port(datapath: Datapath) {
     daemon.control(&["unpublish", "2"]).unwrap();
     old.ask("after the new one").unwrap();
     old.close().unwrap();
-    wait_for("the end of what drains", || {
-        ids(daemon).is_empty().then_some(())
-    })
-    .unwrap();
+    wait_until("the end of what drains", || ids(daemon).is_empty());
     scene.stop();
 }
 

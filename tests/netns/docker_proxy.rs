@@ -12,7 +12,7 @@ use std::{
 
 use forwarder_tests::{
     daemon::{Datapath, binary, program},
-    deadline::wait_for,
+    deadline::{wait_for, wait_until},
     netns::Netns,
     topology::{Family, Topology},
     traffic::{Connection, Protocol, ask},
@@ -275,10 +275,7 @@ fn without_an_instance_it_forwards_by_itself_until_there_is_one() {
     let mut old = scene.connect();
     old.ask("before").unwrap();
     scene.daemon.restart().unwrap();
-    wait_for("the lease", || {
-        (scene.daemon.list().unwrap().len() == 1).then_some(())
-    })
-    .unwrap();
+    wait_until("the lease", || scene.daemon.list().unwrap().len() == 1);
     for (netns, frontend) in frontends(&scene.topology) {
         ask(netns, Protocol::Tcp, frontend, "by the instance").unwrap();
     }

@@ -9,7 +9,7 @@ use std::{
 use forwarder_tests::{
     api,
     daemon::{Daemon, Datapath, forwarder},
-    deadline::wait_for,
+    deadline::{wait_for, wait_until},
     document::Row,
     engine::Engine,
     topology::{Container, Family, Topology},
@@ -48,10 +48,7 @@ impl Scene {
 
     /// Waits until the instance follows the engine.
     fn is_heard(&self) {
-        wait_for("the watcher", || {
-            (self.engine.listeners() > 0).then_some(())
-        })
-        .unwrap();
+        wait_until("the watcher", || self.engine.listeners() > 0);
     }
 
     /// Starts a container that publishes the port.
@@ -281,7 +278,7 @@ fn labels_restrict_what_the_engine_publishes() {
     let refused = || scene.daemon.counted("not_allowed").unwrap();
     let before = refused();
     send_datagram(&scene.topology.client, scene.frontend(), "from elsewhere").unwrap();
-    wait_for("the refusal", || (refused() > before).then_some(())).unwrap();
+    wait_until("the refusal", || refused() > before);
     held.set_nonblocking(true).unwrap();
     assert!(held.recv_from(&mut [0; 64]).is_err(), "the holder got it");
     scene.engine.end("a1", "web");

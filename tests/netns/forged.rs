@@ -7,7 +7,7 @@ use std::{
 
 use forwarder_tests::{
     daemon::{Daemon, Datapath, doctor},
-    deadline::{slack, wait_for},
+    deadline::{slack, wait_for, wait_until},
     frame::{Frame, Mac},
     netns::Netns,
     topology::{Family, Topology},
@@ -365,10 +365,9 @@ fn a_container_that_gives_itself_the_backends_address_gets_none_of_its_packets()
         "{address} is taken to be behind {}: {} claims it too, and did so later",
         backend.veth, peer.veth
     );
-    wait_for("the daemon warns", || {
-        scene.daemon.said().contains(&dispute).then_some(())
-    })
-    .unwrap();
+    wait_until("the daemon warns", || {
+        scene.daemon.said().contains(&dispute)
+    });
     let found = doctor(host, &[]).unwrap()[check].clone();
     assert!(!found.ok);
     assert_eq!(found.found, dispute);

@@ -11,7 +11,7 @@ use std::{
 
 use forwarder_tests::{
     daemon::{Daemon, Datapath},
-    deadline::{patience, wait_for},
+    deadline::{patience, wait_for, wait_until},
     layout::lay_out_otherwise,
     netns::Netns,
     topology::{Family, Topology},
@@ -185,10 +185,9 @@ impl Load {
     /// Waits for some more of them.
     fn goes_on(&self) {
         let before = self.done.load(Relaxed);
-        wait_for("clients are served", || {
-            (self.done.load(Relaxed) > before + 50).then_some(())
-        })
-        .unwrap();
+        wait_until("clients are served", || {
+            self.done.load(Relaxed) > before + 50
+        });
     }
 }
 
@@ -354,7 +353,7 @@ fn what_is_taken_back_is_kept_no_more() {
     let scene = Scene::new();
     let mut daemon = scene.start(Datapath::Userland);
     let every = ["p1", "p1", "p2", "p2", "p3", "p3"];
-    wait_for("all are kept", || (daemon.stored() == every).then_some(())).unwrap();
+    wait_until("all are kept", || daemon.stored() == every);
     let id = daemon.list().unwrap()[1].id.to_string();
     daemon.control(&["unpublish", &id]).unwrap();
     assert_eq!(daemon.stored(), ["p1", "p1", "p3", "p3"]);

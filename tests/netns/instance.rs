@@ -15,7 +15,7 @@ use std::{
 use forwarder_tests::{
     api,
     daemon::{Daemon, Datapath, binary, run_to_failure},
-    deadline::wait_for,
+    deadline::{wait_for, wait_until},
     document::{Endpoint, Row},
     topology::Topology,
     traffic::{Protocol, ask},
@@ -184,7 +184,7 @@ fn a_port_that_somebody_took_meanwhile_keeps_nothing_else_from_being_served() {
     assert!(row.waits(), "{row:?}");
     assert!(row.reason().contains("address already in use"), "{row:?}");
     drop(taken);
-    wait_for("the port is had", || (!first().waits()).then_some(())).unwrap();
+    wait_until("the port is had", || !first().waits());
     let frontend = SocketAddr::new(scene.frontend().ip(), 8081);
     ask(&scene.topology.client, Protocol::Tcp, frontend, "hello").unwrap();
     scene.stop();
@@ -215,10 +215,9 @@ fn signals_that_mean_nothing_end_nothing() {
         scene.daemon.signal(signal).unwrap();
     }
     scene.served_on_the_fast_path();
-    wait_for("a word about SIGHUP", || {
-        scene.daemon.said().contains("SIGHUP").then_some(())
-    })
-    .unwrap();
+    wait_until("a word about SIGHUP", || {
+        scene.daemon.said().contains("SIGHUP")
+    });
     scene.stop();
 }
 
@@ -349,10 +348,7 @@ fn a_configuration_is_read_again_as_a_whole_or_not_at_all() {
     );
     file.write("publish = []");
     daemon.signal(Signal::SIGHUP).unwrap();
-    wait_for("two publishes", || {
-        (daemon.list().unwrap().len() == 2).then_some(())
-    })
-    .unwrap();
+    wait_until("two publishes", || daemon.list().unwrap().len() == 2);
     scene.stop();
 }
 

@@ -9,7 +9,7 @@ use std::{
 
 use forwarder_tests::{
     daemon::{Datapath, interrupt_at_start},
-    deadline::wait_for,
+    deadline::{wait_for, wait_until},
     netns::Netns,
     topology::{Family, Topology},
     traffic::{Backend, Protocol, ask, ask_by},
@@ -280,10 +280,9 @@ fn ctrl_c_leaves_nothing_behind() {
     assert_eq!(before.0, after.0, "a sysctl was left changed");
     assert_eq!(before.1, after.1, "devices, addresses, qdiscs or rules");
     // The kernel frees programs a little after their last reference.
-    wait_for("the programs are gone", || {
-        (!programs.iter().any(|number| program_exists(*number))).then_some(())
-    })
-    .unwrap();
+    wait_until("the programs are gone", || {
+        !programs.iter().any(|number| program_exists(*number))
+    });
 }
 
 #[test]
@@ -294,11 +293,10 @@ fn an_instance_that_ran_out_of_descriptors_can_be_asked_again() {
     let daemon = &scene.daemon;
     let socket = format!("/run/forwarder/{}.sock", daemon.instance());
     let clients: Vec<_> = (0..120).map(|_| UnixStream::connect(&socket)).collect();
-    wait_for("descriptors run out", || {
+    wait_until("descriptors run out", || {
         let said = daemon.said();
-        said.contains("accepts no more for now").then_some(())
-    })
-    .unwrap();
+        said.contains("accepts no more for now")
+    });
     drop(clients);
     assert_eq!(daemon.list().unwrap().len(), 1);
     scene.stop();

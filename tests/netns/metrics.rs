@@ -12,7 +12,7 @@ use anyhow::{Context as _, Result};
 use forwarder_tests::{
     api,
     daemon::{Daemon, Datapath, run_to_failure},
-    deadline::wait_for,
+    deadline::{wait_for, wait_until},
     document::Row,
     netns::Netns,
     topology::{Family, Topology},
@@ -126,7 +126,7 @@ fn traffic_is_counted_by_publish_and_owner(datapath: Datapath, refusal: &str) {
     let begun = value(&before, "forwarder_proxy_flows_begun_total", &[]);
     assert_eq!(begun >= 21.0, datapath == Datapath::Userland, "{begun}");
     let refused = SocketAddr::new(topology.host_address(Family::V4), 8099);
-    wait_for("a refusal in the metrics", || {
+    wait_until("a refusal in the metrics", || {
         let patience = Duration::from_millis(100);
         let _ = topology
             .client
@@ -140,11 +140,9 @@ fn traffic_is_counted_by_publish_and_owner(datapath: Datapath, refusal: &str) {
                     && *value > 0.0
             })
         };
-        (is_counted("forwarder_publish_refused_total", Some("*:8099"))
-            && is_counted("forwarder_refused_total", None))
-        .then_some(())
-    })
-    .unwrap();
+        is_counted("forwarder_publish_refused_total", Some("*:8099"))
+            && is_counted("forwarder_refused_total", None)
+    });
     // The control socket says the same, and neither says who came.
     let answer = api::ask(daemon, "GET", "/metrics", "").unwrap();
     let by_socket = answer.body.as_str().unwrap().to_owned();
@@ -187,7 +185,7 @@ fn the_list_says_rates_and_age(datapath: Datapath) {
     })
     .unwrap();
     assert!(bytes >= packets * "hello".len() as f64, "{bytes} {packets}");
-    wait_for("silence", || (rates() == [0.0, 0.0]).then_some(())).unwrap();
+    wait_until("silence", || rates() == [0.0, 0.0]);
     scene.daemon.kill().unwrap();
     scene.daemon.restart().unwrap();
     assert_eq!(scene.daemon.entry().unwrap().since, since);

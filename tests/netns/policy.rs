@@ -10,7 +10,7 @@ use std::{
 use forwarder_tests::{
     api,
     daemon::{Datapath, forwarder},
-    deadline::wait_for,
+    deadline::{wait_for, wait_until},
     document::Row,
     netns::Netns,
     topology::{Family, Topology},
@@ -62,10 +62,9 @@ fn a_banned_source_gets_nothing(family: Family, protocol: Protocol) {
         };
         if protocol == Protocol::Udp {
             forwarder_tests::traffic::send_datagram(&topology.client, frontend, "hello").unwrap();
-            wait_for("the datagram is refused", || {
-                (daemon.counted(reason).unwrap() > 0).then_some(())
-            })
-            .unwrap();
+            wait_until("the datagram is refused", || {
+                daemon.counted(reason).unwrap() > 0
+            });
         }
         assert!(daemon.counted(reason).unwrap() > 0);
         // Others go on.
@@ -168,11 +167,10 @@ fn a_source_is_banned_from_one_publish() {
             .control(&["ban", &client, "--publish", &id, "--for", "1h"])
             .unwrap();
         daemon.control(&["unpublish", &id]).unwrap();
-        wait_for("the end of the ban", || {
+        wait_until("the end of the ban", || {
             let bans = daemon.control(&["bans", "--json"]).unwrap();
-            (bans.trim() == "[]").then_some(())
-        })
-        .unwrap();
+            bans.trim() == "[]"
+        });
         daemon.control(&["publish", &specs[0]]).unwrap();
         assert!(connects(&topology.client, barred), "{datapath:?}");
         daemon.stop().unwrap();

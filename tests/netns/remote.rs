@@ -7,7 +7,7 @@ use forwarder::datapath::{self, xdp::Mode};
 use forwarder_tests::{
     cpu::pin_this_thread,
     daemon::{Daemon, Datapath},
-    deadline::wait_for,
+    deadline::{wait_for, wait_until},
     document::Delivery,
     link,
     netns::Netns,
@@ -334,10 +334,7 @@ fn xdp_that_somebody_detached_is_attached_again() {
     for pin in &links {
         std::fs::remove_file(pin).unwrap();
     }
-    wait_for("the pins are back", || {
-        (daemon.links() == links).then_some(())
-    })
-    .unwrap();
+    wait_until("the pins are back", || daemon.links() == links);
     daemon.stop().unwrap();
 }
 
@@ -365,12 +362,11 @@ fn xdp_that_somebody_replaced_is_tcs_until_they_give_it_back() {
         attached.unwrap();
         ifindex
     });
-    wait_for("the log says so", || {
+    wait_until("the log says so", || {
         let said = daemon.said();
         let said = |device| said.contains(&format!("{device} has no native XDP"));
-        (said("eth0") && said("eth1")).then_some(())
-    })
-    .unwrap();
+        said("eth0") && said("eth1")
+    });
     let frontend = SocketAddr::new(LAN.address(V4, HOST), PORT);
     on_the_fast_path(&daemon, || {
         ask(&lan.client, Udp, frontend, "by tc").unwrap();

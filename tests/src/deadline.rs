@@ -27,7 +27,17 @@ pub fn wait_for<T>(what: &str, probe: impl FnMut() -> Option<T>) -> Result<T> {
     wait_at_most(patience(), what, probe)
 }
 
-/// The same for what takes longer, such as the start of a whole program.
+/// Waits until something is so, at most for [`patience`].
+///
+/// # Panics
+/// It was not in time.
+#[track_caller]
+pub fn wait_until(what: &str, mut is_so: impl FnMut() -> bool) {
+    let found = wait_for(what, || is_so().then_some(()));
+    found.unwrap_or_else(|error| panic!("{error:#}"));
+}
+
+/// As [`wait_for`], for what takes longer, such as the start of a whole program.
 ///
 /// # Errors
 /// As [`wait_for`].

@@ -4,7 +4,7 @@
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
 use forwarder_tests::{
-    deadline::wait_for,
+    deadline::{wait_for, wait_until},
     document::{Delivery, Row},
     topology::Topology,
     traffic::ask,
@@ -135,14 +135,9 @@ fn of_two_containers_with_one_port_the_second_waits_for_the_end_of_the_first() {
         .engine
         .run("wrong", &["--label", "forwarder.publish=80"])
         .unwrap();
-    wait_for("what is wrong", || {
-        scene
-            .daemon
-            .said()
-            .contains("container wrong: ")
-            .then_some(())
-    })
-    .unwrap();
+    wait_until("what is wrong", || {
+        scene.daemon.said().contains("container wrong: ")
+    });
     scene.engine.docker(&["rm", "-f", "first"]).unwrap();
     let owner = format!("docker:{second}");
     wait_for("the second", || {
