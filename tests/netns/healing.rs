@@ -4,20 +4,20 @@
 use std::{fs, net::SocketAddr};
 
 use forwarder_tests::{
-    daemon::{Daemon, Datapath, WITHOUT_BPFFS},
+    daemon::{Daemon, WITHOUT_BPFFS},
     deadline::wait_for,
     link,
     topology::{Family, Topology},
     traffic::{Backend, Protocol, ask},
 };
 
-use crate::scene::{BACKEND_PORT, PORT, on_the_fast_path, packets, spec, wait_for_peer};
+use crate::scene::{self, frontend, on_the_fast_path, packets, wait_for_peer};
 
 const FAMILY: Family = Family::V4;
 
 struct Scene {
     topology: Topology,
-    _backend: Backend,
+    _backends: Vec<Backend>,
     daemon: Daemon,
 }
 
@@ -28,16 +28,11 @@ impl Scene {
 
     /// The instance is started by a program that takes something away.
     fn wrapped(wrapper: &[&str]) -> Self {
-        let topology = Topology::new().unwrap();
-        let backend = &topology.backend;
-        let server = Backend::start(&backend.netns, Protocol::Udp, BACKEND_PORT).unwrap();
-        let spec = spec(backend, FAMILY, Protocol::Udp);
-        let (host, datapath) = (&topology.host, Datapath::Ebpf);
-        let daemon = Daemon::start_wrapped(host, wrapper, &[&spec], datapath, &[]).unwrap();
+        let usual = scene::Scene::udp().wrapped(wrapper).start();
         let scene = Self {
-            topology,
-            _backend: server,
-            daemon,
+            topology: usual.topology,
+            daemon: usual.daemon,
+            _backends: usual.backends,
         };
         on_the_fast_path(&scene.daemon, || scene.asks("before"));
         wait_for_peer(&scene.daemon);
@@ -45,7 +40,7 @@ impl Scene {
     }
 
     fn frontend(&self) -> SocketAddr {
-        SocketAddr::new(self.topology.host_address(FAMILY), PORT)
+        frontend(&self.topology, FAMILY)
     }
 
     fn asks(&self, payload: &str) {

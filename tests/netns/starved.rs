@@ -3,7 +3,7 @@
 
 use std::{
     io::{Read as _, Write as _},
-    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpStream, UdpSocket},
+    net::{Ipv4Addr, SocketAddr, TcpStream, UdpSocket},
     time::Instant,
 };
 
@@ -14,7 +14,7 @@ use forwarder_tests::{
     traffic::{Backend, Connection, Protocol, ask},
 };
 
-use crate::scene::{BACKEND_PORT, PORT, suffix};
+use crate::scene::{self, BACKEND_PORT, PORT, suffix};
 
 /// At most so many open files.
 fn limited(files: u32) -> [String; 3] {
@@ -26,29 +26,23 @@ fn limited(files: u32) -> [String; 3] {
 struct Scene {
     topology: Topology,
     daemon: Daemon,
-    _backend: Backend,
+    _backends: Vec<Backend>,
 }
 
 const OTHER: u16 = PORT + 1;
 
 impl Scene {
     fn new(files: u32, protocol: Protocol) -> Self {
-        let topology = Topology::new().unwrap();
-        let _backend = Backend::start(&topology.backend.netns, protocol, BACKEND_PORT).unwrap();
-        let backend = SocketAddr::new(topology.backend.address(Family::V4), BACKEND_PORT);
-        let spec = |port| format!("{port}:{backend}{}", suffix(protocol));
+        let to = format!("172.31.0.2:{BACKEND_PORT}{}", suffix(protocol));
+        let specs = [PORT, OTHER].map(|port| format!("{port}:{to}"));
         let limit = limited(files);
-        let daemon = Daemon::start_wrapped(
-            &topology.host,
-            &limit.each_ref().map(String::as_str),
-            &[&spec(PORT), &spec(OTHER)],
-            Datapath::Userland,
-            &[],
-        );
+        let limit = limit.each_ref().map(String::as_str);
+        let usual = scene::Scene::of(Family::V4, protocol).publishing(&specs);
+        let usual = usual.by(Datapath::Userland).wrapped(&limit).start();
         Self {
-            topology,
-            daemon: daemon.unwrap(),
-            _backend,
+            topology: usual.topology,
+            daemon: usual.daemon,
+            _backends: usual.backends,
         }
     }
 
@@ -159,16 +153,13 @@ fn what_leads_to_itself_is_refused_by_its_name() {
 
 /// A backend that becomes an address of this host: what is sent there comes back.
 fn a_loop_that_comes_later(protocol: Protocol) {
-    let topology = Topology::new().unwrap();
-    let specs = [
-        format!("81:203.0.113.7:82{}", suffix(protocol)),
-        format!("82:203.0.113.7:81{}", suffix(protocol)),
-    ];
-    let specs = specs.each_ref().map(String::as_str);
+    let specs = [(81, 82), (82, 81)]
+        .map(|(port, to)| format!("{port}:203.0.113.7:{to}{}", suffix(protocol)));
     let limit = limited(1_000);
     let limit = limit.each_ref().map(String::as_str);
-    let userland = Datapath::Userland;
-    let daemon = Daemon::start_wrapped(&topology.host, &limit, &specs, userland, &[]).unwrap();
+    let scene = scene::Scene::tcp().silent().publishing(&specs);
+    let scene = scene.by(Datapath::Userland).wrapped(&limit).start();
+    let (topology, daemon) = scene.parts();
     topology.host.ip("addr add 203.0.113.7/32 dev lo").unwrap();
     topology.host.enter(|| {
         let frontend = SocketAddr::from((Ipv4Addr::LOCALHOST, 81));
@@ -204,7 +195,7 @@ fn a_loop_that_comes_later(protocol: Protocol) {
     let files = files.count();
     assert!(files < 100, "{files} open files");
     assert!(daemon.said().contains("leads back"), "{}", daemon.said());
-    daemon.stop().unwrap();
+    scene.stop();
 }
 
 #[test]
@@ -219,45 +210,31 @@ fn a_datagram_that_comes_back_ends() {
 
 #[test]
 fn publishes_may_lead_to_each_other_in_a_row() {
-    let topology = Topology::new().unwrap();
-    let _backend = Backend::start(&topology.backend.netns, Protocol::Tcp, BACKEND_PORT).unwrap();
-    let backend = SocketAddr::new(topology.backend.address(Family::V4), BACKEND_PORT);
-    let last = format!("83:{backend}");
+    let last = format!("83:172.31.0.2:{BACKEND_PORT}");
     let specs = ["81:127.0.0.1:82", "82:[::1]:83", &last];
-    let daemon = Daemon::start(&topology.host, &specs, Datapath::Auto).unwrap();
-    for host in [
-        IpAddr::from(Ipv4Addr::LOCALHOST),
-        Ipv6Addr::LOCALHOST.into(),
-    ] {
-        let frontend = SocketAddr::new(host, 81);
-        ask(&topology.host, Protocol::Tcp, frontend, "hello").unwrap();
+    let scene = scene::Scene::tcp().publishing(&specs).auto().start();
+    for family in [Family::V4, Family::V6] {
+        let frontend = SocketAddr::new(family.localhost(), 81);
+        ask(&scene.topology.host, Protocol::Tcp, frontend, "hello").unwrap();
     }
-    daemon.stop().unwrap();
+    scene.stop();
 }
 
 /// A backend that all source ports of this host are in use towards.
 fn without_source_ports(protocol: Protocol, family: Family) {
     let topology = Topology::new().unwrap();
-    let _backend = Backend::start(&topology.backend.netns, protocol, BACKEND_PORT).unwrap();
-    topology
-        .host
-        .set("ipv4/ip_local_port_range", "32000 32005")
-        .unwrap();
-    let backend = SocketAddr::new(topology.backend.address(family), BACKEND_PORT);
-    let spec = format!("{PORT}:{backend}{}", suffix(protocol));
-    let daemon = Daemon::start(&topology.host, &[&spec], Datapath::Userland).unwrap();
-    let frontend = SocketAddr::new(topology.host_address(family), PORT);
-    ask(&topology.client, protocol, frontend, "first").unwrap();
+    let few = "32000 32005";
+    topology.host.set("ipv4/ip_local_port_range", few).unwrap();
+    let scene = scene::Scene::of(family, protocol).by(Datapath::Userland);
+    let scene = scene.start_in(topology);
+    let ((topology, daemon), frontend) = (scene.parts(), scene.frontend());
+    scene.ask("first").unwrap();
     let sockets: Vec<Box<dyn Send>> = topology.client.enter(|| {
-        let any: IpAddr = match family {
-            Family::V4 => Ipv4Addr::UNSPECIFIED.into(),
-            Family::V6 => Ipv6Addr::UNSPECIFIED.into(),
-        };
         let begin = |_| -> Box<dyn Send> {
             match protocol {
                 Protocol::Tcp => Box::new(TcpStream::connect(frontend).unwrap()),
                 Protocol::Udp => {
-                    let socket = UdpSocket::bind((any, 0)).unwrap();
+                    let socket = UdpSocket::bind((family.unspecified(), 0)).unwrap();
                     socket.send_to(b"hello", frontend).unwrap();
                     Box::new(socket)
                 }
@@ -273,7 +250,7 @@ fn without_source_ports(protocol: Protocol, family: Family) {
     let warnings = said.matches("net.ipv4.ip_local_port_range").count();
     assert_eq!(warnings, 1, "{said}");
     drop(sockets);
-    daemon.stop().unwrap();
+    scene.stop();
 }
 
 #[test]
