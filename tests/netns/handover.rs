@@ -368,9 +368,9 @@ fn what_is_taken_back_is_kept_no_more() {
 /// Where nobody keeps anything, there is nobody to hand over to.
 #[test]
 fn without_a_manager_it_ends_as_by_any_other_signal() {
-    let scene::Scene { mut daemon, .. } = scene::Scene::tcp().silent().start();
-    let pins = daemon.pins();
+    let mut scene = scene::Scene::tcp().silent().start();
+    let pins = scene.daemon.pins();
     assert!(pins.exists());
-    daemon.quit().unwrap();
+    scene.daemon.quit().unwrap();
     assert!(!pins.exists());
 }

@@ -35,7 +35,8 @@ fn published(daemon: &Daemon) -> Vec<(u64, String, Endpoint, Vec<String>)> {
 fn what_was_published_survives_a_stop_and_a_kill() {
     let flags = ["--allow", "198.51.100.0/24"];
     let scene = Scene::tcp().silent().auto().with_state();
-    let Scene { mut daemon, .. } = scene.flags(&flags).start();
+    let mut scene = scene.flags(&flags).start();
+    let daemon = &mut scene.daemon;
     daemon
         .control(&["publish", "8081:172.31.0.2:81", "8082:172.31.0.2:82"])
         .unwrap();
@@ -44,18 +45,18 @@ fn what_was_published_survives_a_stop_and_a_kill() {
         .control(&[&["publish", "8083:172.31.0.2:83"][..], &policy].concat())
         .unwrap();
     daemon.control(&["unpublish", "2"]).unwrap();
-    let before = published(&daemon);
+    let before = published(daemon);
     assert_eq!(before.len(), 3);
     daemon.terminate().unwrap();
     daemon.restart().unwrap();
-    assert_eq!(published(&daemon), before, "after a stop");
+    assert_eq!(published(daemon), before, "after a stop");
     daemon.kill().unwrap();
     daemon.restart().unwrap();
-    assert_eq!(published(&daemon), before, "after a kill");
+    assert_eq!(published(daemon), before, "after a kill");
     daemon.control(&["publish", "8084:172.31.0.2:84"]).unwrap();
     let last = daemon.list().unwrap().pop().unwrap();
     assert_eq!(last.id, 5, "numbers go on: {last:?}");
-    daemon.stop().unwrap();
+    scene.stop();
 }
 
 /// What a client knows to be published, while the instance may die at any moment.
@@ -111,7 +112,8 @@ impl Acknowledged {
 #[test]
 fn a_hundred_kills_lose_nothing_that_was_acknowledged() {
     let scene = Scene::tcp().silent().idle().by(Datapath::Userland);
-    let Scene { mut daemon, .. } = scene.with_state().start();
+    let mut scene = scene.with_state().start();
+    let daemon = &mut scene.daemon;
     let mut acknowledged = Acknowledged::default();
     let mut answered = 0;
     for _ in 0..100 {
@@ -128,7 +130,7 @@ fn a_hundred_kills_lose_nothing_that_was_acknowledged() {
         acknowledged.compare(&daemon.list().unwrap());
     }
     assert!(answered > 100, "{answered}");
-    daemon.stop().unwrap();
+    scene.stop();
 }
 
 #[test]
@@ -376,10 +378,11 @@ fn a_configuration_is_checked_without_being_used() {
 
 #[test]
 fn a_name_with_a_dot_has_the_fast_path_and_pins() {
-    let Scene { daemon, .. } = Scene::tcp().silent().start();
+    let scene = Scene::tcp().silent().start();
+    let daemon = &scene.daemon;
     assert!(daemon.instance().contains('.'));
     assert!(daemon.pins().is_dir());
     let pins = daemon.pins();
-    daemon.stop().unwrap();
+    scene.stop();
     assert!(!pins.exists());
 }

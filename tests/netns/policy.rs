@@ -106,9 +106,9 @@ fn a_source_is_banned_from_one_publish() {
         let scene = Scene::of(family, Protocol::Tcp).publishing(&specs[1..]);
         let scene = scene.by(datapath).with_state().start_in(topology);
         let Scene {
-            mut daemon,
-            topology,
             backends: _backends,
+            topology,
+            mut daemon,
             ..
         } = scene;
         daemon.control(&["publish", &specs[0]]).unwrap();

@@ -50,10 +50,10 @@ fn flows_and_published_ports_outlive_a_kill_and_a_restart() {
 fn what_drains_outlives_a_kill_and_a_restart() {
     let scene = Scene::tcp().and_another().idle().with_state().start();
     let Scene {
-        mut daemon,
+        backends: _backends,
         topology,
         specs,
-        backends: _backends,
+        mut daemon,
         ..
     } = scene;
     let [first, second] = &specs[..] else {
