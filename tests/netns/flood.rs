@@ -21,7 +21,7 @@ use forwarder_tests::{
     wire::Wire,
 };
 
-use crate::scene::{BACKEND_PORT, PORT, packets, served_to_the_client, spec};
+use crate::scene::{BACKEND_PORT, PORT, Scene, backends, packets, served_to_the_client, spec};
 
 /// Ports of a source address that the flood uses.
 const PORTS: u32 = 1000;
@@ -49,11 +49,9 @@ fn flood(frontend: SocketAddr, ended: &AtomicBool, sent: &AtomicU32) {
 #[test]
 fn a_container_that_sends_from_many_macs_takes_no_memory_and_holds_nobody_up() {
     const MACS: u32 = 200_000;
-    let topology = Topology::new().unwrap();
-    let _backend = Backend::start(&topology.backend.netns, Protocol::Tcp, BACKEND_PORT).unwrap();
-    let spec = spec(&topology.backend, Family::V4, Protocol::Tcp);
-    let daemon = Daemon::start(&topology.host, &[&spec], Datapath::Ebpf).unwrap();
-    served_to_the_client(&topology, Protocol::Tcp, "before");
+    let scene = Scene::tcp().start();
+    let (topology, daemon) = scene.parts();
+    scene.served("before");
     let before = daemon.resident().unwrap();
     let wire = Wire::open(&topology.peer.netns, "eth0").unwrap();
     let mut frame = [0; 60];
@@ -69,28 +67,23 @@ fn a_container_that_sends_from_many_macs_takes_no_memory_and_holds_nobody_up() {
     host.ip("addr add 198.51.100.77/24 dev eth0").unwrap();
     let frontend = SocketAddr::from(([198, 51, 100, 77], PORT));
     let followed = wait_for("the new address is served", || {
-        let before = packets(&daemon);
+        let before = packets(daemon);
         ask(&topology.client, Protocol::Tcp, frontend, "after").ok()?;
-        (packets(&daemon).0 > before.0).then_some(())
+        (packets(daemon).0 > before.0).then_some(())
     });
     followed.unwrap_or_else(|error| panic!("{error:#}\n{}", daemon.said()));
     let after = daemon.resident().unwrap();
     assert!(after < before + 16, "{before} MiB, then {after}");
-    daemon.stop().unwrap();
+    scene.stop();
 }
 
 #[test]
 fn a_flood_from_many_sources_disturbs_neither_conversations_nor_new_clients() {
-    let topology = Topology::new().unwrap();
-    let _tcp = Backend::start(&topology.backend.netns, Protocol::Tcp, BACKEND_PORT).unwrap();
-    let _udp = Backend::start(&topology.backend.netns, Protocol::Udp, BACKEND_PORT).unwrap();
-    let specs = [Protocol::Tcp, Protocol::Udp].map(|p| spec(&topology.backend, Family::V4, p));
-    let specs = [&specs[0][..], &specs[1]];
-    let daemon = Daemon::start(&topology.host, &specs, Datapath::Ebpf).unwrap();
-    served_to_the_client(&topology, Protocol::Tcp, "first");
-    let frontend = SocketAddr::new(topology.host_address(Family::V4), PORT);
+    let scene = Scene::tcp().and_udp().start();
+    let (topology, daemon) = scene.parts();
+    scene.served("first");
     let localhost = SocketAddr::from(([127, 0, 0, 1], PORT));
-    let mut external = Connection::open(&topology.client, frontend).unwrap();
+    let mut external = scene.connect();
     let mut local = Connection::open(&topology.host, localhost).unwrap();
     external.ask("before").unwrap();
     local.ask("before").unwrap();
@@ -104,8 +97,8 @@ fn a_flood_from_many_sources_disturbs_neither_conversations_nor_new_clients() {
             wait_for("more datagrams than half-open flows", || {
                 external.ask("meanwhile").unwrap();
                 local.ask("meanwhile").unwrap();
-                served_to_the_client(&topology, Protocol::Tcp, "new");
-                served_to_the_client(&topology, Protocol::Udp, "new");
+                scene.served("new");
+                served_to_the_client(topology, Protocol::Udp, "new");
                 (sent.load(Relaxed) > limits::HALF_OPEN + limits::HALF_OPEN / 2).then_some(())
             })
         };
@@ -117,7 +110,7 @@ fn a_flood_from_many_sources_disturbs_neither_conversations_nor_new_clients() {
     external.ask("after").unwrap();
     local.ask("after").unwrap();
     assert_eq!(daemon.counted("no_entry").unwrap(), 0);
-    daemon.stop().unwrap();
+    scene.stop();
 }
 
 /// Entries of tables that are full soon.
@@ -195,16 +188,12 @@ impl<'a> Honest<'a> {
     }
 
     fn ways(&self) -> [(&'a Netns, SocketAddr); 2] {
-        let localhost: IpAddr = match self.family {
-            Family::V4 => Ipv4Addr::LOCALHOST.into(),
-            Family::V6 => Ipv6Addr::LOCALHOST.into(),
-        };
         [
             (
                 &self.topology.client,
                 self.topology.host_address(self.family),
             ),
-            (&self.topology.host, localhost),
+            (&self.topology.host, self.family.localhost()),
         ]
         .map(|(netns, address)| (netns, SocketAddr::new(address, PORT)))
     }
@@ -231,7 +220,7 @@ impl<'a> Honest<'a> {
             .peer
             .netns
             .enter(|| {
-                let socket = UdpSocket::bind((unspecified(self.family), 0)).unwrap();
+                let socket = UdpSocket::bind((self.family.unspecified(), 0)).unwrap();
                 let host = SocketAddr::new(self.topology.host_address(self.family), REMOTE_PORT);
                 forwarder_tests::traffic::ask_by(&socket, host, "of a container")
             })
@@ -251,13 +240,6 @@ impl<'a> Honest<'a> {
     fn counted(&self) -> [u64; 4] {
         let reasons = ["flows_full", "no_entry", "no_source_port", "source_share"];
         self.daemon.counts(reasons).unwrap()
-    }
-}
-
-fn unspecified(family: Family) -> IpAddr {
-    match family {
-        Family::V4 => Ipv4Addr::UNSPECIFIED.into(),
-        Family::V6 => Ipv6Addr::UNSPECIFIED.into(),
     }
 }
 
@@ -360,8 +342,7 @@ fn have(topology: &Topology, sources: &[IpAddr]) {
 #[test]
 fn flows_above_a_share_end_early_and_go_on_all_the_same() {
     let topology = Topology::new().unwrap();
-    let _tcp = Backend::start(&topology.backend.netns, Protocol::Tcp, BACKEND_PORT).unwrap();
-    let _udp = Backend::start(&topology.backend.netns, Protocol::Udp, BACKEND_PORT).unwrap();
+    let _backends = backends(&topology.backend.netns);
     let source: IpAddr = [198, 51, 100, 66].into();
     have(&topology, &[source]);
     let daemon = start_with_few_flows(&topology, Family::V4, FEWER);
