@@ -63,18 +63,18 @@ fn answer(client: &Client<'_>, daemon: &Daemon, protocol: Protocol) -> Answer {
 
 /// Each `name: Kind` becomes eight tests, `name::tcp_v4_ebpf` and so on.
 macro_rules! matrix {
-    ($($name:ident: $client:ident,)*) => {
+    ($($name:ident: $kind:ident,)*) => {
         $(mod $name {
-            use super::{Kind::$client, Datapath::*, Family::*, Protocol::*, row};
+            use super::{Kind::$kind, Datapath::*, Family::*, Protocol::*, row};
 
-            #[test] fn tcp_v4_ebpf() { row($client, Tcp, V4, Ebpf); }
-            #[test] fn tcp_v6_ebpf() { row($client, Tcp, V6, Ebpf); }
-            #[test] fn udp_v4_ebpf() { row($client, Udp, V4, Ebpf); }
-            #[test] fn udp_v6_ebpf() { row($client, Udp, V6, Ebpf); }
-            #[test] fn tcp_v4_userland() { row($client, Tcp, V4, Userland); }
-            #[test] fn tcp_v6_userland() { row($client, Tcp, V6, Userland); }
-            #[test] fn udp_v4_userland() { row($client, Udp, V4, Userland); }
-            #[test] fn udp_v6_userland() { row($client, Udp, V6, Userland); }
+            #[test] fn tcp_v4_ebpf() { row($kind, Tcp, V4, Ebpf); }
+            #[test] fn tcp_v6_ebpf() { row($kind, Tcp, V6, Ebpf); }
+            #[test] fn udp_v4_ebpf() { row($kind, Udp, V4, Ebpf); }
+            #[test] fn udp_v6_ebpf() { row($kind, Udp, V6, Ebpf); }
+            #[test] fn tcp_v4_userland() { row($kind, Tcp, V4, Userland); }
+            #[test] fn tcp_v6_userland() { row($kind, Tcp, V6, Userland); }
+            #[test] fn udp_v4_userland() { row($kind, Udp, V4, Userland); }
+            #[test] fn udp_v6_userland() { row($kind, Udp, V6, Userland); }
         })*
     };
 }

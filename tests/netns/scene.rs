@@ -60,6 +60,7 @@ impl Scene {
         Self::of(Family::V4, Udp)
     }
 
+    /// The usual scene with another protocol or family.
     pub(crate) fn of<'a>(family: Family, protocol: Protocol) -> Setting<'a> {
         Setting {
             family,
@@ -75,7 +76,7 @@ impl Scene {
         }
     }
 
-    /// What tests speak of most.
+    /// What most tests need of it.
     pub(crate) fn parts(&self) -> (&Topology, &Daemon) {
         (&self.topology, &self.daemon)
     }
@@ -127,7 +128,7 @@ impl Scene {
 }
 
 impl<'a> Setting<'a> {
-    /// UDP as well, behind what there is.
+    /// UDP as well; [`Scene::ask`] and the like go by the first protocol.
     pub(crate) fn and_udp(mut self) -> Self {
         self.protocols.push(Udp);
         self
@@ -184,7 +185,7 @@ impl<'a> Setting<'a> {
         self
     }
 
-    /// What is published at run time survives a restart.
+    /// What is published at run time survives a restart; such an instance is not `wrapped`.
     pub(crate) fn with_state(mut self) -> Self {
         self.keeps_state = true;
         self

@@ -15,7 +15,7 @@ use forwarder_tests::{
 
 use crate::http;
 
-/// Those that it shows.
+/// The kinds of client that the table shows.
 const KINDS: [Kind; 7] = [
     Kind::External,
     Kind::Localhost,
