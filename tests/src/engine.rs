@@ -89,7 +89,7 @@ impl Engine {
         self.state().containers.remove(id);
     }
 
-    /// Ends a container without a word, when somebody has asked for it once more.
+    /// Ends a container without a word, when somebody has asked for it by its name, as a command does.
     pub fn remove_after_next_look(&self, id: &str) {
         self.state().leaving = Some(id.into());
     }
@@ -141,7 +141,8 @@ fn answer(mut stream: UnixStream, state: &Mutex<State>) -> Result<()> {
             let name = format!("/{named}");
             let is_meant = |it: &&Value| it["Id"] == named || it["Name"] == name.as_str();
             let found = state.containers.values().find(is_meant).cloned();
-            if found.is_some()
+            // The watcher, which may still be at its first look, asks by the id.
+            if found.as_ref().is_some_and(|it| it["Name"] == name.as_str())
                 && let Some(id) = state.leaving.take()
             {
                 state.containers.remove(&id);
