@@ -18,6 +18,7 @@ mod tcp;
 mod tests;
 mod udp;
 mod urgent;
+mod worker;
 
 use std::{
     collections::HashMap,
@@ -26,7 +27,10 @@ use std::{
     os::fd::{BorrowedFd, RawFd},
     sync::{
         Arc, Mutex, MutexGuard, PoisonError, RwLock,
-        atomic::{AtomicU64, Ordering::Relaxed},
+        atomic::{
+            AtomicU64,
+            Ordering::{Relaxed, SeqCst},
+        },
     },
 };
 
@@ -43,6 +47,7 @@ use self::{
     pass_on::{Kind, PassedOn},
     refusal::Refusals,
     shared::{Live, Now, Shared},
+    worker::Workers,
 };
 pub use self::{
     idle::Idle,
@@ -105,9 +110,12 @@ pub struct Counters {
 /// What all publishes of a runtime share.
 #[derive(Debug)]
 struct Common {
+    workers: Workers,
     budget: Arc<Budget>,
     chains: Arc<Chains>,
     refused: Refusals,
+    /// How often workers' conversations were to look whether they end.
+    changes: AtomicU64,
     bans: RwLock<Arc<Bans>>,
     /// Bans have changed.
     banned: Notify,
@@ -123,11 +131,13 @@ struct Common {
 }
 
 impl Common {
-    fn new(store: Store) -> Self {
+    fn new(store: Store, workers: Workers) -> Self {
         Self {
+            workers,
             budget: Arc::new(Budget::of_this_process()),
             chains: Arc::default(),
             refused: Refusals::default(),
+            changes: AtomicU64::new(0),
             bans: RwLock::default(),
             banned: Notify::new(),
             store,
@@ -136,6 +146,12 @@ impl Common {
             live: AtomicU64::new(0),
             gone: Default::default(),
         }
+    }
+
+    /// Has workers' conversations look whether they end: something is banned, passed on, or stopped now.
+    fn changed(&self) {
+        self.changes.fetch_add(1, SeqCst);
+        self.workers.wake_all();
     }
 
     /// Resolves when conversations are to be passed on.
@@ -246,6 +262,8 @@ impl Proxy {
                     .hold(tcp.len() + udp.len() + sctp.len()),
             ),
         };
+        let ports = shared.spec.ports;
+        idle.common().chains.publish(ports.first..=ports.last);
         // Before anything is read that comes anew: a datagram would begin another flow.
         let arrived = idle.common().arrived().remove(&shared.options.name);
         for conversation in arrived.into_iter().flatten() {
@@ -296,10 +314,7 @@ impl Proxy {
     /// Goes on with a conversation of an earlier process.
     fn go_on(shared: &Arc<Shared>, conversation: PassedOn) -> io::Result<()> {
         match conversation.message.kind {
-            Kind::Tcp { .. } => {
-                let conversation = tcp::Conversation::from_message(conversation, shared)?;
-                tokio::spawn(conversation.go_on(shared.clone()));
-            }
+            Kind::Tcp { .. } => tcp::go_on(conversation, shared),
             Kind::Udp { .. } => {
                 let left = udp::Left::from_message(conversation, Live::new(&shared.common))?;
                 let mut all = shared.left.lock().unwrap_or_else(PoisonError::into_inner);

@@ -235,7 +235,7 @@ fn nobody_notices(datapath: Datapath, hand_over: impl Fn(&mut Daemon)) {
             }
         }
         drop(end);
-        talk.join().unwrap();
+        assert!(talk.join().is_ok(), "{}", daemon.said());
     });
     for entry in daemon.list().unwrap() {
         assert_eq!(entry.datapath, datapath.name(), "{entry:?}");

@@ -13,12 +13,17 @@ use std::{
 };
 
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
-use tokio::io::{Interest, unix::AsyncFd};
+use tokio::{
+    io::{Interest, unix::AsyncFd},
+    sync::mpsc,
+};
 use tracing::warn;
 
 use crate::publish::Bans;
 
-use super::{Common, Refusal, Store, sctp, shared::Shared, sockets::Port, tcp, udp};
+use super::{
+    Common, Refusal, Store, sctp, shared::Shared, sockets::Port, tcp, udp, worker::Workers,
+};
 
 /// Sockets that are looked at in one go.
 const EVENTS: usize = 64;
@@ -59,7 +64,19 @@ impl Waiting {
         let task = tokio::spawn(async move {
             match socket {
                 Socket::Tcp(listener) => {
-                    until(own.closed(), tcp::serve(listener, port, own.clone())).await;
+                    let (serving, mut served) = mpsc::channel::<()>(1);
+                    let listener = Arc::new(listener);
+                    let workers = own.common.workers.clone();
+                    workers.begin_in_each(move || {
+                        let (own, serving) = (own.clone(), serving.clone());
+                        let task = tcp::serve(listener.clone(), port, own.clone());
+                        async move {
+                            until(own.closed(), task).await;
+                            drop(serving);
+                        }
+                    });
+                    // None: all have ended, and closed the listener.
+                    let _ = served.recv().await;
                 }
                 Socket::Udp(socket) => udp::serve(socket, port, own).await,
                 Socket::Sctp(listener) => {
@@ -96,6 +113,12 @@ impl Inner {
     }
 }
 
+impl Drop for Inner {
+    fn drop(&mut self) {
+        self.common.workers.end();
+    }
+}
+
 struct Descriptor(Arc<Inner>);
 
 impl AsRawFd for Descriptor {
@@ -108,11 +131,11 @@ impl Idle {
     /// Watches from a task of the current runtime; `store` has what outlives it.
     ///
     /// # Errors
-    /// As epoll_create1(2).
+    /// As epoll_create1(2), or no thread could be begun.
     pub fn start(store: Store) -> std::io::Result<Self> {
         let inner = Arc::new(Inner {
             epoll: Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?,
-            common: Arc::new(Common::new(store)),
+            common: Arc::new(Common::new(store, Workers::start()?)),
             waiting: Mutex::default(),
         });
         // SAFETY: the descriptor is the epoll instance, which lives for as long as `Descriptor` does.
@@ -148,6 +171,7 @@ impl Idle {
         let mut bans = common.bans.write().unwrap_or_else(PoisonError::into_inner);
         change(Arc::make_mut(&mut bans));
         drop(bans);
+        common.changed();
         common.banned.notify_waiters();
     }
 

@@ -165,6 +165,7 @@ impl Idle {
             let _ = sender.send(conversation);
         }
         common.passing_on.send_replace(Some(sender));
+        common.changed();
         let deadline = tokio::time::Instant::now() + LEAVING;
         let mut count = 0;
         loop {

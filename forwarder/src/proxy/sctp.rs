@@ -60,9 +60,8 @@ pub(super) async fn serve(listener: Socket, port: Port, shared: Arc<Shared>) {
                     abort(&client);
                     continue;
                 }
-                let passed = client.get_ref().local_addr().ok();
-                let passed = passed.and_then(|local| shared.passed(address, local.as_socket()?));
-                let Some(passed) = passed else {
+                let frontend = || client.get_ref().local_addr().ok()?.as_socket();
+                let Some(passed) = shared.passed(address, frontend) else {
                     abort(&client);
                     continue;
                 };

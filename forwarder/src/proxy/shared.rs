@@ -1,13 +1,19 @@
 //! What the tasks of one publish share: where clients go now, what was carried and refused, and when they are to end.
 
 use std::{
+    future::poll_fn,
     io,
     net::{IpAddr, SocketAddr},
     os::fd::RawFd,
+    pin::pin,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard,
-        atomic::{AtomicU64, Ordering::Relaxed},
+        atomic::{
+            AtomicU64,
+            Ordering::{Relaxed, SeqCst},
+        },
     },
+    task::Poll,
 };
 
 use forwarder_common::policy::Limits;
@@ -88,6 +94,41 @@ impl Shared {
         }
     }
 
+    /// Whether a client's conversation is to end, and how.
+    fn end_for(&self, source: IpAddr) -> Option<End> {
+        match *self.how_stopped() {
+            Some(Stop::Reset) => return Some(End::Reset),
+            Some(Stop::Cut) => return Some(End::Close),
+            Some(Stop::Drain) | None => {}
+        }
+        if self.common.passing_on.borrow().is_some() {
+            return Some(End::PassOn);
+        }
+        let is_banned = self.common.is_banned(source, self.options.publish);
+        is_banned.then_some(End::Reset)
+    }
+
+    /// Does a worker's task for a client, unless that has to end before, which is looked at after [`Common::changed`] alone.
+    pub(super) async fn unless_ended<T>(
+        &self,
+        source: IpAddr,
+        task: impl Future<Output = T>,
+    ) -> Result<T, End> {
+        let (mut task, mut seen) = (pin!(task), None);
+        poll_fn(|context| {
+            let changes = Some(self.common.changes.load(SeqCst));
+            if let Poll::Ready(done) = task.as_mut().poll(context) {
+                return Poll::Ready(Ok(done));
+            }
+            let has_changed = std::mem::replace(&mut seen, changes) != changes;
+            match has_changed.then(|| self.end_for(source)).flatten() {
+                Some(how) => Poll::Ready(Err(how)),
+                None => Poll::Pending,
+            }
+        })
+        .await
+    }
+
     /// Resolves when nobody new is served any more.
     pub(super) async fn closed(&self) {
         tokio::select! {
@@ -103,6 +144,7 @@ impl Shared {
 
     pub(super) fn stop(&self, how: Stop) {
         *self.how_stopped() = Some(how);
+        self.common.changed();
         self.stopped.notify_waiters();
     }
 
@@ -182,8 +224,12 @@ impl Shared {
     }
 
     /// How many publishes a client's conversation has passed, counting this one, unless it passes in circles.
-    pub(super) fn passed(&self, client: SocketAddr, frontend: SocketAddr) -> Option<u8> {
-        let passed = self.common.chains.passed(client, frontend) + 1;
+    pub(super) fn passed(
+        &self,
+        client: SocketAddr,
+        frontend: impl FnOnce() -> Option<SocketAddr>,
+    ) -> Option<u8> {
+        let passed = self.common.chains.passed(client, frontend)? + 1;
         if passed > chain::LONGEST {
             self.refuse(Refusal::Loop);
             return None;
@@ -216,14 +262,15 @@ impl Shared {
         backend: SocketAddr,
         socket: socket2::Socket,
     ) -> io::Result<(socket2::Socket, Link)> {
-        let begun = self.common.chains.begin(passed, backend, || {
-            match socket.connect(&backend.into()) {
-                Err(error) if error.raw_os_error() != Some(libc::EINPROGRESS) => return Err(error),
-                _ => {}
-            }
+        let connect = || match socket.connect(&backend.into()) {
+            Err(error) if error.raw_os_error() != Some(libc::EINPROGRESS) => Err(error),
+            _ => Ok(socket),
+        };
+        let own = |socket: &socket2::Socket| {
             let own = socket.local_addr()?.as_socket();
-            Ok((socket, own.ok_or(io::ErrorKind::Unsupported)?))
-        });
+            own.ok_or(io::Error::from(io::ErrorKind::Unsupported))
+        };
+        let begun = self.common.chains.begin(passed, backend, connect, own);
         if let Err(error) = &begun
             && matches!(
                 error.raw_os_error(),

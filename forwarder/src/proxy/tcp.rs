@@ -1,12 +1,14 @@
 //! TCP: one backend connection for each client, copied both ways; big transfers by splice(2), so that
 //! bytes stay in the kernel. Half-close, reset and the urgent octet go through to the other side.
 
+#![expect(unsafe_code, reason = "accept4(2), with the client's address")]
+
 use std::{
     cell::RefCell,
     future::poll_fn,
     io,
-    net::SocketAddr,
-    os::fd::{AsFd as _, AsRawFd as _, OwnedFd},
+    net::{Shutdown, SocketAddr, TcpListener, TcpStream},
+    os::fd::{AsFd as _, AsRawFd as _, FromRawFd as _, OwnedFd},
     sync::{
         Arc,
         atomic::{AtomicBool, Ordering::Relaxed},
@@ -19,13 +21,12 @@ use forwarder_common::flow::{ORIGINAL, REPLY};
 use nix::{
     errno::Errno,
     fcntl::{OFlag, SpliceFFlags, splice},
-    sys::socket::{MsgFlags, recv},
+    sys::{
+        epoll::EpollFlags,
+        socket::{MsgFlags, recv, send},
+    },
 };
-use socket2::{SockRef, TcpKeepalive};
-use tokio::{
-    io::{AsyncWriteExt as _, Interest},
-    net::{TcpListener, TcpStream},
-};
+use socket2::{SockAddr, SockRef, TcpKeepalive};
 use tracing::{debug, warn};
 
 use super::{
@@ -37,6 +38,7 @@ use super::{
     shared::{LiveFlow, Shared},
     sockets::{self, Port},
     urgent,
+    worker::{Place, READ, Stream, WRITE, Watched},
 };
 use crate::{accept, seldom::Seldom};
 
@@ -46,61 +48,118 @@ const FULL_READS: u32 = 4;
 const PIPE: usize = 1 << 20;
 const KEEPALIVE: Duration = Duration::from_secs(15);
 
-/// Accepts clients until the task is ended.
-pub(super) async fn serve(listener: std::net::TcpListener, port: Port, shared: Arc<Shared>) {
+/// Accepts clients in one worker until the task is ended.
+pub(super) async fn serve(listener: Arc<TcpListener>, port: Port, shared: Arc<Shared>) {
     let spec = &shared.spec;
-    let listener = match TcpListener::from_std(listener) {
-        Ok(listener) => listener,
-        Err(error) => return warn!("serve {spec}: {error}"),
-    };
     let warned = Seldom::default();
+    let mut watched = None;
     loop {
-        match listener.accept().await {
-            Ok((client, address)) => {
-                let Ok(frontend) = client.local_addr() else {
-                    continue; // the client has gone already
-                };
-                let port = match port {
-                    Port::One(port) => port,
-                    Port::Steered { .. } => frontend.port(),
-                };
-                if !shared.allows(address.ip()) || !shared.may_begin(address.ip()) {
-                    reset(&client);
-                    continue;
-                }
-                let Some(passed) = shared.passed(address, frontend) else {
-                    reset(&client);
-                    continue;
-                };
-                let Some(permit) = shared.admit(client.as_raw_fd()).await else {
-                    reset(&client);
-                    continue;
-                };
-                let conversation = Conversation {
-                    client,
-                    address,
-                    port,
-                    passed,
-                    backend: None,
-                    ways: Default::default(),
-                    _permit: permit,
-                };
-                tokio::spawn(conversation.begin(shared.clone()));
+        let watching = match watched.take() {
+            Some(watching) => Ok(watching),
+            None => Watched::listener(listener.clone()),
+        };
+        let watching = match watching {
+            Ok(watching) => watched.insert(watching),
+            Err(error) => return warn!("serve {spec}: {error}"),
+        };
+        watching.ready(READ).await;
+        // The worker hears again of clients that wait, after its conversations have had their turn.
+        let _ = watching.clear(READ);
+        let (client, address) = match accept(&listener) {
+            Ok(accepted) => accepted,
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => continue,
+            Err(error) => {
+                watched = None;
+                accept::failed(&error, &warned, spec).await;
+                continue;
             }
-            Err(error) => accept::failed(&error, &warned, spec).await,
+        };
+        let port = match port {
+            Port::One(port) => Ok(port),
+            Port::Steered { .. } => client.local_addr().map(|frontend| frontend.port()),
+        };
+        let Ok(port) = port else {
+            continue; // the client has gone already
+        };
+        if !shared.allows(address.ip()) || !shared.may_begin(address.ip()) {
+            reset(&client);
+            continue;
         }
+        let Some(passed) = shared.passed(address, || client.local_addr().ok()) else {
+            reset(&client);
+            continue;
+        };
+        let permit = match shared.share.take(2, Some(client.as_raw_fd())) {
+            Ok(permit) => Some(permit),
+            Err(_) => {
+                watched = None;
+                shared.admit(client.as_raw_fd()).await
+            }
+        };
+        let Some(permit) = permit else {
+            reset(&client);
+            continue;
+        };
+        let (live, own) = (shared.flow(), shared.clone());
+        shared.common.workers.begin(move |place| async move {
+            let stream = match Stream::connected(client) {
+                Ok(stream) => stream,
+                Err(error) => return debug!("{address} of {}: {error}", own.spec),
+            };
+            let conversation = Conversation {
+                client: stream,
+                address,
+                port,
+                passed,
+                backend: None,
+                ways: Default::default(),
+                _permit: permit,
+            };
+            conversation.carry((live, place), own).await;
+        });
     }
 }
 
+/// A client that has come, by a socket that does not block.
+fn accept(listener: &TcpListener) -> io::Result<(TcpStream, SocketAddr)> {
+    let flags = libc::SOCK_NONBLOCK | libc::SOCK_CLOEXEC;
+    // SAFETY: the address has as much room as its length says, and the kernel writes no more.
+    let accepted = unsafe {
+        SockAddr::try_init(|address, length| {
+            match libc::accept4(listener.as_raw_fd(), address.cast(), length, flags) {
+                -1 => Err(io::Error::last_os_error()),
+                // SAFETY: the kernel has just opened it for this process.
+                descriptor => Ok(OwnedFd::from_raw_fd(descriptor)),
+            }
+        })
+    };
+    let (client, address) = accepted?;
+    let address = address.as_socket().ok_or(io::ErrorKind::Unsupported)?;
+    Ok((client.into(), address))
+}
+
+/// Goes on with a client that was passed on to this process.
+pub(super) fn go_on(passed_on: PassedOn, shared: &Arc<Shared>) {
+    let (live, shared) = (shared.flow_of_before(), shared.clone());
+    let workers = shared.common.workers.clone();
+    workers.begin(move |place| async move {
+        let client = passed_on.message.client;
+        match Conversation::from_message(passed_on, &shared) {
+            Ok(conversation) => conversation.carry((live, place), shared).await,
+            Err(error) => warn!("{client} of {} cannot go on: {error}", shared.spec),
+        }
+    });
+}
+
 /// A client that is served.
-pub(super) struct Conversation {
-    client: TcpStream,
+struct Conversation {
+    client: Stream,
     address: SocketAddr,
     /// The published port that it came to.
     port: u16,
     /// Publishes that it has passed.
     passed: u8,
-    backend: Option<(TcpStream, Link)>,
+    backend: Option<(Stream, Link)>,
     /// To the backend, and to the client.
     ways: [Way; 2],
     _permit: Permit,
@@ -115,33 +174,25 @@ struct Way {
 }
 
 impl Conversation {
-    /// Counts at once, and carries once it is polled.
-    fn begin(self, shared: Arc<Shared>) -> impl Future<Output = ()> {
-        self.carry(shared.flow(), shared)
-    }
-
-    /// The same of one that was passed on to this process.
-    pub(super) fn go_on(self, shared: Arc<Shared>) -> impl Future<Output = ()> {
-        self.carry(shared.flow_of_before(), shared)
-    }
-
-    async fn carry(mut self, _live: LiveFlow, shared: Arc<Shared>) {
+    async fn carry(mut self, _counted: (LiveFlow, Place), shared: Arc<Shared>) {
         let source = self.address.ip();
         // The client believes that it is connected. If the backend refuses, it learns so by a reset.
-        let how = tokio::select! {
-            carried = self.both_ways(&shared) => carried.map(|()| End::Close),
-            how = shared.ended_for(source) => Ok(how),
-        };
-        match how {
-            Ok(End::PassOn) => return self.pass_on(&shared),
-            Ok(End::Close) if self.backend.is_some() => return,
-            Ok(_) => {}
-            Err(error) => debug!("{} of {}: {error}", self.address, shared.spec),
+        match shared.unless_ended(source, self.both_ways(&shared)).await {
+            Ok(Ok(())) => return,
+            Ok(Err(error)) => debug!("{} of {}: {error}", self.address, shared.spec),
+            Err(End::PassOn) => return self.pass_on(&shared),
+            Err(End::Close) if self.is_connected() => return,
+            Err(_) => {}
         }
-        reset(&self.client);
+        reset(self.client.io());
         if let Some((backend, _)) = &self.backend {
-            reset(backend);
+            reset(backend.io());
         }
+    }
+
+    fn is_connected(&self) -> bool {
+        let backend = self.backend.as_ref();
+        backend.is_some_and(|(backend, _)| backend.io().peer_addr().is_ok())
     }
 
     /// Both directions until both have ended; an error in one ends the other. What closes the streams afterwards
@@ -159,10 +210,16 @@ impl Conversation {
         let backend = match backend {
             Some((backend, _)) => backend,
             None => {
-                let connected = connect(client, *address, (*port, *passed), shared).await?;
-                &mut backend.insert(connected).0
+                let protocol = shared.now().proxy_protocol;
+                if protocol != ProxyProtocol::Off {
+                    let frontend = client.io().local_addr()?;
+                    ways[0].unsent = protocol.header(Transport::Stream, *address, frontend);
+                }
+                &mut backend.insert(connect(*port, *passed, shared)?).0
             }
         };
+        // If it refuses, the first read or write says so.
+        backend.ready(WRITE).await;
         let (client, backend) = (&*client, &*backend);
         // Of one that was over before, the end is read again.
         let over = AtomicBool::new(false);
@@ -185,9 +242,9 @@ impl Conversation {
             ..
         } = self;
         let mut descriptors = Vec::new();
-        let mut add = |stream: TcpStream| {
-            let stream = stream.into_std().map(OwnedFd::from);
-            stream.map(|stream| descriptors.push(stream))
+        let mut add = |stream: Stream| {
+            let descriptor = stream.for_another();
+            descriptor.map(|descriptor| descriptors.push(descriptor))
         };
         let has_backend = backend.is_some();
         // The connection to the backend is known to the next process as its own.
@@ -225,7 +282,7 @@ impl Conversation {
 
     /// # Errors
     /// It is none of TCP, its sockets are not what it says, or there is no room for them.
-    pub(super) fn from_message(passed_on: PassedOn, shared: &Shared) -> io::Result<Self> {
+    fn from_message(passed_on: PassedOn, shared: &Shared) -> io::Result<Self> {
         let PassedOn {
             message,
             descriptors,
@@ -245,13 +302,16 @@ impl Conversation {
         };
         let mut descriptors = descriptors.into_iter();
         let mut next = || descriptors.next().ok_or(io::ErrorKind::UnexpectedEof);
-        let client = TcpStream::from_std(next()?.into())?;
+        let client = Stream::connected(next()?.into())?;
         let backend = match has_backend {
             true => {
-                let backend = TcpStream::from_std(next()?.into())?;
-                let (own, peer) = (backend.local_addr()?, backend.peer_addr()?);
+                let backend = Stream::connected(next()?.into())?;
+                // Unless it has ended, with something left to read, or is not connected yet.
+                let peer = backend.io().peer_addr();
+                let peer = peer.unwrap_or(SocketAddr::from(([0; 4], 0)));
+                let own = |backend: &Stream| backend.io().local_addr();
                 let chains = &shared.common.chains;
-                Some(chains.begin(passed, peer, || Ok::<_, io::Error>((backend, own)))?)
+                Some(chains.begin(passed, peer, || Ok::<_, io::Error>(backend), own)?)
             }
             false => None,
         };
@@ -283,27 +343,13 @@ impl Conversation {
     }
 }
 
-async fn connect(
-    client: &TcpStream,
-    address: SocketAddr,
-    (port, passed): (u16, u8),
-    shared: &Shared,
-) -> io::Result<(TcpStream, Link)> {
+/// Begins a connection to the backend.
+fn connect(port: u16, passed: u8, shared: &Shared) -> io::Result<(Stream, Link)> {
     let backend = shared.backend(port)?;
     let socket = sockets::socket(backend.ip(), socket2::Type::STREAM, None)?;
     tune(SockRef::from(&socket))?;
     let (socket, link) = shared.begin(passed, backend, socket)?;
-    let mut stream = TcpStream::from_std(socket.into())?;
-    stream.writable().await?;
-    if let Some(error) = stream.take_error()? {
-        return Err(error);
-    }
-    let protocol = shared.now().proxy_protocol;
-    if protocol != ProxyProtocol::Off {
-        let header = protocol.header(Transport::Stream, address, client.local_addr()?);
-        stream.write_all(&header).await?;
-    }
-    Ok((stream, link))
+    Ok((Stream::connecting(socket.into())?, link))
 }
 
 /// What both ends of a conversation get. Accepted streams have it of their listener.
@@ -322,7 +368,7 @@ fn reset(stream: &TcpStream) {
 }
 
 /// From one stream to the other, and which direction that is.
-type Ends<'a> = (&'a TcpStream, &'a TcpStream, usize);
+type Ends<'a> = (&'a Stream, &'a Stream, usize);
 
 /// Copies until the end of the stream, then half-closes the other side, unless the other direction is over: a
 /// close, which follows, does as much.
@@ -346,7 +392,7 @@ async fn one_way(
     if other_is_over.swap(true, Relaxed) {
         return Ok(());
     }
-    match SockRef::from(to).shutdown(std::net::Shutdown::Write) {
+    match to.io().shutdown(Shutdown::Write) {
         Err(error) if error.kind() != io::ErrorKind::NotConnected => Err(error),
         _ => Ok(()),
     }
@@ -367,8 +413,9 @@ async fn copy(
     let mut full = 0;
     while full < FULL_READS {
         write(to, unsent).await?;
-        let read = match pass(from, to, unsent).await? {
-            Passed::Data(read) => read,
+        let (read, is_last) = match pass(from, to, unsent).await? {
+            Passed::Data(read) => (read, false),
+            Passed::Last(read) => (read, true),
             Passed::Mark => {
                 if urgent::carry(from, to).await? {
                     shared.carried(1);
@@ -376,11 +423,14 @@ async fn copy(
                 continue;
             }
         };
-        if read == 0 {
+        if read > 0 {
+            shared.carried(read);
+            shared.pace(direction, read).await;
+        }
+        if is_last {
+            write(to, unsent).await?;
             return Ok(Copied::All);
         }
-        shared.carried(read);
-        shared.pace(direction, read).await;
         full = if read == BUFFER { full + 1 } else { 0 };
     }
     write(to, unsent).await?;
@@ -388,17 +438,18 @@ async fn copy(
 }
 
 /// Writes what is left.
-async fn write(to: &TcpStream, unsent: &mut Vec<u8>) -> io::Result<()> {
+async fn write(to: &Stream, unsent: &mut Vec<u8>) -> io::Result<()> {
     while !unsent.is_empty() {
-        to.writable().await?;
-        match to.try_write(unsent) {
-            Ok(written) if written == unsent.len() => *unsent = Vec::new(),
-            Ok(written) => drop(unsent.drain(..written)),
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
-            Err(error) => return Err(error),
+        match to.when(WRITE, || try_write(to, unsent)).await? {
+            written if written == unsent.len() => *unsent = Vec::new(),
+            written => drop(unsent.drain(..written)),
         }
     }
     Ok(())
+}
+
+fn try_write(to: &Stream, data: &[u8]) -> io::Result<usize> {
+    Ok(send(to.as_fd().as_raw_fd(), data, MsgFlags::MSG_NOSIGNAL)?)
 }
 
 thread_local! {
@@ -407,62 +458,64 @@ thread_local! {
 }
 
 enum Passed {
-    /// How much was read, 0 at the end of the stream.
+    /// How much was read.
     Data(usize),
+    /// The same, and then the stream ends.
+    Last(usize),
     /// Nothing: the urgent octet is next.
     Mark,
 }
 
 /// Reads once, and writes what the other side takes at once; the rest is `unsent`.
-async fn pass(from: &TcpStream, to: &TcpStream, unsent: &mut Vec<u8>) -> io::Result<Passed> {
+async fn pass(from: &Stream, to: &Stream, unsent: &mut Vec<u8>) -> io::Result<Passed> {
     poll_fn(|context| {
         loop {
-            ready!(from.poll_read_ready(context))?;
-            if urgent::is_next(from.as_fd()) {
+            ready!(from.poll_ready(context, READ));
+            // Its end was known before the read: what the read finds is all.
+            let is_over = from.has(EpollFlags::EPOLLRDHUP);
+            let may_be_urgent = from.has(EpollFlags::EPOLLPRI);
+            if may_be_urgent && urgent::is_next(from.as_fd()) {
                 return Poll::Ready(Ok(Passed::Mark));
             }
             let passed = SCRATCH.with_borrow_mut(|scratch| {
-                let read = match read(from, scratch) {
-                    Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(None),
-                    read => read?,
-                };
+                let read = recv(from.as_fd().as_raw_fd(), scratch, MsgFlags::empty())?;
                 let data = &scratch[..read];
                 let mut written = 0;
-                if !data.is_empty() {
-                    match to.try_write(data) {
+                if read > 0 && to.has(WRITE) {
+                    match try_write(to, data) {
                         Ok(count) => written = count,
-                        Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+                        Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                            to.clear(WRITE)?;
+                        }
                         Err(error) => return Err(error),
                     }
                 }
                 unsent.extend_from_slice(&data[written..]);
-                Ok(Some(Passed::Data(read)))
+                Ok(read)
             });
-            if let Some(passed) = passed.transpose() {
-                return Poll::Ready(passed);
+            let read = match passed {
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                    from.clear(READ | EpollFlags::EPOLLPRI)?;
+                    continue;
+                }
+                passed => passed?,
+            };
+            if read == BUFFER {
+                // The next read may begin at the mark, of which the worker has not heard.
+                from.expect(EpollFlags::EPOLLPRI);
+            } else if !may_be_urgent {
+                // Everything was read, or all before a mark, of which the worker hears now.
+                if is_over || read == 0 {
+                    return Poll::Ready(Ok(Passed::Last(read)));
+                }
+                from.clear(EpollFlags::EPOLLIN)?;
+            } else if read == 0 {
+                return Poll::Ready(Ok(Passed::Last(0)));
             }
+            return Poll::Ready(Ok(Passed::Data(read)));
         }
     })
     .await
-}
-
-/// Reads what is there. A read that does not fill the buffer has emptied the socket, but for an urgent octet, and saves the
-/// next one, which would only say so.
-fn read(from: &TcpStream, into: &mut [u8]) -> io::Result<usize> {
-    let mut read = Err(io::ErrorKind::WouldBlock.into());
-    let _ = from.try_io(Interest::READABLE, || {
-        let count = recv(from.as_raw_fd(), into, MsgFlags::MSG_DONTWAIT).map_err(io::Error::from);
-        let emptied = match &count {
-            Ok(count) => *count > 0 && *count < into.len() && !urgent::is_next(from.as_fd()),
-            Err(error) => error.kind() == io::ErrorKind::WouldBlock,
-        };
-        read = count;
-        if emptied {
-            return Err(io::ErrorKind::WouldBlock.into());
-        }
-        Ok(())
-    });
-    read
 }
 
 struct Pipe {
@@ -500,13 +553,13 @@ async fn by_splice(
     loop {
         while way.in_pipe > 0 {
             let (pipe, rest) = (pipe.read.as_fd(), way.in_pipe);
-            let moved = to.async_io(Interest::WRITABLE, || {
+            let moved = to.when(WRITE, || {
                 Ok(splice(pipe, None, to.as_fd(), None, rest, flags)?)
             });
             way.in_pipe -= moved.await?;
         }
         let moved = from
-            .async_io(Interest::READABLE, || {
+            .when(READ, || {
                 let moved = splice(from.as_fd(), None, pipe.write.as_fd(), None, PIPE, flags);
                 match moved {
                     // At the mark it moves nothing, as at the end.

@@ -297,7 +297,7 @@ impl Serving {
             return Ok(None);
         }
         let used = self.answering.address(local);
-        let Some(passed) = shared.passed(client, used) else {
+        let Some(passed) = shared.passed(client, || Some(used)) else {
             return Ok(None);
         };
         let Ok(permit) = shared.share.take(self.descriptors(used), None) else {
@@ -392,8 +392,8 @@ impl Serving {
         };
         let (own, peer) = (ends(socket.local_addr())?, ends(socket.peer_addr())?);
         let chains = &self.shared.common.chains;
-        let passed = chains.passed(client, used) + 1;
-        let begun = chains.begin(passed, peer, || Ok::<_, io::Error>((socket, own)))?;
+        let passed = chains.passed(client, || Some(used)).unwrap_or(0) + 1;
+        let begun = chains.begin(passed, peer, || Ok::<_, io::Error>(socket), |_| Ok(own))?;
         let live = self.shared.flow_of_before();
         let flow = self.flow((client, used), frontend, begun, permit, live)?;
         flow.replied.store(has_replied, Relaxed);

@@ -5,11 +5,12 @@
 
 use std::{
     io,
-    os::fd::{AsRawFd as _, BorrowedFd},
+    os::fd::{AsFd as _, AsRawFd as _, BorrowedFd},
 };
 
 use nix::sys::socket::{MsgFlags, recv, send};
-use tokio::{io::Interest, net::TcpStream};
+
+use super::worker::{READ, Stream, WRITE};
 
 /// Whether the next octet to read is the urgent one. No read goes past it that began before it; splice(2) does not even
 /// begin with it.
@@ -27,22 +28,16 @@ const SIOCATMARK: libc::Ioctl = 0x8905;
 ///
 /// # Errors
 /// Those of either stream.
-pub(super) async fn carry(from: &TcpStream, to: &TcpStream) -> io::Result<bool> {
+pub(super) async fn carry(from: &Stream, to: &Stream) -> io::Result<bool> {
     let mut octet = [0];
-    let mut read =
-        || -> io::Result<usize> { Ok(recv(from.as_raw_fd(), &mut octet, MsgFlags::MSG_DONTWAIT)?) };
-    let count = match read() {
-        // The pointer came before the octet.
-        Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-            from.async_io(Interest::READABLE, read).await?
-        }
-        result => result?,
-    };
-    if count == 0 {
+    let (read_from, write_to) = (from.as_fd().as_raw_fd(), to.as_fd().as_raw_fd());
+    // It waits if the pointer came before the octet.
+    let read = || Ok(recv(read_from, &mut octet, MsgFlags::MSG_DONTWAIT)?);
+    if from.when(READ, read).await? == 0 {
         return Ok(false);
     }
     let flags = MsgFlags::MSG_OOB | MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL;
-    let write = || Ok(send(to.as_raw_fd(), &octet, flags)?);
-    to.async_io(Interest::WRITABLE, write).await?;
+    let write = || Ok(send(write_to, &octet, flags)?);
+    to.when(WRITE, write).await?;
     Ok(true)
 }
