@@ -53,6 +53,8 @@ pub struct Standing {
     pub respects_firewall: bool,
     /// The place of the publish that had the port before and drains; 0 for none.
     pub previous: u32,
+    /// A device that has lost its program for now.
+    pub detached: Option<u32>,
 }
 
 /// Plans how a publish is served.
@@ -90,12 +92,15 @@ pub fn publish(
             (nowhere, Some(reason))
         }
     };
+    // Flows that exist keep their hop: they may not pass the device.
+    let detached = standing.detached.and_then(|it| snapshot.links.get(&it));
+    let unserved = unserved.or(detached.map(|link| Unserved::Detached(link.name.clone())));
     let flags = [
         (flag::SINGLE_PORT, spec.backend_is_single()),
         (flag::REMOTE, resolved.remote),
         (flag::ALLOW_LIST, !allow.is_empty()),
         (flag::STEERED, standing.steered),
-        (flag::DRAINING, standing.draining),
+        (flag::DRAINING, standing.draining || detached.is_some()),
         (flag::STACK, standing.respects_firewall),
     ];
     let set = flags.into_iter().filter(|(_, set)| *set);

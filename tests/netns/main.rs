@@ -21,6 +21,7 @@ mod direct;
 mod docker_proxy;
 mod doctor;
 mod engine;
+mod fallback;
 mod filters;
 mod firewall;
 mod flood;

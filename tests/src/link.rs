@@ -9,10 +9,16 @@ use std::{
 use anyhow::{Context as _, Result};
 
 /// Commands of bpf(2) (include/uapi/linux/bpf.h).
+const BPF_PROG_LOAD: libc::c_long = 5;
 const BPF_PROG_GET_FD_BY_ID: libc::c_long = 13;
+const BPF_LINK_CREATE: libc::c_long = 28;
 const BPF_LINK_UPDATE: libc::c_long = 29;
 const BPF_LINK_GET_FD_BY_ID: libc::c_long = 30;
 const BPF_LINK_DETACH: libc::c_long = 34;
+
+/// include/uapi/linux/bpf.h
+const BPF_PROG_TYPE_SCHED_CLS: u32 = 3;
+const BPF_TCX_INGRESS: u32 = 46;
 
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Link {
@@ -55,6 +61,11 @@ pub fn held(pid: u32) -> Result<Vec<Link>> {
 }
 
 impl Link {
+    /// Whether it runs a program on what comes in by a device.
+    pub fn is_ingress(&self) -> bool {
+        self.kind == "tcx" && self.attach_type == Some(BPF_TCX_INGRESS)
+    }
+
     /// # Errors
     /// It has gone.
     pub fn detach(&self) -> Result<()> {
@@ -76,13 +87,51 @@ impl Link {
     }
 }
 
-fn by_number(command: libc::c_long, id: u32) -> Result<OwnedFd> {
-    let fd = bpf(command, [id, 0, 0, 0]).with_context(|| format!("number {id}"))?;
-    // SAFETY: the kernel has just given this descriptor to us alone.
-    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+/// Takes every place for a program on what comes in by a device, of which the kernel has 64. They do nothing, until they are closed.
+///
+/// # Errors
+/// The kernel has no such links.
+pub fn fill_ingress(ifindex: u32) -> Result<Vec<OwnedFd>> {
+    /// The start of `union bpf_attr` for the command.
+    #[repr(C)]
+    struct Load {
+        kind: u32,
+        instructions: u32,
+        first: u64,
+        license: u64,
+    }
+    // r0 = TCX_NEXT; exit
+    let program: [u64; 2] = [0xffff_ffff_0000_00b7, 0x95];
+    let mut links = Vec::new();
+    loop {
+        let load = Load {
+            kind: BPF_PROG_TYPE_SCHED_CLS,
+            instructions: 2,
+            first: program.as_ptr() as u64,
+            license: c"GPL".as_ptr() as u64,
+        };
+        // One of its own for each: the kernel takes none twice.
+        let loaded = opened(bpf(BPF_PROG_LOAD, load)?);
+        let program = loaded.as_raw_fd().cast_unsigned();
+        match bpf(BPF_LINK_CREATE, [program, ifindex, BPF_TCX_INGRESS, 0]) {
+            Ok(link) => links.push(opened(link)),
+            Err(error) if error.raw_os_error() == Some(libc::ERANGE) => return Ok(links),
+            Err(error) => return Err(error).context("attach a program that does nothing"),
+        }
+    }
 }
 
-fn bpf(command: libc::c_long, attributes: [u32; 4]) -> io::Result<i32> {
+fn by_number(command: libc::c_long, id: u32) -> Result<OwnedFd> {
+    let fd = bpf(command, [id, 0, 0, 0]).with_context(|| format!("number {id}"))?;
+    Ok(opened(fd))
+}
+
+fn opened(descriptor: i32) -> OwnedFd {
+    // SAFETY: the kernel has just given this descriptor to us alone.
+    unsafe { OwnedFd::from_raw_fd(descriptor) }
+}
+
+fn bpf<T>(command: libc::c_long, attributes: T) -> io::Result<i32> {
     // SAFETY: the command reads as many bytes as are given.
     let result = unsafe {
         libc::syscall(

@@ -2,7 +2,7 @@
 //! attachments and neighbours made to match it.
 
 use std::{
-    collections::{BTreeMap, BTreeSet, HashMap, HashSet},
+    collections::{BTreeMap, BTreeSet, HashMap, HashSet, btree_map::Entry},
     net::IpAddr,
     time::Duration,
 };
@@ -49,6 +49,8 @@ pub(super) struct Network {
     interfaces: BTreeMap<u32, Interface>,
     /// Devices that XDP cannot be had on; whether somebody else has it there, and may give it back.
     without_xdp: BTreeMap<u32, bool>,
+    /// Places that somebody detached our programs from and where they cannot be attached again, with what the kernel says.
+    detached: BTreeMap<Place, String>,
     /// Devices whose containers were warned of: they say that they have addresses of others.
     warned: BTreeSet<u32>,
     /// When the kernel was last asked for a backend's MAC, by device and address.
@@ -71,6 +73,7 @@ impl Network {
             ask_routes_after: Instant::now(),
             interfaces: BTreeMap::new(),
             without_xdp: BTreeMap::new(),
+            detached: BTreeMap::new(),
             warned: BTreeSet::new(),
             asked: HashMap::new(),
         })
@@ -90,6 +93,11 @@ impl Network {
         self.snapshot = after;
         self.warn_of_disputes();
         Ok(())
+    }
+
+    /// The first of the devices that somebody detached our program from, and that do not take it again.
+    pub(super) fn detached(&self) -> Option<u32> {
+        self.detached.keys().next().map(|place| place.0)
     }
 
     /// When routes have to be asked for again.
@@ -166,8 +174,24 @@ impl Daemon {
             self.follow_xdp(&all)?;
         }
         if lost.is_empty() {
-            return Ok(());
+            let before: Vec<Place> = self.network.detached.keys().copied().collect();
+            if before.is_empty() {
+                return Ok(());
+            }
+            self.reconcile_hooks();
+            let links = &self.network.snapshot.links;
+            let is_back = |place: &&Place| !self.network.detached.contains_key(place);
+            let back: BTreeSet<u32> = before.iter().filter(is_back).map(|it| it.0).collect();
+            for link in back.iter().filter_map(|ifindex| links.get(ifindex)) {
+                info!("our program is attached to {} again", link.name);
+            }
+            return match back.is_empty() {
+                true => Ok(()),
+                false => self.refresh().await,
+            };
         }
+        let places = lost.places().map(|place| (place, String::new()));
+        self.network.detached.extend(places);
         self.refresh().await?;
         let Some(datapath) = &mut self.datapath else {
             return Ok(());
@@ -290,10 +314,23 @@ impl Daemon {
         for place in have.iter().filter(|place| !wanted.contains_key(place)) {
             datapath.detach(*place);
         }
+        let detached = &mut self.network.detached;
+        detached.retain(|place, _| wanted.contains_key(place));
         for (place, name) in wanted.iter().filter(|(place, _)| !have.contains(place)) {
-            match datapath.attach(*place, name) {
-                Ok(()) => debug!("attached to {name}"),
-                Err(error) => warn!("{error:#}"),
+            match (datapath.attach(*place, name), detached.entry(*place)) {
+                (Ok(()), Entry::Occupied(was)) => drop(was.remove()),
+                (Ok(()), Entry::Vacant(_)) => debug!("attached to {name}"),
+                (Err(error), Entry::Occupied(mut was)) => {
+                    // It is tried often.
+                    let said = format!("{error:#}");
+                    if *was.get() != said {
+                        warn!(
+                            "somebody detached our program from {name}, and it cannot be attached again: {said}"
+                        );
+                        was.insert(said);
+                    }
+                }
+                (Err(error), Entry::Vacant(_)) => warn!("{error:#}"),
             }
         }
     }

@@ -590,6 +590,7 @@ impl Daemon {
                 steered: !serving.steered.is_empty(),
                 draining: self.closing.contains(&id),
                 previous: serving.previous,
+                detached: self.network.detached(),
                 ..plan::Standing::default()
             };
             let network = &self.network.snapshot;

@@ -117,6 +117,11 @@ impl Lost {
     pub fn is_empty(&self) -> bool {
         self.tc.is_empty() && self.xdp.is_empty()
     }
+
+    /// Where the programs of tc were.
+    pub fn places(&self) -> impl Iterator<Item = Place> + '_ {
+        self.tc.iter().map(|(place, _)| *place)
+    }
 }
 
 impl Datapath {

@@ -30,6 +30,9 @@ pub enum Unserved {
     LinkHeader(String),
     #[error("an IPsec policy covers it: {0}")]
     Ipsec(String),
+    /// New connections would be translated in one direction alone, or by chance.
+    #[error("somebody detached our program from {0}, and it cannot be attached again")]
+    Detached(String),
     #[error("--respect-firewall: the backend is on another machine")]
     FirewallRemote,
     #[error("--respect-firewall: the host does not forward; `sysctl {0}=1` would change that")]
@@ -55,6 +58,7 @@ impl Unserved {
             Self::NoSource(_) => "no_source",
             Self::LinkHeader(_) => "link_header",
             Self::Ipsec(_) => "ipsec",
+            Self::Detached(_) => "detached",
             Self::FirewallRemote => "firewall_remote",
             Self::FirewallForwarding(_) => "firewall_forwarding",
             Self::Waiting(_) => "waiting",
