@@ -143,7 +143,8 @@ impl Workers {
         }
     }
 
-    /// Begins a conversation in the worker that has the fewest, or goes on in this one if that has hardly more.
+    /// Begins a conversation in the worker that has the fewest, or in this one if it has no more than twice as many: to wake
+    /// another for each costs more than it brings.
     pub(super) fn begin<F: Future<Output = ()> + 'static>(
         &self,
         begin: impl FnOnce(Place) -> F + Send + 'static,
@@ -154,7 +155,7 @@ impl Workers {
         };
         let here = HERE.with_borrow(Clone::clone);
         if let Some(here) = &here
-            && load(&here.worker) <= load(chosen) + load(chosen) / 4
+            && load(&here.worker) <= 2 * load(chosen)
         {
             chosen = &here.worker;
         }
