@@ -137,6 +137,17 @@ fn half_close_goes_through_both_ways() {
 }
 
 #[test]
+fn conversations_are_spread_over_all_threads() {
+    let (listener, backend) = listen("127.0.0.1:0");
+    let served = serve("127.0.0.1", backend, "tcp", Options::default());
+    let pairs: Vec<_> = (0..8).map(|_| pair(&served, &listener)).collect();
+    let all = served.proxy.idle.common().workers.conversations();
+    assert_eq!(all.iter().sum::<usize>(), pairs.len());
+    let (least, most) = (all.iter().min(), all.iter().max());
+    assert!(most <= least.map(|least| 2 * least + 1).as_ref(), "{all:?}");
+}
+
+#[test]
 fn the_backend_may_half_close_first() {
     let (listener, backend) = listen("127.0.0.1:0");
     let served = serve("127.0.0.1", backend, "tcp", Options::default());

@@ -169,6 +169,14 @@ impl Workers {
         }
     }
 
+    /// How many conversations each has.
+    #[cfg(test)]
+    pub(super) fn conversations(&self) -> Vec<usize> {
+        let all = self.0.iter();
+        all.map(|worker| worker.conversations.load(Relaxed))
+            .collect()
+    }
+
     /// Has all tasks go on that wait for a descriptor, or have done so.
     pub(super) fn wake_all(&self) {
         for worker in &*self.0 {
