@@ -118,8 +118,8 @@ impl Scene {
     fn is_served_by(&self, datapath: &str, reason_code: Option<&str>) {
         let said = wait_for("the other path", || {
             let entry = self.daemon.entry().ok()?;
-            let why = entry["reason_code"].as_str();
-            (entry["datapath"] == datapath && why == reason_code).then_some(())
+            let why = entry.reason_code.as_deref();
+            (entry.datapath == datapath && why == reason_code).then_some(())
         });
         said.unwrap_or_else(|error| {
             panic!(
