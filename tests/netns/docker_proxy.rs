@@ -2,11 +2,15 @@
 //! one, and while that goes and comes.
 
 use std::{
-    cell::Cell,
-    fs::File,
+    cell::RefCell,
+    fs::{File, Permissions},
     io::Read as _,
     net::{Ipv4Addr, SocketAddr, TcpListener, UdpSocket},
-    os::{fd::OwnedFd, unix::process::CommandExt as _},
+    os::{
+        fd::OwnedFd,
+        unix::{fs::PermissionsExt as _, process::CommandExt as _},
+    },
+    path::PathBuf,
     process::{Child, Stdio},
 };
 
@@ -26,8 +30,8 @@ use nix::{
 use crate::scene::{BACKEND_PORT, PORT, Scene, backend, frontend};
 
 thread_local! {
-    /// `forwarder` by that name is started, instead of the program of its own.
-    static IS_WHOLE: Cell<bool> = const { Cell::new(false) };
+    /// What is started by that name.
+    static PROGRAM: RefCell<PathBuf> = RefCell::new(program("forwarder-docker-proxy"));
 }
 
 /// A running one; killed when dropped.
@@ -41,12 +45,7 @@ impl Shim {
     /// is one.
     fn start(netns: &Netns, instance: &str, flags: &[&str], listener: Option<OwnedFd>) -> Self {
         let (status, write) = pipe2(OFlag::O_CLOEXEC).unwrap();
-        let program = if IS_WHOLE.get() {
-            binary()
-        } else {
-            program("forwarder-docker-proxy")
-        };
-        let mut command = netns.command(&program.to_string_lossy());
+        let mut command = PROGRAM.with_borrow(|program| netns.command(&program.to_string_lossy()));
         command
             .arg0("docker-proxy")
             .args(flags)
@@ -336,10 +335,32 @@ fn a_killed_one_takes_its_port_with_it() {
 
 #[test]
 fn the_whole_program_keeps_the_contract_under_that_name() {
-    IS_WHOLE.set(true);
+    PROGRAM.set(binary());
     a_container_is_published_until_its_end(Datapath::Auto, Protocol::Tcp, "tcp");
     the_socket_that_dockerd_has_bound_is_used();
     a_port_that_is_taken_is_said_as_docker_says_it();
     wrong_words_are_refused_with_an_empty_pipe();
     without_an_instance_it_forwards_by_itself_until_there_is_one();
+}
+
+/// It would hang on Docker's signal: nothing else ends it.
+#[test]
+fn one_that_cannot_become_the_whole_program_ends() {
+    let folder = tempfile::tempdir().unwrap();
+    let own = folder.path().join("forwarder-docker-proxy");
+    std::fs::copy(program("forwarder-docker-proxy"), &own).unwrap();
+    let whole = folder.path().join("forwarder");
+    std::fs::write(&whole, "#!/nowhere").unwrap();
+    std::fs::set_permissions(&whole, Permissions::from_mode(0o755)).unwrap();
+    PROGRAM.set(own);
+    let mut scene = Scene::tcp().idle().auto().start();
+    let mut shim = start(&scene.topology, scene.daemon.instance(), "tcp", "0.0.0.0");
+    assert_eq!(shim.said(), "0\n");
+    scene.daemon.terminate().unwrap();
+    let ended = wait_for("the end of the proxy", || shim.child.try_wait().unwrap());
+    assert_eq!(ended.unwrap().code(), Some(1));
+    // Before anything was promised, dockerd is told.
+    let mut shim = start(&scene.topology, scene.daemon.instance(), "tcp", "0.0.0.0");
+    let said = shim.said();
+    assert!(said.starts_with("1\nno instance is running"), "{said}");
 }

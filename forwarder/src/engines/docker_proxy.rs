@@ -439,7 +439,8 @@ fn in_this_process(_: &[String], port: &Port, _: Option<&Status>) -> Result<mpsc
     Ok(end)
 }
 
-/// Does not return unless that fails. The port goes with it, as if dockerd had bound it, and signals that are held back.
+/// Does not return unless that fails before anything has changed, or dockerd waits for the outcome. The port goes with it, as if
+/// dockerd had bound it, and signals that are held back.
 fn become_forwarder(
     arguments: &[String],
     port: &Port,
@@ -463,7 +464,7 @@ fn become_forwarder(
     };
     let copies: Result<Vec<(OwnedFd, i32)>> = passed.into_iter().map(copy).collect();
     for (copied, number) in copies? {
-        // SAFETY: what has the number is this process's, which ends here.
+        // SAFETY: what has the number is this process's, which ends here, whatever comes of it.
         std::mem::forget(unsafe { dup2_raw(&copied, number) }?);
     }
     let error = Command::new(&program)
@@ -471,6 +472,11 @@ fn become_forwarder(
         .args(arguments)
         .arg("-use-listen-fd")
         .exec();
+    if status.is_none() {
+        // What it waits for may have been overwritten: it would not hear of its end.
+        eprintln!("error: {}: {error}", named());
+        std::process::exit(1);
+    }
     Err(error).with_context(named)
 }
 
