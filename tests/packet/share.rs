@@ -280,19 +280,23 @@ fn what_ends_makes_room() {
     });
 }
 
+/// Publishes a backend twice; what one client sends to both by one port, of which the second conversation cannot keep it.
+fn twice(bench: &mut Bench, protocol: Protocol) -> [Frame; 2] {
+    let [client, host, backend] = WORLDS[0];
+    let entry = bench.entry(8080, backend);
+    for (index, port) in [(1, 8080), (2, 9090)] {
+        bench.publish_entry(index, None, protocol, port, &entry);
+    }
+    let mut other = at(host);
+    other.set_port(9090);
+    [host, &other.to_string()].map(|frontend| first(protocol, client, 4000, frontend))
+}
+
 /// A client with its own port taken: the entry that leads to its flow counts as well.
 #[test]
 fn aliases_count_for_their_source() {
-    let [client, host, backend] = WORLDS[0];
     bench(|bench| {
-        let entry = bench.entry(8080, backend);
-        for (index, port) in [(1, 8080), (2, 9090)] {
-            bench.publish_entry(index, None, Protocol::Tcp, port, &entry);
-        }
-        let mut other = at(host);
-        other.set_port(9090);
-        for frontend in [host, &other.to_string()] {
-            let sent = first(Protocol::Tcp, client, 4000, frontend);
+        for sent in twice(bench, Protocol::Tcp) {
             converse(bench, &sent, bench.uplink);
         }
         assert_eq!(bench.datapath.maps.flows.shares.held(ALL), 3);
@@ -309,20 +313,12 @@ fn aliases_count_for_their_source() {
 /// the other has gone.
 #[test]
 fn an_alias_is_looked_for_until_a_walk_has_not_met_it() {
-    let [client, host, backend] = WORLDS[0];
     bench(|bench| {
-        let entry = bench.entry(8080, backend);
-        for (index, port) in [(1, 8080), (2, 9090)] {
-            bench.publish_entry(index, None, Protocol::Udp, port, &entry);
-        }
+        let [sent, second] = twice(bench, Protocol::Udp);
         let held = |bench: &Bench| bench.datapath.maps.flows.shares.held(ALIASES);
         assert_eq!(held(bench), 1, "an earlier program may have left one");
         walk(bench);
         assert_eq!(held(bench), 0);
-        let mut other = at(host);
-        other.set_port(9090);
-        let [sent, second] =
-            [host, &other.to_string()].map(|frontend| first(Protocol::Udp, client, 4000, frontend));
         bench.send(&sent, bench.uplink).forwarded();
         assert_eq!(held(bench), 0);
         let port = bench.send(&second, bench.uplink).forwarded().source.port();
