@@ -1,9 +1,16 @@
 //! Silence ends a flow, after the time that was asked for.
 
+use std::{
+    net::{SocketAddr, UdpSocket},
+    thread,
+    time::Duration,
+};
+
 use forwarder_tests::{
     daemon::{Daemon, Datapath},
     deadline::wait_for,
-    traffic::{Protocol, ask},
+    topology::Family,
+    traffic::{Protocol, ask, ask_by},
 };
 
 use crate::scene::Scene;
@@ -39,4 +46,29 @@ fn a_silent_flow_ends_when_its_own_timeout_says_so() {
 #[test]
 fn a_silent_flow_of_the_proxy_ends_when_its_own_timeout_says_so() {
     a_silent_flow_ends(Datapath::Userland);
+}
+
+/// One socket that asks two ports of the host, which lead to one backend: the second conversation gets another source port, and
+/// has it for as long as it lasts. The instance has looked at all flows meanwhile, and the first conversation has gone.
+#[test]
+fn a_conversation_with_another_source_port_keeps_it() {
+    let specs = [8080, 8081].map(|port| format!("{port}:172.31.0.2:9000/udp"));
+    let scene = Scene::udp().publishing(&specs).start();
+    let (topology, daemon) = scene.parts();
+    let own = SocketAddr::new(topology.client_address(Family::V4), 4000);
+    let socket = topology.client.enter(|| UdpSocket::bind(own)).unwrap();
+    let asks = |port, text: &str| {
+        let frontend = SocketAddr::new(scene.frontend().ip(), port);
+        ask_by(&socket, frontend, text).unwrap().seen
+    };
+    assert_eq!(asks(8080, "by its own port"), own);
+    let seen = asks(8081, "by another");
+    assert_eq!(seen.ip(), own.ip());
+    assert_ne!(seen, own);
+    daemon.control(&["unpublish", "1"]).unwrap();
+    for _ in 0..6 {
+        thread::sleep(Duration::from_secs(1)); // flows are looked at every two seconds
+        assert_eq!(asks(8081, "later"), seen);
+    }
+    scene.stop();
 }
