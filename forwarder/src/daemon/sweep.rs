@@ -46,16 +46,28 @@ struct Above {
     surplus: usize,
     /// When those were last seen that the next packet would make again.
     last_seen: Vec<u64>,
-    /// Those that end were last seen no later.
+    /// Those that were last seen before this end,
     until: u64,
+    /// and as many of those that were last seen at it: the clock is the timer tick's, in which there may be many.
+    at_until: usize,
 }
 
 impl Above {
     /// Chooses which end.
     fn choose(&mut self) {
-        let last = self.surplus.min(self.last_seen.len()).checked_sub(1);
-        self.until = last.map_or(0, |last| *self.last_seen.select_nth_unstable(last).1);
-        self.last_seen = Vec::new();
+        let mut last_seen = std::mem::take(&mut self.last_seen);
+        let ended = self.surplus.min(last_seen.len());
+        let Some(last) = ended.checked_sub(1) else {
+            return;
+        };
+        let (before, until, _) = last_seen.select_nth_unstable(last);
+        let earlier = before.iter().filter(|seen| *seen < until).count();
+        (self.until, self.at_until) = (*until, ended - earlier);
+    }
+
+    /// Whether a flow that was last seen then is among those that end.
+    const fn ends(&self, last_seen: u64) -> bool {
+        last_seen < self.until || last_seen == self.until && self.at_until > 0
     }
 }
 
@@ -236,14 +248,13 @@ impl Daemon {
             let Some(above) = sweep.above.get_mut(&share) else {
                 continue;
             };
-            let until = above.until;
-            let ends = |flow: &Flow| flow.last_seen <= until;
-            if above.surplus > 0
-                && ends(&flow)
+            let ends = |flow: &Flow| above.ends(flow.last_seen);
+            if ends(&flow)
                 && is_made_again(maps, &key, &flow)
-                && maps.flows.end(&key, ends)?.is_some()
+                && let Some(flow) = maps.flows.end(&key, ends)?
+                && flow.last_seen == above.until
             {
-                above.surplus -= 1;
+                above.at_until -= 1;
             }
         }
         Ok(true)
@@ -393,4 +404,33 @@ fn owns(spec: &Spec, key: &Tuple, flow: &Flow) -> bool {
         && spec.claims(flow.frontend.into(), port)
         && Address::from(spec.backend) == key.destination
         && spec.backend_port(port).to_be() == key.destination_port
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_oldest_end_and_of_the_last_tick_no_more_than_are_too_many() {
+        let mut above = Above {
+            surplus: 5,
+            last_seen: vec![8, 4, 8, 8, 4, 8, 4, 12, 8],
+            ..Above::default()
+        };
+        above.choose();
+        assert!(above.ends(4) && above.ends(8) && !above.ends(12));
+        assert_eq!(above.at_until, 2);
+        above.at_until = 0;
+        assert!(above.ends(4) && !above.ends(8));
+    }
+
+    #[test]
+    fn nothing_ends_where_no_flow_would_be_made_again() {
+        let mut above = Above {
+            surplus: 5,
+            ..Above::default()
+        };
+        above.choose();
+        assert!(!above.ends(0));
+    }
 }
