@@ -41,7 +41,7 @@ use tracing::warn;
 
 use self::{
     admit::Account,
-    budget::{Budget, Ports, Share},
+    budget::{Budget, Kept, Share},
     chain::Chains,
     idle::Socket,
     pass_on::{Kind, PassedOn},
@@ -205,7 +205,7 @@ pub struct Proxy {
     idle: Idle,
     /// Descriptors of the sockets, while they wait.
     waiting: Vec<RawFd>,
-    ports: Option<Ports>,
+    ports: Option<Kept>,
 }
 
 impl Proxy {
@@ -259,7 +259,7 @@ impl Proxy {
             ports: Some(
                 idle.common()
                     .budget
-                    .hold(tcp.len() + udp.len() + sctp.len()),
+                    .keep((tcp.len() + udp.len() + sctp.len()) as u64),
             ),
         };
         let ports = shared.spec.ports;

@@ -13,12 +13,43 @@ use forwarder_tests::{
     traffic::{Protocol, ask, ask_by},
 };
 
-use crate::scene::Scene;
+use crate::scene::{PORT, Scene};
 
 /// Live flows of each publish.
 fn flows(daemon: &Daemon) -> Vec<u64> {
     let listed = daemon.list().unwrap();
     listed.iter().map(|row| row.flows).collect()
+}
+
+/// Whether the keepalive timer of a connection of this network namespace runs, by its port here (Documentation/networking/proc_net_tcp.rst).
+fn is_kept_alive(port: u16) -> bool {
+    const ESTABLISHED: &str = "01";
+    const KEEPALIVE: &str = "02";
+    let table = std::fs::read_to_string("/proc/thread-self/net/tcp").unwrap();
+    table.lines().any(|line| {
+        let fields: Vec<_> = line.split_whitespace().collect();
+        let [_, local, _, state, _, timer, ..] = fields[..] else {
+            return false;
+        };
+        local.ends_with(&format!(":{port:04X}"))
+            && state == ESTABLISHED
+            && timer.starts_with(KEEPALIVE)
+    })
+}
+
+/// A machine that vanishes is found out, on either side.
+#[test]
+fn both_ends_of_a_connection_that_the_proxy_carries_are_kept_alive() {
+    let scene = Scene::tcp().by(Datapath::Userland).start();
+    let mut connection = scene.connect();
+    let seen = connection.ask("and then nothing").unwrap().seen;
+    let is_kept_alive = |port| scene.topology.host.enter(|| is_kept_alive(port));
+    assert!(is_kept_alive(PORT), "the client's side");
+    wait_for("that of the backend", || {
+        is_kept_alive(seen.port()).then_some(())
+    })
+    .unwrap();
+    scene.stop();
 }
 
 fn a_silent_flow_ends(datapath: Datapath) {

@@ -22,8 +22,8 @@ pub(super) struct Budget {
     /// RLIMIT_NOFILE.
     limit: u64,
     /// Of the limit, what no conversation gets.
-    kept: u64,
-    /// What was open before, and sockets that hold ports.
+    reserve: u64,
+    /// What was open before, and what is kept open.
     others: AtomicU64,
     taken: AtomicU64,
 }
@@ -48,7 +48,7 @@ impl Budget {
     fn new(limit: u64, open: u64) -> Self {
         Self {
             limit,
-            kept: RESERVE.min(limit / 4),
+            reserve: RESERVE.min(limit / 4),
             others: AtomicU64::new(open),
             taken: AtomicU64::new(0),
         }
@@ -59,31 +59,33 @@ impl Budget {
         self.limit
     }
 
-    /// So many sockets hold ports, until what is returned is dropped.
-    pub(super) fn hold(self: &Arc<Self>, sockets: usize) -> Ports {
-        let sockets = sockets as u64;
-        self.others.fetch_add(sockets, Relaxed);
+    /// So many are open for no conversation, until what is returned is dropped: sockets that hold ports, above all.
+    pub(super) fn keep(self: &Arc<Self>, descriptors: u64) -> Kept {
+        self.others.fetch_add(descriptors, Relaxed);
         let budget = self.clone();
-        Ports { budget, sockets }
+        Kept {
+            budget,
+            descriptors,
+        }
     }
 
     /// What conversations may still take.
     fn free(&self) -> u64 {
-        let gone = self.kept + self.others.load(Relaxed) + self.taken.load(Relaxed);
+        let gone = self.reserve + self.others.load(Relaxed) + self.taken.load(Relaxed);
         self.limit.saturating_sub(gone)
     }
 }
 
-/// Sockets that hold ports.
+/// Descriptors of no conversation.
 #[derive(Debug)]
-pub(super) struct Ports {
+pub(super) struct Kept {
     budget: Arc<Budget>,
-    sockets: u64,
+    descriptors: u64,
 }
 
-impl Drop for Ports {
+impl Drop for Kept {
     fn drop(&mut self) {
-        self.budget.others.fetch_sub(self.sockets, Relaxed);
+        self.budget.others.fetch_sub(self.descriptors, Relaxed);
     }
 }
 
@@ -118,7 +120,7 @@ impl Share {
         let budget = &self.budget;
         // The kernel gives the lowest number that is free, so at least as many are open, whoever has opened them.
         let open = newest.map_or(0, |newest| u64::try_from(newest).unwrap_or(0) + 1);
-        if open + descriptors + budget.kept > budget.limit {
+        if open + descriptors + budget.reserve > budget.limit {
             return Err(Exhausted::Reserve);
         }
         let free = budget.free();
@@ -140,6 +142,13 @@ impl Share {
 pub(super) struct Permit {
     share: Arc<Share>,
     descriptors: u64,
+}
+
+impl Permit {
+    /// They stay open when the conversation has ended.
+    pub(super) fn keep(self) -> Kept {
+        self.share.budget.keep(self.descriptors)
+    }
 }
 
 impl Drop for Permit {
@@ -184,7 +193,7 @@ mod tests {
         let share = Arc::new(Share::of(budget.clone()));
         assert!(share.take(2, Some(997)).is_ok());
         assert_eq!(share.take(2, Some(998)).err(), Some(Exhausted::Reserve));
-        let ports = budget.hold(999);
+        let ports = budget.keep(999);
         assert_eq!(share.take(2, None).err(), Some(Exhausted::Reserve));
         drop(ports);
         assert!(share.take(2, None).is_ok());

@@ -203,7 +203,7 @@ impl Held {
         socket.set_nonblocking(true)?;
         match protocol {
             Protocol::Tcp => {
-                tcp::tune(SockRef::from(&socket))?;
+                tcp::prepare(SockRef::from(&socket))?;
                 socket.listen(BACKLOG)?;
                 self.tcp.push((held, socket.into()));
             }
@@ -231,7 +231,7 @@ impl Held {
             Protocol::Tcp => {
                 let socket = socket(address, Type::STREAM, None)?;
                 socket.set_reuse_address(true)?; // restart while old connections are in TIME_WAIT
-                tcp::tune(SockRef::from(&socket))?;
+                tcp::prepare(SockRef::from(&socket))?;
                 bind_as(&socket, bind, steered)?;
                 socket.listen(BACKLOG)?;
                 self.tcp.push((held, socket.into()));

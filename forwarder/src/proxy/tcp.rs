@@ -31,7 +31,7 @@ use tracing::{debug, warn};
 
 use super::{
     End, ProxyProtocol,
-    budget::Permit,
+    budget::{Kept, Permit},
     chain::Link,
     pass_on::{self, Kind, Message, PassedOn},
     protocol_header::Transport,
@@ -46,6 +46,8 @@ const BUFFER: usize = 16 << 10;
 /// A direction that filled its buffer this often is worth a pipe.
 const FULL_READS: u32 = 4;
 const PIPE: usize = 1 << 20;
+/// Empty pipes that a worker keeps.
+const PIPES_KEPT: usize = 4;
 const KEEPALIVE: Duration = Duration::from_secs(15);
 
 /// Accepts clients in one worker until the task is ended.
@@ -347,15 +349,25 @@ impl Conversation {
 fn connect(port: u16, passed: u8, shared: &Shared) -> io::Result<(Stream, Link)> {
     let backend = shared.backend(port)?;
     let socket = sockets::socket(backend.ip(), socket2::Type::STREAM, None)?;
-    tune(SockRef::from(&socket))?;
+    SockRef::from(&socket).set_out_of_band_inline(true)?;
     let (socket, link) = shared.begin(passed, backend, socket)?;
-    Ok((Stream::connecting(socket.into())?, link))
+    let stream = Stream::connecting(socket.into(), |socket| {
+        if let Err(error) = prepare_to_last(SockRef::from(&socket)) {
+            debug!("a connection to a backend goes on without keepalive: {error}");
+        }
+    })?;
+    Ok((stream, link))
 }
 
-/// What both ends of a conversation get. Accepted streams have it of their listener.
-pub(super) fn tune(socket: SockRef<'_>) -> io::Result<()> {
-    socket.set_tcp_nodelay(true)?;
+/// What both ends of a conversation have. Accepted streams have it of their listener.
+pub(super) fn prepare(socket: SockRef<'_>) -> io::Result<()> {
     socket.set_out_of_band_inline(true)?;
+    prepare_to_last(socket)
+}
+
+/// What takes effect only in a conversation that sends a second time, or waits for long.
+fn prepare_to_last(socket: SockRef<'_>) -> io::Result<()> {
+    socket.set_tcp_nodelay(true)?;
     let keepalive = TcpKeepalive::new()
         .with_time(KEEPALIVE)
         .with_interval(KEEPALIVE);
@@ -382,6 +394,7 @@ async fn one_way(
     loop {
         if way.pipe.is_some() {
             by_splice(ends, way, shared).await?;
+            way.pipe.take().into_iter().for_each(Pipe::empty);
             break;
         }
         if copy(ends, &mut way.unsent, shared).await? == Copied::All {
@@ -449,6 +462,7 @@ async fn write(to: &Stream, unsent: &mut Vec<u8>) -> io::Result<()> {
 }
 
 fn try_write(to: &Stream, data: &[u8]) -> io::Result<usize> {
+    to.use_once();
     Ok(send(to.as_fd().as_raw_fd(), data, MsgFlags::MSG_NOSIGNAL)?)
 }
 
@@ -524,11 +538,39 @@ struct Pipe {
     _permit: Permit,
 }
 
+thread_local! {
+    /// Empty ones, which wait for the next transfer of this worker.
+    static PIPES: RefCell<Vec<(OwnedFd, OwnedFd, Kept)>> = const { RefCell::new(Vec::new()) };
+}
+
+impl Pipe {
+    /// One that is empty serves the next transfer.
+    fn empty(self) {
+        let Self {
+            read,
+            write,
+            _permit: permit,
+        } = self;
+        PIPES.with_borrow_mut(|pipes| {
+            if pipes.len() < PIPES_KEPT {
+                pipes.push((read, write, permit.keep()));
+            }
+        });
+    }
+}
+
 /// # Errors
 /// There are no descriptors for one, or no memory.
 fn pipe(shared: &Shared) -> io::Result<Pipe> {
     let permit = shared.share.take(2, None);
     let permit = permit.map_err(|_| io::Error::from_raw_os_error(libc::EMFILE))?;
+    if let Some((read, write, _)) = PIPES.with_borrow_mut(Vec::pop) {
+        return Ok(Pipe {
+            read,
+            write,
+            _permit: permit,
+        });
+    }
     let (read, write) = nix::unistd::pipe2(OFlag::O_NONBLOCK | OFlag::O_CLOEXEC)?;
     // More at a time where the limit allows it (fs.pipe-max-size, fs.pipe-user-pages-soft).
     let size =
@@ -550,6 +592,7 @@ async fn by_splice(
     let Some(pipe) = &way.pipe else {
         return Ok(());
     };
+    to.prepare();
     loop {
         while way.in_pipe > 0 {
             let (pipe, rest) = (pipe.read.as_fd(), way.in_pipe);

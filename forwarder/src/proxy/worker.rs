@@ -22,6 +22,7 @@ use std::{
     },
     task::{Context, Poll, Wake, Waker, ready},
     thread,
+    time::{Duration, Instant},
 };
 
 use futures_util::{
@@ -42,6 +43,8 @@ use crate::privilege;
 const EVENTS: usize = 256;
 /// So often in a row a descriptor is ready before its task lets others go first.
 const TURNS: u8 = 16;
+/// A conversation that lasts so long is no short one; one that begins shortly before a worker looks may be taken for one.
+const LASTING: Duration = Duration::from_secs(5);
 
 /// After these, reading does not wait.
 pub(super) const READ: EpollFlags = EpollFlags::EPOLLIN
@@ -89,6 +92,45 @@ struct Here {
     worker: Arc<Worker>,
     watched: RefCell<HashMap<RawFd, Rc<Readiness>>>,
     begun: RefCell<Vec<Task>>,
+    /// When it looks for those that last, if any may be new.
+    look: Cell<Option<Instant>>,
+}
+
+impl Here {
+    /// How long it may wait for events.
+    fn patience(&self) -> EpollTimeout {
+        let Some(look) = self.look.get() else {
+            return EpollTimeout::NONE;
+        };
+        let left = look.saturating_duration_since(Instant::now());
+        // Whole milliseconds, of which the last has begun.
+        let left = left.as_millis().saturating_add(1);
+        u16::try_from(left).map_or(EpollTimeout::MAX, EpollTimeout::from)
+    }
+
+    /// Has those be prepared to last that are new no more.
+    fn look(&self) {
+        if self.look.get().is_some_and(|look| Instant::now() >= look) {
+            self.look.set(None);
+            for readiness in self.watched.borrow().values() {
+                if matches!(readiness.age.get(), Age::New | Age::Used) {
+                    readiness.age.set(Age::Lasting);
+                    readiness.wake();
+                }
+            }
+        }
+    }
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Age {
+    New,
+    /// It has been used once.
+    Used,
+    /// It is to be prepared to last.
+    Lasting,
+    /// It is prepared, or need not be.
+    Prepared,
 }
 
 /// What is known of a descriptor.
@@ -97,6 +139,7 @@ struct Readiness {
     turns: Cell<u8>,
     /// Of the task that has it.
     waker: RefCell<Option<Waker>>,
+    age: Cell<Age>,
 }
 
 impl Readiness {
@@ -241,6 +284,7 @@ impl Worker {
             worker: self.clone(),
             watched: RefCell::default(),
             begun: RefCell::default(),
+            look: Cell::default(),
         });
         HERE.set(Some(here.clone()));
         let waker = Waker::from(self.clone());
@@ -265,7 +309,7 @@ impl Worker {
             }
             let timeout = match self.is_rung.load(SeqCst) {
                 true => EpollTimeout::ZERO,
-                false => EpollTimeout::NONE,
+                false => here.patience(),
             };
             let count = match self.epoll.wait(&mut events, timeout) {
                 Ok(count) => count,
@@ -280,6 +324,8 @@ impl Worker {
                     readiness.wake();
                 }
             }
+            drop(watched);
+            here.look();
         }
     }
 }
@@ -314,6 +360,8 @@ pub(super) struct Watched<T: AsFd> {
     is_shared: bool,
     /// Whether its worker hears when it can be written to.
     hears_of_room: Cell<bool>,
+    /// Prepares it to last.
+    prepare: Option<fn(BorrowedFd<'_>)>,
 }
 
 impl<T: AsFd> Watched<T> {
@@ -327,6 +375,7 @@ impl<T: AsFd> Watched<T> {
             flags: Cell::new(EpollFlags::empty()),
             turns: Cell::new(0),
             waker: RefCell::default(),
+            age: Cell::new(Age::Prepared),
         });
         let mut watched = here.watched.borrow_mut();
         watched.insert(descriptor, readiness.clone());
@@ -337,7 +386,36 @@ impl<T: AsFd> Watched<T> {
             readiness,
             is_shared,
             hears_of_room: Cell::new(events.contains(EpollFlags::EPOLLOUT)),
+            prepare: None,
         })
+    }
+
+    /// Has it prepared when it turns out to last: what takes system calls that a short conversation need not pay.
+    fn prepared_later_by(mut self, prepare: fn(BorrowedFd<'_>)) -> Self {
+        self.prepare = Some(prepare);
+        self.readiness.age.set(Age::New);
+        let look = self.here.look.get();
+        let look = look.unwrap_or_else(|| Instant::now() + LASTING);
+        self.here.look.set(Some(look));
+        self
+    }
+
+    /// It is used now; what is used again is to last.
+    pub(super) fn use_once(&self) {
+        match self.readiness.age.get() {
+            Age::New => self.readiness.age.set(Age::Used),
+            _ => self.prepare(),
+        }
+    }
+
+    /// Prepares it to last, if that is still to be done.
+    pub(super) fn prepare(&self) {
+        let before = self.readiness.age.replace(Age::Prepared);
+        if before != Age::Prepared
+            && let Some(prepare) = self.prepare
+        {
+            prepare(self.io.as_fd());
+        }
     }
 
     pub(super) fn has(&self, flags: EpollFlags) -> bool {
@@ -366,7 +444,12 @@ impl<T: AsFd> Watched<T> {
     }
 
     pub(super) fn poll_ready(&self, context: &mut Context<'_>, wanted: EpollFlags) -> Poll<()> {
-        let Readiness { turns, waker, .. } = &*self.readiness;
+        let Readiness {
+            turns, waker, age, ..
+        } = &*self.readiness;
+        if age.get() == Age::Lasting {
+            self.prepare();
+        }
         let mut known = waker.borrow_mut();
         if known
             .as_ref()
@@ -439,12 +522,13 @@ impl Stream {
         Ok(watched)
     }
 
-    /// One that does not block and is being connected.
+    /// One that does not block and is being connected, and what prepares it to last.
     ///
     /// # Errors
     /// As epoll_ctl(2).
-    pub(super) fn connecting(stream: TcpStream) -> io::Result<Self> {
-        Self::new(stream, STREAM | EpollFlags::EPOLLOUT, false)
+    pub(super) fn connecting(stream: TcpStream, prepare: fn(BorrowedFd<'_>)) -> io::Result<Self> {
+        let watched = Self::new(stream, STREAM | EpollFlags::EPOLLOUT, false)?;
+        Ok(watched.prepared_later_by(prepare))
     }
 
     pub(super) fn io(&self) -> &TcpStream {
