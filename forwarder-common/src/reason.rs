@@ -38,7 +38,7 @@ reasons! {
     /// Passed: the port is of a range, but a socket of this host has it, such as a client's own.
     OtherSocket = "other_socket",
     /// Passed: it answers what left this host by others, such as a masqueraded container's query, from a published port's
-    /// number.
+    /// number; or it is a datagram of a conversation that began in user space and stays there.
     OthersAnswer = "others_answer",
     /// Passed: a fragment whose datagram's first was not carried; the slow path reassembles it.
     Fragment = "fragment",

@@ -1,5 +1,5 @@
 //! What has left this host by others than the program and the proxy, from a port number that is published: queries of masqueraded
-//! containers above all. What answers it is no new client.
+//! containers above all; and datagrams' conversations that user space keeps. What answers it is no new client.
 
 use aya_ebpf::{bindings::BPF_ANY, programs::TcContext};
 use forwarder_common::{
@@ -44,8 +44,8 @@ pub fn note(ctx: &TcContext) -> Result<(), Reason> {
     // Before the entry, which nobody asks for without it.
     if let Some(last) = LAST_LEFT.get_ptr_mut(is_udp(packet)) {
         // SAFETY: a pointer that the map gave out is valid until the program ends.
-        // RACE: of two CPUs the later writer's time stays, which is the other's but for a tick.
-        unsafe { *last = now };
+        // RACE: of two CPUs the later writer's time stays, which is the other's but for a tick. User space's may be in the future.
+        unsafe { *last = now.max(*last) };
     }
     if let Some(seen) = LEFT.get_ptr_mut(&packet.new) {
         // SAFETY: an element's memory stays writable until the program ends, whatever becomes of it.

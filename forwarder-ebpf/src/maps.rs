@@ -121,7 +121,8 @@ pub static HALF_OPEN: LruHashMap<Tuple, Flow> = LruHashMap::with_max_entries(lim
 #[map]
 pub static DIRECT: LruHashMap<Tuple, u32> = LruHashMap::with_max_entries(limits::DIRECT, 0);
 
-/// When something left this host from a published port's number, by the tuple that its answers have.
+/// When something left this host from a published port's number, by the tuple that its answers have: nanoseconds of
+/// `CLOCK_MONOTONIC`. User space adds conversations that it keeps, with a time to come.
 #[map]
 pub static LEFT: LruHashMap<Tuple, u64> = LruHashMap::with_max_entries(limits::LEFT, 0);
 

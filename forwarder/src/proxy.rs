@@ -23,7 +23,7 @@ mod worker;
 use std::{
     collections::HashMap,
     io,
-    net::IpAddr,
+    net::{IpAddr, SocketAddr},
     os::fd::{BorrowedFd, RawFd},
     sync::{
         Arc, Mutex, MutexGuard, PoisonError, RwLock,
@@ -186,6 +186,11 @@ impl Meter {
         Arc::ptr_eq(&self.0, &other.0)
     }
 
+    /// Live flows of datagrams: client, and the address of ours that it uses.
+    pub fn datagrams(&self) -> Vec<(SocketAddr, SocketAddr)> {
+        self.0.datagrams().keys().copied().collect()
+    }
+
     /// What was carried until now.
     pub fn counters(&self) -> Counters {
         Counters {
@@ -238,6 +243,7 @@ impl Proxy {
             stop: Mutex::default(),
             stopped: Notify::new(),
             serving: Mutex::default(),
+            datagrams: Mutex::default(),
             left: Mutex::default(),
         });
         let tcp = held

@@ -13,6 +13,7 @@ use anyhow::{Context as _, Result, bail};
 use forwarder_common::{
     policy,
     publish::{Publish as PublishEntry, flag},
+    tuple::{Tuple, UDP},
 };
 use ipnet::IpNet;
 use tracing::{debug, info, warn};
@@ -28,7 +29,7 @@ use crate::{
     metrics::Timed,
     network::{Snapshot, local::is_local},
     plan::{self, Planned, Unserved},
-    proxy::{Held, Options as ProxyOptions, Proxy, Sockets, Stop, is_wide},
+    proxy::{Held, Meter, Options as ProxyOptions, Proxy, Sockets, Stop, is_wide},
     publish::{
         Difference, Holder, Id, Limits, ProxyProtocol, Publish, Spec, Wanted, loops, spec::Protocol,
     },
@@ -622,6 +623,18 @@ impl Daemon {
 const NO_PLACE: &str =
     "all places for publishes are taken by flows that end; try again in a moment";
 
+/// The tuples of a publish's flows of datagrams in user space, as clients send them.
+pub(super) fn datagrams(row: &Row) -> impl Iterator<Item = Tuple> + use<> {
+    let flows = row.meter.as_ref().map(Meter::datagrams);
+    flows.into_iter().flatten().map(|(client, used)| Tuple {
+        source: client.ip().into(),
+        destination: used.ip().into(),
+        source_port: client.port().to_be(),
+        destination_port: used.port().to_be(),
+        protocol: UDP.into(),
+    })
+}
+
 /// Writes what is planned of a publish, and notes in its row how it is served; returns whether an IPsec policy covers it.
 pub(super) fn write(
     datapath: &mut Datapath,
@@ -642,6 +655,10 @@ pub(super) fn write(
         unserved,
         covered,
     } = plan::publish(network, publish, &row.allow, standing);
+    // Its first packet tells what a connection is; a datagram does not.
+    if unserved.is_none() && row.delivery.is_none() {
+        datapath.maps.left.leave(datagrams(row))?;
+    }
     let written = datapath.maps.install(row.index, &installed);
     written.with_context(|| format!("publish {}", publish.spec))?;
     let delivery = unserved

@@ -12,7 +12,13 @@ use forwarder_common::{
 };
 use tracing::{debug, info, warn};
 
-use super::{Daemon, drain::Draining, reconcile::Loose, slots::Freed, view::Sums};
+use super::{
+    Daemon,
+    drain::Draining,
+    reconcile::{Loose, datagrams},
+    slots::Freed,
+    view::Sums,
+};
 use crate::{
     clock,
     datapath::{
@@ -224,12 +230,30 @@ impl Daemon {
                 above.surplus > 0
             });
         }
+        self.renew_left();
         self.view.measure_rates(&sweep.sums);
         self.end_all_drained(sweep);
         self.record_drains();
         sweep.above.values_mut().for_each(Above::choose);
         (sweep.walk, sweep.trims) = (Walk::default(), true);
         !sweep.above.is_empty()
+    }
+
+    /// Has conversations of datagrams stay in user space that began there.
+    fn renew_left(&mut self) {
+        let Some(datapath) = self.datapath.as_mut() else {
+            return;
+        };
+        let left = &mut datapath.maps.left;
+        if !left.has_any() {
+            return;
+        }
+        let serving = self.serving.values().map(|it| &it.row);
+        let draining = self.draining.values().map(|it| &it.row);
+        let goes_on = serving.chain(draining).flat_map(|row| datagrams(row));
+        if let Err(error) = left.renew(&goes_on.collect()) {
+            warn!("{error:#}");
+        }
     }
 
     /// Ends flows of sources that have too many, in one slice of the table.

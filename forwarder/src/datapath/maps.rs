@@ -6,6 +6,7 @@ mod batch;
 pub mod earlier;
 mod flows;
 mod install;
+mod left;
 mod limits;
 mod memory;
 mod mirror;
@@ -45,6 +46,7 @@ pub use self::{
     bans::{boot_time, covers},
     flows::{FlowTables, Walk},
     install::Installed,
+    left::Left,
     shares::{Count, Shares},
     usage::{Mapped, REFUSALS, RefusedCounters, Usage},
 };
@@ -87,6 +89,7 @@ pub struct Maps {
     local_filter: Array<MapData, u64>,
     filter: Vec<u64>,
     pub flows: FlowTables,
+    pub left: Left,
     sockets: SockHash<MapData, u32>,
     pipeline: ProgramArray<MapData>,
     stats: Arc<Counters>,
@@ -149,6 +152,10 @@ impl Maps {
                 usage: usage.clone(),
                 shares: Arc::new(shares),
             },
+            left: Left::new(
+                HashMap::try_from(map("LEFT")?)?,
+                Array::try_from(map("LAST_LEFT")?)?,
+            ),
             sockets: SockHash::try_from(map("SOCKETS")?)?,
             pipeline: ProgramArray::try_from(map("PIPELINE")?)?,
             stats: Arc::new(Counters(PerCpuArray::try_from(map("STATS")?)?)),

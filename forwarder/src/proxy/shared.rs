@@ -1,6 +1,7 @@
 //! What the tasks of one publish share: where clients go now, what was carried and refused, and when they are to end.
 
 use std::{
+    collections::HashMap,
     future::poll_fn,
     io,
     net::{IpAddr, SocketAddr},
@@ -60,6 +61,8 @@ pub(super) struct Shared {
     pub(super) stopped: Notify,
     /// The tasks of sockets that somebody has come to.
     pub(super) serving: Mutex<Vec<JoinHandle<()>>>,
+    /// How many UDP flows there are of a client and the address of ours that it uses: one, and others that are about to go.
+    pub(super) datagrams: Mutex<HashMap<(SocketAddr, SocketAddr), usize>>,
     /// UDP flows of an earlier process, until the task of their socket takes them.
     pub(super) left: Mutex<Vec<udp::Left>>,
 }
@@ -298,6 +301,12 @@ impl Shared {
     pub(super) fn carried_many(&self, packets: usize, bytes: usize) {
         self.packets.fetch_add(packets as u64, Relaxed);
         self.bytes.fetch_add(bytes as u64, Relaxed);
+    }
+
+    pub(super) fn datagrams(&self) -> MutexGuard<'_, HashMap<(SocketAddr, SocketAddr), usize>> {
+        self.datagrams
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Counts a live flow until it is dropped.

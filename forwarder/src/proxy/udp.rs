@@ -2,7 +2,7 @@
 //! backend. Datagrams go as they are, empty ones too; replies leave from the address the client used.
 
 use std::{
-    collections::HashMap,
+    collections::{HashMap, hash_map::Entry},
     io::{self, IoSlice},
     net::{IpAddr, SocketAddr, SocketAddrV6},
     os::fd::{AsFd as _, AsRawFd as _, OwnedFd},
@@ -68,6 +68,7 @@ struct Flow {
     _link: Link,
     _permit: Permit,
     _live: LiveFlow,
+    _listed: Listed,
 }
 
 impl Flow {
@@ -146,6 +147,30 @@ impl Flow {
         });
         let seen = Duration::from_millis(self.seen.load(Relaxed));
         self.began + seen + Duration::from_secs(timeout)
+    }
+}
+
+/// A flow among those of its publish, by client and the address of ours that it uses, until this is dropped.
+struct Listed {
+    shared: Arc<Shared>,
+    ends: (SocketAddr, SocketAddr),
+}
+
+impl Listed {
+    fn new(shared: Arc<Shared>, ends: (SocketAddr, SocketAddr)) -> Self {
+        *shared.datagrams().entry(ends).or_default() += 1;
+        Self { shared, ends }
+    }
+}
+
+impl Drop for Listed {
+    fn drop(&mut self) {
+        if let Entry::Occupied(mut entry) = self.shared.datagrams().entry(self.ends) {
+            *entry.get_mut() -= 1;
+            if *entry.get() == 0 {
+                entry.remove();
+            }
+        }
     }
 }
 
@@ -347,6 +372,7 @@ impl Serving {
             _link: link,
             _permit: permit,
             _live: live,
+            _listed: Listed::new(self.shared.clone(), (client, used)),
         }))
     }
 
