@@ -1,11 +1,13 @@
 //! Many datagrams with one system call: recvmmsg(2) and sendmmsg(2). Several of one size and one client come in one buffer where
-//! the kernel has put them together, and go on so; what stands beside them is `control.rs`'s.
+//! the kernel has put them together, or one after the other; either way they go on together (UDP_SEGMENT). What stands beside them
+//! is `control.rs`'s.
 
 #![expect(unsafe_code, reason = "recvmmsg and sendmmsg in place")]
 
 use std::{
     cell::RefCell,
-    io, mem,
+    io::{self, IoSlice},
+    mem,
     net::SocketAddr,
     os::fd::{AsRawFd as _, BorrowedFd},
     ptr,
@@ -20,6 +22,8 @@ use super::control::{self, About, Control, Local};
 const BATCH: usize = 32;
 /// The longest datagram of either family, and to spare.
 const DATAGRAM: usize = 1 << 16;
+/// The most that goes on together: what an IPv4 packet has room for, behind its header and UDP's.
+const TOGETHER: usize = 65_507;
 
 /// Buffers and headers for one batch; one for each worker thread. Pages that were never needed cost nothing.
 struct Batch {
@@ -28,6 +32,17 @@ struct Batch {
     controls: Vec<Control>,
     vectors: Vec<libc::iovec>,
     messages: Vec<libc::mmsghdr>,
+    /// Those to send: fewer, where several of what was received go on together.
+    outgoing: Vec<libc::mmsghdr>,
+}
+
+/// Buffers, one after the other, that go on together.
+#[derive(Clone, Copy)]
+struct Run {
+    first: usize,
+    buffers: usize,
+    bytes: usize,
+    about: About,
 }
 
 impl Batch {
@@ -40,6 +55,7 @@ impl Batch {
             controls: vec![Control::new(); BATCH],
             vectors: Vec::with_capacity(BATCH),
             messages: vec![header; BATCH],
+            outgoing: Vec::with_capacity(BATCH),
         };
         for (at, message) in batch.messages.iter_mut().enumerate() {
             batch.vectors.push(libc::iovec {
@@ -48,7 +64,6 @@ impl Batch {
             });
             // None of the vectors is ever resized, so what the pointers lead to stays where it is.
             message.msg_hdr.msg_iov = ptr::from_mut(&mut batch.vectors[at]);
-            message.msg_hdr.msg_iovlen = 1;
         }
         batch
     }
@@ -61,6 +76,7 @@ impl Batch {
             header.msg_namelen = size_of::<libc::sockaddr_storage>() as libc::socklen_t;
             header.msg_control = self.controls[at].as_mut_ptr();
             header.msg_controllen = self.controls[at].room() as _;
+            header.msg_iovlen = 1;
             self.vectors[at].iov_len = DATAGRAM;
         }
         // SAFETY: every pointer in `messages` leads to a live buffer of the length that stands beside it.
@@ -73,9 +89,62 @@ impl Batch {
         unsafe { control::read(&self.messages[at].msg_hdr) }
     }
 
-    fn datagram(&self, at: usize) -> &[u8] {
-        let length = (self.messages[at].msg_len as usize).min(DATAGRAM);
-        &self.data[at * DATAGRAM..][..length]
+    fn length(&self, at: usize) -> usize {
+        (self.messages[at].msg_len as usize).min(DATAGRAM)
+    }
+
+    /// Who has sent it; none on a connected socket.
+    fn source(&self, at: usize) -> Option<SocketAddr> {
+        let mut name = SockAddrStorage::zeroed();
+        // SAFETY: both are storage for any address; the kernel wrote it and its length, or left the length 0.
+        let source = unsafe {
+            *name.view_as() = self.names[at];
+            SockAddr::new(name, self.messages[at].msg_hdr.msg_namelen)
+        };
+        source.as_socket()
+    }
+
+    /// What goes on together of `count` that were received, from the first of them on; the vectors have their lengths then. Each
+    /// datagram but the last is as long as the first, or the kernel would divide them in other places.
+    fn runs(&mut self, count: usize) -> impl Iterator<Item = (Run, Option<SocketAddr>)> + use<> {
+        let mut runs = [None; BATCH];
+        let (mut at, mut found) = (0, 0);
+        while at < count {
+            let (source, about, size) = (self.source(at), self.about(at), self.length(at));
+            let mut run = Run {
+                first: at,
+                buffers: 0,
+                bytes: 0,
+                about,
+            };
+            let mut last = size;
+            let goes_along = |batch: &Self, at: usize, bytes: usize| {
+                let length = batch.length(at);
+                let is_one = about.segment == 0 && length > 0 && length <= size;
+                let fits = bytes + length <= TOGETHER;
+                is_one && fits && batch.about(at) == about && batch.source(at) == source
+            };
+            while at < count
+                && (run.buffers == 0 || last == size && goes_along(self, at, run.bytes))
+            {
+                last = self.length(at);
+                self.vectors[at].iov_len = last;
+                (run.buffers, run.bytes) = (run.buffers + 1, run.bytes + last);
+                at += 1;
+            }
+            if run.buffers > 1 {
+                run.about.segment = u16::try_from(size).unwrap_or(u16::MAX);
+            }
+            runs[found] = Some((run, source));
+            found += 1;
+        }
+        runs.into_iter().flatten()
+    }
+
+    fn buffers(&self, run: Run) -> &[IoSlice<'_>] {
+        let vectors = &self.vectors[run.first..][..run.buffers];
+        // SAFETY: an IoSlice is an iovec (its documentation promises so); each leads to bytes of `self.data`.
+        unsafe { std::slice::from_raw_parts(vectors.as_ptr().cast(), vectors.len()) }
     }
 }
 
@@ -112,26 +181,19 @@ pub(super) const fn was_all(count: usize) -> bool {
     count < BATCH
 }
 
-/// Receives what is there, at most one batch, and hands each buffer to `each` with its source and what is known of it. Returns
-/// how many there were.
+/// Receives what is there, at most one batch, and hands to `each` what may go on together, with its source and what is known of
+/// it. Returns how many buffers there were.
 ///
 /// # Errors
 /// As recvmmsg(2); `WouldBlock` if there are none.
 pub(super) fn receive(
     socket: BorrowedFd<'_>,
-    mut each: impl FnMut(&[u8], Option<SocketAddr>, About),
+    mut each: impl FnMut(&[IoSlice<'_>], Option<SocketAddr>, About),
 ) -> io::Result<usize> {
     SCRATCH.with_borrow_mut(|batch| {
         let count = batch.receive(socket)?;
-        for at in 0..count {
-            let header = &batch.messages[at].msg_hdr;
-            let mut name = SockAddrStorage::zeroed();
-            // SAFETY: both are storage for any address; the kernel wrote it and its length, or left the length 0.
-            let source = unsafe {
-                *name.view_as() = batch.names[at];
-                SockAddr::new(name, header.msg_namelen)
-            };
-            each(batch.datagram(at), source.as_socket(), batch.about(at));
+        for (run, source) in batch.runs(count) {
+            each(batch.buffers(run), source, run.about);
         }
         Ok(count)
     })
@@ -164,36 +226,39 @@ pub(super) fn answer(
             buffers: count,
             ..Carried::default()
         };
-        let mut abouts = [About::default(); BATCH];
-        for (at, about) in abouts[..count].iter_mut().enumerate() {
-            let length = batch.datagram(at).len();
-            *about = About {
-                local,
-                ..batch.about(at)
-            };
-            carried.datagrams += about.datagrams(length);
-            carried.bytes += length;
-            batch.prepare(at, length, *about, &name);
+        batch.outgoing.clear();
+        let mut runs = [None; BATCH];
+        for (place, (mut run, _)) in runs.iter_mut().zip(batch.runs(count)) {
+            run.about.local = local;
+            carried.datagrams += run.about.datagrams(run.bytes);
+            carried.bytes += run.bytes;
+            let message = batch.message(run, &name);
+            batch.outgoing.push(message);
+            *place = Some(run);
         }
+        let mut runs = runs.into_iter().flatten();
+        let mut next = runs.next();
         let mut sent = 0;
-        while sent < count {
-            let several = abouts[sent].segment > 0;
+        while let Some(run) = next {
+            let several = run.about.segment > 0;
             if several && !segments.load(Relaxed) {
-                batch.cut_up(to, sent, abouts[sent], &name);
-                sent += 1;
+                batch.cut_up(to, run, &name);
+                (sent, next) = (sent + 1, runs.next());
                 continue;
             }
-            // SAFETY: every pointer in `messages` leads to a live buffer of the length that stands beside it; those
+            // SAFETY: every pointer in `outgoing` leads to a live buffer of the length that stands beside it; those
             // that outlive this call are written anew before the next.
-            let more = unsafe { call(libc::SYS_sendmmsg, to, &mut batch.messages[sent..count]) };
-            match more {
-                Ok(more) => sent += more.max(1),
+            let more = unsafe { call(libc::SYS_sendmmsg, to, &mut batch.outgoing[sent..]) };
+            let done = match more {
+                Ok(more) => more.max(1),
                 // An error is about the first that was not sent.
                 Err(error) if several && is_about_segments(&error) => {
                     segments.store(false, Relaxed);
+                    continue;
                 }
-                Err(_) => sent += 1,
-            }
+                Err(_) => 1,
+            };
+            (sent, next) = (sent + done, runs.nth(done - 1));
         }
         Ok(carried)
     })
@@ -209,30 +274,44 @@ pub(super) fn is_about_segments(error: &io::Error) -> bool {
 }
 
 impl Batch {
-    /// Makes a received message one to send: so many of its bytes, to `name`.
-    fn prepare(&mut self, at: usize, length: usize, about: About, name: &SockAddr) {
-        self.vectors[at].iov_len = length;
-        let header = &mut self.messages[at].msg_hdr;
+    /// One to send: a run, to `name`.
+    fn message(&mut self, run: Run, name: &SockAddr) -> libc::mmsghdr {
+        let Run { first, about, .. } = run;
+        let mut message = self.messages[first];
+        let header = &mut message.msg_hdr;
         header.msg_name = name.as_ptr().cast_mut().cast();
         header.msg_namelen = name.len();
-        header.msg_control = self.controls[at].as_mut_ptr();
-        header.msg_controllen = self.controls[at].write(about, name.is_ipv4()) as _;
+        header.msg_control = self.controls[first].as_mut_ptr();
+        header.msg_controllen = self.controls[first].write(about, name.is_ipv4()) as _;
+        header.msg_iovlen = run.buffers as _;
+        message
     }
 
-    /// Sends the datagrams of a buffer one by one.
-    fn cut_up(&mut self, to: BorrowedFd<'_>, at: usize, about: About, name: &SockAddr) {
-        let whole = self.vectors[at];
-        let size = usize::from(about.segment);
-        let alone = About {
+    /// Sends the datagrams of a run one by one.
+    fn cut_up(&mut self, to: BorrowedFd<'_>, run: Run, name: &SockAddr) {
+        let size = usize::from(run.about.segment);
+        let about = About {
             segment: 0,
-            ..about
+            ..run.about
         };
-        for start in (0..whole.iov_len).step_by(size) {
-            self.prepare(at, size.min(whole.iov_len - start), alone, name);
-            self.vectors[at].iov_base = self.data[at * DATAGRAM + start..].as_mut_ptr().cast();
-            // SAFETY: as for a whole batch; the vector leads to a part of this message's own bytes.
-            let _ = unsafe { call(libc::SYS_sendmmsg, to, &mut self.messages[at..=at]) };
+        let (first, buffers) = (run.first, 1);
+        let alone = Run {
+            about,
+            buffers,
+            ..run
+        };
+        let mut message = self.message(alone, name);
+        for at in first..first + run.buffers {
+            let length = self.vectors[at].iov_len;
+            for start in (0..length).step_by(size) {
+                let mut vector = libc::iovec {
+                    iov_base: self.data[at * DATAGRAM + start..].as_mut_ptr().cast(),
+                    iov_len: size.min(length - start),
+                };
+                message.msg_hdr.msg_iov = &raw mut vector;
+                // SAFETY: as for a whole batch; the vector leads to a part of this buffer's own bytes.
+                let _ = unsafe { call(libc::SYS_sendmmsg, to, std::slice::from_mut(&mut message)) };
+            }
         }
-        self.vectors[at].iov_base = whole.iov_base;
     }
 }

@@ -1,5 +1,6 @@
 //! The proxy as its clients and backends meet it: real sockets on loopback addresses, no privileges.
 
+mod bursts;
 mod datagrams;
 mod passed_on;
 

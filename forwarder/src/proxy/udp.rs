@@ -82,14 +82,15 @@ impl Flow {
     }
 
     /// Sends a client's datagrams to the backend. What does not fit into the socket's buffer is lost, as on a network.
-    fn carry(&self, data: &[u8], about: About, shared: &Shared) {
+    fn carry(&self, data: &[IoSlice<'_>], about: About, shared: &Shared) {
         self.touch();
         let size = usize::from(about.segment);
         let segments = &self.segments[0];
         if size == 0 || self.header.is_empty() && segments.load(Relaxed) {
             match self.send(data, about) {
                 Ok(_) => {
-                    return shared.carried_many(about.datagrams(data.len()), data.len());
+                    let bytes = length(data);
+                    return shared.carried_many(about.datagrams(bytes), bytes);
                 }
                 Err(error) if size > 0 && batch::is_about_segments(&error.into()) => {
                     segments.store(false, Relaxed);
@@ -101,14 +102,14 @@ impl Flow {
             segment: 0,
             ..about
         };
-        for datagram in data.chunks(size) {
-            if self.send(datagram, alone).is_ok() {
+        for datagram in data.iter().flat_map(|buffer| buffer.chunks(size)) {
+            if self.send(&[IoSlice::new(datagram)], alone).is_ok() {
                 shared.carried(datagram.len());
             }
         }
     }
 
-    fn send(&self, data: &[u8], about: About) -> nix::Result<usize> {
+    fn send(&self, data: &[IoSlice<'_>], about: About) -> nix::Result<usize> {
         // A refusal that an earlier datagram met is reported by the next send, which then was not made.
         match self.try_send(data, about) {
             Err(Errno::ECONNREFUSED) => self.try_send(data, about),
@@ -117,9 +118,13 @@ impl Flow {
     }
 
     /// Not tokio's `try_send`, which waits for an event that a new socket has not had.
-    fn try_send(&self, data: &[u8], about: About) -> nix::Result<usize> {
+    fn try_send(&self, data: &[IoSlice<'_>], about: About) -> nix::Result<usize> {
         let (socket, flags) = (self.backend.as_raw_fd(), MsgFlags::MSG_DONTWAIT);
-        if self.header.is_empty() && about.ecn == 0 && about.segment == 0 {
+        if let [data] = data
+            && self.header.is_empty()
+            && about.ecn == 0
+            && about.segment == 0
+        {
             return socket::send(socket, data, flags);
         }
         let (tos, class) = (about.ecn, about.ecn.into());
@@ -135,8 +140,11 @@ impl Flow {
             (_, 0) => &all[..1],
             _ => &all[..],
         };
-        let parts = [IoSlice::new(&self.header), IoSlice::new(data)];
-        socket::sendmsg::<SockaddrStorage>(socket, &parts, control, flags, None)
+        let parts = match data {
+            [data] => &[IoSlice::new(&self.header), IoSlice::new(data)],
+            _ => data, // several have no header
+        };
+        socket::sendmsg::<SockaddrStorage>(socket, parts, control, flags, None)
     }
 
     fn expires(&self, timeouts: &Timeouts) -> Instant {
@@ -287,7 +295,7 @@ struct Serving {
 
 impl Serving {
     /// Carries a client's datagrams.
-    fn receive(&mut self, data: &[u8], client: SocketAddr, about: About) {
+    fn receive(&mut self, data: &[IoSlice<'_>], client: SocketAddr, about: About) {
         let (shared, key) = (&self.shared, (client, about.local));
         if !shared.allows(key.0.ip()) {
             return;
@@ -303,7 +311,7 @@ impl Serving {
                 Err(error) => return debug!("{}: {error}", self.shared.spec),
             }
         }
-        if self.shared.is_due(ORIGINAL, data.len()) {
+        if self.shared.is_due(ORIGINAL, length(data)) {
             self.flows[&key].carry(data, about, &self.shared);
         }
     }
@@ -500,6 +508,10 @@ impl Serving {
         let (socket, given_up) = sockets::draining(address, key.0, mark)?;
         Ok((Arc::new(UdpSocket::from_std(socket)?), (permit, given_up)))
     }
+}
+
+fn length(data: &[IoSlice<'_>]) -> usize {
+    data.iter().map(|buffer| buffer.len()).sum()
 }
 
 /// For `try_io`: `WouldBlock` after a read that has emptied the socket saves another that would only say so. The

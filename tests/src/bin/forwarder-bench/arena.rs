@@ -23,11 +23,12 @@ use crate::{
 pub(crate) const BULK: u16 = 5201;
 pub(crate) const ROUND_TRIP: u16 = 5301;
 pub(crate) const DATAGRAM: u16 = 5302;
+pub(crate) const STREAM: u16 = 5303;
 pub(crate) const HTTP: u16 = 5401;
 pub(crate) const SINK: u16 = 5501;
 
 /// What every contender publishes.
-pub(crate) const PORTS: [Port; 5] = [
+pub(crate) const PORTS: [Port; 6] = [
     Port {
         protocol: "tcp",
         number: BULK,
@@ -39,6 +40,10 @@ pub(crate) const PORTS: [Port; 5] = [
     Port {
         protocol: "udp",
         number: DATAGRAM,
+    },
+    Port {
+        protocol: "udp",
+        number: STREAM,
     },
     Port {
         protocol: "tcp",
@@ -410,7 +415,7 @@ impl Arena {
                 ))?;
                 let line = format!(
                     "pasta --foreground --runas 0 --no-netns-quit --config-net --interface eth0 --ns-ifname eth1 \
-                     --tcp-ports {BULK},{ROUND_TRIP},{HTTP} --udp-ports {DATAGRAM},{SINK} --netns {}",
+                     --tcp-ports {BULK},{ROUND_TRIP},{HTTP} --udp-ports {DATAGRAM},{STREAM},{SINK} --netns {}",
                     self.mounted_backend()?.display()
                 );
                 self.proxies.push(Process::start(&host, &line)?);
@@ -493,7 +498,9 @@ impl Arena {
         ] {
             self.servers.push(Process::start(&self.backend, &line)?);
         }
-        for Port { protocol, number } in PORTS.into_iter().filter(|port| port.number != SINK) {
+        // The others' receivers come with a measurement.
+        let served = |port: &Port| ![SINK, STREAM].contains(&port.number);
+        for Port { protocol, number } in PORTS.into_iter().filter(served) {
             wait_for_port(&self.backend, protocol, number)?;
         }
         // Neighbours get known and backends resolved, as they are on a machine in use.

@@ -5,6 +5,7 @@
 
 mod arena;
 mod chart;
+mod datagrams;
 mod drawing;
 mod flood;
 mod generator;
@@ -221,7 +222,10 @@ fn is_quick(contender: Contender) -> bool {
 fn cases(quick: bool) -> Vec<Case> {
     use Client::{External, Hairpin, Localhost};
     use Placement::{Free, Same, Split};
-    use Workload::{Bulk, Capacity, Connect, NewFlows, OneWay, TcpRoundTrip, UdpRoundTrip};
+    use Workload::{
+        Bulk, Capacity, Connect, DatagramBulk, Datagrams, NewFlows, OneWay, TcpRoundTrip,
+        UdpRoundTrip,
+    };
     let groups: &[(Client, Placement, &[Workload])] = if quick {
         &[
             (
@@ -244,11 +248,17 @@ fn cases(quick: bool) -> Vec<Case> {
                     Bulk,
                     TcpRoundTrip,
                     UdpRoundTrip,
+                    Datagrams,
+                    DatagramBulk,
                     Connect,
                 ],
             ),
             (External, Split, &[Bulk, TcpRoundTrip, Connect]),
-            (External, Free, &[Bulk, TcpRoundTrip, Connect]),
+            (
+                External,
+                Free,
+                &[Bulk, TcpRoundTrip, Datagrams, DatagramBulk, Connect],
+            ),
             (
                 Localhost,
                 Same,

@@ -8,7 +8,8 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::{
-    arena::{Arena, BULK, Client, DATAGRAM, HTTP, ROUND_TRIP},
+    arena::{Arena, BULK, Client, DATAGRAM, HTTP, ROUND_TRIP, STREAM},
+    datagrams::{self, Shape},
     generator::{Frames, Until},
     process::{Placement, busy_seconds},
 };
@@ -27,18 +28,24 @@ pub(crate) enum Workload {
     /// One TCP connection, a message of 14 bytes there and back.
     TcpRoundTrip,
     UdpRoundTrip,
+    /// Datagrams of 64 octets, as many as arrive.
+    Datagrams,
+    /// Datagrams of 1,200 octets, many in one buffer.
+    DatagramBulk,
     /// HTTP over 16 connections at a time, each closed after one request.
     Connect,
 }
 
 impl Workload {
-    pub(crate) const ALL: [Self; 7] = [
+    pub(crate) const ALL: [Self; 9] = [
         Self::Capacity,
         Self::OneWay,
         Self::NewFlows,
         Self::Bulk,
         Self::TcpRoundTrip,
         Self::UdpRoundTrip,
+        Self::Datagrams,
+        Self::DatagramBulk,
         Self::Connect,
     ];
 
@@ -50,15 +57,17 @@ impl Workload {
             Self::Bulk => "TCP bulk",
             Self::TcpRoundTrip => "TCP round trips",
             Self::UdpRoundTrip => "UDP round trips",
+            Self::Datagrams => "UDP stream",
+            Self::DatagramBulk => "UDP bulk",
             Self::Connect => "connect, request, close",
         }
     }
 
     pub(crate) fn unit(self) -> &'static str {
         match self {
-            Self::Capacity | Self::OneWay => "kpackets/s",
+            Self::Capacity | Self::OneWay | Self::Datagrams => "kpackets/s",
             Self::NewFlows => "kflows/s",
-            Self::Bulk => "Gbit/s",
+            Self::Bulk | Self::DatagramBulk => "Gbit/s",
             Self::TcpRoundTrip | Self::UdpRoundTrip | Self::Connect => "k/s",
         }
     }
@@ -68,7 +77,11 @@ impl Workload {
     }
 
     pub(crate) fn is_udp(self) -> bool {
-        self.is_generated() || self == Self::UdpRoundTrip
+        self.is_generated()
+            || matches!(
+                self,
+                Self::UdpRoundTrip | Self::Datagrams | Self::DatagramBulk
+            )
     }
 
     /// Whether this arena has such a path at all.
@@ -117,6 +130,10 @@ pub(crate) fn measure(
     pin_this_thread(placement.client())?;
     let seconds = time.as_secs().max(1);
     let busy = busy_seconds()?;
+    let stream = |shape: Shape| {
+        let limits = (placement.others(), time);
+        datagrams::stream((netns, address), &arena.backend, STREAM, shape, limits)
+    };
     let measured = match workload {
         Workload::Capacity | Workload::OneWay => {
             let conversation = workload == Workload::Capacity;
@@ -156,6 +173,15 @@ pub(crate) fn measure(
             let line = format!("sockperf pp -i {address} -p {DATAGRAM} -t {seconds} --full-rtt");
             netns.run(&line).and_then(|text| round_trips(&text))
         }
+        Workload::Datagrams => {
+            let (octets, elapsed) = stream(datagrams::SMALL)?;
+            let count = octets as f64 / datagrams::SMALL.payload();
+            Ok(Measured::of(count, elapsed))
+        }
+        Workload::DatagramBulk => {
+            let (octets, elapsed) = stream(datagrams::LONG)?;
+            Ok(Measured::of(octets as f64 / 1000.0, elapsed))
+        }
         Workload::Connect => {
             let (measured, errors) = connections(netns, address, time)?;
             match errors {
@@ -184,7 +210,7 @@ impl Workload {
     /// Operations per second in one [`Workload::unit`].
     fn scale(self) -> f64 {
         match self {
-            Self::Bulk => 1e9 / 8000.0,
+            Self::Bulk | Self::DatagramBulk => 1e9 / 8000.0,
             _ => 1e3,
         }
     }
