@@ -493,11 +493,12 @@ impl<T: AsFd> Watched<T> {
         .await
     }
 
-    /// Its descriptor for another process; here it is watched no more.
+    /// Its descriptor for another process, which takes it to be prepared; here it is watched no more.
     ///
     /// # Errors
     /// There are no descriptors.
     pub(super) fn for_another(&self) -> io::Result<OwnedFd> {
+        self.prepare();
         self.here.worker.epoll.delete(&self.io)?;
         self.io.as_fd().try_clone_to_owned()
     }

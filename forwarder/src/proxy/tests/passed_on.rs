@@ -157,6 +157,37 @@ fn what_is_half_closed_stays_so() {
     }
 }
 
+/// Whether the keepalive timer runs of an established connection from one port to another of this host
+/// (Documentation/networking/proc_net_tcp.rst).
+fn is_kept_alive(from: u16, to: u16) -> bool {
+    let table = std::fs::read_to_string("/proc/thread-self/net/tcp").expect("a table");
+    let is_it = |line: &str| {
+        let fields: Vec<&str> = line.split_whitespace().collect();
+        let [_, local, remote, "01", _, timer, ..] = fields[..] else {
+            return false;
+        };
+        let has = |end: &str, port: u16| end.ends_with(&format!(":{port:04X}"));
+        has(local, from) && has(remote, to) && timer.starts_with("02")
+    };
+    table.lines().any(is_it)
+}
+
+/// What a young one is spared, the next process does not make up for.
+#[test]
+fn what_is_passed_on_young_is_kept_alive_all_the_same() {
+    let Conversation {
+        first,
+        client: _client,
+        server,
+        listener,
+        spec,
+    } = Conversation::begin();
+    let port = |end: std::io::Result<std::net::SocketAddr>| end.expect("connected").port();
+    let (proxy, backend) = (port(server.peer_addr()), port(server.local_addr()));
+    let _second = Process::new(&listener, &spec, Some(first.pass_on()));
+    assert!(is_kept_alive(proxy, backend));
+}
+
 /// A start that fails gives back what it was handed, also what none of its tasks has got to.
 #[test]
 fn what_has_just_arrived_is_passed_on_again() {
