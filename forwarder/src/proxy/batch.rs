@@ -32,6 +32,8 @@ struct Batch {
     controls: Vec<Control>,
     vectors: Vec<libc::iovec>,
     messages: Vec<libc::mmsghdr>,
+    /// So many of the messages are to be made ready for the next call.
+    used: usize,
     /// Those to send: fewer, where several of what was received go on together.
     outgoing: Vec<libc::mmsghdr>,
 }
@@ -55,6 +57,7 @@ impl Batch {
             controls: vec![Control::new(); BATCH],
             vectors: Vec::with_capacity(BATCH),
             messages: vec![header; BATCH],
+            used: BATCH,
             outgoing: Vec::with_capacity(BATCH),
         };
         for (at, message) in batch.messages.iter_mut().enumerate() {
@@ -70,7 +73,7 @@ impl Batch {
 
     /// Receives what is there. Afterwards each message has its length, name and control data.
     fn receive(&mut self, socket: BorrowedFd<'_>) -> io::Result<usize> {
-        for (at, message) in self.messages.iter_mut().enumerate() {
+        for (at, message) in self.messages[..self.used].iter_mut().enumerate() {
             let header = &mut message.msg_hdr;
             header.msg_name = ptr::from_mut(&mut self.names[at]).cast();
             header.msg_namelen = size_of::<libc::sockaddr_storage>() as libc::socklen_t;
@@ -80,7 +83,12 @@ impl Batch {
             self.vectors[at].iov_len = DATAGRAM;
         }
         // SAFETY: every pointer in `messages` leads to a live buffer of the length that stands beside it.
-        unsafe { call(libc::SYS_recvmmsg, socket, &mut self.messages) }
+        let received = unsafe { call(libc::SYS_recvmmsg, socket, &mut self.messages) };
+        // One more may have been written to before it failed.
+        self.used = received
+            .as_ref()
+            .map_or(BATCH, |count| BATCH.min(count + 1));
+        received
     }
 
     /// What was received beside the bytes.

@@ -6,6 +6,7 @@ use std::{
     io::{self, IoSlice},
     net::{IpAddr, SocketAddr, SocketAddrV6},
     os::fd::{AsFd as _, AsRawFd as _, OwnedFd},
+    pin::pin,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError, Weak,
         atomic::{AtomicBool, AtomicU64, Ordering::Relaxed},
@@ -243,6 +244,8 @@ pub(super) async fn serve(socket: std::net::UdpSocket, port: Port, shared: Arc<S
         gone,
     };
     serving.go_on();
+    // Not made anew for each datagram.
+    let mut closed = pin!(shared.closed());
     loop {
         tokio::select! {
             ready = frontend.readable() => {
@@ -268,7 +271,7 @@ pub(super) async fn serve(socket: std::net::UdpSocket, port: Port, shared: Arc<S
                     serving.flows.remove(&key);
                 }
             }
-            () = shared.closed() => break,
+            () = &mut closed => break,
         }
     }
     if shared.drains() {
@@ -590,10 +593,12 @@ fn at(address: SocketAddr, port: u16) -> SocketAddr {
 async fn replies(flow: Arc<Flow>, key: Key, shared: Arc<Shared>, gone: mpsc::UnboundedSender<Key>) {
     let (client, local) = key;
     let timeouts = &shared.options.timeouts;
+    let mut expires = pin!(tokio::time::sleep_until(flow.expires(timeouts)));
+    let mut cut = pin!(flow.cut.notified());
     loop {
         tokio::select! {
             ready = flow.backend.readable() => {
-                let mut paced = 0;
+                let (mut paced, mut is_first) = (0, false);
                 let answered = ready.and_then(|()| {
                     flow.backend.try_io(Interest::READABLE, || {
                         let frontend = flow.frontend();
@@ -604,7 +609,7 @@ async fn replies(flow: Arc<Flow>, key: Key, shared: Arc<Shared>, gone: mpsc::Unb
                         let segments = &flow.segments[1];
                         let carried = batch::answer(backend, frontend, client, local, segments)?;
                         flow.touch();
-                        flow.replied.store(true, Relaxed);
+                        is_first = !flow.replied.swap(true, Relaxed);
                         shared.carried_many(carried.datagrams, carried.bytes);
                         paced = carried.bytes;
                         unless_emptied(carried.buffers)
@@ -617,15 +622,20 @@ async fn replies(flow: Arc<Flow>, key: Key, shared: Arc<Shared>, gone: mpsc::Unb
                     }
                     _ => {}
                 }
+                if is_first {
+                    expires.as_mut().reset(flow.expires(timeouts));
+                }
                 // What comes meanwhile waits in the socket, as far as there is room.
                 shared.pace(REPLY, paced).await;
             }
-            () = tokio::time::sleep_until(flow.expires(timeouts)) => {
-                if flow.expires(timeouts) <= Instant::now() {
+            () = &mut expires => {
+                let later = flow.expires(timeouts);
+                if later <= Instant::now() {
                     break;
                 }
+                expires.as_mut().reset(later);
             }
-            () = flow.cut.notified() => break,
+            () = &mut cut => break,
         }
     }
     flow.over.store(true, Relaxed);
@@ -641,6 +651,7 @@ async fn requests(
     shared: Arc<Shared>,
 ) {
     let timeouts = &shared.options.timeouts;
+    let mut expires = pin!(tokio::time::sleep_until(flow.expires(timeouts)));
     while !flow.over.load(Relaxed) {
         tokio::select! {
             ready = socket.readable() => {
@@ -662,10 +673,12 @@ async fn requests(
                     _ => {}
                 }
             }
-            () = tokio::time::sleep_until(flow.expires(timeouts)) => {
-                if flow.expires(timeouts) <= Instant::now() {
+            () = &mut expires => {
+                let later = flow.expires(timeouts);
+                if later <= Instant::now() {
                     break;
                 }
+                expires.as_mut().reset(later);
             }
         }
     }
