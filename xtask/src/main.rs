@@ -5,6 +5,7 @@
 
 mod bench;
 mod ci;
+mod deny;
 mod dist;
 mod ebpf;
 mod exec;
@@ -61,6 +62,8 @@ enum Task {
     Vm(vm::Options),
     /// Prints what the verifier says of each program under each kernel, as docs/verifier.md has it
     Verifier(verifier::Options),
+    /// Checks licenses and sources of all dependencies by cargo-deny, which it builds into target/deny
+    Deny(deny::Options),
     /// What must pass before a change goes in: formatting, clippy, the eBPF object, all tests
     Ci(ci::Options),
 }
@@ -69,7 +72,9 @@ impl Task {
     /// Programs that it starts, and whether it needs root's rights.
     fn needs(&self) -> (Vec<&'static str>, bool) {
         match self {
-            Self::Setup | Self::Ebpf(_) | Self::Install(_) | Self::Dist => (vec![], false),
+            Self::Setup | Self::Ebpf(_) | Self::Install(_) | Self::Dist | Self::Deny(_) => {
+                (vec![], false)
+            }
             Self::Run(options) => (options.programs(), false),
             Self::Test(options) => (options.programs(), options.tier != Some(0)),
             Self::Fresh(_) => (fresh::PROGRAMS.to_vec(), true),
@@ -128,6 +133,7 @@ fn start(task: &Task) -> Result<()> {
         Task::Bench(options) => bench::bench(options),
         Task::Vm(options) => vm::vm(options),
         Task::Verifier(options) => verifier::verifier(options),
+        Task::Deny(options) => deny::deny(options),
         Task::Ci(options) => ci::ci(options),
     }
 }
