@@ -23,7 +23,6 @@ mod view;
 
 use anyhow::{Context as _, Result, bail};
 use forwarder_common::{flow::Timeouts, limits};
-use futures_util::StreamExt as _;
 use sd_notify::NotifyState;
 use tokio::{
     sync::mpsc,
@@ -33,7 +32,7 @@ use tracing::{info, warn};
 
 use self::{
     drain::Draining,
-    fragments::Fragments,
+    fragments::{Datagram, Fragments},
     network::Network,
     reconcile::{Loose, Serving},
     signals::{Heard, Signals},
@@ -59,7 +58,6 @@ use crate::{
     instance::Instance,
     memory,
     metrics::Slices,
-    network::{self as net, Change as NetworkChange},
     plan::Unserved,
     privilege,
     proxy::{Idle, Left, Sockets, Store, raise_descriptor_limit},
@@ -154,8 +152,8 @@ pub async fn run(instance: Instance, flags: Flags) -> Result<()> {
         Ok(()) => daemon.begin(&instance, left, &mut calls).await,
         Err(error) => Err(error),
     };
-    let mut events = match begun {
-        Ok(events) => events,
+    let mut datagrams = match begun {
+        Ok(datagrams) => datagrams,
         Err(error) => {
             daemon.abandon().await;
             return Err(error);
@@ -173,7 +171,7 @@ pub async fn run(instance: Instance, flags: Flags) -> Result<()> {
     }
     memory::trim();
     daemon
-        .serve(&mut signals, &mut calls, &mut leases, &mut events)
+        .serve(&mut signals, &mut calls, &mut leases, &mut datagrams)
         .await;
     let keep = daemon.config.keep;
     daemon.stop(keep).await;
@@ -183,12 +181,6 @@ pub async fn run(instance: Instance, flags: Flags) -> Result<()> {
 /// Writes a line to standard output, whose reader may have gone.
 fn say(line: &str) {
     let _ = writeln!(std::io::stdout(), "{line}");
-}
-
-/// What the kernel tells of, all opened before `ready`.
-struct Events {
-    network: Box<dyn futures_util::Stream<Item = NetworkChange> + Send + Unpin>,
-    datagrams: mpsc::Receiver<fragments::Datagram>,
 }
 
 impl Daemon {
@@ -261,8 +253,8 @@ impl Daemon {
         instance: &Instance,
         left: Left,
         calls: &mut mpsc::Receiver<Call>,
-    ) -> Result<Events> {
-        let events = self.listen()?;
+    ) -> Result<mpsc::Receiver<Datagram>> {
+        let datagrams = self.listen()?;
         let (state, stored) = match self.config.ephemeral {
             true => (None, Stored::default()),
             false => {
@@ -318,7 +310,7 @@ impl Daemon {
         self.left = Sockets::default();
         let serving: HashSet<String> = self.serving.keys().map(|id| store_name(*id)).collect();
         self.idle.retain(|name| serving.contains(name));
-        Ok(events)
+        Ok(datagrams)
     }
 
     /// Gives those a moment who held leases with an earlier instance: until these programs take over, its own go on with
@@ -333,11 +325,8 @@ impl Daemon {
         }
     }
 
-    fn listen(&mut self) -> Result<Events> {
-        let network = match self.datapath {
-            Some(_) => net::changes()?.left_stream(),
-            None => futures_util::stream::pending().right_stream(),
-        };
+    /// Datagrams whose parts came out of order.
+    fn listen(&mut self) -> Result<mpsc::Receiver<Datagram>> {
         let (whole, datagrams) = mpsc::channel(64);
         if let Some(datapath) = &mut self.datapath {
             let mut fragments = Fragments::default();
@@ -352,10 +341,7 @@ impl Daemon {
                 }
             });
         }
-        Ok(Events {
-            network: Box::new(network),
-            datagrams,
-        })
+        Ok(datagrams)
     }
 
     async fn serve(
@@ -363,9 +349,9 @@ impl Daemon {
         signals: &mut Signals,
         calls: &mut mpsc::Receiver<Call>,
         leases: &mut mpsc::UnboundedReceiver<Owner>,
-        events: &mut Events,
+        datagrams: &mut mpsc::Receiver<Datagram>,
     ) {
-        // What has changed since the first reading was not told.
+        // What has changed since the first reading has been told by now.
         let follows = self.datapath.is_some();
         let mut settled = follows.then(Instant::now);
         let sooner = |settled: &mut Option<Instant>, at: Instant| {
@@ -409,9 +395,8 @@ impl Daemon {
                 Some(owner) = leases.recv() => {
                     self.end_lease(&owner).await;
                 }
-                Some(change) = events.network.next() => {
-                    self.network.routing_changed |= change == NetworkChange::Routing;
-                    if change.matters_to(&self.network.snapshot) {
+                event = self.network.events.next() => {
+                    if self.network.hear(event) {
                         sooner(&mut settled, busy_until.max(Instant::now() + SETTLE));
                     }
                 }
@@ -420,6 +405,7 @@ impl Daemon {
                 }
                 () = sleep_until(settled.unwrap_or_else(Instant::now)), if settled.is_some() => {
                     let begun = Instant::now();
+                    self.network.hear_all();
                     settled = match self.refresh().await {
                         Ok(()) => self.network.asks_again(),
                         Err(error) => {
@@ -449,7 +435,7 @@ impl Daemon {
                     tokio::task::yield_now().await;
                 }
                 () = Self::trace_ended(&mut self.tracing) => self.end_trace(),
-                Some(datagram) = events.datagrams.recv() => self.answer_client(&datagram),
+                Some(datagram) = datagrams.recv() => self.answer_client(&datagram),
             }
         }
     }

@@ -148,10 +148,9 @@ fn snapshot() -> anyhow::Result<Snapshot> {
         .enable_all()
         .build()?;
     runtime.block_on(async {
-        let reader = Reader::open()?;
-        let mut watch = Watch::deaf();
-        let nothing = Snapshot::default();
-        let mut snapshot = watch.snapshot(&reader, &nothing, asked).await?;
+        let (mut reader, mut watch) = (Reader::open()?, Watch::deaf());
+        let mut snapshot = Snapshot::default();
+        watch.read(&mut reader, &mut snapshot, asked).await?;
         settle(&mut snapshot);
         Ok(snapshot)
     })

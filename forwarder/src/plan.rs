@@ -26,7 +26,7 @@ use crate::{
     datapath::{maps::Installed, xdp::Mode},
     network::{Header, Kind, Link, Mac, Route, Snapshot, xfrm::covering_policy},
     plan::locations::{
-        container_networks, is_host_route, is_link_local, is_local_bridge, routed, way_to,
+        container_networks, is_host_route, is_link_local, is_local_bridge, is_routed, way_to,
     },
     publish::{Publish, Spec, spec::Protocol},
 };
@@ -322,11 +322,11 @@ pub fn uplinks(snapshot: &Snapshot) -> BTreeSet<u32> {
 /// How packets leave by each device. Replies to a client that came in by it go back to the MAC where a container or
 /// a virtual machine is behind it; the others are uplinks.
 pub fn interfaces(snapshot: &Snapshot) -> impl Iterator<Item = (u32, Interface)> {
-    let (networks, routed) = (container_networks(snapshot), routed(snapshot));
+    let networks = container_networks(snapshot);
     snapshot.links.iter().map(move |(&index, link)| {
         let bridge = bridge(snapshot, link);
         let delivery = match way_to(link) {
-            Some(delivery) if bridge.is_some() || routed.contains(&index) => delivery,
+            Some(delivery) if bridge.is_some() || is_routed(snapshot, index) => delivery,
             _ => delivery::NEIGHBOUR,
         };
         let layer3 = bridge.unwrap_or(index);
@@ -355,12 +355,12 @@ fn bridge(snapshot: &Snapshot, link: &Link) -> Option<u32> {
 
 /// Whether routes to other machines lead by more than one device.
 pub fn has_several_uplinks(snapshot: &Snapshot) -> bool {
-    let uplinks = uplinks(snapshot);
-    let routes = snapshot.routes.iter().filter(|route| !route.local);
-    let routes = routes.filter(|route| !is_link_local(route.destination));
-    let devices = routes.map(|route| route.ifindex);
-    let devices: BTreeSet<u32> = devices.filter(|it| uplinks.contains(it)).collect();
-    devices.len() > 1
+    let leads_there = |ifindex: &u32| {
+        let mut routes = snapshot.routes.by(*ifindex, false);
+        routes.any(|route| !is_link_local(route.destination))
+    };
+    let uplinks = uplinks(snapshot).into_iter();
+    uplinks.filter(leads_there).count() > 1
 }
 
 fn contains(network: IpAddr, prefix: u8, address: IpAddr) -> bool {
@@ -462,7 +462,7 @@ pub(crate) mod tests {
         let mut tunnel = link("gre1", Kind::Other, None);
         (tunnel.header, tunnel.mac) = (Header::Other, None);
         host.links.insert(6, tunnel);
-        host.routes.push(route("203.0.113.0", 24, 6, false));
+        host.routes.insert(route("203.0.113.0", 24, 6, false));
         let reason = resolve(&host, ip("203.0.113.5")).expect_err("no fast path");
         assert!(reason.to_string().contains("gre1"), "{reason}");
     }
@@ -474,7 +474,7 @@ pub(crate) mod tests {
         assert!(resolve(&host, ip("172.31.0.2")).expect("a route").remote);
         host.links.remove(&6);
         assert!(!resolve(&host, ip("172.31.0.2")).expect("a route").remote);
-        host.routes.push(route("0.0.0.0", 0, 3, true));
+        host.routes.insert(route("0.0.0.0", 0, 3, true));
         assert!(resolve(&host, ip("172.31.0.2")).expect("a route").remote);
     }
 

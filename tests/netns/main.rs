@@ -3,7 +3,8 @@
 //! `matrix` has every kind of client, `firewall` what a firewall does meanwhile, `flood` what a flood does, `forged` what
 //! says it comes from somebody else, `cut` who hears that a publish is no more, `lifecycle` what comes and goes, `metrics`
 //! what is counted, `names` what documents call it, `top` a terminal, `moved` clients that get another MAC or link, `filters`
-//! other people's tc filters, `shaping` their limits, `ipsec` their policies, `rules` their routes, `promises` what must not
+//! other people's tc filters, `shaping` their limits, `ipsec` their policies, `rules` their routes, `followed` what
+//! is known of the network after any changes, `promises` what must not
 //! be reachable, `timeout` when a flow ends, `fragment` datagrams in parts, `direct` connections past the published port,
 //! `privilege` what an instance may do, `scale` as many flows as there may be, `coalesced` datagrams that come in one buffer,
 //! `crowd` as many connections of this host as there are source ports, `selftests` the scenarios of the kernel's own tests,
@@ -25,6 +26,7 @@ mod fallback;
 mod filters;
 mod firewall;
 mod flood;
+mod followed;
 mod forged;
 mod fragment;
 mod handover;

@@ -7,7 +7,7 @@ use std::{
     time::Duration,
 };
 
-use anyhow::Result;
+use anyhow::{Context as _, Result};
 use forwarder_common::{
     flow::delivery,
     publish::{Interface, flag},
@@ -25,7 +25,7 @@ use crate::{
         devices::{Hook, Place},
         xdp,
     },
-    network::{Header, Reader, Snapshot, containers::Watch},
+    network::{Event, Events, Header, Reader, Snapshot, containers::Watch},
     plan::{self, locations},
     publish::Id,
 };
@@ -35,10 +35,15 @@ const ASK_AGAIN: Duration = Duration::from_secs(5);
 /// Answers about routes are asked for again after so many times what asking took.
 const ASK_ROUTES_PAUSE: u32 = 10;
 
+/// So many events are taken at once: there may be no end of them.
+const EVENTS: usize = 10_000;
+
 /// What is known of the network, and what the kernel was told of it.
 pub(super) struct Network {
     /// `None` where nothing is to be followed.
     reader: Option<Reader>,
+    /// What the kernel tells of changes.
+    pub events: Events,
     pub watch: Watch,
     pub snapshot: Snapshot,
     /// Whether the kernel's answers in the snapshot may be out of date.
@@ -62,6 +67,11 @@ impl Network {
     /// The kernel refuses a netlink socket.
     pub(super) fn open(follows: bool) -> Result<Self> {
         Ok(Self {
+            // Before anything is read: what changes meanwhile is told.
+            events: match follows {
+                true => Events::open().context("open a netlink socket for events")?,
+                false => Events::silent(),
+            },
             reader: follows.then(Reader::open).transpose()?,
             watch: if follows {
                 Watch::open()
@@ -79,18 +89,38 @@ impl Network {
         })
     }
 
-    /// Reads it; after a failure the last reading stays.
+    /// Takes what the kernel tells; whether anything may be different now.
+    pub(super) fn hear(&mut self, event: Event) -> bool {
+        let Some(reader) = &mut self.reader else {
+            return false;
+        };
+        let is_of_routing = event.is_of_routing();
+        let is_changed = reader.hear(event, &mut self.snapshot);
+        self.routing_changed |= is_changed && is_of_routing;
+        is_changed
+    }
+
+    /// Takes all that the kernel has told until now.
+    pub(super) fn hear_all(&mut self) {
+        for _ in 0..EVENTS {
+            match self.events.heard() {
+                Some(event) => self.hear(event),
+                None => break,
+            };
+        }
+    }
+
+    /// Reads what is not known yet; after a failure what was read last stays.
     ///
     /// # Errors
     /// The kernel refuses.
     pub(super) async fn read(&mut self) -> Result<()> {
-        let Some(reader) = &self.reader else {
+        let Some(reader) = &mut self.reader else {
             return Ok(());
         };
-        let asked = locations::asked;
-        let mut after = self.watch.snapshot(reader, &self.snapshot, asked).await?;
-        locations::settle(&mut after);
-        self.snapshot = after;
+        let (snapshot, asked) = (&mut self.snapshot, locations::asked);
+        self.watch.read(reader, snapshot, asked).await?;
+        locations::settle(snapshot);
         self.warn_of_disputes();
         Ok(())
     }

@@ -86,25 +86,21 @@ impl Watch {
     /// Reads what the kernel says, then what containers do: those of which `asked` has the veths.
     ///
     /// # Errors
-    /// As [`Reader::snapshot`].
-    pub async fn snapshot(
+    /// As [`Reader::read`].
+    pub async fn read(
         &mut self,
-        reader: &Reader,
-        before: &Snapshot,
+        reader: &mut Reader,
+        snapshot: &mut Snapshot,
         asked: impl Fn(&Snapshot) -> BTreeMap<u32, Peer>,
-    ) -> Result<Snapshot> {
-        let mut snapshot = reader.snapshot(before).await?;
-        snapshot.far_ends = self.far_ends(&asked(&snapshot), before);
-        Ok(snapshot)
+    ) -> Result<()> {
+        reader.read(snapshot).await?;
+        let veths = asked(snapshot);
+        self.read_far_ends(&veths, &mut snapshot.far_ends);
+        Ok(())
     }
 
-    /// The far ends of `veths`: as they were `before`, or asked for if they are new or something has changed.
-    fn far_ends(
-        &mut self,
-        veths: &BTreeMap<u32, Peer>,
-        before: &Snapshot,
-    ) -> BTreeMap<u32, FarEnd> {
-        let mut known = before.far_ends.clone();
+    /// The far ends of `veths`: as they are known, or asked for if they are new or something has changed.
+    fn read_far_ends(&mut self, veths: &BTreeMap<u32, Peer>, known: &mut BTreeMap<u32, FarEnd>) {
         // Before they are asked: what changes meanwhile is heard the next time.
         let stale = self.stale();
         known.retain(|veth, end| {
@@ -124,7 +120,6 @@ impl Watch {
                 Err(error) => debug!("device {veth}: its far end cannot be asked: {error}"),
             }
         }
-        known
     }
 
     fn stale(&mut self) -> Stale {

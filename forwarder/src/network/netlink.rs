@@ -54,9 +54,8 @@ impl Socket {
         self.0.send_to(&bytes, &SocketAddr::new(0, 0), 0)?;
         loop {
             let (datagram, _) = self.0.recv_from_full()?;
-            let mut rest = datagram.as_slice();
-            while let Some(length) = length(rest) {
-                let answer = NetlinkMessage::<RouteNetlinkMessage>::deserialize(&rest[..length]);
+            for message in messages(&datagram) {
+                let answer = NetlinkMessage::<RouteNetlinkMessage>::deserialize(message);
                 let flow = match answer.map(|answer| answer.payload) {
                     Ok(NetlinkPayload::Done(done)) if done.code == 0 => return Ok(()),
                     Ok(NetlinkPayload::Done(done)) => {
@@ -71,14 +70,17 @@ impl Socket {
                 if flow.is_break() {
                     return Ok(());
                 }
-                rest = &rest[length.next_multiple_of(4).min(rest.len())..];
             }
         }
     }
 }
 
-/// Bytes of the message that `bytes` begins with (`nlmsg_len`, include/uapi/linux/netlink.h).
-fn length(bytes: &[u8]) -> Option<usize> {
-    let length = u32::from_ne_bytes(*bytes.first_chunk()?) as usize;
-    (16..=bytes.len()).contains(&length).then_some(length)
+/// The messages of a datagram, each with its header (`struct nlmsghdr`, include/uapi/linux/netlink.h).
+pub(super) fn messages(mut datagram: &[u8]) -> impl Iterator<Item = &[u8]> {
+    std::iter::from_fn(move || {
+        let length = u32::from_ne_bytes(*datagram.first_chunk()?) as usize;
+        let message = datagram.get(..length).filter(|_| length >= 16)?;
+        datagram = &datagram[length.next_multiple_of(4).min(datagram.len())..];
+        Some(message)
+    })
 }

@@ -14,7 +14,10 @@ use netlink_packet_route::{
 };
 use rtnetlink::{IpVersion, RouteMessageBuilder};
 
-use super::{Answer, RT_TABLE_LOCAL, Reader, collect, ip, route_and_table};
+use super::{
+    Answer, Reader, collect,
+    routes::{RT_TABLE_LOCAL, ip, route_and_table},
+};
 
 /// The priorities and tables of the rules that a network namespace begins with: local, main and, for IPv4, default
 /// (`fib_default_rules_init` in net/ipv4/fib_rules.c).
@@ -54,6 +57,7 @@ impl Reader {
         question.header.flags = RouteFlags::FibMatch;
         let route = self.ask_route(question).await?;
         let route = route.as_ref().and_then(route_and_table);
+        let route = route.filter(|(route, _)| route.ifindex != 0);
         Ok(route.map(|(route, _)| Answer { route, source }))
     }
 

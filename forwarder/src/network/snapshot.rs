@@ -5,7 +5,10 @@ use std::{
     net::IpAddr,
 };
 
-use super::xfrm::Policy;
+use super::{
+    routes::{Route, Routes},
+    xfrm::Policy,
+};
 
 pub type Mac = [u8; 6];
 
@@ -111,19 +114,6 @@ pub struct Answer {
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Route {
-    pub destination: IpAddr,
-    pub prefix: u8,
-    pub ifindex: u32,
-    /// The next hop; the unspecified address where there are several.
-    pub gateway: Option<IpAddr>,
-    pub preferred_source: Option<IpAddr>,
-    pub priority: u32,
-    /// A `local` route: the destination is this host.
-    pub local: bool,
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Neighbour {
     pub mac: Mac,
     /// Set by hand, and never asked for.
@@ -151,7 +141,7 @@ pub struct Claim {
 pub struct Snapshot {
     pub links: BTreeMap<u32, Link>,
     pub addresses: Vec<Local>,
-    pub routes: Vec<Route>,
+    pub routes: Routes,
     /// By device and address.
     pub neighbours: HashMap<(u32, IpAddr), Neighbour>,
     /// Bridge and MAC to port, of neighbours.

@@ -19,20 +19,17 @@ pub fn container_networks(snapshot: &Snapshot) -> BTreeMap<u32, u32> {
     let bridges: BTreeMap<u32, bool> = bridges
         .map(|(&bridge, _)| (bridge, is_local_bridge(snapshot, bridge)))
         .collect();
-    // Of a device whose routes are in another table, a VRF's, nothing can be said.
-    let routes = snapshot.routes.iter();
-    let reached = routes.filter(|route| tells_networks(route));
-    let reached: BTreeSet<u32> = reached.map(|route| route.ifindex).collect();
-    let routed = routed(snapshot);
     let network = |(&ifindex, link): (&u32, &Link)| {
         let bridge = [Some(ifindex), link.controller].into_iter().flatten();
         let bridge = bridge.into_iter().find(|it| bridges.contains_key(it));
         let device = match bridge {
             Some(bridge) if bridges[&bridge] => bridge,
-            None if way_to(link).is_some() && routed.contains(&ifindex) => ifindex,
+            None if way_to(link).is_some() && is_routed(snapshot, ifindex) => ifindex,
             _ => return None,
         };
-        reached.contains(&device).then_some((ifindex, device))
+        // Of a device whose routes are in another table, a VRF's, nothing can be said.
+        let mut routes = snapshot.routes.by(device, false);
+        routes.any(tells_networks).then_some((ifindex, device))
     };
     snapshot.links.iter().filter_map(network).collect()
 }
@@ -42,13 +39,11 @@ fn tells_networks(route: &Route) -> bool {
     !route.local && route.prefix > 0 && !is_link_local(route.destination)
 }
 
-/// The devices that have a route of their own for one address, as that of a container without a bridge has.
-pub(crate) fn routed(snapshot: &Snapshot) -> BTreeSet<u32> {
-    let routes = snapshot.routes.iter();
-    routes
-        .filter(|route| is_host_route(route) && route.gateway.is_none())
-        .map(|route| route.ifindex)
-        .collect()
+/// Whether a device has a route of its own for one address, as that of a container without a bridge has.
+pub(crate) fn is_routed(snapshot: &Snapshot, ifindex: u32) -> bool {
+    let routes = snapshot.routes.by(ifindex, false);
+    let mut hosts = routes.take_while(|route| is_host_route(route));
+    hosts.any(|route| route.gateway.is_none())
 }
 
 /// What is behind each container network: the destinations of this host's routes there, also by way of a container. Routes
@@ -59,34 +54,32 @@ pub fn networks(snapshot: &Snapshot) -> BTreeMap<IpNet, Behind> {
         network: devices.get(&route.ifindex).copied().unwrap_or(0),
         gateway: route.gateway,
     };
-    let routes = best_routes(snapshot).into_iter();
-    let mut networks: BTreeMap<IpNet, Behind> = routes
-        .filter(|(_, route)| tells_networks(route))
-        .map(|(prefix, route)| (prefix, behind(route)))
-        .collect();
-    let inside: Vec<IpNet> = networks
-        .iter()
-        .filter(|(_, behind)| behind.network != 0)
-        .map(|(prefix, _)| *prefix)
-        .collect();
-    networks.retain(|prefix, behind| {
-        behind.network != 0 || inside.iter().any(|outer| outer.contains(prefix))
-    });
+    let prefix = |route: &Route| IpNet::new(route.destination, route.prefix).ok();
+    let inside = devices.keys().flat_map(|it| snapshot.routes.by(*it, false));
+    let inside = inside.filter(|route| tells_networks(route));
+    let inside: BTreeSet<IpNet> = inside.filter_map(prefix).collect();
+    let mut networks = BTreeMap::new();
+    for outer in inside {
+        let routes = snapshot.routes.within(outer);
+        let mut routes = routes.filter(|route| tells_networks(route)).peekable();
+        // Another route to it may be the better one.
+        let is_behind = |route: &&&Route| behind(route).network != 0;
+        if routes.peek().filter(is_behind).is_some() {
+            networks.extend(routes.filter_map(|it| Some((prefix(it)?, behind(it)))));
+        }
+    }
     networks
 }
 
 /// The route to each prefix that counts among equal ones.
 fn best_routes(snapshot: &Snapshot) -> BTreeMap<IpNet, &Route> {
-    let routes = snapshot.routes.iter().filter(|route| !route.local);
-    let mut routes: Vec<(IpNet, &Route)> = routes
-        .filter_map(|route| {
-            let prefix = IpNet::new(route.destination, route.prefix).ok()?;
-            Some((prefix.trunc(), route))
-        })
-        .collect();
-    // The best comes last.
-    routes.sort_by_key(|(prefix, route)| (*prefix, std::cmp::Reverse(route.priority)));
-    routes.into_iter().collect()
+    let mut best = BTreeMap::new();
+    for route in snapshot.routes.iter().filter(|route| !route.local) {
+        if let Ok(prefix) = IpNet::new(route.destination, route.prefix) {
+            best.entry(prefix.trunc()).or_insert(route); // the first of them
+        }
+    }
+    best
 }
 
 /// By which uplink the rest of the world is reached over IPv4, for devices that are particular about that, where the program
@@ -202,7 +195,8 @@ pub fn locations(snapshot: &Snapshot) -> BTreeMap<IpNet, Location> {
     let containers = containers.map(|(address, veth)| (IpNet::from(*address), of(*veth)));
     let addresses = snapshot.addresses.iter();
     let addresses = addresses.map(|local| IpNet::from(local.address));
-    let prefixes = snapshot.routes.iter().filter(|route| route.local);
+    let devices = snapshot.links.keys();
+    let prefixes = devices.flat_map(|it| snapshot.routes.by(*it, true));
     let prefixes = prefixes.filter_map(|route| IpNet::new(route.destination, route.prefix).ok());
     let local = addresses
         .chain(prefixes)
@@ -242,10 +236,9 @@ pub(crate) fn is_host_route(route: &Route) -> bool {
 }
 
 pub(crate) fn is_local_bridge(snapshot: &Snapshot, bridge: u32) -> bool {
-    let mut routes = snapshot.routes.iter();
     // Where this host is a container itself, its uplink is a veth too. A container may be the gateway of some network.
-    let is_uplink =
-        routes.any(|route| route.ifindex == bridge && route.gateway.is_some() && route.prefix == 0);
+    let mut defaults = snapshot.routes.defaults();
+    let is_uplink = defaults.any(|route| route.ifindex == bridge && route.gateway.is_some());
     let mut ports = snapshot
         .links
         .values()
@@ -264,7 +257,9 @@ pub(crate) fn is_link_local(address: IpAddr) -> bool {
 pub(crate) mod tests {
     use super::*;
     use crate::{
-        network::{Bridging, Claim, FarEnd, Header, Local, Mac, Neighbour, Queueing, Standing},
+        network::{
+            Bridging, Claim, FarEnd, Header, Local, Mac, Neighbour, Queueing, Routes, Standing,
+        },
         plan::{interfaces, resolve},
     };
 
@@ -334,13 +329,22 @@ pub(crate) mod tests {
                 standing: Standing::Preferred,
             });
         }
-        snapshot.routes = vec![
+        let routes = [
             route("0.0.0.0", 0, 2, true),
             route("198.51.100.0", 24, 2, false),
             route("172.31.0.0", 24, 3, false),
             route("10.44.0.2", 32, 5, false),
         ];
+        snapshot.routes = routes.into_iter().collect();
         snapshot
+    }
+
+    /// Changes the route to a network.
+    pub(crate) fn change(snapshot: &mut Snapshot, to: &str, change: impl Fn(&mut Route)) {
+        let mut routes: Vec<Route> = snapshot.routes.iter().copied().collect();
+        let there = routes.iter_mut().filter(|it| it.destination == ip(to));
+        there.for_each(change);
+        snapshot.routes = routes.into_iter().collect();
     }
 
     /// [`host`] with another container on the bridge, at device 6. The two say that they have had these addresses since then.
@@ -411,7 +415,7 @@ pub(crate) mod tests {
     fn what_is_routed_by_way_of_a_container_is_behind_its_veth_alone() {
         // The other one says that it has such an address itself.
         let mut snapshot = asked_host(&[("10.8.0.7", 1)], &[("172.31.0.3", 1)]);
-        snapshot.routes.push(route("10.8.0.0", 24, 3, true));
+        snapshot.routes.insert(route("10.8.0.0", 24, 3, true));
         settle(&mut snapshot);
         let locations = locations(&snapshot);
         let location = |prefix: &str| locations.get(&prefix.parse::<IpNet>().expect("a literal"));
@@ -422,8 +426,9 @@ pub(crate) mod tests {
         assert_eq!(location("10.8.0.0/24"), Some(&container));
         assert_eq!(location("10.8.0.7/32"), None);
         // By several ways, the device is not known.
-        let last = snapshot.routes.len() - 1;
-        snapshot.routes[last].gateway = Some(ip("0.0.0.0"));
+        change(&mut snapshot, "10.8.0.0", |it| {
+            it.gateway = Some(ip("0.0.0.0"))
+        });
         let location = super::locations(&snapshot)[&"10.8.0.0/24".parse().expect("a literal")];
         assert_eq!((location.network, location.device), (3, 0));
     }
@@ -431,7 +436,7 @@ pub(crate) mod tests {
     #[test]
     fn what_is_behind_a_container_network_follows_from_the_routes() {
         let mut snapshot = host();
-        snapshot.routes.clear();
+        snapshot.routes = Routes::default();
         for (destination, prefix, ifindex, gateway) in [
             ("0.0.0.0", 0, 2, true),
             ("198.51.100.0", 24, 2, false),
@@ -443,7 +448,7 @@ pub(crate) mod tests {
         ] {
             snapshot
                 .routes
-                .push(route(destination, prefix, ifindex, gateway));
+                .insert(route(destination, prefix, ifindex, gateway));
         }
         let shown: Vec<_> = networks(&snapshot)
             .iter()
@@ -472,7 +477,9 @@ pub(crate) mod tests {
             ..route(destination, prefix, 1, false)
         };
         let routes = [local("203.0.113.0", 28), local("127.0.0.0", 8)];
-        snapshot.routes.extend(routes);
+        for route in routes {
+            snapshot.routes.insert(route);
+        }
         let container = |network| Location { network, device: 0 };
         let expected = [
             ("10.44.0.1/32", Location::HERE),
@@ -494,13 +501,15 @@ pub(crate) mod tests {
     #[test]
     fn of_two_routes_to_a_prefix_the_better_one_counts() {
         let mut snapshot = host();
-        snapshot.routes.clear();
+        snapshot.routes = Routes::default();
         for (ifindex, priority) in [(3, 100), (2, 50)] {
             let route = route("172.31.0.0", 24, ifindex, false);
-            snapshot.routes.push(Route { priority, ..route });
+            snapshot.routes.insert(Route { priority, ..route });
         }
         assert!(networks(&snapshot).is_empty());
-        snapshot.routes[1].priority = 200;
+        change(&mut snapshot, "172.31.0.0", |it| {
+            it.priority = 300 / it.ifindex
+        });
         let networks = networks(&snapshot).into_values();
         assert_eq!(networks.map(|it| it.network).collect::<Vec<_>>(), [3]);
     }
@@ -509,7 +518,7 @@ pub(crate) mod tests {
     fn reverse_paths_are_those_of_the_routes_where_the_kernel_cannot_be_asked() {
         let mut snapshot = host();
         snapshot.links.insert(7, link("eth1", Kind::Other, None));
-        snapshot.routes.clear();
+        snapshot.routes = Routes::default();
         for (destination, prefix, ifindex, gateway) in [
             ("0.0.0.0", 0, 2, true),
             ("198.51.100.0", 24, 2, false),
@@ -519,7 +528,7 @@ pub(crate) mod tests {
         ] {
             snapshot
                 .routes
-                .push(route(destination, prefix, ifindex, gateway));
+                .insert(route(destination, prefix, ifindex, gateway));
         }
         snapshot.strict = [7].into();
         let shown = |snapshot: &Snapshot| {
@@ -533,13 +542,15 @@ pub(crate) mod tests {
         assert!(locations(&snapshot).values().any(|it| it.network == 3));
         // The better of two.
         let other = route("192.0.2.0", 24, 2, false);
-        snapshot.routes.push(Route {
+        snapshot.routes.insert(Route {
             priority: 10,
             ..other
         });
         assert_eq!(shown(&snapshot), expected);
         // By both uplinks.
-        snapshot.routes[0].gateway = Some(ip("0.0.0.0"));
+        change(&mut snapshot, "0.0.0.0", |it| {
+            it.gateway = Some(ip("0.0.0.0"))
+        });
         assert_eq!(shown(&snapshot)[0], "0.0.0.0/0 0");
         let others = [
             Snapshot {
@@ -574,7 +585,7 @@ pub(crate) mod tests {
     #[test]
     fn a_bridge_whose_routes_are_in_another_table_is_not_judged() {
         let mut snapshot = host();
-        snapshot.routes = vec![route("fe80::", 64, 3, false)];
+        snapshot.routes = [route("fe80::", 64, 3, false)].into_iter().collect();
         let behind: Vec<u32> = interfaces(&snapshot)
             .map(|(_, device)| device.network)
             .collect();

@@ -5,7 +5,7 @@ use std::net::IpAddr;
 use forwarder_common::tuple::Address;
 
 use super::{contains, is_link_local, resolve};
-use crate::network::{Answer, Local, Route, Snapshot, Standing};
+use crate::network::{Answer, Local, Snapshot, Standing};
 
 /// Whether only the kernel knows the way to a backend ([`Snapshot::answers`]): rules choose the table, by more than the
 /// destination; or which of its IPv6 addresses it sends from to another machine.
@@ -21,7 +21,7 @@ pub fn takes_an_answer(snapshot: &Snapshot, backend: IpAddr) -> bool {
 pub(super) fn route_to(snapshot: &Snapshot, backend: IpAddr) -> Option<Answer> {
     match snapshot.answers.get(&backend) {
         Some(answer) => *answer,
-        None => best_route(snapshot, backend).map(|route| Answer {
+        None => snapshot.routes.to(backend).map(|route| Answer {
             route,
             source: None,
         }),
@@ -41,15 +41,6 @@ pub fn keeps_source(snapshot: &Snapshot, backend: IpAddr, present: Address) -> b
         });
         stays && backend.is_ipv6() && route.preferred_source.is_none()
     })
-}
-
-fn best_route(snapshot: &Snapshot, address: IpAddr) -> Option<Route> {
-    snapshot
-        .routes
-        .iter()
-        .filter(|route| !route.local && contains(route.destination, route.prefix, address))
-        .max_by_key(|route| (route.prefix, std::cmp::Reverse(route.priority)))
-        .copied()
 }
 
 /// The source address that this host would use: the route's own, else the kernel's choice. Where that is not asked for, one
@@ -81,7 +72,7 @@ pub(super) fn source(snapshot: &Snapshot, answer: &Answer, backend: IpAddr) -> O
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::plan::locations::tests::{host, ip, route};
+    use crate::plan::locations::tests::{change, host, ip, route};
 
     #[test]
     fn the_kernels_answer_comes_before_table_main() {
@@ -107,7 +98,7 @@ mod tests {
     /// A host with IPv6 addresses on the way to a machine, the newest first.
     fn with_addresses(addresses: &[(&str, Standing)]) -> Snapshot {
         let mut host = host();
-        host.routes.push(route("2001:db8:200::", 64, 2, false));
+        host.routes.insert(route("2001:db8:200::", 64, 2, false));
         host.addresses
             .extend(addresses.iter().map(|&(address, standing)| Local {
                 ifindex: 2,
@@ -153,10 +144,11 @@ mod tests {
         let keeps = |host: &Snapshot, present| keeps_source(host, ip(FAR), ip(present).into());
         assert!(keeps(&host, new) && keeps(&host, old));
         assert!(!keeps(&host, "2001:db8:200::9"), "gone");
-        host.routes[4].preferred_source = Some(ip(old));
+        let far = "2001:db8:200::";
+        change(&mut host, far, |it| it.preferred_source = Some(ip(old)));
         host.answers.clear();
         assert!(!keeps(&host, new), "the route names another");
-        host.routes[4].preferred_source = None;
+        change(&mut host, far, |it| it.preferred_source = None);
         host.addresses[3].standing = Standing::Deprecated;
         assert!(!keeps(&host, new));
     }
