@@ -105,8 +105,8 @@ pub(crate) fn object() -> Result<Object> {
 
 /// The benchmark's packet generator, which is always built.
 pub(crate) fn generator() -> Result<PathBuf> {
-    build()?;
-    Ok(folder().join(TARGET).join("ebpf/generator"))
+    step("building the packet generator");
+    compile("forwarder-generator").context("the packet generator")
 }
 
 /// Fails if the object in `prebuilt/` is not, byte for byte, what the sources give.
@@ -152,8 +152,18 @@ fn reproducible() -> Result<Vec<u8>> {
 
 /// Builds the object into `target/ebpf` and returns its path.
 fn build() -> Result<PathBuf> {
-    let toolchain = setup::toolchain()?;
     step("building the eBPF program");
+    let built = compile("forwarder-ebpf").context("the eBPF program")?;
+    let object = exec::workspace().join("target/ebpf/forwarder.o");
+    let content = fs::read(&built).with_context(|| built.display().to_string())?;
+    let content = without_debug_sections(&content).context("strip the eBPF program")?;
+    replace(&object, &content)?;
+    Ok(object)
+}
+
+/// Compiles a package for the kernel and returns the path of its object, which has the package's name.
+fn compile(package: &str) -> Result<PathBuf> {
+    let toolchain = setup::toolchain()?;
     let folder = folder();
     let flags = [
         format!("-Clinker={}", toolchain.linker.display()),
@@ -168,7 +178,7 @@ fn build() -> Result<PathBuf> {
                 "build",
                 "--quiet",
                 "--package",
-                "forwarder-ebpf",
+                package,
                 "--bins",
                 "--profile",
                 "ebpf",
@@ -183,15 +193,8 @@ fn build() -> Result<PathBuf> {
             .arg(&folder)
             .env("CARGO_ENCODED_RUSTFLAGS", flags.join("\x1f"))
             .env("CARGO_PROFILE_EBPF_TRIM_PATHS", "all"),
-    )
-    .context("the eBPF program")?;
-
-    let built = folder.join(TARGET).join("ebpf/forwarder-ebpf");
-    let object = exec::workspace().join("target/ebpf/forwarder.o");
-    let content = fs::read(&built).with_context(|| built.display().to_string())?;
-    let content = without_debug_sections(&content).context("strip the eBPF program")?;
-    replace(&object, &content)?;
-    Ok(object)
+    )?;
+    Ok(folder.join(TARGET).join("ebpf").join(package))
 }
 
 /// Writes a file if that changes it: an unchanged eBPF program does not rebuild user space. By rename: a build that runs at

@@ -1,5 +1,5 @@
 //! Frames as fast as the kernel makes them: BPF_PROG_TEST_RUN with live frames (kernel 5.18) runs
-//! `forwarder-ebpf/src/bin/generator.rs`, whose frames enter the host as if the client's device had sent them.
+//! `tests/generator/`, whose frames enter the host as if the client's device had sent them.
 
 use std::{
     fs,

@@ -1,7 +1,7 @@
 //! The benchmark's packet generator, an XDP program that writes a whole frame over each that the kernel hands it
 //! (BPF_PROG_TEST_RUN with live frames), numbers its flow and redirects it out of one device; and the sink, which
 //! drops such frames where they arrive, before anybody's stack spends time on them, and answers those that ask for it.
-//! No part of `forwarder`; kept in this crate because it is built the same way.
+//! `cargo xtask bench` builds it as the eBPF program is built.
 #![cfg_attr(target_arch = "bpf", no_std, no_main)]
 #![cfg_attr(
     not(target_arch = "bpf"),
