@@ -262,6 +262,7 @@ impl Timeouts {
 }
 
 #[cfg(feature = "user")]
+#[expect(unsafe_code, reason = "the marker that aya asks for")]
 mod user {
     // SAFETY: `#[repr(C)]` and `bytemuck::Pod`: any bytes are a valid value, and there is no padding.
     unsafe impl aya::Pod for super::Flow {}

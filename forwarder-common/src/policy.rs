@@ -103,6 +103,7 @@ pub const fn time_of(octets: u64, bits: u64) -> u64 {
 }
 
 #[cfg(feature = "user")]
+#[expect(unsafe_code, reason = "the marker that aya asks for")]
 mod user {
     // SAFETY: `#[repr(C)]` and `bytemuck::Pod`: any bytes are a valid value, and there is no padding.
     unsafe impl aya::Pod for super::Policy {}

@@ -215,6 +215,7 @@ pub const fn socket_index(publish: u32, is_v4: bool) -> u32 {
 }
 
 #[cfg(feature = "user")]
+#[expect(unsafe_code, reason = "the marker that aya asks for")]
 mod user {
     // SAFETY: `#[repr(C)]` and `bytemuck::Pod`: any bytes are a valid value, and there is no padding.
     unsafe impl aya::Pod for super::Port {}

@@ -143,6 +143,7 @@ pub(crate) const fn mix(sum: u64) -> u32 {
 }
 
 #[cfg(feature = "user")]
+#[expect(unsafe_code, reason = "the marker that aya asks for")]
 mod user {
     // SAFETY: `#[repr(C)]` and `bytemuck::Pod`: any bytes are a valid value, and there is no padding.
     unsafe impl aya::Pod for super::Tuple {}

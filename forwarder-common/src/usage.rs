@@ -35,6 +35,7 @@ pub struct Refused {
 }
 
 #[cfg(feature = "user")]
+#[expect(unsafe_code, reason = "the marker that aya asks for")]
 mod user {
     // SAFETY: `#[repr(C)]` and `bytemuck::Pod`: any bytes are a valid value, and there is no padding.
     unsafe impl aya::Pod for super::Usage {}

@@ -2,6 +2,10 @@
 //!
 //! Built for the host, this is an empty `main`, so that its lints and types are checked there too.
 #![cfg_attr(target_arch = "bpf", no_std, no_main)]
+#![expect(
+    unsafe_code,
+    reason = "a program of the kernel's: packets and maps are pointers"
+)]
 // Of the pinned toolchain: an atomic addition, which the target's types do not offer.
 #![cfg_attr(
     target_arch = "bpf",

@@ -1,8 +1,5 @@
 //! The forwarder: published ports, by an eBPF fast path and a userland proxy behind it.
 
-// Where it cannot be done without, the file says why.
-#![deny(unsafe_code)]
-
 mod accept;
 pub mod cli;
 mod clock;

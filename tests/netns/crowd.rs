@@ -1,5 +1,7 @@
 //! A crowd: as many connections of this host to one backend, open at once, as there are source ports for them.
 
+#![expect(unsafe_code, reason = "a call that no crate has")]
+
 use std::{
     collections::BTreeSet,
     fs,

@@ -1,6 +1,11 @@
 //! The program as dockerd starts it for a published port: its descriptors, its words, its end; with an instance, without
 //! one, and while that goes and comes.
 
+#![expect(
+    unsafe_code,
+    reason = "descriptors for a child, as dockerd hands them over"
+)]
+
 use std::{
     cell::RefCell,
     fs::{File, Permissions},

@@ -1,5 +1,7 @@
 //! Datagrams in parts that a network has mixed up: they arrive all the same.
 
+#![expect(unsafe_code, reason = "a socket option that no crate has")]
+
 use std::{
     net::{SocketAddr, UdpSocket},
     os::fd::AsRawFd as _,

@@ -1,5 +1,7 @@
 //! What comes and goes: containers, publishes, and the daemon itself.
 
+#![expect(unsafe_code, reason = "a descriptor that a filter holds")]
+
 use std::{
     collections::BTreeMap,
     net::{SocketAddr, UdpSocket},

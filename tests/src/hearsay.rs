@@ -1,5 +1,7 @@
 //! What a UDP socket learns of ICMP errors: the path's MTU, and who said what (ip(7), ipv6(7), `IP_RECVERR`).
 
+#![expect(unsafe_code, reason = "control messages that no crate has")]
+
 use std::{
     io::IoSliceMut,
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket},

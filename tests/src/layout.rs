@@ -1,6 +1,8 @@
 //! What an instance has pinned, laid out as another version might have it: other places, a part that this one has not, a
 //! table that it does not know.
 
+#![expect(unsafe_code, reason = "bpf(2) calls that aya does not have")]
+
 use std::{
     fs, io,
     os::fd::{AsFd as _, AsRawFd as _},

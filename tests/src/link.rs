@@ -1,6 +1,8 @@
 //! Links of a process, as somebody else meets them who has its right to: found by their numbers, detached, and given other
 //! programs, as `bpftool link detach` and libbpf do.
 
+#![expect(unsafe_code, reason = "bpf(2) calls that aya does not have")]
+
 use std::{
     fs, io,
     os::fd::{AsRawFd as _, FromRawFd as _, OwnedFd},

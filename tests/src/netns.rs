@@ -3,6 +3,11 @@
 //! A namespace has no name here. It is held by a file descriptor, so it is gone when its owner is,
 //! however that ends, also by SIGKILL. `ip` reaches it by that descriptor's path in `/proc`.
 
+#![expect(
+    unsafe_code,
+    reason = "children that begin in another namespace, and an ioctl"
+)]
+
 use std::{
     fs::{self, File},
     io::Write,

@@ -1,5 +1,7 @@
 //! SCTP sockets of the one-to-one style: messages with their stream and payload protocol identifier.
 
+#![expect(unsafe_code, reason = "SCTP's own calls")]
+
 use std::{io, mem, net::SocketAddr, os::fd::AsRawFd as _, time::Duration};
 
 use socket2::{Domain, Protocol, SockAddr, Socket, Type};

@@ -1,6 +1,11 @@
 //! What systemd does for a service that has FileDescriptorStoreMax= and Type=notify: keeps descriptors that it is sent, answers
 //! barriers, and hands all to the next start (sd_notify(3), sd_listen_fds(3)).
 
+#![expect(
+    unsafe_code,
+    reason = "descriptors for a child, as systemd hands them over"
+)]
+
 use std::{
     fs, io,
     os::{

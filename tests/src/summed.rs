@@ -1,6 +1,8 @@
 //! Frames that a device has summed up (CHECKSUM_COMPLETE) through a tc program: the kernel says whether the sum is still that
 //! of the frame afterwards.
 
+#![expect(unsafe_code, reason = "bpf(2) calls that aya does not have")]
+
 use std::{
     io,
     os::fd::{AsRawFd as _, BorrowedFd},

@@ -1,5 +1,7 @@
 //! A pinned table of flows, filled as no traffic could in a test's time.
 
+#![expect(unsafe_code, reason = "bpf(2) on many elements at once")]
+
 use std::{
     ffi::CString,
     io,

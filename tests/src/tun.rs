@@ -1,5 +1,7 @@
 //! Devices whose other end is a process: tap with Ethernet headers, tun without.
 
+#![expect(unsafe_code, reason = "an ioctl that no crate has")]
+
 use std::{
     fs::File,
     io::{self, Read as _, Write as _},

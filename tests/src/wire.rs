@@ -1,5 +1,7 @@
 //! The end of a link as whole frames (packet(7)): what is sent is on the wire as it is, and what came is read as it came.
 
+#![expect(unsafe_code, reason = "packet sockets, and a filter of theirs")]
+
 use std::{
     os::fd::{AsRawFd, FromRawFd, OwnedFd},
     time::Duration,

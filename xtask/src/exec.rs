@@ -1,5 +1,7 @@
 //! Starting other programs, and where things are in the repository.
 
+#![expect(unsafe_code, reason = "a call that std does not have")]
+
 use std::{
     ffi::OsStr,
     io::IsTerminal,

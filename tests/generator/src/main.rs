@@ -3,6 +3,10 @@
 //! drops such frames where they arrive, before anybody's stack spends time on them, and answers those that ask for it.
 //! `cargo xtask bench` builds it as the eBPF program is built.
 #![cfg_attr(target_arch = "bpf", no_std, no_main)]
+#![expect(
+    unsafe_code,
+    reason = "a program of the kernel's: packets and maps are pointers"
+)]
 #![cfg_attr(
     not(target_arch = "bpf"),
     allow(dead_code, reason = "the hook is called by the kernel")

@@ -4,6 +4,8 @@
 //! Usage: `forwarder-verifier OBJECT`. The programs are loaded here by bpf(2), since aya keeps the verifier's log
 //! of a program that is accepted to itself.
 
+#![expect(unsafe_code, reason = "bpf(2) calls that aya does not have")]
+
 use std::{
     collections::HashSet,
     io,

@@ -3,6 +3,8 @@
 //! Always by QEMU's own emulator, which every machine has. One thread for all of the guest's processors: with
 //! several, QEMU 7.2 breaks the kernel's patching of its own code ("Oops: int3").
 
+#![expect(unsafe_code, reason = "a child that ends with its parent")]
+
 use std::{
     fs::{self, File},
     io::{self, BufRead as _, BufReader, Read},
