@@ -223,13 +223,15 @@ impl Proxy {
         idle.common().store.keep(&options.name, &sockets);
         let now = Now {
             spec: spec.clone(),
-            allow: options.allow.clone(),
+            allow: options.allow,
             proxy_protocol: options.proxy_protocol,
             limits: options.limits,
         };
         let shared = Arc::new(Shared {
+            publish: options.publish,
+            name: options.name,
             spec,
-            options,
+            timeouts: options.timeouts,
             now: RwLock::new(now),
             account: Account::default(),
             flows: AtomicU64::new(0),
@@ -271,7 +273,7 @@ impl Proxy {
         let ports = shared.spec.ports;
         idle.common().chains.publish(ports.first..=ports.last);
         // Before anything is read that comes anew: a datagram would begin another flow.
-        let arrived = idle.common().arrived().remove(&shared.options.name);
+        let arrived = idle.common().arrived().remove(&shared.name);
         for conversation in arrived.into_iter().flatten() {
             let client = conversation.message.client;
             if let Err(error) = Self::go_on(&shared, conversation) {
@@ -344,7 +346,7 @@ impl Proxy {
 
     fn forget_stored(&self) {
         let store = &self.idle.common().store;
-        store.forget(&self.shared.options.name);
+        store.forget(&self.shared.name);
     }
 
     fn remove_waiting(&mut self) {

@@ -111,7 +111,7 @@ impl Shared {
     /// Whether a source may be served at all.
     pub(super) fn allows(&self, source: IpAddr) -> bool {
         let source = source.to_canonical();
-        if self.common.is_banned(source, self.options.publish) {
+        if self.common.is_banned(source, self.publish) {
             self.refuse(Refusal::Banned);
             return false;
         }

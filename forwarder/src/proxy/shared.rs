@@ -17,20 +17,24 @@ use std::{
     task::Poll,
 };
 
-use forwarder_common::policy::Limits;
+use forwarder_common::{flow::Timeouts, policy::Limits};
 use ipnet::IpNet;
 use tokio::{sync::Notify, task::JoinHandle};
 use tracing::warn;
 
 use super::{
-    Common, End, Options, ProxyProtocol, Refusal, Stop,
+    Common, End, ProxyProtocol, Refusal, Stop,
     admit::Account,
     budget::{Exhausted, Permit, Share},
     chain::{self, Link},
     refusal::Refusals,
     sockets, udp,
 };
-use crate::{accept, publish::spec::Spec, seldom::Seldom};
+use crate::{
+    accept,
+    publish::{Id, spec::Spec},
+    seldom::Seldom,
+};
 
 #[derive(Debug)]
 pub(super) struct Now {
@@ -43,8 +47,11 @@ pub(super) struct Now {
 /// What the tasks of one publish share.
 #[derive(Debug)]
 pub(super) struct Shared {
+    pub(super) publish: Id,
+    /// As in [`Options`](super::Options).
+    pub(super) name: String,
     pub(super) spec: Arc<Spec>,
-    pub(super) options: Options,
+    pub(super) timeouts: Arc<Timeouts>,
     /// Where new clients are sent and which are served, both of which may change.
     pub(super) now: RwLock<Now>,
     pub(super) account: Account,
@@ -85,7 +92,7 @@ impl Shared {
             loop {
                 // Asked for before the look, so that none is missed in between.
                 let changed = self.common.banned.notified();
-                if self.common.is_banned(source, self.options.publish) {
+                if self.common.is_banned(source, self.publish) {
                     return End::Reset;
                 }
                 changed.await;
@@ -107,7 +114,7 @@ impl Shared {
         if self.common.passing_on.borrow().is_some() {
             return Some(End::PassOn);
         }
-        let is_banned = self.common.is_banned(source, self.options.publish);
+        let is_banned = self.common.is_banned(source, self.publish);
         is_banned.then_some(End::Reset)
     }
 

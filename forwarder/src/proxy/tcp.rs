@@ -269,7 +269,7 @@ impl Conversation {
         });
         shared.common.pass_on(PassedOn {
             message: Message {
-                publish: shared.options.name.clone(),
+                publish: shared.name.clone(),
                 client: address,
                 kind: Kind::Tcp {
                     port,

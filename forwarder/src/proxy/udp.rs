@@ -446,7 +446,7 @@ impl Serving {
             };
             self.shared.common.pass_on(PassedOn {
                 message: Message {
-                    publish: self.shared.options.name.clone(),
+                    publish: self.shared.name.clone(),
                     client: *client,
                     kind: Kind::Udp {
                         bound: self.answering.bound,
@@ -592,7 +592,7 @@ fn at(address: SocketAddr, port: u16) -> SocketAddr {
 /// Brings the backend's datagrams to the client, until both have been silent for the timeout.
 async fn replies(flow: Arc<Flow>, key: Key, shared: Arc<Shared>, gone: mpsc::UnboundedSender<Key>) {
     let (client, local) = key;
-    let timeouts = &shared.options.timeouts;
+    let timeouts = &shared.timeouts;
     let mut expires = pin!(tokio::time::sleep_until(flow.expires(timeouts)));
     let mut cut = pin!(flow.cut.notified());
     loop {
@@ -650,7 +650,7 @@ async fn requests(
     flow: Arc<Flow>,
     shared: Arc<Shared>,
 ) {
-    let timeouts = &shared.options.timeouts;
+    let timeouts = &shared.timeouts;
     let mut expires = pin!(tokio::time::sleep_until(flow.expires(timeouts)));
     while !flow.over.load(Relaxed) {
         tokio::select! {
