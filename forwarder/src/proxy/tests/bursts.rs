@@ -24,16 +24,16 @@ fn socket(address: &str) -> UdpSocket {
 }
 
 /// Datagrams of some clients in turn, as pairs of client and length; runs of one length, each with one that may be shorter, are
-/// frequent.
+/// frequent. A socket has room for all of them (net.core.rmem_default).
 fn bursts() -> impl Strategy<Value = Vec<(usize, usize)>> {
-    let length = prop::sample::select(vec![0, 1, 2, 100, 1200, 1472, 9000]);
+    let length = prop::sample::select(vec![0, 1, 2, 100, 1200]);
     let run = (0..3_usize, length, 1..12_usize, any::<bool>());
     let run = run.prop_map(|(client, length, count, is_shorter)| {
         let last = length - usize::from(is_shorter && length > 0);
         let whole = std::iter::repeat_n((client, length), count - 1);
         whole.chain([(client, last)]).collect::<Vec<_>>()
     });
-    prop::collection::vec(run, 1..8).prop_map(|runs| runs.concat())
+    prop::collection::vec(run, 1..5).prop_map(|runs| runs.concat())
 }
 
 /// Its number in the beginning, as far as there is room, and then that again and again.
@@ -72,7 +72,7 @@ fn what_goes_on_together_is_divided_where_it_was() {
     let to = reader.local_addr().expect("bound");
     let clients = [(); 3].map(|()| socket("127.0.0.1:0"));
     let own = |client: usize| clients[client].local_addr().expect("bound");
-    run(|burst| {
+    let check = |burst: Vec<(usize, usize)>| {
         for (number, &(client, length)) in burst.iter().enumerate() {
             let sent = clients[client].send_to(&datagram(number, length), to);
             sent.expect("sent");
@@ -97,15 +97,14 @@ fn what_goes_on_together_is_divided_where_it_was() {
             sent.map(|(number, &(client, length))| (Some(own(client)), datagram(number, length)));
         assert_eq!(got, sent.collect::<Vec<_>>());
         let pairs = burst.windows(2).filter(|pair| pair[0] == pair[1]);
-        let saved = pairs
-            .filter(|pair| pair[0].1 > 0 && pair[0].1 < 9000)
-            .count();
-        // A batch may end between two.
-        assert!(
-            calls + saved <= burst.len() + burst.len() / 32,
-            "{calls} calls"
-        );
-    });
+        let saved = pairs.filter(|pair| pair[0].1 > 0).count();
+        // A batch may end between two, and a packet be full.
+        let octets: usize = burst.iter().map(|(_, length)| length).sum();
+        let apart = burst.len() / 32 + octets / 60_000;
+        assert!(calls + saved <= burst.len() + apart, "{calls} calls");
+    };
+    check(vec![(0, 9000); 8]);
+    run(check);
 }
 
 #[test]
