@@ -13,6 +13,7 @@ mod audit;
 mod ban;
 mod drain;
 mod fragments;
+mod install;
 mod network;
 mod reconcile;
 mod signals;

@@ -42,7 +42,7 @@ pub struct Planned {
 
 /// How a publish stands, beside what is wanted of it.
 #[derive(Clone, Copy, Debug, Default)]
-pub struct Standing {
+pub struct Standing<'a> {
     /// The source after SNAT that it has.
     pub source: Option<Address>,
     /// One socket holds all of its ports.
@@ -53,8 +53,23 @@ pub struct Standing {
     pub respects_firewall: bool,
     /// The place of the publish that had the port before and drains; 0 for none.
     pub previous: u32,
-    /// A device that has lost its program for now.
-    pub detached: Option<u32>,
+    pub unattached: &'a [Unattached],
+}
+
+/// A device that is without its program for now.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Unattached {
+    pub ifindex: u32,
+    /// The container network behind it, as [`Interface::network`] has it; 0 for none.
+    pub network: u32,
+}
+
+impl Unattached {
+    /// Whether the program misses what a publish takes: clients of this host or of others, which its row speaks of, or
+    /// answers of its backend. Of a container that is a client there, the proxy hears by itself.
+    fn concerns(&self, backend: &Hop) -> bool {
+        self.network == 0 || [self.ifindex, self.network].contains(&backend.ifindex)
+    }
 }
 
 /// Plans how a publish is served.
@@ -62,7 +77,7 @@ pub fn publish(
     snapshot: &Snapshot,
     publish: &Publish,
     allow: &[IpNet],
-    standing: Standing,
+    standing: Standing<'_>,
 ) -> Planned {
     let spec = &publish.spec;
     let policy = covering_policy(snapshot, spec);
@@ -93,7 +108,9 @@ pub fn publish(
         }
     };
     // Flows that exist keep their hop: they may not pass the device.
-    let detached = standing.detached.and_then(|it| snapshot.links.get(&it));
+    let mut unattached = standing.unattached.iter();
+    let detached = unattached.find(|it| it.concerns(&resolved.hop));
+    let detached = detached.and_then(|it| snapshot.links.get(&it.ifindex));
     let unserved = unserved.or(detached.map(|link| Unserved::Detached(link.name.clone())));
     let flags = [
         (flag::SINGLE_PORT, spec.backend_is_single()),
@@ -317,6 +334,19 @@ pub fn uplinks(snapshot: &Snapshot) -> BTreeSet<u32> {
     let others = links
         .filter(|(ifindex, link)| link.kind != Kind::Loopback && !networks.contains_key(ifindex));
     others.map(|(ifindex, _)| *ifindex).collect()
+}
+
+/// What is known of devices that are without their program.
+pub fn unattached(snapshot: &Snapshot, devices: BTreeSet<u32>) -> Vec<Unattached> {
+    if devices.is_empty() {
+        return Vec::new();
+    }
+    let networks = container_networks(snapshot);
+    let unattached = |ifindex| Unattached {
+        ifindex,
+        network: networks.get(&ifindex).copied().unwrap_or(0),
+    };
+    devices.into_iter().map(unattached).collect()
 }
 
 /// How packets leave by each device. Replies to a client that came in by it go back to the MAC where a container or

@@ -40,7 +40,7 @@ fn flow(number: u32, last_seen: u64) -> (Tuple, Flow) {
 }
 
 /// Writes as many flows as the table has room for.
-fn fill(table: &Table, last_seen: u64) -> u32 {
+pub(crate) fn fill(table: &Table, last_seen: u64) -> u32 {
     let mut written = 0;
     while written < limits::FLOWS {
         let part = written..limits::FLOWS.min(written + 65_536);

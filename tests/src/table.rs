@@ -1,21 +1,26 @@
-//! A pinned table of flows, filled as no traffic could in a test's time.
+//! Tables of an instance: that of flows, filled as no traffic could in a test's time, and others that take nothing more.
 
 #![expect(unsafe_code, reason = "bpf(2) on many elements at once")]
 
 use std::{
     ffi::CString,
-    io,
-    os::fd::{AsRawFd as _, FromRawFd as _, OwnedFd},
+    fs, io,
+    os::fd::{AsFd as _, AsRawFd as _, FromRawFd as _, OwnedFd},
     path::{Path, PathBuf},
 };
 
-use anyhow::{Context as _, Result};
-use aya::maps::MapData;
-use forwarder_common::{flow::Flow, tuple::Tuple};
+use anyhow::{Context as _, Result, bail};
+use aya::maps::{HashMap, MapData};
+use forwarder_common::{
+    flow::Flow,
+    publish::Frontend,
+    tuple::{Address, Tuple},
+};
 
 /// Commands of bpf(2) (include/uapi/linux/bpf.h).
 const BPF_MAP_LOOKUP_ELEM: libc::c_long = 1;
 const BPF_OBJ_GET: libc::c_long = 7;
+const BPF_MAP_FREEZE: libc::c_long = 22;
 const BPF_MAP_UPDATE_BATCH: libc::c_long = 26;
 
 /// `FLOWS` of a running instance.
@@ -50,7 +55,7 @@ impl Table {
             info.map_flags(),
         );
         let map = MapData::create(map, "FLOWS", None)?;
-        std::fs::remove_file(&pin)?;
+        fs::remove_file(&pin)?;
         map.pin(&pin)?;
         Ok(())
     }
@@ -93,10 +98,78 @@ impl Table {
     }
 }
 
-/// Where an instance has pinned its table.
+/// Ports of addresses that nobody has, in all the room of `FRONTENDS` that is left, until this is dropped.
+#[derive(Debug)]
+pub struct FullFrontends(HashMap<MapData, Frontend, u32>, Vec<Frontend>);
+
+impl FullFrontends {
+    /// # Errors
+    /// The process has no such table, or it takes nothing at all.
+    pub fn fill(pid: u32) -> Result<Self> {
+        let map = held(pid, "FRONTENDS")?;
+        let most = map.info()?.max_entries();
+        let map = HashMap::try_from(aya::maps::Map::HashMap(map))?;
+        let mut full = Self(map, Vec::new());
+        for number in 0..=most {
+            let frontend = Frontend {
+                address: Address::from_v4(u32::to_be(number)), // 0.0.0.0/8 and the like
+                port: 0,
+                protocol: 0,
+            };
+            match full.0.insert(frontend, 1, 0) {
+                Ok(()) => full.1.push(frontend),
+                Err(_) if !full.1.is_empty() => return Ok(full),
+                Err(error) => Err(error)?,
+            }
+        }
+        bail!("FRONTENDS takes more than {most}")
+    }
+}
+
+impl Drop for FullFrontends {
+    fn drop(&mut self) {
+        for frontend in &self.1 {
+            let _ = self.0.remove(frontend);
+        }
+    }
+}
+
+/// Has the kernel refuse whatever a process would write to some of another one's tables, for good.
+///
+/// # Errors
+/// The other has no such tables, or the kernel does not do that.
+pub fn freeze(pid: u32, tables: &[&str]) -> Result<()> {
+    for table in tables {
+        let map = held(pid, table)?;
+        let attributes = [map.fd().as_fd().as_raw_fd() as u64];
+        // SAFETY: the kernel reads the descriptor.
+        unsafe { bpf(BPF_MAP_FREEZE, attributes.as_ptr().cast(), 4) }
+            .with_context(|| format!("freeze {table}"))?;
+    }
+    Ok(())
+}
+
+/// A table that a process holds.
+fn held(pid: u32, table: &str) -> Result<MapData> {
+    for entry in fs::read_dir(format!("/proc/{pid}/fdinfo"))? {
+        // A descriptor that was closed meanwhile is none.
+        let information = fs::read_to_string(entry?.path()).unwrap_or_default();
+        let mut lines = information.lines();
+        let id = lines.find_map(|line| line.strip_prefix("map_id:"));
+        if let Some(id) = id
+            && let Ok(map) = MapData::from_id(id.trim().parse()?)
+            && map.info()?.name_as_str() == Some(table)
+        {
+            return Ok(map);
+        }
+    }
+    bail!("no {table}")
+}
+
+/// Where an instance has pinned its table of flows.
 fn pin(instance: &str) -> Result<PathBuf> {
     let folder = Path::new("/sys/fs/bpf/forwarder").join(instance.replace('.', "%"));
-    let layouts = std::fs::read_dir(&folder).with_context(|| folder.display().to_string())?;
+    let layouts = fs::read_dir(&folder).with_context(|| folder.display().to_string())?;
     let mut pins = layouts.flatten().map(|it| it.path().join("FLOWS"));
     pins.find(|path| path.exists()).context("no pinned FLOWS")
 }

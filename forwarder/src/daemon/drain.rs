@@ -3,13 +3,14 @@
 
 use std::{collections::BTreeSet, sync::Arc};
 
-use anyhow::Result;
+use anyhow::{Context as _, Result};
 use forwarder_common::limits;
 use tracing::warn;
 
 use super::{
     Daemon,
-    reconcile::{Loose, stop, write},
+    install::write,
+    reconcile::{Loose, stop},
     view::Row,
 };
 use crate::{
@@ -166,7 +167,9 @@ impl Daemon {
             };
             let network = &self.network.snapshot;
             let firewall = self.config.respect_firewall;
-            write(datapath, network, firewall, &mut draining.row, standing)?;
+            let written = write(datapath, network, firewall, &mut draining.row, standing);
+            let spec = &draining.row.wanted.publish.spec;
+            written.with_context(|| format!("publish {spec}"))?;
         }
         if draining.is_shown {
             self.view.show(&draining.row);

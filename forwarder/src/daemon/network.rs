@@ -2,7 +2,7 @@
 //! attachments and neighbours made to match it.
 
 use std::{
-    collections::{BTreeMap, BTreeSet, HashMap, HashSet, btree_map::Entry},
+    collections::{BTreeMap, BTreeSet, HashMap, HashSet},
     net::IpAddr,
     time::Duration,
 };
@@ -12,6 +12,7 @@ use forwarder_common::{
     flow::delivery,
     publish::{Interface, flag},
 };
+use nix::net::if_::if_indextoname;
 use tokio::time::Instant;
 use tracing::{debug, info, warn};
 
@@ -26,7 +27,7 @@ use crate::{
         xdp,
     },
     network::{Event, Events, Header, Reader, Snapshot, containers::Watch},
-    plan::{self, locations},
+    plan::{self, Unattached, locations},
     publish::Id,
 };
 
@@ -54,8 +55,10 @@ pub(super) struct Network {
     interfaces: BTreeMap<u32, Interface>,
     /// Devices that XDP cannot be had on; whether somebody else has it there, and may give it back.
     without_xdp: BTreeMap<u32, bool>,
-    /// Places that somebody detached our programs from and where they cannot be attached again, with what the kernel says.
-    detached: BTreeMap<Place, String>,
+    /// Places where our programs belong and are not, with what the kernel says.
+    missing: BTreeMap<Place, String>,
+    /// The devices of these.
+    pub unattached: Vec<Unattached>,
     /// Devices whose containers were warned of: they say that they have addresses of others.
     warned: BTreeSet<u32>,
     /// When the kernel was last asked for a backend's MAC, by device and address.
@@ -83,7 +86,8 @@ impl Network {
             ask_routes_after: Instant::now(),
             interfaces: BTreeMap::new(),
             without_xdp: BTreeMap::new(),
-            detached: BTreeMap::new(),
+            missing: BTreeMap::new(),
+            unattached: Vec::new(),
             warned: BTreeSet::new(),
             asked: HashMap::new(),
         })
@@ -123,11 +127,6 @@ impl Network {
         locations::settle(snapshot);
         self.warn_of_disputes();
         Ok(())
-    }
-
-    /// The first of the devices that somebody detached our program from, and that do not take it again.
-    pub(super) fn detached(&self) -> Option<u32> {
-        self.detached.keys().next().map(|place| place.0)
     }
 
     /// When routes have to be asked for again.
@@ -192,6 +191,7 @@ impl Daemon {
     /// # Errors
     /// The network cannot be read.
     pub(super) async fn heal(&mut self) -> Result<()> {
+        self.install_refused()?;
         let Some(datapath) = &mut self.datapath else {
             return Ok(());
         };
@@ -204,24 +204,10 @@ impl Daemon {
             self.follow_xdp(&all)?;
         }
         if lost.is_empty() {
-            let before: Vec<Place> = self.network.detached.keys().copied().collect();
-            if before.is_empty() {
-                return Ok(());
-            }
-            self.reconcile_hooks();
-            let links = &self.network.snapshot.links;
-            let is_back = |place: &&Place| !self.network.detached.contains_key(place);
-            let back: BTreeSet<u32> = before.iter().filter(is_back).map(|it| it.0).collect();
-            for link in back.iter().filter_map(|ifindex| links.get(ifindex)) {
-                info!("our program is attached to {} again", link.name);
-            }
-            return match back.is_empty() {
-                true => Ok(()),
-                false => self.refresh().await,
-            };
+            return self.attach_missing().await;
         }
         let places = lost.places().map(|place| (place, String::new()));
-        self.network.detached.extend(places);
+        self.network.missing.extend(places);
         self.refresh().await?;
         let Some(datapath) = &mut self.datapath else {
             return Ok(());
@@ -231,6 +217,25 @@ impl Daemon {
             warn!("somebody detached our program from {name}; it is attached again");
         }
         Ok(())
+    }
+
+    /// Tries again what could not be attached.
+    async fn attach_missing(&mut self) -> Result<()> {
+        let before: Vec<Place> = self.network.missing.keys().copied().collect();
+        if before.is_empty() {
+            return Ok(());
+        }
+        self.reconcile_hooks();
+        let is_back = |place: &&Place| !self.network.missing.contains_key(place);
+        let back: BTreeSet<u32> = before.iter().filter(is_back).map(|it| it.0).collect();
+        if back.is_empty() {
+            return Ok(());
+        }
+        let links = &self.network.snapshot.links;
+        for link in back.iter().filter_map(|ifindex| links.get(ifindex)) {
+            info!("our program is attached to {} again", link.name);
+        }
+        self.refresh().await
     }
 
     /// Publishes that an IPsec policy covers: flows that were begun before would go round it.
@@ -344,25 +349,28 @@ impl Daemon {
         for place in have.iter().filter(|place| !wanted.contains_key(place)) {
             datapath.detach(*place);
         }
-        let detached = &mut self.network.detached;
-        detached.retain(|place, _| wanted.contains_key(place));
+        let missing = &mut self.network.missing;
+        missing.retain(|place, _| wanted.contains_key(place));
         for (place, name) in wanted.iter().filter(|(place, _)| !have.contains(place)) {
-            match (datapath.attach(*place, name), detached.entry(*place)) {
-                (Ok(()), Entry::Occupied(was)) => drop(was.remove()),
-                (Ok(()), Entry::Vacant(_)) => debug!("attached to {name}"),
-                (Err(error), Entry::Occupied(mut was)) => {
-                    // It is tried often.
+            match datapath.attach(*place, name) {
+                Ok(()) => match missing.remove(place) {
+                    Some(_) => {}
+                    None => debug!("attached to {name}"),
+                },
+                // What has gone since the network was read takes no packets.
+                Err(_) if if_indextoname(place.0).is_err() => drop(missing.remove(place)),
+                Err(error) => {
                     let said = format!("{error:#}");
-                    if *was.get() != said {
-                        warn!(
-                            "somebody detached our program from {name}, and it cannot be attached again: {said}"
-                        );
-                        was.insert(said);
+                    // It is tried often.
+                    if missing.get(place) != Some(&said) {
+                        warn!("{name} is without our program for now: {said}");
+                        missing.insert(*place, said);
                     }
                 }
-                (Err(error), Entry::Vacant(_)) => warn!("{error:#}"),
             }
         }
+        let devices = missing.keys().map(|place| place.0).collect();
+        self.network.unattached = plan::unattached(&self.network.snapshot, devices);
     }
 
     /// After publishes have changed: some may be the first that XDP has to do with.

@@ -10,26 +10,18 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, bail};
-use forwarder_common::{
-    policy,
-    publish::{Publish as PublishEntry, flag},
-    tuple::{Tuple, UDP},
-};
+use forwarder_common::policy;
 use ipnet::IpNet;
-use tracing::{debug, info, warn};
+use tracing::{info, warn};
 
-use super::{
-    Daemon, ban, store_name,
-    view::{Row, delivery_name},
-};
+use super::{Daemon, store_name, view::Row};
 use crate::{
     config::{Config, DatapathChoice},
     control::api::Ending,
-    datapath::Datapath,
     metrics::Timed,
-    network::{Snapshot, local::is_local},
-    plan::{self, Planned, Unserved},
-    proxy::{Held, Meter, Options as ProxyOptions, Proxy, Sockets, Stop, is_wide},
+    network::local::is_local,
+    plan::Unserved,
+    proxy::{Held, Options as ProxyOptions, Proxy, Sockets, Stop, is_wide},
     publish::{
         Difference, Holder, Id, Limits, ProxyProtocol, Publish, Spec, Wanted, loops, spec::Protocol,
     },
@@ -47,19 +39,16 @@ pub(super) struct Serving {
     /// The place of the one that had its port before and drains; 0 for none.
     pub previous: u32,
     /// The backend is told of each client.
-    proxy_protocol: bool,
-    limits: policy::Limits,
-}
-
-/// For a backend on another machine, how XDP takes part.
-fn xdp_towards(datapath: &Datapath, entry: &PublishEntry) -> Option<&'static str> {
-    let is_remote = entry.flags & flag::REMOTE != 0;
-    let mut devices = datapath.xdp();
-    let found = devices.find(|(ifindex, _)| is_remote && *ifindex == entry.hop.ifindex);
-    found.map(|(_, mode)| mode.name())
+    pub proxy_protocol: bool,
+    pub limits: policy::Limits,
 }
 
 impl Serving {
+    /// The kernel has nothing of it.
+    pub(super) fn is_refused(&self) -> bool {
+        matches!(self.row.unserved, Some(Unserved::Refused(_)))
+    }
+
     /// Ends what the proxy has of it; on return its ports are free.
     pub(super) async fn end(self, ending: Ending) {
         if let Some(mut proxy) = self.proxy {
@@ -534,6 +523,7 @@ impl Daemon {
                 after.publish.spec
             );
         }
+        let is_refused = serving.is_refused(); // the kernel has nothing that could drain there
         let row = Arc::make_mut(&mut serving.row);
         serving.proxy_protocol = options.proxy_protocol != ProxyProtocol::Off;
         serving.limits = options.limits;
@@ -544,7 +534,7 @@ impl Daemon {
         }
         let moves = before.wanted.publish.spec != after.publish.spec;
         let former = match &mut self.datapath {
-            Some(datapath) if moves => {
+            Some(datapath) if moves && !is_refused => {
                 row.index = self.slots.take().context(NO_PLACE)?;
                 for (is_v4, socket) in &serving.steered {
                     datapath.steer(row.index, *is_v4, socket)?;
@@ -564,112 +554,7 @@ impl Daemon {
         self.install_draining(former)?;
         Ok(self.bound_chain(former))
     }
-
-    /// Decides how a publish is served now, writes that to the kernel if it has changed, and shows it.
-    pub(super) fn install(&mut self, id: Id) -> Result<()> {
-        let Some(serving) = self.serving.get_mut(&id) else {
-            return Ok(());
-        };
-        if let Some(datapath) = &mut self.datapath {
-            if datapath.maps.limits(serving.row.index) != serving.limits {
-                datapath
-                    .maps
-                    .set_limits(serving.row.index, &serving.limits)?;
-            }
-            if !datapath.maps.has_bans_of(serving.row.index) {
-                let bans = self.idle.bans();
-                let bans = bans
-                    .of(id)
-                    .map(|(network, until)| ((serving.row.index, network), ban::boot(until)));
-                let bans: Vec<_> = bans.collect();
-                if !bans.is_empty() {
-                    datapath.maps.ban_all(&bans)?;
-                }
-            }
-            let standing = plan::Standing {
-                proxy_protocol: serving.proxy_protocol,
-                steered: !serving.steered.is_empty(),
-                draining: self.closing.contains(&id),
-                previous: serving.previous,
-                detached: self.network.detached(),
-                ..plan::Standing::default()
-            };
-            let network = &self.network.snapshot;
-            let firewall = self.config.respect_firewall;
-            serving.covered = write(datapath, network, firewall, &mut serving.row, standing)?;
-        }
-        self.view.show(&serving.row);
-        Ok(())
-    }
-
-    /// Takes a publish from the kernel; its flows go on. What drains on its ports has them again.
-    pub(super) fn uninstall_publish(&mut self, id: Id) -> Result<()> {
-        let Some(serving) = self.serving.get(&id) else {
-            return Ok(());
-        };
-        if let Some(datapath) = &mut self.datapath {
-            let index = serving.row.index;
-            let gone = match serving.previous {
-                0 => Ok(()),
-                previous => datapath.maps.hand_back(index, previous),
-            };
-            let gone = gone.and_then(|()| datapath.maps.uninstall(index));
-            return gone.with_context(|| format!("publish {}", serving.row.wanted.publish.spec));
-        }
-        Ok(())
-    }
 }
 
 const NO_PLACE: &str =
     "all places for publishes are taken by flows that end; try again in a moment";
-
-/// The tuples of a publish's flows of datagrams in user space, as clients send them.
-pub(super) fn datagrams(row: &Row) -> impl Iterator<Item = Tuple> + use<> {
-    let flows = row.meter.as_ref().map(Meter::datagrams);
-    flows.into_iter().flatten().map(|(client, used)| Tuple {
-        source: client.ip().into(),
-        destination: used.ip().into(),
-        source_port: client.port().to_be(),
-        destination_port: used.port().to_be(),
-        protocol: UDP.into(),
-    })
-}
-
-/// Writes what is planned of a publish, and notes in its row how it is served; returns whether an IPsec policy covers it.
-pub(super) fn write(
-    datapath: &mut Datapath,
-    network: &Snapshot,
-    respects_firewall: bool,
-    row: &mut Arc<Row>,
-    standing: plan::Standing,
-) -> Result<bool> {
-    let present = datapath.maps.installed(row.index);
-    let standing = plan::Standing {
-        source: present.map(|installed| installed.entry.source),
-        respects_firewall,
-        ..standing
-    };
-    let publish = &row.wanted.publish;
-    let Planned {
-        installed,
-        unserved,
-        covered,
-    } = plan::publish(network, publish, &row.allow, standing);
-    // Its first packet tells what a connection is; a datagram does not.
-    if unserved.is_none() && row.delivery.is_none() {
-        datapath.maps.left.leave(datagrams(row))?;
-    }
-    let written = datapath.maps.install(row.index, &installed);
-    written.with_context(|| format!("publish {}", publish.spec))?;
-    let delivery = unserved
-        .is_none()
-        .then(|| plan::delivery_of(&installed.entry));
-    let xdp = xdp_towards(datapath, &installed.entry);
-    if (row.delivery, row.xdp, &row.unserved) != (delivery, xdp, &unserved) {
-        let name = delivery.and_then(delivery_name);
-        debug!("publish {} is delivered by {name:?}", row.wanted.id);
-        let row = Arc::make_mut(row);
-        (row.delivery, row.xdp, row.unserved) = (delivery, xdp, unserved);
-    }
-    Ok(covered)
-}

@@ -15,7 +15,8 @@ use tracing::{debug, info, warn};
 use super::{
     Daemon,
     drain::Draining,
-    reconcile::{Loose, datagrams},
+    install::datagrams,
+    reconcile::Loose,
     slots::Freed,
     view::Sums,
 };

@@ -31,8 +31,11 @@ pub enum Unserved {
     #[error("an IPsec policy covers it: {0}")]
     Ipsec(String),
     /// New connections would be translated in one direction alone, or by chance.
-    #[error("somebody detached our program from {0}, and it cannot be attached again")]
+    #[error("our program cannot be attached to {0}")]
     Detached(String),
+    /// With the words of what failed.
+    #[error("{0}")]
+    Refused(String),
     #[error("--respect-firewall: the backend is on another machine")]
     FirewallRemote,
     #[error("--respect-firewall: the host does not forward; `sysctl {0}=1` would change that")]
@@ -59,6 +62,7 @@ impl Unserved {
             Self::LinkHeader(_) => "link_header",
             Self::Ipsec(_) => "ipsec",
             Self::Detached(_) => "detached",
+            Self::Refused(_) => "refused",
             Self::FirewallRemote => "firewall_remote",
             Self::FirewallForwarding(_) => "firewall_forwarding",
             Self::Waiting(_) => "waiting",

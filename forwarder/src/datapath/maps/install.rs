@@ -159,8 +159,11 @@ impl Maps {
     /// # Errors
     /// The first one, which names the table; or an earlier publish of that number could not be removed.
     pub fn install(&mut self, index: u32, new: &Installed) -> Result<()> {
-        if self.leaving.contains_key(&index) {
-            bail!("the publish that had number {index} could not be removed yet");
+        if let Some(gone) = self.leaving.get(&index).cloned() {
+            if (self.take_back(index, &gone, None, Publish::default())).is_err() {
+                bail!("the publish that had number {index} could not be removed yet");
+            }
+            self.leaving.remove(&index);
         }
         let old = self.installed.get(&index).cloned();
         if old.as_ref() == Some(new) {
