@@ -107,6 +107,8 @@ pub struct Daemon {
     /// By their places in `PUBLISHES`.
     draining: BTreeMap<u32, Draining>,
     slots: Slots,
+    /// Whose turn it is to look through all flows for those that are to end.
+    walks: Arc<tokio::sync::Mutex<()>>,
     /// Where an earlier instance had publishes, until this one serves.
     places: HashMap<Id, u32>,
     view: Arc<View>,
@@ -227,6 +229,7 @@ impl Daemon {
             closing: BTreeSet::new(),
             draining: BTreeMap::new(),
             slots: Slots::new(limits::PUBLISHES),
+            walks: Arc::default(),
             places: HashMap::new(),
             view: Arc::new(View::new(seen, idle.clone(), config.respect_firewall)),
             idle,

@@ -12,6 +12,7 @@ mod refusal;
 mod sctp;
 mod shared;
 mod sockets;
+mod sources;
 mod store;
 mod tcp;
 #[cfg(test)]
@@ -47,6 +48,7 @@ use self::{
     pass_on::{Kind, PassedOn},
     refusal::Refusals,
     shared::{Live, Now, Shared},
+    sources::Sources,
     worker::Workers,
 };
 pub use self::{
@@ -234,6 +236,7 @@ impl Proxy {
             timeouts: options.timeouts,
             now: RwLock::new(now),
             account: Account::default(),
+            sources: Sources::default(),
             flows: AtomicU64::new(0),
             begun: AtomicU64::new(0),
             packets: AtomicU64::new(0),

@@ -8,7 +8,7 @@
 //! be reachable, `timeout` when a flow ends, `fragment` datagrams in parts, `direct` connections past the published port,
 //! `privilege` what an instance may do, `scale` as many flows as there may be, `coalesced` datagrams that come in one buffer,
 //! `crowd` as many connections of this host as there are source ports, `selftests` the scenarios of the kernel's own tests,
-//! `starved` who takes what others need, `twins` what both paths do alike, and `usage` what a mistake is answered with. Every
+//! `starved` who takes what others need, `lasting` what must not grow with time, `twins` what both paths do alike, and `usage` what a mistake is answered with. Every
 //! test makes its own machine (`scene` has the usual one), so they run side by side.
 
 mod api;
@@ -34,6 +34,7 @@ mod healing;
 mod icmp;
 mod instance;
 mod ipsec;
+mod lasting;
 mod left;
 mod lifecycle;
 mod machine;

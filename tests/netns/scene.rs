@@ -86,6 +86,10 @@ impl Scene {
         &self.specs[0]
     }
 
+    pub(crate) fn family(&self) -> Family {
+        self.family
+    }
+
     /// The port as other machines see it.
     pub(crate) fn frontend(&self) -> SocketAddr {
         frontend(&self.topology, self.family)

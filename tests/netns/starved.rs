@@ -2,6 +2,7 @@
 //! for whoever asks the instance.
 
 use std::{
+    collections::BTreeSet,
     io::{Read as _, Write as _},
     net::{Ipv4Addr, SocketAddr, TcpStream, UdpSocket},
     time::Instant,
@@ -11,7 +12,7 @@ use forwarder_tests::{
     daemon::{Daemon, Datapath, run_to_failure},
     deadline::{slack, wait_for},
     topology::{Family, Topology},
-    traffic::{Backend, Connection, Protocol, ask},
+    traffic::{Backend, Connection, Protocol, ask, ask_by},
 };
 
 use crate::scene::{self, BACKEND_PORT, PORT, suffix};
@@ -191,8 +192,7 @@ fn a_loop_that_comes_later(protocol: Protocol) {
         (daemon.counted("userland_loop").ok()? > 0).then_some(())
     })
     .unwrap();
-    let files = std::fs::read_dir(format!("/proc/{}/fd", daemon.pid())).unwrap();
-    let files = files.count();
+    let files = daemon.held("fd").unwrap();
     assert!(files < 100, "{files} open files");
     assert!(daemon.said().contains("leads back"), "{}", daemon.said());
     scene.stop();
@@ -271,4 +271,118 @@ fn a_want_of_source_ports_for_udp_is_said_once() {
 #[test]
 fn a_want_of_source_ports_for_udp_over_ipv6_is_said_once() {
     without_source_ports(Protocol::Udp, Family::V6);
+}
+
+/// Source ports that there are, and connections that there are to be.
+const PORTS: &str = "32000 32009";
+const CONNECTIONS: usize = 15;
+
+/// More conversations at once than one address has ports for, by further addresses of the host, which the backend sees.
+fn further_addresses(protocol: Protocol, family: Family) {
+    let topology = Topology::new().unwrap();
+    let further = match family {
+        Family::V4 => "172.31.0.77/24",
+        Family::V6 => "fd00:31::77/64 nodad",
+    };
+    let words = format!("addr add dev br0 {further}");
+    topology.host.ip(&words).unwrap();
+    has_further_ports(scene::Scene::of(family, protocol), topology, protocol, 2);
+}
+
+/// Whether a client is served beside others, though one address has not so many ports.
+fn has_further_ports(
+    setting: scene::Setting<'_>,
+    topology: Topology,
+    protocol: Protocol,
+    addresses: usize,
+) {
+    topology
+        .host
+        .set("ipv4/ip_local_port_range", PORTS)
+        .unwrap();
+    let scene = setting.by(Datapath::Userland).start_in(topology);
+    let ((topology, daemon), frontend) = (scene.parts(), scene.frontend());
+    scene.ask("first").unwrap();
+    let (mut connections, mut sockets) = (Vec::new(), Vec::new());
+    let mut seen = BTreeSet::new();
+    for _ in 0..CONNECTIONS {
+        let answer = match protocol {
+            Protocol::Tcp => {
+                let mut connection = Connection::open(&topology.client, frontend).unwrap();
+                let answer = connection.ask("hello");
+                connections.push(connection);
+                answer
+            }
+            Protocol::Udp => {
+                let any = scene.family().unspecified();
+                let socket = topology.client.enter(|| UdpSocket::bind((any, 0)).unwrap());
+                let answer = ask_by(&socket, frontend, "hello");
+                sockets.push(socket);
+                answer
+            }
+        };
+        let answer = answer.unwrap_or_else(|error| panic!("{error:#}\n{}", daemon.said()));
+        seen.insert(answer.seen.ip());
+    }
+    assert_eq!(seen.len(), addresses, "{seen:?}");
+    for connection in &mut connections {
+        connection.ask("still there?").unwrap();
+    }
+    assert_eq!(daemon.counted("userland_no_source_port").unwrap(), 0);
+    scene.stop();
+}
+
+#[test]
+fn further_addresses_of_the_host_have_further_ports_for_tcp() {
+    further_addresses(Protocol::Tcp, Family::V4);
+}
+
+#[test]
+fn further_addresses_of_the_host_have_further_ports_for_tcp_over_ipv6() {
+    further_addresses(Protocol::Tcp, Family::V6);
+}
+
+#[test]
+fn further_addresses_of_the_host_have_further_ports_for_udp() {
+    further_addresses(Protocol::Udp, Family::V4);
+}
+
+#[test]
+fn further_loopback_addresses_have_further_ports() {
+    let topology = Topology::new().unwrap();
+    let _backend = Backend::start(&topology.host, Protocol::Tcp, BACKEND_PORT).unwrap();
+    let setting = scene::Scene::tcp().silent();
+    let to_loopback = [format!("{PORT}:127.0.0.1:{BACKEND_PORT}")];
+    has_further_ports(setting.publishing(&to_loopback), topology, Protocol::Tcp, 2);
+}
+
+#[test]
+fn ports_of_connections_that_clients_have_closed_are_had_again_at_once() {
+    let topology = Topology::new().unwrap();
+    topology
+        .host
+        .set("ipv4/ip_local_port_range", PORTS)
+        .unwrap();
+    let scene = scene::Scene::tcp().by(Datapath::Userland);
+    let scene = scene.start_in(topology);
+    for number in 0..3 * CONNECTIONS {
+        let mut connection = scene.connect();
+        let asked = connection.ask("hello");
+        asked.unwrap_or_else(|error| panic!("{number}: {error:#}\n{}", scene.daemon.said()));
+        connection.close().unwrap();
+    }
+    let release = std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap();
+    let mut numbers = release.split('.').map(|number| number.parse().unwrap_or(0));
+    let version: (u32, u32) = (numbers.next().unwrap(), numbers.next().unwrap());
+    if version < (6, 3) {
+        return scene.stop(); // such a kernel cannot be told which port to choose
+    }
+    // And nobody on this host wants for ports towards somebody else.
+    let Topology { host, client, .. } = &scene.topology;
+    let _other = Backend::start(client, Protocol::Tcp, BACKEND_PORT).unwrap();
+    let other = SocketAddr::new(scene.topology.client_address(Family::V4), BACKEND_PORT);
+    for _ in 0..3 {
+        ask(host, Protocol::Tcp, other, "of somebody else").unwrap();
+    }
+    scene.stop();
 }

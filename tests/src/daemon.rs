@@ -433,6 +433,15 @@ impl Daemon {
         Ok(programs)
     }
 
+    /// How many of something it has: open files (`fd`) or threads (`task`).
+    ///
+    /// # Errors
+    /// It has ended.
+    pub fn held(&self, what: &str) -> Result<usize> {
+        let folder = format!("/proc/{}/{what}", self.pid());
+        Ok(fs::read_dir(folder)?.count())
+    }
+
     /// Its resident memory, in MiB.
     ///
     /// # Errors

@@ -96,7 +96,7 @@ impl Daemon {
     /// Ends flows, beside the daemon's other work, and then gives places back. Who is cut off has heard of it on return, if
     /// the other end listens.
     pub(super) fn end_flows_of(&self, loose: Loose) -> impl Future<Output = ()> + Send + use<> {
-        let freeing = self.slots.freeing();
+        let (freeing, walks) = (self.slots.freeing(), self.walks.clone());
         let Loose { gone, cut, stays } = loose;
         let is_empty = gone.is_empty() && cut.is_empty() && stays.is_empty();
         let tables = match &self.datapath {
@@ -112,6 +112,8 @@ impl Daemon {
                         let cut = cut_all(&mut tables, &told);
                         end_all(&mut tables, &ended).and(cut)
                     };
+                    // One at a time: each would take a thread of its own.
+                    let _turn = walks.lock().await;
                     tokio::task::spawn_blocking(walk).await.map_err(Into::into)
                 }
                 Some(Err(error)) => Ok(Err(error)),

@@ -1,8 +1,12 @@
-//! Whether an address is this host's own, as the kernel routes it: also where there is no reader of the network.
+//! Whether an address is this host's own, and which of its own leads there, as the kernel routes it: also where there is no reader of
+//! the network.
 
 use std::{io, net::IpAddr, ops::ControlFlow};
 
-use netlink_packet_route::{RouteNetlinkMessage, route::RouteType};
+use netlink_packet_route::{
+    RouteNetlinkMessage,
+    route::{RouteAddress, RouteAttribute, RouteMessage, RouteType},
+};
 use rtnetlink::RouteMessageBuilder;
 
 use super::netlink::Socket;
@@ -12,6 +16,25 @@ use super::netlink::Socket;
 /// # Errors
 /// The kernel refuses the socket. No route is no error.
 pub fn is_local(address: IpAddr) -> io::Result<bool> {
+    let route = route_to(address)?;
+    Ok(route.is_some_and(|route| route.header.kind == RouteType::Local))
+}
+
+/// The address of this host that connections to an address come from, unless they ask for another.
+///
+/// # Errors
+/// The kernel refuses the socket. No route is no error.
+pub fn source_towards(address: IpAddr) -> io::Result<Option<IpAddr>> {
+    let attributes = route_to(address)?.into_iter().flat_map(|it| it.attributes);
+    let mut sources = attributes.filter_map(|attribute| match attribute {
+        RouteAttribute::PrefSource(RouteAddress::Inet(v4)) => Some(v4.into()),
+        RouteAttribute::PrefSource(RouteAddress::Inet6(v6)) => Some(v6.into()),
+        _ => None,
+    });
+    Ok(sources.next())
+}
+
+fn route_to(address: IpAddr) -> io::Result<Option<RouteMessage>> {
     let socket = Socket::open()?;
     let request = match address {
         IpAddr::V4(v4) => RouteMessageBuilder::<std::net::Ipv4Addr>::new()
@@ -21,14 +44,14 @@ pub fn is_local(address: IpAddr) -> io::Result<bool> {
             .destination_prefix(v6, 128)
             .build(),
     };
-    let mut local = false;
+    let mut found = None;
     let asked = socket.ask(RouteNetlinkMessage::GetRoute(request), 0, |answer| {
         if let Some(RouteNetlinkMessage::NewRoute(route)) = answer {
-            local = route.header.kind == RouteType::Local;
+            found = Some(route);
         }
         ControlFlow::Break(())
     });
-    Ok(asked.is_ok() && local)
+    Ok(found.filter(|_| asked.is_ok()))
 }
 
 #[cfg(test)]
@@ -41,5 +64,12 @@ mod tests {
             |text: &str| is_local(text.parse().expect("a literal")).expect("a netlink socket");
         assert!(is_local("127.0.0.1") && is_local("127.200.0.7"));
         assert!(!is_local("203.0.113.77") && !is_local("2001:db8::77"));
+    }
+
+    #[test]
+    fn loopback_is_reached_from_loopback() {
+        let loopback: IpAddr = "127.0.0.1".parse().expect("a literal");
+        let source = source_towards(loopback).expect("a netlink socket");
+        assert_eq!(source, Some(loopback));
     }
 }

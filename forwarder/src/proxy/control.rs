@@ -69,7 +69,11 @@ pub(super) fn tell_more(socket: BorrowedFd<'_>, is_v4: bool) {
     let _ = set(socket, libc::SOL_UDP, libc::UDP_GRO, 1);
 }
 
-fn set(
+/// Sets an option that is an int.
+///
+/// # Errors
+/// As setsockopt(2).
+pub(super) fn set(
     socket: BorrowedFd<'_>,
     level: libc::c_int,
     option: libc::c_int,

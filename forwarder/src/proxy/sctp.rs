@@ -126,20 +126,26 @@ async fn connect(
 ) -> io::Result<(AsyncFd<Socket>, Link)> {
     let backend = shared.backend(port)?;
     let (inbound, outbound) = streams(client.get_ref())?;
-    let socket = socket(backend.ip(), Type::STREAM, Some(protocol()))?;
     let streams = libc::sctp_initmsg {
         sinit_num_ostreams: inbound,
         sinit_max_instreams: outbound,
         sinit_max_attempts: 0,
         sinit_max_init_timeo: 0,
     };
-    set_option(&socket, libc::SCTP_INITMSG, &streams)?;
-    for socket in [client.get_ref(), &socket] {
+    let tune = |socket: &Socket| {
         set_option(socket, libc::SCTP_RECVRCVINFO, &1_i32)?;
         set_option(socket, libc::SCTP_NODELAY, &1_i32)?;
         let _ = socket.set_send_buffer_size(LONGEST);
-    }
-    let (socket, link) = shared.begin(passed, backend, socket)?;
+        io::Result::Ok(())
+    };
+    tune(client.get_ref())?;
+    let make = || {
+        let socket = socket(backend.ip(), Type::STREAM, Some(protocol()))?;
+        set_option(&socket, libc::SCTP_INITMSG, &streams)?;
+        tune(&socket)?;
+        Ok(socket)
+    };
+    let (socket, link) = shared.begin(passed, backend, make)?;
     let socket = watched(socket)?;
     drop(socket.writable().await?);
     match socket.get_ref().take_error()? {

@@ -19,6 +19,7 @@ use std::{
 
 use forwarder_common::{flow::Timeouts, policy::Limits};
 use ipnet::IpNet;
+use socket2::Socket;
 use tokio::{sync::Notify, task::JoinHandle};
 use tracing::warn;
 
@@ -28,7 +29,9 @@ use super::{
     budget::{Exhausted, Permit, Share},
     chain::{self, Link},
     refusal::Refusals,
-    sockets, udp,
+    sockets,
+    sources::{self, Sources},
+    udp,
 };
 use crate::{
     accept,
@@ -55,6 +58,7 @@ pub(super) struct Shared {
     /// Where new clients are sent and which are served, both of which may change.
     pub(super) now: RwLock<Now>,
     pub(super) account: Account,
+    pub(super) sources: Sources,
     pub(super) flows: AtomicU64,
     pub(super) begun: AtomicU64,
     pub(super) packets: AtomicU64,
@@ -227,7 +231,8 @@ impl Shared {
                 spec.backend
             ),
             Refusal::NoSourcePort => warn!(
-                "{spec}: no source port is left towards {}; a wider net.ipv4.ip_local_port_range has more",
+                "{spec}: no source port is left towards {}; a wider net.ipv4.ip_local_port_range has more, and so have further \
+                 addresses of this host on the way there",
                 spec.backend
             ),
         }
@@ -265,28 +270,20 @@ impl Shared {
         }
     }
 
-    /// Begins to connect a new socket to the backend, without waiting; it may still be refused.
+    /// Begins to connect a socket that `make` has made to the backend, without waiting; it may still be refused.
     pub(super) fn begin(
         &self,
         passed: u8,
         backend: SocketAddr,
-        socket: socket2::Socket,
-    ) -> io::Result<(socket2::Socket, Link)> {
-        let connect = || match socket.connect(&backend.into()) {
-            Err(error) if error.raw_os_error() != Some(libc::EINPROGRESS) => Err(error),
-            _ => Ok(socket),
-        };
-        let own = |socket: &socket2::Socket| {
+        make: impl Fn() -> io::Result<Socket>,
+    ) -> io::Result<(Socket, Link)> {
+        let connect = || self.sources.connect(backend, make);
+        let own = |socket: &Socket| {
             let own = socket.local_addr()?.as_socket();
             own.ok_or(io::Error::from(io::ErrorKind::Unsupported))
         };
         let begun = self.common.chains.begin(passed, backend, connect, own);
-        if let Err(error) = &begun
-            && matches!(
-                error.raw_os_error(),
-                Some(libc::EADDRNOTAVAIL | libc::EAGAIN)
-            )
-        {
+        if begun.as_ref().is_err_and(sources::is_used_up) {
             self.refuse(Refusal::NoSourcePort);
         }
         begun

@@ -348,9 +348,12 @@ impl Conversation {
 /// Begins a connection to the backend.
 fn connect(port: u16, passed: u8, shared: &Shared) -> io::Result<(Stream, Link)> {
     let backend = shared.backend(port)?;
-    let socket = sockets::socket(backend.ip(), socket2::Type::STREAM, None)?;
-    SockRef::from(&socket).set_out_of_band_inline(true)?;
-    let (socket, link) = shared.begin(passed, backend, socket)?;
+    let make = || {
+        let socket = sockets::socket(backend.ip(), socket2::Type::STREAM, None)?;
+        SockRef::from(&socket).set_out_of_band_inline(true)?;
+        Ok(socket)
+    };
+    let (socket, link) = shared.begin(passed, backend, make)?;
     let stream = Stream::connecting(socket.into(), |socket| {
         if let Err(error) = prepare_to_last(SockRef::from(&socket)) {
             debug!("a connection to a backend goes on without keepalive: {error}");
@@ -405,6 +408,8 @@ async fn one_way(
     if other_is_over.swap(true, Relaxed) {
         return Ok(());
     }
+    // Whose end comes first is in TIME_WAIT afterwards: its port may be had again all the same.
+    let _ = SockRef::from(to.io()).set_reuse_address(true);
     match to.io().shutdown(Shutdown::Write) {
         Err(error) if error.kind() != io::ErrorKind::NotConnected => Err(error),
         _ => Ok(()),

@@ -341,9 +341,11 @@ impl Serving {
         };
         let (port, frontend) = self.answering.for_datagram(local)?;
         let backend = shared.backend(port)?;
-        let socket = sockets::socket(backend.ip(), Type::DGRAM, None)?;
-        control::tell_more(socket.as_fd(), backend.is_ipv4());
-        let begun = shared.begin(passed, backend, socket)?;
+        let begun = shared.begin(passed, backend, || {
+            let socket = sockets::socket(backend.ip(), Type::DGRAM, None)?;
+            control::tell_more(socket.as_fd(), backend.is_ipv4());
+            Ok(socket)
+        })?;
         let live = shared.flow();
         self.flow((client, used), frontend, begun, permit, live)
             .map(Some)

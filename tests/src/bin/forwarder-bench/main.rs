@@ -16,6 +16,7 @@ mod relay;
 mod report;
 mod rules;
 mod scale;
+mod soak;
 mod tools;
 mod workload;
 
@@ -73,6 +74,10 @@ struct Options {
     /// nowhere with --quick]
     #[arg(long, value_name = "FOLDER")]
     out: Option<PathBuf>,
+    /// Measures something else: what the proxy holds after a million connections, many at once, and publishes that come and
+    /// go; all of it in about ten minutes, or these parts
+    #[arg(long, exclusive = true, value_name = "PART", num_args = 0..)]
+    soak: Option<Vec<soak::Part>>,
     /// Measures nothing: draws the charts of an earlier report again, from its raw numbers
     #[arg(long, value_name = "FOLDER", conflicts_with = "out")]
     redraw: Option<PathBuf>,
@@ -94,6 +99,9 @@ fn main() -> ExitCode {
 fn bench(options: &Options) -> Result<()> {
     if let Some(backend) = options.relay {
         return relay::run(backend);
+    }
+    if let Some(parts) = &options.soak {
+        return soak::run(parts);
     }
     if let Some(folder) = &options.redraw {
         return Report::read(folder)?.draw(folder);

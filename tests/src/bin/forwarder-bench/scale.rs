@@ -374,7 +374,7 @@ fn kilobytes(text: &str, name: &str) -> Result<u64> {
     Ok(number.with_context(|| format!("no {name}"))? * 1024)
 }
 
-fn resident_bytes(pid: u32) -> Result<u64> {
+pub(crate) fn resident_bytes(pid: u32) -> Result<u64> {
     kilobytes(
         &fs::read_to_string(format!("/proc/{pid}/status"))?,
         "VmRSS:",
