@@ -266,7 +266,11 @@ fn goes_on_when_the_uplink_is_back(protocol: Protocol) {
     let elsewhere = Netns::new("elsewhere").unwrap();
     let mut kept = Kept::of_another_machine(&scene);
     let mut neighbour = Kept(Vec::new());
-    neighbour.add("of a container", scene.begin(&peer.netns));
+    let inside = SocketAddr::new(scene.topology.backend.gateway(FAMILY), PORT);
+    neighbour.add(
+        "of a container",
+        Client::begin(&peer.netns, protocol, inside),
+    );
     host.ip(&format!("link set {UPLINK} netns {}", elsewhere.path()))
         .unwrap();
     neighbour.go_on();
@@ -412,7 +416,12 @@ fn without_a_word_to_the_kernel_new_ports_are_served_by_the_proxy() {
 /// this host, which need a source port of its own, are the proxy's.
 #[test]
 fn with_a_full_table_of_flows_new_connections_of_this_host_go_to_the_proxy() {
-    let scene = Scene::new(Protocol::Tcp);
+    const FEW: u32 = 4096;
+    let mut scene = Scene::new(Protocol::Tcp);
+    scene.daemon.kill().unwrap();
+    Table::replace(scene.daemon.instance(), FEW).unwrap();
+    scene.daemon.restart().unwrap();
+    wait_for_peer(&scene.daemon);
     let Topology { host, .. } = &scene.topology;
     let mut kept = Kept::of_another_machine(&scene);
     let localhost = SocketAddr::new(FAMILY.localhost(), PORT);
@@ -420,7 +429,11 @@ fn with_a_full_table_of_flows_new_connections_of_this_host_go_to_the_proxy() {
     kept.add("of this host", local());
     let table = Table::open(scene.daemon.instance()).unwrap();
     fill(&table, u64::MAX); // of tomorrow: no sweep takes them
-    let counted = || scene.daemon.counts(["flows_full", "no_entry"]).unwrap();
+    let counted = || {
+        let counts = ["flows_full", "source_share", "no_entry"];
+        let [full, share, no_entry] = scene.daemon.counts(counts).unwrap();
+        [full + share, no_entry]
+    };
     let before = counted();
     kept.add("of this host by the proxy", local());
     assert!(counted()[1] > before[1], "{before:?}");
