@@ -13,12 +13,7 @@ use forwarder_common::{
 use tracing::{debug, info, warn};
 
 use super::{
-    Daemon,
-    drain::Draining,
-    install::datagrams,
-    reconcile::Loose,
-    slots::Freed,
-    view::Sums,
+    Daemon, drain::Draining, install::datagrams, reconcile::Loose, slots::Freed, view::Sums,
 };
 use crate::{
     clock,

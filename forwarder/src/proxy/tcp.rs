@@ -393,7 +393,7 @@ async fn one_way(
     other_is_over: &AtomicBool,
     shared: &Shared,
 ) -> io::Result<()> {
-    let (_, to, _) = ends;
+    let (_, to, direction) = ends;
     loop {
         if way.pipe.is_some() {
             by_splice(ends, way, shared).await?;
@@ -408,8 +408,10 @@ async fn one_way(
     if other_is_over.swap(true, Relaxed) {
         return Ok(());
     }
-    // Whose end comes first is in TIME_WAIT afterwards: its port may be had again all the same.
-    let _ = SockRef::from(to.io()).set_reuse_address(true);
+    if direction == ORIGINAL {
+        // Who ends first is in TIME_WAIT afterwards: the port may be had again all the same.
+        let _ = SockRef::from(to.io()).set_reuse_address(true);
+    }
     match to.io().shutdown(Shutdown::Write) {
         Err(error) if error.kind() != io::ErrorKind::NotConnected => Err(error),
         _ => Ok(()),

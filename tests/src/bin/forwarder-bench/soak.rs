@@ -1,6 +1,8 @@
 //! The proxy under lasting load: a million connections, many at once, publishes that come and go, readers that do not read,
 //! clients that vanish. What it holds is read from /proc between them: whatever grows is a leak.
 
+#![expect(unsafe_code, reason = "close_range(2)")]
+
 use std::{
     io::{self, Read as _, Write as _},
     net::{IpAddr, Ipv4Addr, Shutdown, SocketAddr, TcpStream},
