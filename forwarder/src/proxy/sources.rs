@@ -127,6 +127,7 @@ fn from(socket: Socket, source: SocketAddr, backend: SocketAddr) -> io::Result<S
             connected => return connected.map(|()| socket),
         }
     }
+    socket.set_reuse_address(true)?; // as the one in TIME_WAIT has it
     let bound = socket.bind(&source.into());
     bound.map_err(|_| io::Error::from_raw_os_error(libc::EADDRNOTAVAIL))?;
     connect(&socket, backend).map(|()| socket)
