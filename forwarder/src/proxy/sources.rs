@@ -19,7 +19,7 @@ use std::{
 };
 
 use nix::ifaddrs::getifaddrs;
-use socket2::{Socket, Type};
+use socket2::{Protocol, Socket, Type};
 
 use super::control;
 use crate::network::local::source_towards;
@@ -127,7 +127,9 @@ fn from(socket: Socket, source: SocketAddr, backend: SocketAddr) -> io::Result<S
             connected => return connected.map(|()| socket),
         }
     }
-    socket.set_reuse_address(true)?; // as the one in TIME_WAIT has it
+    if socket.protocol()? == Some(Protocol::TCP) {
+        socket.set_reuse_address(true)?; // as the one in TIME_WAIT has it
+    }
     let bound = socket.bind(&source.into());
     bound.map_err(|_| io::Error::from_raw_os_error(libc::EADDRNOTAVAIL))?;
     connect(&socket, backend).map(|()| socket)
