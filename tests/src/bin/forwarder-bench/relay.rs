@@ -95,7 +95,10 @@ fn datagrams(socket: UdpSocket, backend: SocketAddr) -> io::Result<()> {
         let (socket, server, client) = (socket.clone(), server.clone(), client.clone());
         move || {
             let mut buffer = [0; BUFFER];
-            while let Ok(length) = server.recv(&mut buffer) {
+            loop {
+                let Ok(length) = server.recv(&mut buffer) else {
+                    continue; // nobody was there
+                };
                 let client = *client.lock().unwrap_or_else(PoisonError::into_inner);
                 if let Some(client) = client {
                     let _ = socket.send_to(&buffer[..length], client);
