@@ -35,8 +35,10 @@ impl std::fmt::Debug for Left {
 impl Left {
     /// Goes on with those that an earlier process has left to itself: it may have passed them on.
     pub(super) fn new(entries: Map<MapData, Tuple, u64>, last: Array<MapData, u64>) -> Self {
+        let all: Vec<(Tuple, u64)> = entries.iter().flatten().collect();
+        // Afterwards: what programs have noted meanwhile is of others.
         let now = clock::monotonic();
-        let kept = entries.iter().flatten().filter(|(_, until)| *until > now);
+        let kept = all.into_iter().filter(|(_, until)| *until > now);
         let kept = kept.collect();
         Self {
             entries,
