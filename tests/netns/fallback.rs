@@ -115,6 +115,16 @@ impl Scene {
             .seen
     }
 
+    /// Waits until they do.
+    #[track_caller]
+    fn newcomers_take_the_fast_path(&self) {
+        let machine = self.topology.client_address(FAMILY);
+        wait_until("new ones take the fast path", || {
+            let answer = ask(&self.topology.client, self.protocol, self.frontend(), "new");
+            answer.is_ok_and(|answer| answer.seen.ip() == machine)
+        });
+    }
+
     /// Takes our program off a device, and the last place for it there, until what is returned is dropped. None: this kernel
     /// has places for any number.
     fn takes(&self, device: &str) -> Option<Vec<OwnedFd>> {
@@ -284,11 +294,7 @@ fn goes_on_when_the_uplink_is_back(protocol: Protocol) {
     ))
     .unwrap();
     let begun = Instant::now();
-    let machine = scene.topology.client_address(FAMILY);
-    wait_until("new ones take the fast path", || {
-        let answer = ask(&scene.topology.client, protocol, scene.frontend(), "new");
-        answer.is_ok_and(|answer| answer.seen.ip() == machine)
-    });
+    scene.newcomers_take_the_fast_path();
     println!("new ones take the fast path after {:?}", begun.elapsed());
     kept.go_on();
     neighbour.go_on();
@@ -320,11 +326,7 @@ fn goes_on_when_the_bridge_is_back(protocol: Protocol) {
     ))
     .unwrap();
     scene.is_served_by("ebpf", None);
-    let machine = scene.topology.client_address(FAMILY);
-    wait_until("new ones take the fast path", || {
-        let answer = ask(&scene.topology.client, protocol, scene.frontend(), "new");
-        answer.is_ok_and(|answer| answer.seen.ip() == machine)
-    });
+    scene.newcomers_take_the_fast_path();
     kept.go_on();
     scene.daemon.stop().unwrap();
 }

@@ -101,7 +101,7 @@ impl Batch {
         (self.messages[at].msg_len as usize).min(DATAGRAM)
     }
 
-    /// Who has sent it; none on a connected socket.
+    /// Who has sent it, if the kernel says so.
     fn source(&self, at: usize) -> Option<SocketAddr> {
         let mut name = SockAddrStorage::zeroed();
         // SAFETY: both are storage for any address; the kernel wrote it and its length, or left the length 0.
