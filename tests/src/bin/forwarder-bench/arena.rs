@@ -1,7 +1,12 @@
 //! One contender's own machines: client, host and containers, with the servers running and the contender set up.
 //! Arenas stand side by side, so that rounds can take turns without setting anything up anew.
 
-use std::{fs, net::IpAddr, path::PathBuf, time::Duration};
+use std::{
+    fs,
+    net::{IpAddr, Ipv4Addr},
+    path::PathBuf,
+    time::Duration,
+};
 
 use anyhow::{Context, Result, bail};
 use forwarder_tests::{
@@ -25,7 +30,8 @@ pub(crate) const ROUND_TRIP: u16 = 5301;
 pub(crate) const DATAGRAM: u16 = 5302;
 pub(crate) const STREAM: u16 = 5303;
 pub(crate) const HTTP: u16 = 5401;
-pub(crate) const SINK: u16 = 5501;
+/// The first source port of the generator, which so can make frames that answer others.
+pub(crate) const SINK: u16 = 1 << 15;
 
 /// What every contender publishes.
 pub(crate) const PORTS: [Port; 6] = [
@@ -585,45 +591,62 @@ impl Arena {
         let Some((client, IpAddr::V4(destination))) = self.path(Client::External) else {
             bail!("no path");
         };
-        // A veth takes whole batches of frames only while NAPI runs at its other end.
         let receiver = if wire { &self.backend } else { self.host() };
-        receiver.run(&format!("ethtool -K {device} gro on"))?;
         let load = Load {
             netns: client,
             device,
             macs: [mac(receiver, device)?, mac(client, device)?],
-            source: std::net::Ipv4Addr::new(198, 19, first, 0),
+            source: source(first),
             destination,
             port: SINK,
             frames,
         };
-        let before = self.received(device)?;
-        let time = generator::generate(&load, until);
-        let after = self.received(device)?;
-        receiver.run(&format!("ethtool -K {device} gro off"))?;
-        Ok((after - before, time?))
+        generator::send(
+            &load,
+            (receiver, device),
+            (&self.backend, self.inside(device)),
+            until,
+        )
     }
 
-    /// Packets that the container's device has received.
-    fn received(&self, device: &str) -> Result<u64> {
-        let device = if self.contender == Contender::Pasta {
+    /// Answers such frames from the container, as fast as can be, as if they had had this source port and address, and returns
+    /// how many reached the client, and the time.
+    ///
+    /// # Errors
+    /// The kernel cannot generate, or the container is not on the bridge.
+    pub(crate) fn answer(&self, first: u8, port: u16, until: Until) -> Result<(u64, Duration)> {
+        let Topology {
+            backend, client, ..
+        } = &self.topology;
+        let IpAddr::V4(address) = backend.address(Family::V4) else {
+            bail!("no address");
+        };
+        let load = Load {
+            netns: &self.backend,
+            device: "eth0",
+            macs: [mac(self.host(), "br0")?, mac(&self.backend, "eth0")?],
+            source: address,
+            destination: source(first),
+            port,
+            frames: Frames::ONE_FLOW,
+        };
+        let _sink = generator::sink(client, &["eth0"], port)?;
+        generator::send(&load, (self.host(), &backend.veth), (client, "eth0"), until)
+    }
+
+    /// The name in the container of what frames get to by this device.
+    fn inside<'a>(&self, device: &'a str) -> &'a str {
+        if self.contender == Contender::Pasta {
             "eth1"
         } else {
             device
-        };
-        self.backend.enter(|| {
-            let text = fs::read_to_string("/proc/thread-self/net/dev")?;
-            let line = text
-                .lines()
-                .find_map(|line| line.trim().strip_prefix(device)?.strip_prefix(':'))
-                .with_context(|| format!("no device {device}"))?;
-            let packets = line
-                .split_whitespace()
-                .nth(1)
-                .context("no packet counter")?;
-            Ok(packets.parse()?)
-        })
+        }
     }
+}
+
+/// The first source address of a block of the generator's.
+const fn source(block: u8) -> Ipv4Addr {
+    Ipv4Addr::new(198, 19, block, 0)
 }
 
 impl Drop for Arena {

@@ -48,6 +48,15 @@ pub(crate) struct Frames {
     pub(crate) answered: u32,
 }
 
+impl Frames {
+    /// Of which none is answered.
+    pub(crate) const ONE_FLOW: Self = Self {
+        flows: 1,
+        repeat: 1,
+        answered: 0,
+    };
+}
+
 /// When to stop.
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum Until {
@@ -55,11 +64,46 @@ pub(crate) enum Until {
     Sent(u32),
 }
 
+/// Generates frames that come in by one device, and counts those that get to the other, in the time of [`generate`].
+///
+/// # Errors
+/// As [`generate`].
+pub(crate) fn send(
+    load: &Load<'_>,
+    (receiver, device): (&Netns, &str),
+    to: (&Netns, &str),
+    until: Until,
+) -> Result<(u64, Duration)> {
+    // A veth takes whole batches of frames only while NAPI runs at its other end.
+    receiver.run(&format!("ethtool -K {device} gro on"))?;
+    let before = received(to)?;
+    let time = generate(load, until);
+    let after = received(to)?;
+    receiver.run(&format!("ethtool -K {device} gro off"))?;
+    Ok((after - before, time?))
+}
+
+/// Packets that a device has received.
+fn received((netns, device): (&Netns, &str)) -> Result<u64> {
+    netns.enter(|| {
+        let text = fs::read_to_string("/proc/thread-self/net/dev")?;
+        let line = text
+            .lines()
+            .find_map(|line| line.trim().strip_prefix(device)?.strip_prefix(':'))
+            .with_context(|| format!("no device {device}"))?;
+        let packets = line
+            .split_whitespace()
+            .nth(1)
+            .context("no packet counter")?;
+        Ok(packets.parse()?)
+    })
+}
+
 /// Sends, and returns how long that took, without the kernel's preparation.
 ///
 /// # Errors
 /// The object is missing or the kernel has no live frames.
-pub(crate) fn generate(load: &Load<'_>, until: Until) -> Result<Duration> {
+fn generate(load: &Load<'_>, until: Until) -> Result<Duration> {
     let object = object()?;
     let template = template(load);
     load.netns.enter(|| {

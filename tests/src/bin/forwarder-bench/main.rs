@@ -231,8 +231,8 @@ fn cases(quick: bool) -> Vec<Case> {
     use Client::{External, Hairpin, Localhost};
     use Placement::{Free, Same, Split};
     use Workload::{
-        Bulk, Capacity, Connect, DatagramBulk, Datagrams, NewFlows, OneWay, TcpRoundTrip,
-        UdpRoundTrip,
+        BothWays, Bulk, Capacity, Connect, DatagramBulk, Datagrams, NewFlows, OneWay, TcpRoundTrip,
+        TwoFlows, UdpRoundTrip,
     };
     let groups: &[(Client, Placement, &[Workload])] = if quick {
         &[
@@ -261,7 +261,11 @@ fn cases(quick: bool) -> Vec<Case> {
                     Connect,
                 ],
             ),
-            (External, Split, &[Bulk, TcpRoundTrip, Connect]),
+            (
+                External,
+                Split,
+                &[BothWays, TwoFlows, Bulk, TcpRoundTrip, Connect],
+            ),
             (
                 External,
                 Free,
@@ -314,6 +318,11 @@ fn takes_part(arena: &Arena, case: &Case) -> bool {
         contender if contender.is_remote() => {
             main && matches!(case.workload, Workload::Capacity | Workload::OneWay)
         }
+        // What the two ways of a flow share, and nothing else, is the question.
+        contender if case.workload.is_both_ways() => matches!(
+            contender,
+            Contender::Hop | Contender::Iptables | Contender::Nftables | Contender::Forwarder
+        ),
         _ => true,
     };
     special && case.workload.applies(arena, case.client)

@@ -436,6 +436,8 @@ without, and nothing else. Every host forwards.
 - capacity, new flows: 60-byte UDP frames from BPF_PROG_TEST_RUN with live frames, counted at the container's \
 device and dropped there; generator and host share one core, so the generator's cost (see wire) is in every figure. Of \
 capacity's frames one in 4,096 is answered, of the others none
+- both ways of a flow, a way each of two flows: such frames from the client by one core and from the container by the other, which are \
+or are not of one flow; both rates together
 - TCP bulk: `iperf3 -c ADDRESS -t 1`; round trips: `sockperf pp [--tcp] --full-rtt -t 1`, 14 bytes
 - UDP stream: datagrams of 64 octets, 32 a system call; UDP bulk: of 1,200 octets, 40 of one buffer (UDP_SEGMENT). Counted by the \
 receiver, who takes coalesced ones (UDP_GRO) and acknowledges each such batch; at most 128 or 80 datagrams are on their way

@@ -1,6 +1,6 @@
 //! What is measured, by which tool, and how its output is read.
 
-use std::{net::IpAddr, time::Duration};
+use std::{net::IpAddr, thread, time::Duration};
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use forwarder_tests::{cpu::pin_this_thread, netns::Netns};
@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::{
-    arena::{Arena, BULK, Client, DATAGRAM, HTTP, ROUND_TRIP, STREAM},
+    arena::{Arena, BULK, Client, DATAGRAM, HTTP, ROUND_TRIP, SINK, STREAM},
     datagrams::{self, Shape},
     generator::{Frames, Until},
     process::{Placement, busy_seconds},
@@ -21,7 +21,11 @@ pub(crate) enum Workload {
     Capacity,
     /// The same without any answer.
     OneWay,
-    /// The same, each of another flow.
+    /// The same, and as many from the container at the same time by another core, of one flow.
+    BothWays,
+    /// The same, where the container's are another flow's.
+    TwoFlows,
+    /// Of one way, each frame of another flow.
     NewFlows,
     /// One TCP connection, as much as it carries.
     Bulk,
@@ -37,9 +41,11 @@ pub(crate) enum Workload {
 }
 
 impl Workload {
-    pub(crate) const ALL: [Self; 9] = [
+    pub(crate) const ALL: [Self; 11] = [
         Self::Capacity,
         Self::OneWay,
+        Self::BothWays,
+        Self::TwoFlows,
         Self::NewFlows,
         Self::Bulk,
         Self::TcpRoundTrip,
@@ -53,6 +59,8 @@ impl Workload {
         match self {
             Self::Capacity => "capacity",
             Self::OneWay => "capacity, one way",
+            Self::BothWays => "both ways of a flow",
+            Self::TwoFlows => "a way each of two flows",
             Self::NewFlows => "new flows",
             Self::Bulk => "TCP bulk",
             Self::TcpRoundTrip => "TCP round trips",
@@ -65,7 +73,9 @@ impl Workload {
 
     pub(crate) fn unit(self) -> &'static str {
         match self {
-            Self::Capacity | Self::OneWay | Self::Datagrams => "kpackets/s",
+            Self::Capacity | Self::OneWay | Self::BothWays | Self::TwoFlows | Self::Datagrams => {
+                "kpackets/s"
+            }
             Self::NewFlows => "kflows/s",
             Self::Bulk | Self::DatagramBulk => "Gbit/s",
             Self::TcpRoundTrip | Self::UdpRoundTrip | Self::Connect => "k/s",
@@ -73,7 +83,14 @@ impl Workload {
     }
 
     fn is_generated(self) -> bool {
-        matches!(self, Self::Capacity | Self::OneWay | Self::NewFlows)
+        matches!(
+            self,
+            Self::Capacity | Self::OneWay | Self::BothWays | Self::TwoFlows | Self::NewFlows
+        )
+    }
+
+    pub(crate) fn is_both_ways(self) -> bool {
+        matches!(self, Self::BothWays | Self::TwoFlows)
     }
 
     pub(crate) fn is_udp(self) -> bool {
@@ -138,15 +155,18 @@ pub(crate) fn measure(
         Workload::Capacity | Workload::OneWay => {
             let conversation = workload == Workload::Capacity;
             let frames = Frames {
-                flows: 1,
-                repeat: 1,
                 answered: if conversation { ANSWERED } else { 0 },
+                ..Frames::ONE_FLOW
             };
             // Not the same flow, which would be a conversation from then on.
             let first = u8::from(!conversation);
             arena
                 .flood(frames, first, Until::Elapsed(time))
                 .map(|(packets, elapsed)| Measured::of(packets as f64, elapsed))
+        }
+        Workload::BothWays | Workload::TwoFlows => {
+            let cores = [placement.client(), placement.others()];
+            both_ways(arena, workload == Workload::BothWays, cores, time)
         }
         Workload::NewFlows => {
             // Four source addresses a run.
@@ -191,9 +211,9 @@ pub(crate) fn measure(
         }
     };
     let measured = measured?;
-    // The generator's core is never idle, and what made the frames was not part of its time.
+    // The generator's cores are never idle, and what made the frames was not part of their time.
     let busy = if workload.is_generated() {
-        measured.seconds
+        measured.seconds * f64::from(1 + u8::from(workload.is_both_ways()))
     } else {
         busy_seconds()? - busy
     };
@@ -204,6 +224,37 @@ pub(crate) fn measure(
         p50_us: measured.p50_us,
         p99_us: measured.p99_us,
     })
+}
+
+/// Frames from the client by one core, and from the container by another, of the same flow or not.
+fn both_ways(
+    arena: &Arena,
+    is_one: bool,
+    [client, container]: [&[usize]; 2],
+    time: Duration,
+) -> Result<Measured> {
+    let block = 2; // which no other workload has
+    // Both flows are there before, and have been answered.
+    let begin = Frames {
+        flows: 2,
+        answered: 1,
+        ..Frames::ONE_FLOW
+    };
+    arena.flood(begin, block, Until::Sent(8))?;
+    let port = SINK + u16::from(!is_one);
+    let (there, back) = thread::scope(|scope| {
+        let back = scope.spawn(|| {
+            pin_this_thread(container)?;
+            arena.answer(block, port, Until::Elapsed(time))
+        });
+        pin_this_thread(client)?;
+        let there = arena.flood(Frames::ONE_FLOW, block, Until::Elapsed(time))?;
+        let back = back.join().map_err(|_| anyhow!("the container's thread"))?;
+        anyhow::Ok((there, back?))
+    })?;
+    let rate = |(packets, elapsed): (u64, Duration)| packets as f64 / elapsed.as_secs_f64();
+    let packets = (rate(there) + rate(back)) * time.as_secs_f64();
+    Ok(Measured::of(packets, time))
 }
 
 impl Workload {
