@@ -98,15 +98,11 @@ pub mod state {
     pub const UNSETTLED: u32 = ESTABLISHED | BOTH_FIN | RESET | BOTH_GUESSED;
 }
 
-/// A value of `FLOWS` and `HALF_OPEN`. Key: [`crate::tuple::Tuple`] from the client (or its SNAT source) to the
-/// backend.
+/// What the packets of one direction read and write of a flow, beside the addresses. What both directions need is in both
+/// sides, and is the same there.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Pod, Zeroable)]
-pub struct Flow {
-    /// Who connected, before SNAT.
-    pub client: Address,
-    /// What it connected to, before DNAT.
-    pub frontend: Address,
+pub struct Side {
     /// Wire order.
     pub client_port: u16,
     /// Wire order.
@@ -117,34 +113,142 @@ pub struct Flow {
     pub back: Hop,
     /// Bits of [`state`].
     pub state: u32,
-    /// TCP: the greatest number that the client's side has acknowledged, and the backend's; host byte order.
-    pub acknowledged: [u32; 2],
-    /// TCP: the number behind the last octet that the client's side has sent, and the backend's; host byte order. What
-    /// acknowledges more is not believed.
-    pub sent: [u32; 2],
+    /// TCP: the number that this side has acknowledged last, whether that can be or not; host byte order.
+    pub acknowledged: u32,
+    /// TCP: the number behind the last octet that this side has sent; host byte order.
+    pub sent: u32,
     /// Nanoseconds of `CLOCK_MONOTONIC`, of the newest packet, to the tick.
     pub last_seen: u64,
-    /// Original direction, reply direction.
-    pub packets: [u64; 2],
+    pub packets: u64,
     /// Lengths of the packets as the program saw them, link header included.
-    pub bytes: [u64; 2],
+    pub bytes: u64,
 }
 
-const _: () = assert!(size_of::<Flow>() == 120);
+const _: () = assert!(size_of::<Side>() == 64);
+
+/// A value of `FLOWS` and `HALF_OPEN`. Key: [`crate::tuple::Tuple`] from the client (or its SNAT source) to the
+/// backend.
+///
+/// It is laid out by who writes it, for two processors that carry a direction each: from Linux 6.1 on the kernel has values of
+/// such tables begin 32 octets behind a cache line's begin (kernel/bpf/hashtab.c and memalloc.c: eight octets, 48 of the
+/// element, and a key of 40), so that each side has a line of its own. One octet more, and an element would take 512.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Pod, Zeroable)]
+pub struct Flow {
+    /// Who connected, before SNAT.
+    pub client: Address,
+    /// What it connected to, before DNAT.
+    pub frontend: Address,
+    /// The client's.
+    pub original: Side,
+    /// The backend's.
+    pub reply: Side,
+}
+
+const _: () = assert!(size_of::<Flow>() == 160);
 
 layout!(
-    Flow: client, frontend, client_port, frontend_port, publish, back, state, acknowledged, sent, last_seen, packets, bytes
+    Flow: client, frontend,
+    original.client_port, original.frontend_port, original.publish, original.back, original.state, original.acknowledged,
+    original.sent, original.last_seen, original.packets, original.bytes,
+    reply.client_port, reply.frontend_port, reply.publish, reply.back, reply.state, reply.acknowledged, reply.sent,
+    reply.last_seen, reply.packets, reply.bytes
 );
 
 impl Flow {
+    #[inline(always)]
+    pub const fn side(&self, direction: usize) -> &Side {
+        if direction == ORIGINAL {
+            &self.original
+        } else {
+            &self.reply
+        }
+    }
+
+    #[inline(always)]
+    pub const fn side_mut(&mut self, direction: usize) -> &mut Side {
+        if direction == ORIGINAL {
+            &mut self.original
+        } else {
+            &mut self.reply
+        }
+    }
+
+    /// Bits of [`state`].
+    #[inline(always)]
+    pub const fn state(&self) -> u32 {
+        self.original.state
+    }
+
+    #[inline(always)]
+    pub const fn set_state(&mut self, state: u32) {
+        self.original.state = state;
+        self.reply.state = state;
+    }
+
+    /// The same flow in another state.
+    #[must_use]
+    pub const fn with_state(mut self, state: u32) -> Self {
+        self.set_state(state);
+        self
+    }
+
+    /// Index in `PUBLISHES`.
+    #[inline(always)]
+    pub const fn publish(&self) -> u32 {
+        self.original.publish
+    }
+
+    #[inline(always)]
+    pub const fn set_publish(&mut self, index: u32) {
+        self.original.publish = index;
+        self.reply.publish = index;
+    }
+
+    /// Where replies go.
+    #[inline(always)]
+    pub const fn back(&self) -> &Hop {
+        &self.original.back
+    }
+
+    /// The client's and the frontend's, wire order.
+    #[inline(always)]
+    pub const fn ports(&self) -> (u16, u16) {
+        (self.original.client_port, self.original.frontend_port)
+    }
+
+    #[inline(always)]
+    pub const fn set_ports(&mut self, client: u16, frontend: u16) {
+        (self.original.client_port, self.original.frontend_port) = (client, frontend);
+        (self.reply.client_port, self.reply.frontend_port) = (client, frontend);
+    }
+
+    /// Nanoseconds of `CLOCK_MONOTONIC`, of the newest packet, to the tick.
+    #[inline(always)]
+    pub const fn last_seen(&self) -> u64 {
+        let (original, reply) = (self.original.last_seen, self.reply.last_seen);
+        if original > reply { original } else { reply }
+    }
+
+    /// By direction.
+    pub const fn packets(&self) -> [u64; 2] {
+        [self.original.packets, self.reply.packets]
+    }
+
+    /// By direction: lengths of the packets as the program saw them, link header included.
+    pub const fn bytes(&self) -> [u64; 2] {
+        [self.original.bytes, self.reply.bytes]
+    }
+
     /// The conversation's tuple as the client sends it.
     #[inline(always)]
-    pub const fn original(&self, protocol: u32) -> Tuple {
+    pub const fn tuple(&self, protocol: u32) -> Tuple {
+        let (source_port, destination_port) = self.ports();
         Tuple {
             source: self.client,
             destination: self.frontend,
-            source_port: self.client_port,
-            destination_port: self.frontend_port,
+            source_port,
+            destination_port,
             protocol,
         }
     }
@@ -152,7 +256,7 @@ impl Flow {
     /// Who has begun it, of an alias too.
     #[inline(always)]
     pub const fn source<'a>(&'a self, key: &'a Tuple) -> &'a Address {
-        if self.state & state::ALIAS == 0 {
+        if self.state() & state::ALIAS == 0 {
             &self.client
         } else {
             &key.source
@@ -163,15 +267,10 @@ impl Flow {
     /// of an alias its flow.
     #[must_use]
     pub const fn counterpart(&self, key: &Tuple) -> (Tuple, Self) {
-        let flow = Self {
-            client: key.source,
-            frontend: key.destination,
-            client_port: key.source_port,
-            frontend_port: key.destination_port,
-            state: self.state ^ state::ALIAS,
-            ..*self
-        };
-        (self.original(key.protocol), flow)
+        let mut flow = self.with_state(self.state() ^ state::ALIAS);
+        (flow.client, flow.frontend) = (key.source, key.destination);
+        flow.set_ports(key.source_port, key.destination_port);
+        (self.tuple(key.protocol), flow)
     }
 }
 

@@ -36,12 +36,12 @@ pub const fn is_whole(fields: &[Field], size: usize) -> bool {
 
 /// Implements [`Layout`] for a struct; one that is forgotten is a compile error.
 macro_rules! layout {
-    ($type:ident: $($field:ident),* $(,)?) => {
+    ($type:ident: $($($field:ident).+),* $(,)?) => {
         impl $crate::layout::Layout for $type {
             const FIELDS: &'static [$crate::layout::Field] = &[$($crate::layout::Field {
-                name: stringify!($field),
-                offset: core::mem::offset_of!($type, $field),
-                size: $crate::layout::size_of_field(|it: &$type| &it.$field),
+                name: stringify!($($field).+),
+                offset: core::mem::offset_of!($type, $($field).+),
+                size: $crate::layout::size_of_field(|it: &$type| &it.$($field).+),
             }),*];
         }
 

@@ -58,27 +58,28 @@ pub fn follow(
     segment: Segment,
     is_direct: impl FnOnce() -> bool,
 ) -> bool {
-    if flow.state & state::UNSETTLED == state::ESTABLISHED && !segment.has(SYN | FIN | RST) {
+    let state = flow.side(direction).state;
+    if state & state::UNSETTLED == state::ESTABLISHED && !segment.has(SYN | FIN | RST) {
         send(flow, direction, segment);
         acknowledge(flow, direction, segment);
         return true;
     }
-    if flow.state & (state::PICKED_UP | state::ESTABLISHED) == state::PICKED_UP
+    if state & (state::PICKED_UP | state::ESTABLISHED) == state::PICKED_UP
         && !segment.has(SYN | RST)
     {
         if meet(flow, direction, segment)
             || direction == ORIGINAL
-            || flow.state & state::REPLIED != 0
+            || flow.state() & state::REPLIED != 0
             || !is_direct()
         {
             return true;
         }
-        flow.state = flow.state & !state::PROGRESS | state::FOREIGN;
+        flow.set_state(flow.state() & !state::PROGRESS | state::FOREIGN);
         return false;
     }
     if direction == REPLY && misses(flow, segment) {
         if segment.has(SYN) || is_direct() {
-            flow.state = flow.state & !state::PROGRESS | state::FOREIGN;
+            flow.set_state(flow.state() & !state::PROGRESS | state::FOREIGN);
             return false;
         }
         // Of an older connection with this tuple, whose end the client makes by a reset.
@@ -92,7 +93,8 @@ pub fn follow(
 // VERIFIER: a function of its own, for its share of the stack, and to keep it out of what most packets run through.
 #[inline(never)]
 fn change(flow: &mut Flow, direction: usize, segment: Segment) {
-    flow.state = next(flow, direction, segment);
+    let state = next(flow, direction, segment);
+    flow.set_state(state);
     send(flow, direction, segment);
 }
 
@@ -100,58 +102,52 @@ fn change(flow: &mut Flow, direction: usize, segment: Segment) {
 /// a connection that is not this one.
 #[inline(always)]
 fn misses(flow: &Flow, segment: Segment) -> bool {
-    let unanswered = flow.state & state::REPLIED == 0;
-    let closed = flow.state & state::RESET != 0 || flow.state & state::BOTH_FIN == state::BOTH_FIN;
+    let unanswered = flow.state() & state::REPLIED == 0;
+    let closed =
+        flow.state() & state::RESET != 0 || flow.state() & state::BOTH_FIN == state::BOTH_FIN;
     (unanswered || closed && segment.has(SYN))
         && segment.has(ACK)
         && !segment.has(RST)
-        && !within(
-            segment.acknowledgement,
-            flow.acknowledged[REPLY],
-            EARLY_DATA,
-        )
+        && !within(segment.acknowledgement, flow.reply.acknowledged, EARLY_DATA)
 }
 
 /// Begins to follow a connection in the midst of it, by a segment of the client's.
 #[inline(always)]
 pub fn pick_up(flow: &mut Flow, segment: Segment) {
-    flow.state |= state::PICKED_UP;
-    flow.acknowledged = [segment.acknowledgement, segment.sequence];
-    flow.sent = [segment.end(), segment.acknowledgement];
-    if segment.has(FIN) {
-        flow.state |= state::GUESSED_ORIGINAL;
+    let guessed = if segment.has(FIN) {
+        state::GUESSED_ORIGINAL
     } else {
-        flow.state &= !state::GUESSED_ORIGINAL;
-    }
+        0
+    };
+    flow.set_state(flow.state() & !state::GUESSED_ORIGINAL | guessed | state::PICKED_UP);
+    (flow.original.acknowledged, flow.original.sent) = (segment.acknowledgement, segment.end());
+    (flow.reply.acknowledged, flow.reply.sent) = (segment.sequence, segment.acknowledgement);
 }
 
 /// Follows such a connection until both sides have spoken of each other's numbers; whether the segment does.
 #[inline(never)]
 fn meet(flow: &mut Flow, direction: usize, segment: Segment) -> bool {
-    if direction == ORIGINAL && flow.state & state::REPLIED == 0 {
+    if direction == ORIGINAL && flow.state() & state::REPLIED == 0 {
         pick_up(flow, segment); // the first may have been forged
         return true;
     }
-    let sent = flow.sent[other(direction)];
+    let sent = flow.side(other(direction)).sent;
     let acknowledgement = segment.acknowledgement;
     if !segment.has(ACK) || !within(acknowledgement, sent.wrapping_sub(WINDOW), 2 * WINDOW) {
         return false;
     }
+    let mut after = flow.state();
     if direction == REPLY {
-        if flow.state & state::REPLIED == 0 {
-            flow.sent[REPLY] = segment.sequence;
+        if after & state::REPLIED == 0 {
+            flow.reply.sent = segment.sequence;
         }
-        flow.state |= state::REPLIED;
+        after |= state::REPLIED;
     } else {
-        flow.state |= state::ESTABLISHED;
+        after |= state::ESTABLISHED;
     }
-    // Not more than was sent.
-    flow.acknowledged[direction] = if within(acknowledgement, sent, WINDOW) {
-        sent
-    } else {
-        acknowledgement
-    };
-    flow.state = close(flow, direction, segment, flow.state);
+    acknowledge(flow, direction, segment);
+    after = close(flow, direction, segment, after);
+    flow.set_state(after);
     send(flow, direction, segment);
     true
 }
@@ -159,33 +155,34 @@ fn meet(flow: &mut Flow, direction: usize, segment: Segment) -> bool {
 /// Notes how far a side has sent.
 #[inline(always)]
 fn send(flow: &mut Flow, direction: usize, segment: Segment) {
-    let sent = &mut flow.sent[direction];
+    let side = flow.side_mut(direction);
     let end = segment.end();
     // A SYN within a connection is not believed until the other side has answered it.
-    let begins = segment.has(SYN) && flow.state & state::ESTABLISHED == 0;
-    if begins || !segment.has(SYN | RST) && within(end, *sent, LARGEST_WINDOW) {
-        *sent = end;
+    let begins = segment.has(SYN) && side.state & state::ESTABLISHED == 0;
+    if begins || !segment.has(SYN | RST) && within(end, side.sent, LARGEST_WINDOW) {
+        side.sent = end;
     }
 }
 
+/// Notes what a side has acknowledged.
 #[inline(always)]
 fn acknowledge(flow: &mut Flow, direction: usize, segment: Segment) {
-    let sent = flow.sent[other(direction)];
-    let acknowledged = &mut flow.acknowledged[direction];
-    if segment.has(ACK)
-        && within(
-            segment.acknowledgement,
-            *acknowledged,
-            sent.wrapping_sub(*acknowledged),
-        )
-    {
-        *acknowledged = segment.acknowledgement;
+    if segment.has(ACK) {
+        flow.side_mut(direction).acknowledged = segment.acknowledgement;
     }
+}
+
+/// The number that the other side waits for, by its last word; none if that acknowledges what this side has not sent, and so was
+/// not the other side's. This is asked only where it matters, as it is all that one direction reads of the other's numbers.
+#[inline(always)]
+fn waited_for(flow: &Flow, direction: usize) -> Option<u32> {
+    let acknowledged = flow.side(other(direction)).acknowledged;
+    within(flow.side(direction).sent, acknowledged, LARGEST_WINDOW).then_some(acknowledged)
 }
 
 #[inline(always)]
 fn next(flow: &mut Flow, direction: usize, segment: Segment) -> u32 {
-    let before = flow.state;
+    let before = flow.state();
     let spoke = if direction == ORIGINAL {
         state::SPOKE_ORIGINAL
     } else {
@@ -197,7 +194,7 @@ fn next(flow: &mut Flow, direction: usize, segment: Segment) -> u32 {
         }
         // One that its receiver need not believe (RFC 5961 section 3) is taken back by the receiver's next word: if it was
         // the sender's own, that is answered by one that fits.
-        let fits = segment.sequence == flow.acknowledged[other(direction)];
+        let fits = waited_for(flow, direction) == Some(segment.sequence);
         let has_spoken = if fits || before & state::ESTABLISHED == 0 {
             0
         } else {
@@ -215,7 +212,7 @@ fn next(flow: &mut Flow, direction: usize, segment: Segment) -> u32 {
         && segment.has(ACK)
         && within(
             segment.acknowledgement,
-            flow.acknowledged[ORIGINAL],
+            flow.original.acknowledged,
             EARLY_DATA,
         )
     {
@@ -262,20 +259,20 @@ fn close(flow: &mut Flow, direction: usize, segment: Segment, mut after: u32) ->
     let [fin, _, guessed] = bits_of_fin(direction);
     let [peers_fin, acknowledged, peers_guessed] = bits_of_fin(peer);
     if segment.has(ACK) {
-        if after & peers_guessed != 0 && segment.acknowledgement == flow.sent[peer] {
+        if after & peers_guessed != 0 && segment.acknowledgement == flow.side(peer).sent {
             after = after & !peers_guessed | peers_fin;
         }
         if after & peers_fin != 0 {
             after |= acknowledged;
         }
     }
-    let (end, sent) = (segment.end(), flow.sent[direction]);
-    let waited_for = flow.acknowledged[peer];
-    if segment.has(FIN) && segment.sequence == waited_for {
-        flow.sent[direction] = end;
+    let (end, sent) = (segment.end(), flow.side(direction).sent);
+    let waited_for = waited_for(flow, direction);
+    if segment.has(FIN) && waited_for == Some(segment.sequence) {
+        flow.side_mut(direction).sent = end;
         after = after & !guessed | fin;
     } else if end != sent && within(end, sent, LARGEST_WINDOW) {
-        let nearest = waited_for.wrapping_sub(WINDOW);
+        let nearest = waited_for.unwrap_or(sent).wrapping_sub(WINDOW);
         if segment.has(FIN) && within(segment.sequence, nearest, 2 * WINDOW) {
             after |= guessed;
         } else {
@@ -288,7 +285,7 @@ fn close(flow: &mut Flow, direction: usize, segment: Segment, mut after: u32) ->
 /// A SYN or a SYN-ACK.
 #[inline(always)]
 fn synchronize(flow: &mut Flow, direction: usize, segment: Segment) -> u32 {
-    let mut after = flow.state;
+    let mut after = flow.state();
     let begun = segment.sequence.wrapping_add(1);
     if direction == ORIGINAL {
         if segment.has(ACK) {
@@ -302,7 +299,7 @@ fn synchronize(flow: &mut Flow, direction: usize, segment: Segment) -> u32 {
                 | state::BOTH_GUESSED
                 | state::BOTH_ACKNOWLEDGED
                 | state::PICKED_UP);
-            flow.acknowledged[REPLY] = begun;
+            flow.reply.acknowledged = begun;
         } else {
             // The backend says whether it still has the old connection (RFC 5961 section 4) or takes a new one.
             after |= state::SYN_AGAIN;
@@ -310,21 +307,15 @@ fn synchronize(flow: &mut Flow, direction: usize, segment: Segment) -> u32 {
         return after;
     }
     if after & state::ESTABLISHED != 0 {
-        if after & state::SYN_AGAIN == 0 || begun == flow.acknowledged[ORIGINAL] {
+        if after & state::SYN_AGAIN == 0 || begun == flow.original.acknowledged {
             return after; // sent again
         }
         after &= !state::PROGRESS;
-        flow.acknowledged[REPLY] = segment.acknowledgement;
-        flow.sent[ORIGINAL] = segment.acknowledgement;
+        flow.reply.acknowledged = segment.acknowledgement;
+        flow.original.sent = segment.acknowledgement;
     }
-    if !segment.has(ACK)
-        || within(
-            segment.acknowledgement,
-            flow.acknowledged[REPLY],
-            EARLY_DATA,
-        )
-    {
-        flow.acknowledged[ORIGINAL] = begun;
+    if !segment.has(ACK) || within(segment.acknowledgement, flow.reply.acknowledged, EARLY_DATA) {
+        flow.original.acknowledged = begun;
         after |= state::REPLIED;
     }
     after
@@ -335,19 +326,15 @@ fn synchronize(flow: &mut Flow, direction: usize, segment: Segment) -> u32 {
 /// that; who sends one for another number is asked for the right one (RFC 5961 section 3).
 #[inline(always)]
 fn is_heeded(flow: &Flow, direction: usize, segment: Segment) -> bool {
-    if direction == REPLY && flow.state & (state::REPLIED | state::PICKED_UP) == 0 {
+    if direction == REPLY && flow.state() & (state::REPLIED | state::PICKED_UP) == 0 {
         return segment.has(ACK)
-            && within(
-                segment.acknowledgement,
-                flow.acknowledged[REPLY],
-                EARLY_DATA,
-            );
+            && within(segment.acknowledgement, flow.reply.acknowledged, EARLY_DATA);
     }
-    let waited_for = flow.acknowledged[other(direction)];
-    if flow.state & state::ESTABLISHED != 0 {
-        return segment.sequence == waited_for || segment.sequence == flow.sent[direction];
+    let (waited_for, sent) = (waited_for(flow, direction), flow.side(direction).sent);
+    if flow.state() & state::ESTABLISHED != 0 {
+        return waited_for == Some(segment.sequence) || segment.sequence == sent;
     }
-    within(segment.sequence, waited_for, WINDOW)
+    within(segment.sequence, waited_for.unwrap_or(sent), WINDOW)
 }
 
 #[inline(always)]

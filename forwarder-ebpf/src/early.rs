@@ -56,17 +56,17 @@ fn go_on(ctx: &XdpContext) -> Result<u32, Reason> {
         && let Some((published, flow)) = ingress::original(packet, published)
         && published.publish.flags & flag::REMOTE != 0
     {
-        if flow.state & state::CUT != 0 {
+        if flow.state() & state::CUT != 0 {
             return Err(Reason::NotOurs);
         }
-        if !parse::is_to(ctx, &flow.back.source_mac) && !publish::is_to_device(ctx, packet) {
+        if !parse::is_to(ctx, &flow.back().source_mac) && !publish::is_to_device(ctx, packet) {
             return Err(Reason::NotOurs);
         }
         ingress::is_from_client(ctx.ctx.cast(), packet, flow)?;
         return to_backend(ctx, packet, flow, &published);
     }
     if !opens && let Some(flow) = flow::get_by_reply(packet) {
-        let flags = ingress::is_from_backend(ctx.ctx.cast(), packet, flow.publish)?;
+        let flags = ingress::is_from_backend(ctx.ctx.cast(), packet, flow.reply.publish)?;
         return to_client(ctx, packet, flow, flags);
     }
     let published = published.ok_or(Reason::NotOurs)?;
@@ -107,12 +107,12 @@ fn to_client(
     flow: &mut Flow,
     flags: u16,
 ) -> Result<u32, Reason> {
-    if flow.state & (state::LOCAL_CLIENT | state::CUT) != 0 {
+    if flow.reply.state & (state::LOCAL_CLIENT | state::CUT) != 0 {
         return Err(Reason::NotOurs);
     }
     flow::answer(flow, packet);
-    let route = route(ctx, packet, &flow.back)?;
-    limit::carry(packet, flags, flow.publish, REPLY)?;
+    let route = route(ctx, packet, &flow.reply.back)?;
+    limit::carry(packet, flags, flow.reply.publish, REPLY)?;
     if !flow::update(ctx, flow, packet, REPLY) {
         return Err(Reason::NotOurs);
     }

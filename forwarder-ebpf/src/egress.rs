@@ -45,9 +45,9 @@ fn reply(ctx: &TcContext, trail: &mut Trail) -> Verdict {
 #[inline(always)]
 fn rewritten(ctx: &TcContext, packet: &mut Packet, trail: &mut Trail) -> Verdict {
     match flow::get_by_reply(packet) {
-        Some(flow) if flow.back.delivery == delivery::STACK => {
-            let flags = publish::flags(flow.publish);
-            limit::carry(packet, flags, flow.publish, REPLY)?;
+        Some(flow) if flow.reply.back.delivery == delivery::STACK => {
+            let flags = publish::flags(flow.reply.publish);
+            limit::carry(packet, flags, flow.reply.publish, REPLY)?;
             ingress::to_client(ctx, packet, flow, trail)
         }
         _ => Err(Reason::NotOurs),

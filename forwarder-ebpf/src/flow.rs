@@ -47,7 +47,7 @@ pub fn get_by_reply(packet: &mut Packet) -> Option<&'static mut Flow> {
         return None;
     }
     reverse(&packet.tuple, &mut packet.new);
-    get(&packet.new).filter(|flow| flow.state & (state::FOREIGN | state::ALIAS) == 0)
+    get(&packet.new).filter(|flow| flow.reply.state & (state::FOREIGN | state::ALIAS) == 0)
 }
 
 /// The flow whose key is what the packet becomes, if the packet is of its original direction.
@@ -78,7 +78,7 @@ pub fn get_by_alias(packet: &mut Packet) -> Option<&'static mut Flow> {
 #[inline(never)]
 fn alias(packet: &Packet) -> Option<u16> {
     let alias = get(&packet.tuple)?;
-    (alias.state & state::ALIAS != 0).then_some(alias.client_port)
+    (alias.state() & state::ALIAS != 0).then_some(alias.ports().0)
 }
 
 /// Whether the packet is from this flow's client to its frontend; a client on this host is one that came by `lo`.
@@ -89,11 +89,10 @@ fn is_original(flow: &Flow, packet: &Packet) -> bool {
 
 #[inline(always)]
 fn is_of(flow: &Flow, original: &Tuple, local_client: u32) -> bool {
-    flow.client_port == original.source_port
-        && flow.frontend_port == original.destination_port
+    flow.ports() == (original.source_port, original.destination_port)
         && flow.client == original.source
         && flow.frontend == original.destination
-        && flow.state & (state::LOCAL_CLIENT | state::FOREIGN | state::ALIAS) == local_client
+        && flow.state() & (state::LOCAL_CLIENT | state::FOREIGN | state::ALIAS) == local_client
 }
 
 /// The part of a flow's state that its first packet says.
@@ -113,7 +112,9 @@ pub fn update(frame: &impl Frame, flow: &mut Flow, packet: &Packet, direction: u
     if packet.is_error() {
         return true;
     }
-    flow.last_seen = clock::now();
+    let side = flow.side_mut(direction);
+    side.last_seen = clock::now();
+    let state = side.state;
     if packet.protocol == TCP {
         if let Some(segment) = parse::segment(frame, packet)
             && !tcp::follow(flow, direction, segment, || is_direct(packet))
@@ -121,14 +122,15 @@ pub fn update(frame: &impl Frame, flow: &mut Flow, packet: &Packet, direction: u
             return false;
         }
     } else if direction == REPLY {
-        if flow.state & state::REPLIED == 0 {
-            flow.state |= state::REPLIED;
+        if state & state::REPLIED == 0 {
+            flow.set_state(state | state::REPLIED);
         }
-    } else if flow.state & (state::REPLIED | state::ESTABLISHED) == state::REPLIED {
-        flow.state |= state::ESTABLISHED;
+    } else if state & (state::REPLIED | state::ESTABLISHED) == state::REPLIED {
+        flow.set_state(state | state::ESTABLISHED);
     }
-    flow.packets[direction] += 1;
-    flow.bytes[direction] += packet.length as u64;
+    let side = flow.side_mut(direction);
+    side.packets += 1;
+    side.bytes += packet.length as u64;
     true
 }
 
@@ -156,9 +158,9 @@ fn is_direct(packet: &Packet) -> bool {
 #[inline(always)]
 pub fn keep(packet: &Packet, flow: &mut Flow) -> Result<(), Reason> {
     const BITS: u32 = state::ESTABLISHED | state::RESET | state::KEPT;
-    if flow.state & BITS == state::ESTABLISHED {
-        if !limit::has_room(flow.publish) {
-            return Err(usage::refused(flow.publish, Reason::TooManyFlows));
+    if flow.state() & BITS == state::ESTABLISHED {
+        if !limit::has_room(flow.publish()) {
+            return Err(usage::refused(flow.publish(), Reason::TooManyFlows));
         }
         keep_now(packet, flow);
     }
@@ -173,14 +175,14 @@ fn keep_now(packet: &Packet, flow: &mut Flow) {
         count(Reason::SourceShare);
         return;
     }
-    flow.state |= state::KEPT;
+    flow.set_state(flow.state() | state::KEPT);
     // RACE: two CPUs at once: the first's entry stays, both packets go on. What another CPU writes
     // during the copy is a counter, or a state that the next packet's follows.
     match enter(key, flow, share) {
-        Ok(()) => usage::kept(flow.publish),
+        Ok(()) => usage::kept(flow.publish()),
         Err(EEXIST) => {}
         Err(_) => {
-            flow.state &= !state::KEPT;
+            flow.set_state(flow.state() & !state::KEPT);
             count(Reason::FlowsFull);
             return;
         }
@@ -225,8 +227,8 @@ pub fn answer(flow: &Flow, packet: &mut Packet) {
     let new = &mut packet.new;
     copy_address(&flow.frontend, &mut new.source);
     copy_address(&flow.client, &mut new.destination);
-    new.source_port = flow.frontend_port;
-    new.destination_port = flow.client_port;
+    new.source_port = flow.reply.frontend_port;
+    new.destination_port = flow.reply.client_port;
     new.protocol = packet.tuple.protocol;
 }
 
@@ -301,7 +303,7 @@ pub fn insert_by_ports(
             _ => {}
         }
         packet.new.source_port = draft.key.source_port;
-        if draft.flow.state & OF_THIS_HOST == 0 || !steer::has_socket(skb, packet) {
+        if draft.flow.state() & OF_THIS_HOST == 0 || !steer::has_socket(skb, packet) {
             if (draft.attempt != 0 || !is_snat) && !make_alias() {
                 give_back();
                 return Err(Reason::NoEntry);
@@ -340,7 +342,7 @@ pub extern "C" fn take_port() -> u32 {
     };
     (draft.over, draft.unproven, draft.oldest) = (NONE, NONE, u64::MAX);
     draft.full = 0;
-    let takes_entry = draft.flow.state & state::KEPT != 0;
+    let takes_entry = draft.flow.state() & state::KEPT != 0;
     draft.capped = (takes_entry && !share::has_room(draft.share)) as u32;
     for step in 0..limits::SNAT_TRIES {
         match try_port() {
@@ -404,7 +406,7 @@ pub extern "C" fn try_port() -> u32 {
     if is_of(
         flow,
         &draft.original,
-        draft.flow.state & state::LOCAL_CLIENT,
+        draft.flow.state() & state::LOCAL_CLIENT,
     ) {
         return OWN;
     }
@@ -413,8 +415,8 @@ pub extern "C" fn try_port() -> u32 {
     }
     match remains(flow, draft.key.protocol) {
         Remains::Nothing if draft.over == NONE => draft.over = draft.attempt,
-        Remains::Hope if flow.last_seen < draft.oldest => {
-            (draft.unproven, draft.oldest) = (draft.attempt, flow.last_seen);
+        Remains::Hope if flow.last_seen() < draft.oldest => {
+            (draft.unproven, draft.oldest) = (draft.attempt, flow.last_seen());
         }
         _ => {}
     }
@@ -425,7 +427,7 @@ pub extern "C" fn try_port() -> u32 {
 /// towards each backend, and none must be given to another before its time.
 #[inline(always)]
 fn table(draft: &Draft) -> Result<(), i32> {
-    if draft.flow.state & state::KEPT != 0 {
+    if draft.flow.state() & state::KEPT != 0 {
         enter(&draft.key, &draft.flow, draft.share)
     } else {
         HALF_OPEN.insert(&draft.key, &draft.flow, BPF_NOEXIST as u64)
@@ -443,9 +445,9 @@ enum Remains {
 
 #[inline(always)]
 fn remains(flow: &Flow, protocol: u32) -> Remains {
-    let silent = clock::now().saturating_sub(flow.last_seen);
-    let phase = Phase::of(protocol, flow.state);
-    let believed = flow.state & state::BOTH_SPOKE == 0;
+    let silent = clock::now().saturating_sub(flow.last_seen());
+    let phase = Phase::of(protocol, flow.state());
+    let believed = flow.state() & state::BOTH_SPOKE == 0;
     if silent >= timeout(phase)
         || phase == Phase::TcpTimeWait
         || phase == Phase::TcpClose && believed
@@ -481,10 +483,9 @@ fn take_over(draft: &mut Draft) -> bool {
         Some(flow) => {
             copy_address(&flow.client, &mut draft.other.source);
             copy_address(&flow.frontend, &mut draft.other.destination);
-            draft.other.source_port = flow.client_port;
-            draft.other.destination_port = flow.frontend_port;
+            (draft.other.source_port, draft.other.destination_port) = flow.ports();
             draft.other.protocol = draft.key.protocol;
-            let (publish, was_kept) = (flow.publish, flow.state & state::KEPT != 0);
+            let (publish, was_kept) = (flow.publish(), flow.state() & state::KEPT != 0);
             // Before its memory is another's.
             usage::ended(flow);
             let replaced = replace(draft);
@@ -502,7 +503,7 @@ fn take_over(draft: &mut Draft) -> bool {
 fn replace(draft: &Draft) -> bool {
     let other = share::of(&draft.other.source);
     forget_alias(&draft.other, other, draft.key.source_port);
-    if draft.flow.state & state::KEPT != 0 {
+    if draft.flow.state() & state::KEPT != 0 {
         return overwrite(&draft.key, &draft.flow, draft.share, other);
     }
     // In this order: whoever looks in between finds one of the two.
@@ -543,10 +544,10 @@ fn make_alias() -> bool {
     let flow = &mut draft.flow;
     copy_address(&draft.key.source, &mut flow.client);
     copy_address(&draft.key.destination, &mut flow.frontend);
-    (flow.client_port, flow.frontend_port) = (draft.key.source_port, draft.key.destination_port);
-    flow.state |= state::ALIAS;
+    flow.set_ports(draft.key.source_port, draft.key.destination_port);
+    flow.set_state(flow.state() | state::ALIAS);
     share::alias();
-    if flow.state & state::KEPT != 0 {
+    if flow.state() & state::KEPT != 0 {
         if overwrite(&draft.original, &draft.flow, draft.share, draft.share) {
             return true;
         }
@@ -563,7 +564,7 @@ fn make_alias() -> bool {
 #[inline(always)]
 fn forget_alias(original: &Tuple, share: u32, port: u16) {
     let is_alias = get(original)
-        .is_some_and(|there| there.state & state::ALIAS != 0 && there.client_port == port);
+        .is_some_and(|there| there.state() & state::ALIAS != 0 && there.ports().0 == port);
     if is_alias {
         leave(original, share);
         let _ = HALF_OPEN.remove(original);

@@ -74,11 +74,11 @@ fn forward(
         && let Some((published, flow)) = original(packet, published)
     {
         if packet.is_error() {
-            admit::error(ctx.skb.skb, packet, &flow.back)?;
+            admit::error(ctx.skb.skb, packet, flow.back())?;
         } else {
             is_from_client(ctx.skb.skb.cast(), packet, flow)?;
         }
-        if flow.state & state::CUT != 0 {
+        if flow.state() & state::CUT != 0 {
             return reset(ctx, packet);
         }
         if let Some(obstacle) = before_backend(ctx, packet, &published)? {
@@ -86,25 +86,27 @@ fn forward(
         }
         limit::carry(packet, published.publish.flags, published.index, ORIGINAL)?;
         flow::update(ctx, flow, packet, ORIGINAL);
-        follow_client(ctx, packet, &mut flow.back);
+        follow_client(ctx, packet, flow);
         flow::keep(packet, flow)?;
         return to_backend(ctx, packet, &published, trail);
     }
     if let Some(flow) = flow::get_by_reply(packet) {
         let flags = if packet.is_error() {
-            let publish = PUBLISHES.get(flow.publish).ok_or(Reason::Unresolved)?;
+            let publish = PUBLISHES
+                .get(flow.reply.publish)
+                .ok_or(Reason::Unresolved)?;
             admit::error(ctx.skb.skb, packet, &publish.hop)?;
             0
         } else {
-            is_from_backend(ctx.skb.skb.cast(), packet, flow.publish)?
+            is_from_backend(ctx.skb.skb.cast(), packet, flow.reply.publish)?
         };
-        if flow.state & state::CUT != 0 {
+        if flow.reply.state & state::CUT != 0 {
             return reset(ctx, packet);
         }
-        if is_stack(&flow.back) {
+        if is_stack(&flow.reply.back) {
             return Err(Reason::NotOurs); // until it leaves
         }
-        limit::carry(packet, flags, flow.publish, REPLY)?;
+        limit::carry(packet, flags, flow.reply.publish, REPLY)?;
         if fragment::is_late(packet) {
             flow::update(ctx, flow, packet, REPLY);
             fragment::hand_over(ctx.skb.skb);
@@ -270,7 +272,7 @@ fn former(packet: &mut Packet, mut index: u32) -> u32 {
         // A SYN that is sent again is of the flow that it began. A new one is not, though its client had the same port.
         let opens = packet.opens();
         if let Some(flow) = flow_of(packet, publish)
-            && (!opens || flow.state & (state::UNSETTLED | state::CUT) == 0)
+            && (!opens || flow.state() & (state::UNSETTLED | state::CUT) == 0)
         {
             return index;
         }
@@ -288,7 +290,7 @@ fn former(packet: &mut Packet, mut index: u32) -> u32 {
 /// `Martian`.
 #[inline(always)]
 pub fn is_from_client(context: *mut c_void, packet: &Packet, flow: &Flow) -> Result<(), Reason> {
-    let back = &flow.back;
+    let back = flow.back();
     if packet.ifindex == back.ifindex || publish::layer3(packet.ifindex) == back.ifindex {
         return Ok(());
     }
@@ -318,7 +320,8 @@ pub fn is_from_backend(context: *mut c_void, packet: &Packet, index: u32) -> Res
 /// another device if its own has gone or its address is another container's now. By no other, or a container could speak for
 /// somebody else and be answered.
 #[inline(always)]
-fn follow_client(ctx: &TcContext, packet: &Packet, way: &mut Hop) {
+fn follow_client(ctx: &TcContext, packet: &Packet, flow: &mut Flow) {
+    let way = flow.back();
     let stays = way.ifindex == packet.ifindex;
     let by_route = way.delivery == delivery::NEIGHBOUR;
     if packet.is_error()
@@ -328,17 +331,17 @@ fn follow_client(ctx: &TcContext, packet: &Packet, way: &mut Hop) {
         return;
     }
     let (ifindex, delivery) = publish::way_back(packet);
+    let mut new = *way;
     if by_route && delivery == delivery::NEIGHBOUR {
-        way.ifindex = ifindex;
+        new.ifindex = ifindex;
+    } else if !stays && publish::exists(way.ifindex) && !publish::is_known_behind(packet)
+        || deliver::back(ctx, (ifindex, delivery), &mut new).is_err()
+    {
         return;
     }
-    if !stays && publish::exists(way.ifindex) && !publish::is_known_behind(packet) {
-        return;
-    }
-    let mut new = Hop::default();
-    if deliver::back(ctx, (ifindex, delivery), &mut new).is_ok() && *way != new {
+    if *way != new {
         // RACE: an answer on another CPU may read some of both, and is lost.
-        *way = new;
+        (flow.original.back, flow.reply.back) = (new, new);
     }
 }
 
@@ -371,18 +374,18 @@ fn begin(
     } else {
         (ifindex, delivery)
     };
-    deliver::back(ctx, (ifindex, delivery), &mut flow.back)?;
+    deliver::back(ctx, (ifindex, delivery), &mut flow.original.back)?;
+    flow.reply.back = flow.original.back;
     copy_address(&packet.tuple.source, &mut flow.client);
     copy_address(&packet.tuple.destination, &mut flow.frontend);
-    flow.client_port = packet.tuple.source_port;
-    flow.frontend_port = packet.tuple.destination_port;
-    flow.publish = index;
-    flow.state = flow::local_client(packet) | if is_snat { state::KEPT } else { 0 };
+    flow.set_ports(packet.tuple.source_port, packet.tuple.destination_port);
+    flow.set_publish(index);
+    flow.set_state(flow::local_client(packet) | if is_snat { state::KEPT } else { 0 });
     let none = zero();
-    flow.acknowledged = [none as u32; 2];
-    flow.sent = [none as u32; 2];
-    flow.packets = [none; 2];
-    flow.bytes = [none; 2];
+    for side in [&mut flow.original, &mut flow.reply] {
+        (side.acknowledged, side.sent) = (none as u32, none as u32);
+        (side.last_seen, side.packets, side.bytes) = (none, none, none);
+    }
     if goes_on(packet)
         && let Some(segment) = parse::segment(ctx, packet)
     {
@@ -436,29 +439,34 @@ pub fn to_client(
     flow: &mut Flow,
     trail: &mut Trail,
 ) -> Verdict {
-    let hop = flow.state & state::LOCAL_CLIENT == 0 && !is_stack(&flow.back);
-    if let Some(obstacle) = icmp::obstacle(ctx, packet, &flow.back, hop) {
+    let hop = flow.reply.state & state::LOCAL_CLIENT == 0 && !is_stack(&flow.reply.back);
+    if let Some(obstacle) = icmp::obstacle(ctx, packet, &flow.reply.back, hop) {
         if obstacle.reason == Reason::TooBig && icmp::slow_path_fragments(packet) {
             // And its sender is told all the same: one that heeds it sends what the fast path carries.
             flow::update(ctx, flow, packet, REPLY);
             fragment::leave_to_daemon(ctx.skb.skb, packet);
             count(Reason::CutUp);
         }
-        return tell(ctx, packet, obstacle, flow.publish);
+        return tell(ctx, packet, obstacle, flow.reply.publish);
     }
     if !flow::update(ctx, flow, packet, REPLY) {
         return Err(Reason::NotOurs);
     }
     flow::answer(flow, packet);
-    trail.rewritten(flow.publish, &packet.new, &flow.back);
+    trail.rewritten(flow.reply.publish, &packet.new, &flow.reply.back);
     if packet.is_error() {
         rewrite::error(ctx, packet, hop, false)?;
     } else {
         rewrite::tuple(ctx, packet, hop)?;
-        clamp_segments(ctx, packet, &flow.back);
+        clamp_segments(ctx, packet, &flow.reply.back);
     }
-    let action = deliver::deliver(ctx, &flow.back, setting(&PEER_FROM_LO) != 0, Some(packet))
-        .map_err(|_| Reason::NoWayBack)?;
+    let action = deliver::deliver(
+        ctx,
+        &flow.reply.back,
+        setting(&PEER_FROM_LO) != 0,
+        Some(packet),
+    )
+    .map_err(|_| Reason::NoWayBack)?;
     Ok(Forwarded {
         action,
         reason: reason(packet, Reason::ForwardedReply),

@@ -67,7 +67,7 @@ fn end_mistaken(packet: &mut parse::Packet) {
         return;
     };
     if !publish::translate(packet, published.publish)
-        && flow::get_original(packet).is_some_and(|flow| flow.state & state::ESTABLISHED == 0)
+        && flow::get_original(packet).is_some_and(|flow| flow.state() & state::ESTABLISHED == 0)
     {
         let _ = HALF_OPEN.remove(&packet.new);
     }

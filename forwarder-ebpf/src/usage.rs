@@ -36,18 +36,16 @@ pub fn kept(publish: u32) {
 /// A flow gives way to another.
 #[inline(always)]
 pub fn ended(flow: &Flow) {
-    if let Some(usage) = USAGE.get_ptr_mut(flow.publish) {
+    if let Some(usage) = USAGE.get_ptr_mut(flow.publish()) {
         // SAFETY: as above.
         unsafe {
-            if flow.state & state::KEPT != 0 {
+            if flow.state() & state::KEPT != 0 {
                 add(&raw mut (*usage).ended, 1);
             }
             for direction in 0..2 {
-                add(
-                    &raw mut (*usage).packets[direction],
-                    flow.packets[direction],
-                );
-                add(&raw mut (*usage).bytes[direction], flow.bytes[direction]);
+                let side = flow.side(direction);
+                add(&raw mut (*usage).packets[direction], side.packets);
+                add(&raw mut (*usage).bytes[direction], side.bytes);
             }
         }
     }

@@ -27,15 +27,14 @@ fn flow(number: u32, last_seen: u64) -> (Tuple, Flow) {
         destination_port: BACKEND_PORT.to_be(),
         protocol: UDP.into(),
     };
-    let flow = Flow {
+    let mut flow = Flow {
         client,
-        client_port: 4000,
-        frontend_port: PORT.to_be(),
-        publish: 1,
-        state: state::REPLIED | state::ESTABLISHED | state::KEPT,
-        last_seen,
         ..Flow::default()
     };
+    flow.set_ports(4000, PORT.to_be());
+    flow.set_publish(1);
+    flow.set_state(state::REPLIED | state::ESTABLISHED | state::KEPT);
+    flow.original.last_seen = last_seen;
     (key, flow)
 }
 

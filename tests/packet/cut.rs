@@ -93,7 +93,7 @@ fn both_ends_are_answered_by_the_number_that_they_wait_for() {
                 bench.send(&ends, by).dropped("cut");
             }
             let before = bench.flow().1;
-            assert_eq!(before.packets, [2, 1], "nothing was carried");
+            assert_eq!(before.packets(), [2, 1], "nothing was carried");
             let (key, _) = bench.flow();
             bench.datapath.maps.flows.end(&key, |_| true).unwrap();
             assert_eq!(bench.datapath.maps.usage(1).unwrap().flows, 0);

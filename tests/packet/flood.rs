@@ -65,7 +65,7 @@ fn flood(bench: &Bench, protocol: Protocol, packets: u32) {
 fn state_of(bench: &Bench, client: SocketAddr) -> Option<Flow> {
     let flows = bench.datapath.maps.flows.all().map(Result::unwrap);
     let mut of_client = flows.filter(|(_, flow)| {
-        (flow.client, flow.client_port) == (client.ip().into(), client.port().to_be())
+        (flow.client, flow.ports().0) == (client.ip().into(), client.port().to_be())
     });
     let found: Option<(Tuple, Flow)> = of_client.next();
     assert!(of_client.next().is_none(), "{client} has two flows");
@@ -73,7 +73,7 @@ fn state_of(bench: &Bench, client: SocketAddr) -> Option<Flow> {
 }
 
 fn is_kept(bench: &Bench, client: SocketAddr) -> bool {
-    state_of(bench, client).is_some_and(|flow| flow.state & state::KEPT != 0)
+    state_of(bench, client).is_some_and(|flow| flow.state() & state::KEPT != 0)
 }
 
 fn is_kept_when_the_client_answers_the_answer(protocol: Protocol) {
@@ -87,9 +87,12 @@ fn is_kept_when_the_client_answers_the_answer(protocol: Protocol) {
         assert!(is_kept(bench, client(4000)));
         let flow = bench.flow().1;
         let length = sent.bytes().len() as u64;
-        assert_eq!((flow.packets, flow.bytes), ([2, 1], [2 * length, length]));
+        assert_eq!(
+            (flow.packets(), flow.bytes()),
+            ([2, 1], [2 * length, length])
+        );
         bench.send(&acknowledged, bench.uplink).forwarded();
-        assert_eq!(bench.flow().1.packets, [3, 1], "it counts on");
+        assert_eq!(bench.flow().1.packets(), [3, 1], "it counts on");
     });
 }
 
@@ -428,6 +431,6 @@ fn a_flow_that_is_found_again_is_followed_again() {
             assert_eq!(again.source, arrived.source);
         }
         let flow = bench.datapath.maps.flows.get(&key).unwrap().unwrap();
-        assert_eq!(Phase::of(key.protocol, flow.state), Phase::TcpEstablished);
+        assert_eq!(Phase::of(key.protocol, flow.state()), Phase::TcpEstablished);
     });
 }

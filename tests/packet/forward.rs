@@ -294,7 +294,7 @@ fn a_client_is_answered_where_it_is_now() {
         let answer = bench.send(&sent, bench.uplink).forwarded().reply();
         let back = |bench: &Bench| {
             let answer = bench.send(&answer, bench.container).forwarded();
-            (answer.destination_mac, bench.flow().1.back.ifindex)
+            (answer.destination_mac, bench.flow().1.back().ifindex)
         };
         assert_eq!(back(bench), (sent.source_mac, bench.uplink));
         let first = sent.source_mac;

@@ -330,7 +330,7 @@ fn other_peoples_errors_are_untouched() {
                     bench.send_bytes(&bytes, ifindex).passed(&bytes, "");
                 }
             }
-            assert_eq!(bench.flow().1.packets, [1, 0], "none of them made a flow");
+            assert_eq!(bench.flow().1.packets(), [1, 0], "none of them made a flow");
         });
     }
 }

@@ -84,7 +84,7 @@ fn no_more_flows_at_once_than_may_be() {
                 let one = first(protocol, client, host, 4000).with_flags(ACK);
                 bench.send(&one, bench.uplink).forwarded();
                 let mut flows = bench.datapath.maps.flows.all().map(Result::unwrap);
-                let (key, _) = flows.find(|(_, flow)| flow.publish == 1).unwrap();
+                let (key, _) = flows.find(|(_, flow)| flow.publish() == 1).unwrap();
                 drop(flows);
                 bench.datapath.maps.flows.end(&key, |_| true).unwrap();
                 bench.send(&third, bench.uplink).forwarded();
@@ -117,7 +117,7 @@ fn handshakes_at_once_do_not_get_round_the_number_of_flows() {
             bench.send(&acks[2], bench.uplink).dropped("too_many_flows");
             let mut flows = bench.datapath.maps.flows.all().map(Result::unwrap);
             let (key, _) = flows
-                .find(|(_, flow)| flow.client_port == acks[0].source.port().to_be())
+                .find(|(_, flow)| flow.ports().0 == acks[0].source.port().to_be())
                 .unwrap();
             drop(flows);
             bench.datapath.maps.flows.end(&key, |_| true).unwrap();
@@ -328,7 +328,7 @@ fn each_direction_has_its_own_bandwidth() {
                 // What is dropped is no packet of the flow.
                 let (_, flow) = bench.flow();
                 let packets = [sent as u64 + 1, answered as u64];
-                assert_eq!(flow.packets, packets);
+                assert_eq!(flow.packets(), packets);
                 assert_eq!(refused(bench, "bandwidth_exceeded"), 200 - limited as u64);
             });
         }

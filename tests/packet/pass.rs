@@ -82,7 +82,7 @@ fn a_packet_to_the_backend_itself_is_of_no_flow() {
             let arrived = bench.send(&through, bench.uplink).forwarded();
             assert_eq!(arrived.destination, direct.destination);
         }
-        assert_eq!(bench.flow().1.packets, [2, 0]);
+        assert_eq!(bench.flow().1.packets(), [2, 0]);
     });
 }
 

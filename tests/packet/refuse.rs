@@ -538,7 +538,7 @@ fn a_conversation_is_continued_by_the_container_that_has_the_address_now() {
                 };
                 bench.publish(protocol, 8080, backend);
                 let frame = Frame::first(protocol, at(client), at(frontend));
-                let way = |bench: &Bench| bench.flow().1.back.ifindex;
+                let way = |bench: &Bench| bench.flow().1.back().ifindex;
                 bench.locate(&address, behind(neighbour));
                 bench.send(&frame, neighbour).forwarded();
                 bench.send(&frame, bridge).dropped("martian_source");

@@ -59,7 +59,7 @@ fn kept(bench: &Bench, source: &str) -> usize {
     let source: Address = source.parse::<std::net::IpAddr>().unwrap().into();
     let flows = bench.datapath.maps.flows.all().map(Result::unwrap);
     flows
-        .filter(|(_, flow)| flow.client == source && flow.state & state::KEPT != 0)
+        .filter(|(_, flow)| flow.client == source && flow.state() & state::KEPT != 0)
         .count()
 }
 
@@ -69,7 +69,7 @@ fn is_counted(bench: &Bench) {
     let flows = &bench.datapath.maps.flows;
     let mut kept = vec![0_u64; ALL as usize + 1];
     for (key, flow) in flows.all().map(Result::unwrap) {
-        let there = flow.state & state::KEPT != 0;
+        let there = flow.state() & state::KEPT != 0;
         // With its alias.
         let entries = u64::from(there) + u64::from(there && has_alias(bench, &key, &flow));
         kept[flows.shares.index(flow.source(&key)) as usize] += entries;
@@ -83,7 +83,7 @@ fn is_counted(bench: &Bench) {
 fn has_alias(bench: &Bench, key: &Tuple, flow: &Flow) -> bool {
     let (alias, _) = flow.counterpart(key);
     let there = bench.datapath.maps.flows.get(&alias).unwrap();
-    alias != *key && there.is_some_and(|there| there.state & state::ALIAS != 0)
+    alias != *key && there.is_some_and(|there| there.state() & state::ALIAS != 0)
 }
 
 /// Fills three quarters of the table by one source. One whose first port another has takes two entries.
@@ -171,7 +171,7 @@ fn addresses_of_one_ipv6_network_are_one_source() {
             );
         }
         let flows = bench.datapath.maps.flows.all().map(Result::unwrap);
-        let kept = flows.filter(|(_, flow)| flow.state & state::KEPT != 0);
+        let kept = flows.filter(|(_, flow)| flow.state() & state::KEPT != 0);
         assert_eq!(kept.count(), FLOWS as usize / 4 * 3);
         is_counted(bench);
     });
@@ -269,7 +269,7 @@ fn what_ends_makes_room() {
             .flows
             .all()
             .map(Result::unwrap)
-            .find(|(_, flow)| flow.state & state::KEPT != 0)
+            .find(|(_, flow)| flow.state() & state::KEPT != 0)
             .unwrap();
         bench.datapath.maps.flows.end(&key, |_| true).unwrap();
         is_counted(bench);
@@ -358,7 +358,7 @@ fn walk(bench: &Bench) {
             if is_kept {
                 count.saw(flows.shares.index(flow.source(&key)));
             }
-            if flow.state & state::ALIAS != 0 {
+            if flow.state() & state::ALIAS != 0 {
                 count.saw_alias();
             }
         }

@@ -232,9 +232,9 @@ fn direct_after(end: &[(bool, forwarder_tests::frame::Flags)]) {
                 .forwarded();
         }
         left_alone(bench, &direct);
-        assert_eq!(bench.flow().1.state & state::PROGRESS, 0);
+        assert_eq!(bench.flow().1.state() & state::PROGRESS, 0);
         let (key, flow) = bench.flow();
-        assert_eq!(Phase::of(key.protocol, flow.state), Phase::TcpSynSent);
+        assert_eq!(Phase::of(key.protocol, flow.state()), Phase::TcpSynSent);
         arrived = bench.send(&syn, bench.uplink).forwarded();
         assert_ne!(arrived.source, syn.source);
         let answer = bench.send(&arrived.reply(), bench.container).forwarded();
@@ -380,7 +380,7 @@ fn a_backend_that_still_has_the_old_connection_learns_that_it_is_over() {
         assert_eq!(answer.destination, syn.source);
         bench.send(&syn.with_flags(ACK), bench.uplink).forwarded();
         let (key, flow) = bench.flow();
-        assert_eq!(Phase::of(key.protocol, flow.state), Phase::TcpEstablished);
+        assert_eq!(Phase::of(key.protocol, flow.state()), Phase::TcpEstablished);
     });
 }
 
@@ -407,7 +407,7 @@ fn a_late_segment_of_the_connection_before_does_not_end_the_next() {
             assert_eq!(answer.destination, syn.source);
             bench.send(&syn.with_flags(ACK), bench.uplink).forwarded();
             let (key, flow) = bench.flow();
-            assert_eq!(Phase::of(key.protocol, flow.state), Phase::TcpEstablished);
+            assert_eq!(Phase::of(key.protocol, flow.state()), Phase::TcpEstablished);
         });
     }
 }

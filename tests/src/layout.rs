@@ -70,15 +70,15 @@ impl Parts {
         let (mut moves, mut before) = (Vec::new(), 0);
         let mut at = if with_unknown { 8 } else { 0 };
         for part in &mut *parts {
-            let number = |name: &str| part[name].as_u64().map(|it| it as usize);
-            let (offset, size) = number("offset").zip(number("size")).context("no place")?;
+            let number = |at: usize| part[at].as_u64().map(|it| it as usize);
+            let (offset, size) = number(1).zip(number(2)).context("no place")?;
             moves.push((offset, at, size));
-            part["offset"] = at.into();
+            part[1] = at.into();
             before = before.max(offset + size);
             at += size;
         }
         if with_unknown {
-            parts.push(json!({"name": "unheard", "offset": 0, "size": 8}));
+            parts.push(json!(["unheard", 0, 8]));
         }
         Ok(Self {
             moves,

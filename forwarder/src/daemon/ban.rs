@@ -199,7 +199,7 @@ fn end_of(tables: &mut FlowTables, is_banned: impl Fn(IpAddr, u32) -> bool) -> R
     let resets = Resets::open()?;
     tables.change_all(|key, flow, tables| {
         let client: IpAddr = flow.client.into();
-        if flow.state & state::ALIAS != 0 || !is_banned(client, flow.publish) {
+        if flow.state() & state::ALIAS != 0 || !is_banned(client, flow.publish()) {
             return Ok(());
         }
         let ended = tables.end(key, |there| there.client == flow.client)?;

@@ -147,8 +147,9 @@ impl Daemon {
         };
         let flow = datapath.maps.flows.get(&key)?;
         Ok(flow.map(|flow| {
-            let frontend = (flow.frontend, flow.frontend_port);
-            let [frontend, client] = [frontend, (flow.client, flow.client_port)]
+            let (client_port, frontend_port) = flow.ports();
+            let frontend = (flow.frontend, frontend_port);
+            let [frontend, client] = [frontend, (flow.client, client_port)]
                 .map(|(address, port)| SocketAddr::new(address.into(), u16::from_be(port)));
             (frontend, client)
         }))

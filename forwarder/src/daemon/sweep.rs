@@ -164,31 +164,29 @@ impl Daemon {
             return;
         };
         let adopted = datapath.maps.flows.change_all(|key, flow, tables| {
-            let is_alias = flow.state & state::ALIAS != 0;
+            let is_alias = flow.state() & state::ALIAS != 0;
             let (told, of) = if is_alias {
                 flow.counterpart(key)
             } else {
                 (*key, *flow)
             };
             // Nothing would rewrite the answers of one that goes through the stack; one that was cut off is over.
-            let lost = flow.back.delivery == delivery::STACK && !respects_firewall
-                || flow.state & state::CUT != 0;
+            let lost = flow.back().delivery == delivery::STACK && !respects_firewall
+                || flow.state() & state::CUT != 0;
             let possible = owners.get(&(told.protocol, told.destination_port, told.destination));
             let mut possible = possible.into_iter().flatten();
             let is_its = |(_, wanted): &&(u32, Wanted)| owns(&wanted.publish.spec, &told, &of);
             // First where it was: one that drains may have the same ports and backend.
-            let same = possible.clone().find(|(index, _)| *index == flow.publish);
+            let same = possible.clone().find(|(index, _)| *index == flow.publish());
             let owner = same.filter(is_its).or_else(|| possible.find(is_its));
             let owner = owner.filter(|_| !lost);
             match owner {
-                Some((index, _)) if flow.publish == *index => Ok(()),
-                Some((index, _)) => tables.set(
-                    key,
-                    &Flow {
-                        publish: *index,
-                        ..*flow
-                    },
-                ),
+                Some((index, _)) if flow.publish() == *index => Ok(()),
+                Some((index, _)) => {
+                    let mut flow = *flow;
+                    flow.set_publish(*index);
+                    tables.set(key, &flow)
+                }
                 None => tables.remove(key, flow),
             }
         });
@@ -270,11 +268,11 @@ impl Daemon {
             let Some(above) = sweep.above.get_mut(&share) else {
                 continue;
             };
-            let ends = |flow: &Flow| above.ends(flow.last_seen);
+            let ends = |flow: &Flow| above.ends(flow.last_seen());
             if ends(&flow)
                 && is_made_again(maps, &key, &flow)
                 && let Some(flow) = maps.flows.end(&key, ends)?
-                && flow.last_seen == above.until
+                && flow.last_seen() == above.until
             {
                 above.at_until -= 1;
             }
@@ -292,8 +290,8 @@ impl Daemon {
         };
         let now = clock::monotonic();
         let expired = |key: &Tuple, flow: &Flow| {
-            now.saturating_sub(flow.last_seen) / 1_000_000_000
-                >= self.timeouts.of(Phase::of(key.protocol, flow.state))
+            now.saturating_sub(flow.last_seen()) / 1_000_000_000
+                >= self.timeouts.of(Phase::of(key.protocol, flow.state()))
         };
         for (key, flow) in slice {
             sweep.sums.add(&flow);
@@ -304,10 +302,10 @@ impl Daemon {
                     && is_made_again(&datapath.maps, &key, &flow)
                     && !expired(&key, &flow)
                 {
-                    above.last_seen.push(flow.last_seen);
+                    above.last_seen.push(flow.last_seen());
                 }
             }
-            if flow.state & state::ALIAS != 0 {
+            if flow.state() & state::ALIAS != 0 {
                 if let Some(count) = &mut sweep.count {
                     count.saw_alias();
                 }
@@ -319,16 +317,16 @@ impl Daemon {
             }
             if !expired(&key, &flow) {
                 // One that waits for stray segments alone holds up no drain.
-                let phase = Phase::of(key.protocol, flow.state);
+                let phase = Phase::of(key.protocol, flow.state());
                 if !matches!(phase, Phase::TcpTimeWait | Phase::TcpClose) {
-                    sweep.alive.insert(flow.publish);
+                    sweep.alive.insert(flow.publish());
                 }
                 continue;
             }
             // RACE: a packet since the slice was read is heeded; one between this and the removal begins a new flow.
             let ended = datapath.maps.flows.end(&key, |flow| expired(&key, flow))?;
             if ended.is_none() {
-                sweep.alive.insert(flow.publish);
+                sweep.alive.insert(flow.publish());
             }
         }
         Ok(true)
@@ -379,11 +377,11 @@ fn above_share(flows: &FlowTables) -> HashMap<u32, Above> {
 fn is_made_again(maps: &Maps, key: &Tuple, flow: &Flow) -> bool {
     const BITS: u32 = state::KEPT | state::ALIAS | state::CUT;
     const IN_THE_WAY: u16 = flag::STACK | flag::STEERED | flag::DRAINING;
-    let has_its_own = flow.client == key.source && flow.client_port == key.source_port;
+    let has_its_own = flow.client == key.source && flow.ports().0 == key.source_port;
     let takes_new = maps
-        .flags(flow.publish)
+        .flags(flow.publish())
         .is_some_and(|flags| flags & IN_THE_WAY == 0);
-    has_its_own && flow.state & BITS == state::KEPT && takes_new
+    has_its_own && flow.state() & BITS == state::KEPT && takes_new
 }
 
 /// Cuts off every flow of these places, and tells both of its ends.
@@ -394,12 +392,12 @@ fn cut_all(tables: &mut FlowTables, places: &BTreeSet<u32>) -> Result<()> {
     let resets = Resets::open()?;
     tables.change_all(|key, flow, tables| {
         // An alias goes with its flow.
-        if flow.state & state::ALIAS != 0 || !places.contains(&flow.publish) {
+        if flow.state() & state::ALIAS != 0 || !places.contains(&flow.publish()) {
             return Ok(());
         }
         if !resets::is_open(key, flow) {
             tables.remove(key, flow)?;
-        } else if let Some(flow) = tables.cut(key, |there| places.contains(&there.publish))?
+        } else if let Some(flow) = tables.cut(key, |there| places.contains(&there.publish()))?
             && let Err(error) = resets.send(key, &flow)
         {
             debug!("{error:#}");
@@ -413,7 +411,7 @@ fn end_all(tables: &mut FlowTables, places: &BTreeSet<u32>) -> Result<()> {
     if places.is_empty() {
         return Ok(());
     }
-    tables.change_all(|key, flow, tables| match places.contains(&flow.publish) {
+    tables.change_all(|key, flow, tables| match places.contains(&flow.publish()) {
         true => tables.remove(key, flow),
         false => Ok(()),
     })
@@ -421,7 +419,7 @@ fn end_all(tables: &mut FlowTables, places: &BTreeSet<u32>) -> Result<()> {
 
 /// Whether a flow is one that this publish would make.
 fn owns(spec: &Spec, key: &Tuple, flow: &Flow) -> bool {
-    let port = u16::from_be(flow.frontend_port);
+    let port = u16::from_be(flow.ports().1);
     u32::from(spec.protocol.number()) == key.protocol
         && spec.claims(flow.frontend.into(), port)
         && Address::from(spec.backend) == key.destination

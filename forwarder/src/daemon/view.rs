@@ -271,7 +271,7 @@ impl View {
             let flows = kernel.flows.lock().unwrap_or_else(PoisonError::into_inner);
             for flow in flows.all() {
                 let (_, flow) = flow?;
-                entries[usize::from(flow.state & state::KEPT != 0)] += 1;
+                entries[usize::from(flow.state() & state::KEPT != 0)] += 1;
                 sums.add(&flow);
             }
         }
@@ -294,7 +294,7 @@ impl View {
             match slice {
                 Ok(entries) => {
                     let flows =
-                        entries.filter(|(_, flow)| flow.state & (state::ALIAS | state::CUT) == 0);
+                        entries.filter(|(_, flow)| flow.state() & (state::ALIAS | state::CUT) == 0);
                     // Made into a list, which holds no more than a slice.
                     Box::new(flows.map(Ok).collect::<Vec<_>>().into_iter())
                 }
@@ -349,7 +349,7 @@ impl Observe for Arc<View> {
         let now = clock::monotonic();
         Box::new(self.walk().filter_map(move |flow| match flow {
             Ok((key, flow)) => {
-                let id = view.id(flow.publish);
+                let id = view.id(flow.publish());
                 let is_meant = is_meant(&of, id, &flow);
                 id.filter(|_| is_meant)
                     .map(|id| Ok(list_flow(id, &key, &flow, now)))
@@ -367,7 +367,8 @@ impl Observe for Arc<View> {
         let mut ended = 0;
         for flow in self.walk() {
             let (key, flow) = flow?;
-            if is_meant(of, self.id(flow.publish), &flow) && flows.end(&key, |_| true)?.is_some() {
+            if is_meant(of, self.id(flow.publish()), &flow) && flows.end(&key, |_| true)?.is_some()
+            {
                 ended += 1;
             }
         }
@@ -418,7 +419,8 @@ fn list_flow(publish: Id, key: &Tuple, flow: &Flow, now: u64) -> ListedFlow {
         SocketAddr::new(address.into(), u16::from_be(port)).to_string()
     };
     let tcp = key.protocol == u32::from(TCP);
-    let state = match Phase::of(key.protocol, flow.state) {
+    let (client_port, frontend_port) = flow.ports();
+    let state = match Phase::of(key.protocol, flow.state()) {
         Phase::Udp => "unreplied".into(),
         Phase::UdpStream => "replied".into(),
         phase => phase.name().trim_start_matches("tcp-").replace('-', "_"),
@@ -426,14 +428,14 @@ fn list_flow(publish: Id, key: &Tuple, flow: &Flow, now: u64) -> ListedFlow {
     ListedFlow {
         publish,
         protocol: if tcp { "tcp" } else { "udp" }.into(),
-        client: show(flow.client, flow.client_port),
-        frontend: show(flow.frontend, flow.frontend_port),
+        client: show(flow.client, client_port),
+        frontend: show(flow.frontend, frontend_port),
         source: show(key.source, key.source_port),
         backend: show(key.destination, key.destination_port),
         state,
-        idle_seconds: now.saturating_sub(flow.last_seen) / 1_000_000_000,
-        packets: flow.packets,
-        bytes: flow.bytes,
+        idle_seconds: now.saturating_sub(flow.last_seen()) / 1_000_000_000,
+        packets: flow.packets(),
+        bytes: flow.bytes(),
     }
 }
 

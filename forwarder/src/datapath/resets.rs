@@ -7,7 +7,7 @@ use std::net::{IpAddr, SocketAddr};
 use anyhow::{Context as _, Result, bail};
 use etherparse::PacketBuilder;
 use forwarder_common::{
-    flow::{Flow, ORIGINAL, Phase, REPLY},
+    flow::{Flow, Phase},
     tuple::{Address, TCP, Tuple},
 };
 use socket2::{Domain, Protocol, Socket, Type};
@@ -91,18 +91,19 @@ impl Resets {
 
 /// Whether either end still believes in a flow.
 pub fn is_open(key: &Tuple, flow: &Flow) -> bool {
-    let phase = Phase::of(key.protocol, flow.state);
+    let phase = Phase::of(key.protocol, flow.state());
     key.protocol == u32::from(TCP) && !matches!(phase, Phase::TcpTimeWait | Phase::TcpClose)
 }
 
 /// The client's, and the backend's. They acknowledge, too: a client whose SYN was not answered yet believes no other.
 fn resets(key: &Tuple, flow: &Flow) -> [Reset; 2] {
     let socket = |address: Address, port| SocketAddr::new(address.into(), u16::from_be(port));
-    let [client, backend] = [flow.sent[ORIGINAL], flow.sent[REPLY]];
+    let [client, backend] = [flow.original.sent, flow.reply.sent];
+    let (client_port, frontend_port) = flow.ports();
     [
         Reset {
-            from: socket(flow.frontend, flow.frontend_port),
-            to: socket(flow.client, flow.client_port),
+            from: socket(flow.frontend, frontend_port),
+            to: socket(flow.client, client_port),
             sequence: backend,
             acknowledgement: client,
         },

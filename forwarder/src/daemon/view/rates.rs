@@ -33,16 +33,16 @@ pub(in super::super) struct Sums {
 impl Sums {
     /// A live flow.
     pub(in super::super) fn add(&mut self, flow: &Flow) {
-        if flow.state & state::CUT != 0 {
+        if flow.state() & state::CUT != 0 {
             return; // it is over, and stays for its ends to hear that
         }
-        let Some(id) = self.ids.get(&flow.publish) else {
+        let Some(id) = self.ids.get(&flow.publish()) else {
             return;
         };
         let sum = self.sums.entry(*id).or_default();
         sum.flows += 1;
-        sum.packets += flow.packets[0] + flow.packets[1];
-        sum.bytes += flow.bytes[0] + flow.bytes[1];
+        sum.packets += flow.packets().iter().sum::<u64>();
+        sum.bytes += flow.bytes().iter().sum::<u64>();
     }
 
     pub(super) fn of(&self, id: Id) -> Sum {

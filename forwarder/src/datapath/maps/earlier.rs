@@ -12,7 +12,7 @@ use anyhow::{Context as _, Result, bail};
 use aya::maps::{Array, HashMap, Map, MapData};
 use bytemuck::Pod;
 use forwarder_common::{
-    flow::{Flow, state},
+    flow::{Flow, ORIGINAL, REPLY, state},
     layout::{self, Layout},
     share::{self, Share},
     tuple::Tuple,
@@ -37,11 +37,19 @@ struct Entry {
     value: Vec<Field>,
 }
 
-#[derive(Debug, Serialize, Deserialize)]
+/// Written as a list, which takes less room, and read as a list or as an object.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(into = "(String, usize, usize)")]
 struct Field {
     name: String,
     offset: usize,
     size: usize,
+}
+
+impl From<Field> for (String, usize, usize) {
+    fn from(Field { name, offset, size }: Field) -> Self {
+        (name, offset, size)
+    }
 }
 
 impl Entry {
@@ -195,7 +203,7 @@ impl Earlier {
     /// The kernel refuses a read or an update.
     pub fn catch_up(&self, tables: &mut FlowTables) -> Result<()> {
         self.each("HALF_OPEN", |key: Tuple, flow: Flow| {
-            if flow.state & state::KEPT != 0 {
+            if flow.state() & state::KEPT != 0 {
                 return Ok(());
             }
             match tables.get(&key)? {
@@ -287,21 +295,16 @@ fn put<K: aya::Pod, V: aya::Pod>(
 
 /// A flow that both versions have, as far as either has come with it.
 fn proceed(tables: &mut FlowTables, key: &Tuple, now: &Flow, earlier: &Flow) -> Result<()> {
-    let most = |a: [u64; 2], b: [u64; 2]| [0, 1].map(|at| a[at].max(b[at]));
-    let carried = |flow: &Flow| flow.packets.iter().sum::<u64>();
-    let further = if carried(earlier) > carried(now) {
-        earlier
-    } else {
-        now
-    };
-    let flow = Flow {
-        state: now.state | earlier.state & state::PROGRESS,
-        acknowledged: further.acknowledged,
-        sent: further.sent,
-        packets: most(now.packets, earlier.packets),
-        bytes: most(now.bytes, earlier.bytes),
-        ..*now
-    };
+    let state = now.state() | earlier.state() & state::PROGRESS;
+    let mut flow = *now;
+    for direction in [ORIGINAL, REPLY] {
+        let (now, earlier) = (flow.side_mut(direction), earlier.side(direction));
+        if earlier.packets > now.packets {
+            (now.acknowledged, now.sent) = (earlier.acknowledged, earlier.sent);
+            (now.packets, now.bytes) = (earlier.packets, earlier.bytes);
+        }
+    }
+    flow.set_state(state);
     if flow != *now {
         // RACE: what it carries at this moment it forgets to have carried.
         tables.set(key, &flow)?;
@@ -315,9 +318,19 @@ struct Copies(Vec<(usize, usize, usize)>);
 impl Copies {
     fn new(from: &[Field], to: &[layout::Field]) -> Self {
         let copies = to.iter().filter_map(|to| {
-            let same = |from: &&Field| from.name == to.name && from.size == to.size;
-            let from = from.iter().find(same)?;
-            Some((from.offset, to.offset, to.size))
+            let whole = |name: &str| {
+                let same = |from: &&Field| from.name == name && from.size == to.size;
+                from.iter().find(same).map(|from| from.offset)
+            };
+            let offset = whole(to.name).or_else(|| {
+                // Of what each side has now, a flow had one, or an array of two.
+                let (side, name) = to.name.split_once('.')?;
+                let pair = |from: &&Field| from.name == name && from.size == 2 * to.size;
+                let half = if side == "reply" { to.size } else { 0 };
+                let of_pair = || Some(from.iter().find(pair)?.offset + half);
+                whole(name).or_else(of_pair)
+            })?;
+            Some((offset, to.offset, to.size))
         });
         Self(copies.collect())
     }
@@ -354,4 +367,51 @@ fn read(
     keys.truncate(count * key_size);
     values.truncate(count * value_size);
     Ok((keys, values))
+}
+
+#[cfg(test)]
+mod tests {
+    use forwarder_common::flow::Side;
+
+    use super::*;
+
+    #[test]
+    fn the_description_has_room() {
+        let length = format().len();
+        assert!(length <= LENGTH, "{length} octets");
+    }
+
+    #[test]
+    fn a_part_is_read_as_a_list_and_as_an_object() {
+        for text in [r#"["sent",8,4]"#, r#"{"name":"sent","offset":8,"size":4}"#] {
+            let field: Field = serde_json::from_str(text).unwrap();
+            assert_eq!(
+                (field.name.as_str(), field.offset, field.size),
+                ("sent", 8, 4)
+            );
+        }
+    }
+
+    #[test]
+    fn what_a_flow_had_once_or_in_pairs_each_side_has() {
+        let field = |name: &str, offset, size| Field {
+            name: name.into(),
+            offset,
+            size,
+        };
+        let from = [
+            field("last_seen", 0, 8),
+            field("sent", 8, 8),
+            field("packets", 16, 16),
+            field("state", 32, 4),
+        ];
+        let mut octets = [0; 36];
+        for (at, number) in [(0, 11), (8, 12), (12, 13), (16, 14), (24, 15), (32, 16)] {
+            octets[at] = number;
+        }
+        let flow: Flow = Copies::new(&from, Flow::FIELDS).copy(&octets);
+        let numbers = |side: &Side| (side.last_seen, side.sent, side.packets, side.state);
+        assert_eq!(numbers(&flow.original), (11, 12, 14, 16));
+        assert_eq!(numbers(&flow.reply), (11, 13, 15, 16));
+    }
 }

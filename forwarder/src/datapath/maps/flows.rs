@@ -100,7 +100,7 @@ impl FlowTables {
         };
         let entries = lookup_batch(table, &mut walk.token).context("read the flows")?;
         let kept = walk.kept;
-        let entries = entries.filter(move |(_, flow)| kept || flow.state & state::KEPT == 0);
+        let entries = entries.filter(move |(_, flow)| kept || flow.state() & state::KEPT == 0);
         if walk.token.is_none() {
             walk.over = walk.kept;
             walk.kept = true;
@@ -117,7 +117,7 @@ impl FlowTables {
                 Err(error) => (None, Some(Err(error))),
             };
             let flows = entries.into_iter().flatten();
-            let flows = flows.filter(|(_, flow)| flow.state & state::ALIAS == 0);
+            let flows = flows.filter(|(_, flow)| flow.state() & state::ALIAS == 0);
             flows.map(Ok).chain(error)
         })
     }
@@ -164,10 +164,10 @@ impl FlowTables {
         let before = self.flows.get(key, 0);
         ignore_missing(self.flows.insert(key, flow, BPF_EXIST)).context("write the flows")?;
         if let Ok(before) = before
-            && before.publish != flow.publish
-            && flow.state & state::ALIAS == 0
+            && before.publish() != flow.publish()
+            && flow.state() & state::ALIAS == 0
         {
-            self.usage.moved(before.publish, flow.publish);
+            self.usage.moved(before.publish(), flow.publish());
         }
         Ok(())
     }
@@ -181,8 +181,7 @@ impl FlowTables {
         let flow = self.get(key)?.filter(if_so);
         if let Some(flow) = &flow {
             // RACE: what it carries at this moment it forgets to have carried; the numbers lag.
-            let state = flow.state | state::CUT;
-            self.set(key, &Flow { state, ..*flow })?;
+            self.set(key, &flow.with_state(flow.state() | state::CUT))?;
         }
         Ok(flow)
     }
@@ -193,7 +192,7 @@ impl FlowTables {
     /// The kernel refuses the update.
     pub fn remove(&mut self, key: &Tuple, flow: &Flow) -> Result<()> {
         let (other, _) = flow.counterpart(key);
-        let has_alias = flow.state & state::ALIAS == 0 && other.source_port != key.source_port;
+        let has_alias = flow.state() & state::ALIAS == 0 && other.source_port != key.source_port;
         if has_alias
             && self
                 .get(&other)?

@@ -105,18 +105,19 @@ impl Mapped {
 
     /// A flow is there no more. It was in `FLOWS` or not.
     pub(super) fn ended(&self, flow: &Flow, was_kept: bool) {
-        if flow.state & state::ALIAS != 0 {
+        if flow.state() & state::ALIAS != 0 {
             return;
         }
-        let Some(counters) = self.get(flow.publish) else {
+        let Some(counters) = self.get(flow.publish()) else {
             return;
         };
         if was_kept {
             counters.ended.fetch_add(1, Relaxed);
         }
         for direction in 0..2 {
-            counters.packets[direction].fetch_add(flow.packets[direction], Relaxed);
-            counters.bytes[direction].fetch_add(flow.bytes[direction], Relaxed);
+            let side = flow.side(direction);
+            counters.packets[direction].fetch_add(side.packets, Relaxed);
+            counters.bytes[direction].fetch_add(side.bytes, Relaxed);
         }
     }
 
@@ -131,8 +132,8 @@ impl Mapped {
     }
 
     fn add(&self, flow: &Flow, counter: impl Fn(&Counters) -> &AtomicU64) {
-        if flow.state & state::ALIAS == 0
-            && let Some(counters) = self.get(flow.publish)
+        if flow.state() & state::ALIAS == 0
+            && let Some(counters) = self.get(flow.publish())
         {
             counter(counters).fetch_add(1, Relaxed);
         }
