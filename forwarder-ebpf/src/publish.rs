@@ -203,11 +203,11 @@ pub fn is_known_behind(packet: &Packet) -> bool {
     there.network != 0 && there.device == packet.ifindex
 }
 
-/// Whether the best route to an address of the rest of the world may lead to a device, as far as the daemon has said.
+/// The device that the best route to an address of the rest of the world leads to, if the daemon has said that.
 #[inline(always)]
-pub fn may_be_reached_by(address: &Address, device: u32) -> bool {
+pub fn best_device(address: &Address) -> Option<u32> {
     let there = location(address);
-    there.network != 0 || there.device == 0 || there.device == device
+    (there.network == 0 && there.device != 0).then_some(there.device)
 }
 
 /// The bits of a publish.

@@ -229,16 +229,18 @@ fn choose_uplink(context: *mut c_void, route: &mut Route) {
         return;
     }
     // As a packet of this host's own.
-    if look_up(context, route, LOOPBACK_IFINDEX, 0, 0)
-        && (!wanted || route.lookup.destination == route.question())
-    {
-        route.ifindex = route.lookup.ifindex;
+    if look_up(context, route, LOOPBACK_IFINDEX, 0, 0) {
+        if !wanted || route.lookup.destination == route.question() {
+            route.ifindex = route.lookup.ifindex;
+        }
+    } else if let Some(device) = publish::best_device(&route.destination) {
+        route.ifindex = device;
     }
 }
 
 /// Whether a packet that begins a flow, or comes by another device than those before it, came by the device that this host's
 /// best route to its source leads to, where that is asked for (rp_filter is 1). A kernel that does not forward cannot be asked:
-/// there the daemon has written what its routes say. `context` is the program's.
+/// there the daemon has written what its routes say, here and for answers. `context` is the program's.
 ///
 /// # Errors
 /// `Martian` if not.
@@ -253,7 +255,7 @@ pub fn came_back(context: *mut c_void, packet: &Packet, source: &Address) -> Res
         _ => return Ok(()),
     };
     let is_possible = match is_reverse_path(context, packet, source, device) {
-        NOT_KNOWN => publish::may_be_reached_by(source, device),
+        NOT_KNOWN => publish::best_device(source).is_none_or(|best| best == device),
         answer => answer == YES,
     };
     if is_possible {

@@ -27,7 +27,7 @@ use std::{
     net::{IpAddr, SocketAddr},
     os::fd::{BorrowedFd, RawFd},
     sync::{
-        Arc, Mutex, MutexGuard, PoisonError, RwLock,
+        Arc, Mutex, MutexGuard, OnceLock, PoisonError, RwLock,
         atomic::{
             AtomicU64,
             Ordering::{Relaxed, SeqCst},
@@ -37,18 +37,19 @@ use std::{
 
 use forwarder_common::{flow::Timeouts, policy::Limits};
 use ipnet::IpNet;
-use tokio::sync::{Notify, mpsc, watch};
+use tokio::{
+    sync::{Notify, mpsc, watch},
+    task::JoinHandle,
+};
 use tracing::warn;
 
 use self::{
-    admit::Account,
     budget::{Budget, Kept, Share},
     chain::Chains,
     idle::Socket,
     pass_on::{Kind, PassedOn},
     refusal::Refusals,
     shared::{Live, Now, Shared},
-    sources::Sources,
     worker::Workers,
 };
 pub use self::{
@@ -190,17 +191,20 @@ impl Meter {
 
     /// Live flows of datagrams: client, and the address of ours that it uses.
     pub fn datagrams(&self) -> Vec<(SocketAddr, SocketAddr)> {
-        self.0.datagrams().keys().copied().collect()
+        let used = self.0.used.get().into_iter();
+        used.flat_map(|used| used.datagrams().keys().copied().collect::<Vec<_>>())
+            .collect()
     }
 
     /// What was carried until now.
     pub fn counters(&self) -> Counters {
+        let used = self.0.used.get();
         Counters {
             flows: self.0.flows.load(Relaxed),
             begun: self.0.begun.load(Relaxed),
             packets: self.0.packets.load(Relaxed),
             bytes: self.0.bytes.load(Relaxed),
-            refused: Refusal::ALL.map(|why| self.0.refused.get(why)),
+            refused: Refusal::ALL.map(|why| used.map_or(0, |used| used.refused(why))),
         }
     }
 }
@@ -235,21 +239,15 @@ impl Proxy {
             spec,
             timeouts: options.timeouts,
             now: RwLock::new(now),
-            account: Account::default(),
-            sources: Sources::default(),
             flows: AtomicU64::new(0),
             begun: AtomicU64::new(0),
             packets: AtomicU64::new(0),
             bytes: AtomicU64::new(0),
             common: idle.common().clone(),
             share: Arc::new(Share::of(idle.common().budget.clone())),
-            refused: Refusals::default(),
-            warned: Default::default(),
             stop: Mutex::default(),
             stopped: Notify::new(),
-            serving: Mutex::default(),
-            datagrams: Mutex::default(),
-            left: Mutex::default(),
+            used: OnceLock::new(),
         });
         let tcp = held
             .tcp
@@ -328,8 +326,7 @@ impl Proxy {
             Kind::Tcp { .. } => tcp::go_on(conversation, shared),
             Kind::Udp { .. } => {
                 let left = udp::Left::from_message(conversation, Live::new(&shared.common))?;
-                let mut all = shared.left.lock().unwrap_or_else(PoisonError::into_inner);
-                all.push(left);
+                shared.used().left().push(left);
             }
         }
         Ok(())
@@ -339,8 +336,9 @@ impl Proxy {
     pub async fn stop(&mut self, how: Stop) {
         self.shared.stop(how);
         self.remove_waiting();
-        let serving = std::mem::take(&mut *self.shared.serving());
-        for task in serving {
+        let used = self.shared.used.get();
+        let serving = used.map(|used| std::mem::take(&mut *used.serving()));
+        for task in serving.into_iter().flatten() {
             let _ = task.await;
         }
         self.ports = None;
@@ -366,8 +364,8 @@ impl Drop for Proxy {
             self.shared.stop(Stop::Cut);
         }
         self.remove_waiting();
-        for task in self.shared.serving().iter() {
-            task.abort();
+        if let Some(used) = self.shared.used.get() {
+            used.serving().iter().for_each(JoinHandle::abort);
         }
         self.forget_stored();
     }

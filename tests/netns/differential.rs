@@ -1,10 +1,13 @@
 //! A whole host beside another: the same frames come to one that runs an instance, and to one that has nftables' DNAT and
 //! masquerading, a strict reverse path and the same addresses, routes and MACs. Two machines of two networks and two containers
-//! send what they may and what they invent; what then comes out at all four of them is compared octet by octet.
+//! send what they may and what they invent, and the two machines also what comes from one far away, whose route moves from one to the
+//! other; what then comes out at all four of them is compared octet by octet.
 
 use std::{
     cell::Cell,
     net::{IpAddr, SocketAddr, UdpSocket},
+    thread::sleep,
+    time::Duration,
 };
 
 use forwarder_tests::{
@@ -71,6 +74,9 @@ const ENDS: [End; 4] = [
 const CLIENT: usize = 0;
 const BACKEND: usize = 2;
 const CONTAINER: usize = 3;
+/// A machine that is behind the client or behind its neighbour, as routes say at the time.
+const FAR: usize = 4;
+const FAR_ADDRESSES: [&str; 2] = ["192.0.2.9", "2001:db8:192::9"];
 /// Published, of the host's address on the client's network.
 const PUBLISHED: u16 = 8080;
 /// Where markers go.
@@ -98,7 +104,7 @@ struct Host {
     /// Sends what tells that all before it have had their turn.
     marker: UdpSocket,
     daemon: Option<Daemon>,
-    _netns: [Netns; 5],
+    netns: [Netns; 5],
 }
 
 impl Host {
@@ -155,7 +161,7 @@ impl Host {
             wires,
             marker,
             daemon,
-            _netns: [host, a, b, c, d],
+            netns: [host, a, b, c, d],
         }
     }
 
@@ -190,6 +196,17 @@ impl Host {
         Self::open(host, ends, Some(daemon))
     }
 
+    /// Has the far machine's packets go by an end.
+    fn route_far_by(&self, end: usize) {
+        let [v4, v6] = FAR_ADDRESSES;
+        let [by_v4, by_v6] = ENDS[end].addresses;
+        self.netns[0]
+            .ip(&format!(
+                "route replace {v4}/32 via {by_v4}\nroute replace {v6}/128 via {by_v6}"
+            ))
+            .unwrap();
+    }
+
     /// Sends a frame from an end; what then comes out at each.
     fn outcome(&self, from: usize, frame: &[u8]) -> [Vec<Vec<u8>>; 4] {
         self.wires[from].send(frame).unwrap();
@@ -217,7 +234,7 @@ fn until_marker(wire: &Wire) -> Vec<Vec<u8>> {
 }
 
 fn address(family: Family, end: usize) -> IpAddr {
-    let [v4, v6] = ENDS[end].addresses;
+    let [v4, v6] = ENDS.get(end).map_or(FAR_ADDRESSES, |end| end.addresses);
     let text = if family == Family::V4 { v4 } else { v6 };
     text.parse().unwrap()
 }
@@ -249,7 +266,7 @@ fn sent_by(from: usize, mut frame: Frame) -> Frame {
 /// Between whom a conversation is.
 #[derive(Clone, Copy, Debug)]
 enum Who {
-    /// A client of the published port: the client's machine, its neighbour, or the other container.
+    /// A client of the published port: the client's machine, its neighbour, the other container, or the far machine.
     Of(usize),
     /// The other container asks the client, from the very port number that is published, which the host masquerades.
     Masqueraded,
@@ -262,6 +279,8 @@ struct Conversation {
     who: Who,
     /// Before each packet of the conversation, what somebody invents.
     forged: Vec<Vec<Forged>>,
+    /// By which end the far machine's packets go first, and before which packet that changes.
+    far: (usize, usize),
     /// Frames have a VLAN tag of number 0, which only says a priority (IEEE 802.1Q).
     tagged: bool,
 }
@@ -277,6 +296,25 @@ struct Forged {
 }
 
 const FLAGS: [Flags; 5] = [SYN, SYN_ACK, ACK, FIN_ACK, RST];
+/// A conversation's packets: the direction, and TCP's flags.
+const ORDER: [(usize, Flags); 8] = [
+    (0, SYN),
+    (1, SYN_ACK),
+    (0, ACK),
+    (1, ACK),
+    (0, ACK),
+    (1, ACK),
+    (0, FIN_ACK),
+    (1, FIN_ACK),
+];
+
+/// What happens next.
+enum Event {
+    /// An end sends.
+    Sent(usize, Frame),
+    /// The far machine's packets go by that end from now on.
+    Moved(usize),
+}
 
 /// Masquerading is forwarding, by the host itself.
 fn conversations(forwards: bool) -> impl Strategy<Value = Conversation> {
@@ -294,27 +332,34 @@ fn conversations(forwards: bool) -> impl Strategy<Value = Conversation> {
     });
     let forged = proptest::collection::vec(proptest::collection::vec(forged, 0..3), 8);
     let who = prop_oneof![
-        3 => Just(Who::Of(CLIENT)),
-        2 => Just(Who::Of(1)),
-        2 => Just(Who::Of(CONTAINER)),
-        u32::from(forwards) => Just(Who::Masqueraded),
+        6 => Just(Who::Of(CLIENT)),
+        4 => Just(Who::Of(1)),
+        4 => Just(Who::Of(CONTAINER)),
+        1 => Just(Who::Of(FAR)),
+        2 * u32::from(forwards) => Just(Who::Masqueraded),
     ];
     let family = prop_oneof![Just(Family::V4), Just(Family::V6)];
     let carried = prop_oneof![Just(Carried::Tcp), Just(Carried::Udp)];
-    (family, carried, who, forged, any::<bool>()).prop_map(
-        |(family, carried, who, forged, tagged)| Conversation {
-            family,
+    let far = (0..BACKEND, 0..=ORDER.len());
+    (family, carried, who, forged, far, any::<bool>()).prop_map(
+        move |(family, carried, who, forged, far, tagged)| Conversation {
+            // Nobody tells the program of IPv6's routes where it cannot ask.
+            family: match who {
+                Who::Of(FAR) if !forwards => Family::V4,
+                _ => family,
+            },
             carried,
             who,
             forged,
+            far,
             tagged,
         },
     )
 }
 
 impl Conversation {
-    /// Its packets to and fro, with the ends that send them.
-    fn directions(&self, port: u16) -> [(usize, Frame); 2] {
+    /// Its packets to and fro, with the ends that send them, while those of the far machine go by `way`.
+    fn directions(&self, port: u16, way: usize) -> [(usize, Frame); 2] {
         let (family, carried) = (self.family, self.carried);
         match self.who {
             Who::Of(end) => {
@@ -322,6 +367,7 @@ impl Conversation {
                 let original = Frame::first(carried, client, published(family, PUBLISHED));
                 let mut reply = original.reply();
                 reply.source = SocketAddr::new(address(family, BACKEND), 80);
+                let end = if end == FAR { way } else { end };
                 [
                     (end, sent_by(end, original)),
                     (BACKEND, sent_by(BACKEND, reply)),
@@ -336,48 +382,57 @@ impl Conversation {
         }
     }
 
-    /// All frames with the ends that they are sent from.
-    fn frames(&self, port: u16) -> Vec<(usize, Frame)> {
-        let directions = self.directions(port);
+    fn events(&self, port: u16) -> Vec<Event> {
         let is_tcp = self.carried == Carried::Tcp;
         let flags = |frame: &Frame, flags| match is_tcp {
             true => frame.clone().with_flags(flags),
             false => frame.clone(),
         };
-        let order = [
-            (0, SYN),
-            (1, SYN_ACK),
-            (0, ACK),
-            (1, ACK),
-            (0, ACK),
-            (1, ACK),
-            (0, FIN_ACK),
-            (1, FIN_ACK),
-        ];
-        let mut frames = Vec::new();
-        for ((direction, meant), forged) in order.iter().zip(&self.forged) {
+        let is_far = matches!(self.who, Who::Of(FAR));
+        let (mut way, changes) = self.far;
+        let mut events = Vec::new();
+        if is_far {
+            events.push(Event::Moved(way));
+        }
+        for (number, ((direction, meant), forged)) in ORDER.iter().zip(&self.forged).enumerate() {
+            if is_far && number == changes {
+                way = 1 - way;
+                events.push(Event::Moved(way));
+            }
+            let directions = self.directions(port, way);
             for forged in forged {
                 let (owner, frame) = &directions[usize::from(forged.is_reply)];
                 let from = forged.from.index(ENDS.len());
                 let mut frame = flags(frame, FLAGS[forged.flags.index(FLAGS.len())]);
                 let mut claimed = *owner;
                 if !forged.is_reply {
-                    claimed = forged.source.index(ENDS.len());
+                    claimed = forged.source.index(ENDS.len() + usize::from(is_far));
                     let claims = address(self.family, claimed);
                     frame.source.set_ip(claims);
+                    if claimed == FAR {
+                        claimed = way;
+                    }
                 }
                 // Which of two uplinks another machine is behind is nobody's business over IPv6.
                 let are_machines = from.max(claimed) < BACKEND;
                 let is_told = !are_machines || self.family == Family::V4;
+                // By the end that they came by last, the far machine's packets are heeded until they come by the other.
+                let was_way = is_far && number >= changes && from == 1 - way && claimed == way;
+                let is_told = is_told && !was_way;
                 if from != claimed && is_told {
-                    frames.push((from, sent_by(from, frame)));
+                    events.push(Event::Sent(from, sent_by(from, frame)));
                 }
             }
             let (from, frame) = &directions[*direction];
-            frames.push((*from, flags(frame, *meant)));
+            events.push(Event::Sent(*from, flags(frame, *meant)));
         }
-        frames
+        events
     }
+}
+
+/// The program asks for a route once a tick; on a host that does not forward it cannot, and the daemon tells it.
+fn until_learnt(forwards: bool) -> Duration {
+    Duration::from_millis(if forwards { 20 } else { 300 })
 }
 
 /// With a VLAN tag that names no VLAN.
@@ -397,12 +452,23 @@ fn what_comes_out_is_what_nftables_makes_of_it(forwards: bool) {
         ..Config::default()
     };
     let rng = TestRng::deterministic_rng(RngAlgorithm::ChaCha);
-    let port = Cell::new(10_000);
+    let (port, way) = (Cell::new(10_000), Cell::new(None));
     let mut runner = TestRunner::new_with_rng(config, rng);
     let run = runner.run(&conversations(forwards), |conversation| {
         port.set(port.get() + 1);
-        let frames = conversation.frames(port.get());
-        for (number, (from, frame)) in frames.into_iter().enumerate() {
+        let events = conversation.events(port.get());
+        for (number, event) in events.into_iter().enumerate() {
+            let (from, frame) = match event {
+                Event::Sent(from, frame) => (from, frame),
+                Event::Moved(end) => {
+                    if way.replace(Some(end)) != Some(end) {
+                        oracle.route_far_by(end);
+                        ours.route_far_by(end);
+                        sleep(until_learnt(forwards));
+                    }
+                    continue;
+                }
+            };
             let mut bytes = frame.bytes();
             if conversation.tagged {
                 bytes = tagged(bytes);
@@ -413,7 +479,7 @@ fn what_comes_out_is_what_nftables_makes_of_it(forwards: bool) {
             prop_assert_eq!(
                 got,
                 expected,
-                "frame {} from the {}: {:?}",
+                "event {}, a frame from the {}: {:?}",
                 number,
                 by,
                 frame

@@ -133,8 +133,8 @@ impl Shared {
         let begun = if limits.flows > 0 && self.flows.load(Relaxed) >= limits.flows {
             Err(Refusal::FlowLimit)
         } else {
-            let now = self.account.now();
-            self.account.begin(source, now, &Policy::from(&limits))
+            let account = &self.used().account;
+            account.begin(source, account.now(), &Policy::from(&limits))
         };
         begun.map_err(|why| self.refuse(why)).is_ok()
     }
@@ -145,7 +145,7 @@ impl Shared {
         if limits.bits[direction] == 0 {
             return 0;
         }
-        let (account, policy) = (&self.account, Policy::from(&limits));
+        let (account, policy) = (&self.used().account, Policy::from(&limits));
         account.carry(direction, octets, account.now(), &policy, counts)
     }
 

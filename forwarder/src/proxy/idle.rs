@@ -84,7 +84,7 @@ impl Waiting {
                 }
             }
         });
-        shared.serving().push(task);
+        shared.used().serving().push(task);
     }
 }
 

@@ -8,7 +8,7 @@ use std::{
     os::fd::RawFd,
     pin::pin,
     sync::{
-        Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard,
+        Arc, Mutex, MutexGuard, OnceLock, PoisonError, RwLock, RwLockReadGuard,
         atomic::{
             AtomicU64,
             Ordering::{Relaxed, SeqCst},
@@ -57,28 +57,61 @@ pub(super) struct Shared {
     pub(super) timeouts: Arc<Timeouts>,
     /// Where new clients are sent and which are served, both of which may change.
     pub(super) now: RwLock<Now>,
-    pub(super) account: Account,
-    pub(super) sources: Sources,
     pub(super) flows: AtomicU64,
     pub(super) begun: AtomicU64,
     pub(super) packets: AtomicU64,
     pub(super) bytes: AtomicU64,
     pub(super) common: Arc<Common>,
     pub(super) share: Arc<Share>,
-    pub(super) refused: Refusals,
-    /// By refusal.
-    pub(super) warned: [Seldom; Refusal::ALL.len()],
     pub(super) stop: Mutex<Option<Stop>>,
     pub(super) stopped: Notify,
-    /// The tasks of sockets that somebody has come to.
-    pub(super) serving: Mutex<Vec<JoinHandle<()>>>,
+    pub(super) used: OnceLock<Box<Used>>,
+}
+
+/// What is shared by the tasks of a publish that somebody has come to by the slow path. Of ten thousand publishes that the fast
+/// path serves nearly none has it.
+#[derive(Debug, Default)]
+pub(super) struct Used {
+    pub(super) account: Account,
+    sources: Sources,
+    refused: Refusals,
+    /// By refusal.
+    warned: [Seldom; Refusal::ALL.len()],
+    /// The tasks of its sockets.
+    serving: Mutex<Vec<JoinHandle<()>>>,
     /// How many UDP flows there are of a client and the address of ours that it uses: one, and others that are about to go.
-    pub(super) datagrams: Mutex<HashMap<(SocketAddr, SocketAddr), usize>>,
+    datagrams: Mutex<HashMap<(SocketAddr, SocketAddr), usize>>,
     /// UDP flows of an earlier process, until the task of their socket takes them.
-    pub(super) left: Mutex<Vec<udp::Left>>,
+    left: Mutex<Vec<udp::Left>>,
+}
+
+impl Used {
+    pub(super) fn refused(&self, why: Refusal) -> u64 {
+        self.refused.get(why)
+    }
+
+    pub(super) fn serving(&self) -> MutexGuard<'_, Vec<JoinHandle<()>>> {
+        lock(&self.serving)
+    }
+
+    pub(super) fn datagrams(&self) -> MutexGuard<'_, HashMap<(SocketAddr, SocketAddr), usize>> {
+        lock(&self.datagrams)
+    }
+
+    pub(super) fn left(&self) -> MutexGuard<'_, Vec<udp::Left>> {
+        lock(&self.left)
+    }
+}
+
+fn lock<T>(of: &Mutex<T>) -> MutexGuard<'_, T> {
+    of.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl Shared {
+    pub(super) fn used(&self) -> &Used {
+        self.used.get_or_init(Box::default)
+    }
+
     /// Resolves when live connections are to end here, with how.
     pub(super) async fn ended(&self) -> End {
         tokio::select! {
@@ -163,7 +196,7 @@ impl Shared {
     }
 
     pub(super) fn how_stopped(&self) -> MutexGuard<'_, Option<Stop>> {
-        self.stop.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.stop)
     }
 
     pub(super) async fn told(&self, is_meant: impl Fn(Stop) -> bool) -> Stop {
@@ -179,12 +212,7 @@ impl Shared {
     }
 
     pub(super) fn has_left(&self) -> bool {
-        let left = self.left.lock().unwrap_or_else(PoisonError::into_inner);
-        !left.is_empty()
-    }
-
-    pub(super) fn serving(&self) -> MutexGuard<'_, Vec<JoinHandle<()>>> {
-        self.serving.lock().unwrap_or_else(PoisonError::into_inner)
+        self.used.get().is_some_and(|used| !used.left().is_empty())
     }
 
     pub(super) fn now(&self) -> RwLockReadGuard<'_, Now> {
@@ -193,7 +221,8 @@ impl Shared {
 
     /// Counts that somebody is not served, and warns of what an administrator would want to change.
     pub(super) fn refuse(&self, why: Refusal) {
-        self.refused.count(why);
+        let used = self.used();
+        used.refused.count(why);
         self.common.refused.count(why);
         let is_wanted = matches!(
             why,
@@ -204,7 +233,7 @@ impl Shared {
                 | Refusal::SourceRateLimited
                 | Refusal::BandwidthExceeded
         );
-        if is_wanted || !self.warned[why as usize].is_due() {
+        if is_wanted || !used.warned[why as usize].is_due() {
             return;
         }
         let spec = &self.spec;
@@ -277,7 +306,7 @@ impl Shared {
         backend: SocketAddr,
         make: impl Fn() -> io::Result<Socket>,
     ) -> io::Result<(Socket, Link)> {
-        let connect = || self.sources.connect(backend, make);
+        let connect = || self.used().sources.connect(backend, make);
         let own = |socket: &Socket| {
             let own = socket.local_addr()?.as_socket();
             own.ok_or(io::Error::from(io::ErrorKind::Unsupported))
@@ -305,12 +334,6 @@ impl Shared {
     pub(super) fn carried_many(&self, packets: usize, bytes: usize) {
         self.packets.fetch_add(packets as u64, Relaxed);
         self.bytes.fetch_add(bytes as u64, Relaxed);
-    }
-
-    pub(super) fn datagrams(&self) -> MutexGuard<'_, HashMap<(SocketAddr, SocketAddr), usize>> {
-        self.datagrams
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Counts a live flow until it is dropped.

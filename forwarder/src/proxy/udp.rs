@@ -167,14 +167,14 @@ struct Listed {
 
 impl Listed {
     fn new(shared: Arc<Shared>, ends: (SocketAddr, SocketAddr)) -> Self {
-        *shared.datagrams().entry(ends).or_default() += 1;
+        *shared.used().datagrams().entry(ends).or_default() += 1;
         Self { shared, ends }
     }
 }
 
 impl Drop for Listed {
     fn drop(&mut self) {
-        if let Entry::Occupied(mut entry) = self.shared.datagrams().entry(self.ends) {
+        if let Entry::Occupied(mut entry) = self.shared.used().datagrams().entry(self.ends) {
             *entry.get_mut() -= 1;
             if *entry.get() == 0 {
                 entry.remove();
@@ -398,11 +398,9 @@ impl Serving {
     /// Takes the flows of an earlier process that came by this socket.
     fn go_on(&mut self) {
         let bound = self.answering.bound;
-        let left: Vec<Left> = {
-            let mut left = self.shared.left.lock();
-            let left = left.as_deref_mut().unwrap_or_else(|left| left.get_mut());
-            left.extract_if(.., |it| it.bound == bound).collect()
-        };
+        let mut all = self.shared.used().left();
+        let left: Vec<Left> = all.extract_if(.., |it| it.bound == bound).collect();
+        drop(all);
         for it in left {
             let key = it.key;
             if let Err(error) = self.go_on_with(it) {
