@@ -309,6 +309,8 @@ impl Daemon {
             }
             match self.child.try_wait() {
                 Ok(None) => None,
+                // What it wrote last may not have been read yet.
+                Ok(Some(_)) if Arc::strong_count(&self.output.stderr) > 1 => None,
                 Ok(Some(status)) => Some(Err(anyhow::anyhow!("forwarder ended, {status}"))),
                 Err(error) => Some(Err(error.into())),
             }
