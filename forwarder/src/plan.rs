@@ -292,7 +292,7 @@ fn leads_to_local(snapshot: &Snapshot, route: &Route, device: &Link) -> bool {
     }
     match device.kind {
         Kind::Bridge => is_local_bridge(snapshot, route.ifindex),
-        Kind::Veth { .. } | Kind::Tap => is_host_route(route),
+        Kind::Veth { .. } | Kind::Tap => is_host_route(route) && is_routed(snapshot, route.ifindex),
         Kind::Loopback | Kind::Bond | Kind::Other => false,
     }
 }

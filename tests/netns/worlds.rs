@@ -278,6 +278,41 @@ fn an_uplink_that_is_a_vlan_is_served() {
     reaches_another_machine(&topology);
 }
 
+/// As a pod's: its gateway is on no network of this host's.
+#[test]
+fn an_uplink_with_a_route_to_its_gateway_alone_is_served() {
+    let topology = Topology::new().unwrap();
+    let far: [IpAddr; 2] = ["203.0.113.9", "2001:db8:3::9"].map(|it| it.parse().unwrap());
+    let (mut on_host, mut on_client) = (String::from("addr flush dev eth0\n"), String::new());
+    for ((family, far), (length, nodad)) in FAMILIES
+        .into_iter()
+        .zip(far)
+        .zip([(32, ""), (128, "nodad")])
+    {
+        let [own, router] =
+            [Topology::host_address, Topology::client_address].map(|of| of(&topology, family));
+        on_host += &format!(
+            "addr add {own}/{length} dev eth0 {nodad}\nroute add {router}/{length} dev eth0\n\
+             route add default via {router}\n"
+        );
+        on_client += &format!(
+            "addr add {far}/{length} dev lo {nodad}\nroute add {own}/{length} dev eth0 src {far}\n"
+        );
+    }
+    topology.host.ip(&on_host).unwrap();
+    topology.client.ip(&on_client).unwrap();
+    let _backends = backends(&topology.backend.netns);
+    let lan = FAMILIES.map(|family| topology.host_address(family));
+    let backend = |family| topology.backend.address(family);
+    let daemon = publish(&topology.host, lan, backend, Datapath::Ebpf);
+    for (frontend, far) in lan.into_iter().zip(far) {
+        for protocol in PROTOCOLS {
+            carried(&daemon, &topology.client, protocol, frontend, &WORD, far);
+        }
+    }
+    daemon.stop().unwrap();
+}
+
 const BRIDGED: &str = "link add lan type bridge\nlink set eth0 master lan";
 
 #[test]

@@ -39,11 +39,18 @@ fn tells_networks(route: &Route) -> bool {
     !route.local && route.prefix > 0 && !is_link_local(route.destination)
 }
 
-/// Whether a device has a route of its own for one address, as that of a container without a bridge has.
+/// Whether a device has a route of its own for one address, as that of a container without a bridge has. So has an uplink whose
+/// gateway is on no network of this host's, as a pod's is.
 pub(crate) fn is_routed(snapshot: &Snapshot, ifindex: u32) -> bool {
     let routes = snapshot.routes.by(ifindex, false);
     let mut hosts = routes.take_while(|route| is_host_route(route));
-    hosts.any(|route| route.gateway.is_none())
+    hosts.any(|route| route.gateway.is_none()) && !leads_out(snapshot, ifindex)
+}
+
+/// Whether all the world is behind a device, by a gateway.
+fn leads_out(snapshot: &Snapshot, ifindex: u32) -> bool {
+    let mut defaults = snapshot.routes.defaults();
+    defaults.any(|route| route.ifindex == ifindex && route.gateway.is_some())
 }
 
 /// What is behind each container network: the destinations of this host's routes there, also by way of a container. Routes
@@ -237,13 +244,11 @@ pub(crate) fn is_host_route(route: &Route) -> bool {
 
 pub(crate) fn is_local_bridge(snapshot: &Snapshot, bridge: u32) -> bool {
     // Where this host is a container itself, its uplink is a veth too. A container may be the gateway of some network.
-    let mut defaults = snapshot.routes.defaults();
-    let is_uplink = defaults.any(|route| route.ifindex == bridge && route.gateway.is_some());
     let mut ports = snapshot
         .links
         .values()
         .filter(|link| link.controller == Some(bridge));
-    !is_uplink && ports.all(|port| way_to(port).is_some())
+    !leads_out(snapshot, bridge) && ports.all(|port| way_to(port).is_some())
 }
 
 pub(crate) fn is_link_local(address: IpAddr) -> bool {
@@ -580,6 +585,21 @@ pub(crate) mod tests {
             .map(|(_, device)| device.network)
             .collect();
         assert!(!behind.contains(&3), "{behind:?}");
+    }
+
+    #[test]
+    fn a_veth_that_leads_out_is_no_containers() {
+        let mut snapshot = host();
+        let out = route("0.0.0.0", 0, 5, true);
+        snapshot.routes.insert(Route { priority: 1, ..out });
+        assert!(networks(&snapshot).values().all(|it| it.network == 3));
+        let there = interfaces(&snapshot).find(|(device, _)| *device == 5);
+        let (_, interface) = there.expect("a device");
+        assert_eq!(
+            (interface.network, interface.delivery),
+            (0, delivery::NEIGHBOUR)
+        );
+        assert!(resolve(&snapshot, ip("10.44.0.2")).expect("a route").remote);
     }
 
     #[test]
