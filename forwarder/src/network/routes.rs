@@ -117,7 +117,7 @@ impl Routes {
     }
 
     /// Those by a device to this host itself, or to others: to one address first, and the widest last.
-    pub fn by(&self, ifindex: u32, local: bool) -> impl Iterator<Item = &Route> {
+    pub fn by(&self, ifindex: u32, local: bool) -> impl Iterator<Item = &Route> + Clone {
         let first = (ifindex, !local, 0, IpAddr::V4(Ipv4Addr::UNSPECIFIED));
         let there = self.by_device.range(first..);
         let there = there.take_while(move |it| (it.0, it.1) == (ifindex, !local));
@@ -172,7 +172,7 @@ impl Routes {
         destination: IpAddr,
         prefix: u8,
         local: bool,
-    ) -> impl Iterator<Item = (&Route, &usize)> {
+    ) -> impl Iterator<Item = (&Route, &usize)> + Clone {
         let there = self.all.range(Route::least(destination, prefix, local)..);
         there.take_while(move |(route, _)| {
             (route.destination, route.prefix, route.local) == (destination, prefix, local)

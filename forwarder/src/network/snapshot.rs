@@ -5,6 +5,8 @@ use std::{
     net::IpAddr,
 };
 
+use ipnet::IpNet;
+
 use super::{
     routes::{Route, Routes},
     xfrm::Policy,
@@ -165,6 +167,12 @@ pub struct Snapshot {
 }
 
 impl Snapshot {
+    /// Networks all of whose addresses are this host's.
+    pub fn local_prefixes(&self) -> impl Iterator<Item = IpNet> + Clone {
+        let routes = self.links.keys().flat_map(|it| self.routes.by(*it, true));
+        routes.filter_map(|route| IpNet::new(route.destination, route.prefix).ok())
+    }
+
     /// Devices that tagged frames come in by for others here: for a VLAN's device, or a bridge that tells VLANs apart.
     pub fn carrying_vlans(&self) -> BTreeSet<u32> {
         let filters = |bridge: &u32| {

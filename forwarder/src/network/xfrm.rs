@@ -90,9 +90,11 @@ impl fmt::Display for Policy {
 /// a frontend address or the backend.
 pub fn covering_policy<'a>(snapshot: &'a Snapshot, spec: &Spec) -> Option<&'a Policy> {
     let one = spec.address.filter(|address| !address.is_unspecified());
-    let local = snapshot.addresses.iter().map(|local| local.address);
-    let frontends = local.filter(move |_| one.is_none()).chain(one);
-    let ours = frontends.chain([spec.backend]);
+    let addresses = snapshot.addresses.iter();
+    let addresses = addresses.map(|local| IpNet::from(local.address));
+    let local = addresses.chain(snapshot.local_prefixes());
+    let frontends = local.filter(move |_| one.is_none());
+    let ours = frontends.chain(one.into_iter().chain([spec.backend]).map(IpNet::from));
     covering(&snapshot.policies, spec.protocol, ours)
 }
 
@@ -101,16 +103,15 @@ pub fn covering_policy<'a>(snapshot: &'a Snapshot, spec: &Spec) -> Option<&'a Po
 fn covering(
     policies: &[Policy],
     protocol: Protocol,
-    ours: impl Iterator<Item = IpAddr> + Clone,
+    ours: impl Iterator<Item = IpNet> + Clone,
 ) -> Option<&Policy> {
+    let meet = |one: &IpNet, other: &IpNet| one.contains(other) || other.contains(one);
     policies.iter().find(|policy| {
         policy.selector.is_none_or(|selector| {
             let mut ours = ours.clone();
             let protocols = [0, protocol.number()];
             protocols.contains(&selector.protocol)
-                && ours.any(|address| {
-                    selector.source.contains(&address) || selector.destination.contains(&address)
-                })
+                && ours.any(|our| meet(&selector.source, &our) || meet(&selector.destination, &our))
         })
     })
 }
@@ -294,7 +295,10 @@ fn default_policies(payload: &[u8]) -> impl Iterator<Item = Policy> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::plan::locations::tests::host;
+    use crate::{
+        network::Route,
+        plan::locations::tests::{host, route},
+    };
 
     /// As the kernel writes one.
     fn info(source: &str, destination: &str, direction: u8, action: u8) -> Vec<u8> {
@@ -376,7 +380,8 @@ mod tests {
             let mut info = info(source, destination, 1, XFRM_POLICY_BLOCK);
             info[44] = protocol;
             let policies: Vec<_> = policy(&info).into_iter().collect();
-            let ours = ["198.51.100.2", "172.31.0.2"].map(|text| text.parse().expect("a literal"));
+            let ours = ["198.51.100.2/32", "172.31.0.2/32"];
+            let ours = ours.map(|text| text.parse().expect("a literal"));
             covering(&policies, Protocol::Tcp, ours.into_iter()).is_some()
         };
         for (source, destination) in [
@@ -420,5 +425,26 @@ mod tests {
         assert!(covered("198.51.100.2:8080:172.31.0.2:80/udp"));
         assert!(!covered("172.31.0.1:8080:172.31.0.2:80"));
         assert!(covered("172.31.0.1:8080:203.0.113.7:80"), "the backend's");
+    }
+
+    #[test]
+    fn a_publish_on_every_address_is_covered_by_policies_of_a_local_prefix() {
+        let mut host = host();
+        host.policies.push(Policy {
+            direction: Direction::In,
+            selector: Some(Selector {
+                source: "198.51.100.9/32".parse().expect("a literal"),
+                destination: "203.0.113.5/32".parse().expect("a literal"),
+                protocol: 0,
+            }),
+            blocks: true,
+        });
+        let spec = "8080:172.31.0.2:80".parse().expect("a literal");
+        assert!(covering_policy(&host, &spec).is_none());
+        host.routes.insert(Route {
+            local: true,
+            ..route("203.0.113.0", 28, 1, false)
+        });
+        assert!(covering_policy(&host, &spec).is_some());
     }
 }

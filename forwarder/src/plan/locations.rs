@@ -202,11 +202,8 @@ pub fn locations(snapshot: &Snapshot) -> BTreeMap<IpNet, Location> {
     let containers = containers.map(|(address, veth)| (IpNet::from(*address), of(*veth)));
     let addresses = snapshot.addresses.iter();
     let addresses = addresses.map(|local| IpNet::from(local.address));
-    let devices = snapshot.links.keys();
-    let prefixes = devices.flat_map(|it| snapshot.routes.by(*it, true));
-    let prefixes = prefixes.filter_map(|route| IpNet::new(route.destination, route.prefix).ok());
     let local = addresses
-        .chain(prefixes)
+        .chain(snapshot.local_prefixes())
         .filter(|prefix| !prefix.addr().is_loopback())
         .map(|prefix| (prefix.trunc(), Location::HERE));
     let world = reverse_paths(snapshot);
