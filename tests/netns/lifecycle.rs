@@ -10,7 +10,7 @@ use std::{
 };
 
 use forwarder_tests::{
-    daemon::{Datapath, interrupt_at_start},
+    daemon::{Daemon, Datapath, interrupt_at_start},
     deadline::{wait_for, wait_until},
     netns::Netns,
     topology::{Family, Topology},
@@ -18,7 +18,7 @@ use forwarder_tests::{
 };
 
 use crate::scene::{
-    BACKEND_PORT, PORT, Scene, backend, frontend, on_the_fast_path, packets, spec,
+    BACKEND_PORT, PORT, Scene, backend, frontend, on_the_fast_path, packets, spec, suffix,
     wait_for_delivery,
 };
 
@@ -32,6 +32,37 @@ fn a_container_that_starts_after_the_publish_is_served() {
     wait_for_delivery(&scene.daemon);
     scene.served_on_the_fast_path();
     scene.stop();
+}
+
+/// One that is tentative, as at boot, and one of a local prefix: IPv6 lets no socket bind either by itself.
+#[test]
+fn an_ipv6_address_that_will_be_this_hosts_is_published() {
+    let family = Family::V6;
+    for datapath in [Datapath::Ebpf, Datapath::Userland] {
+        for protocol in [Protocol::Tcp, Protocol::Udp] {
+            let topology = Topology::new().unwrap();
+            let Topology { host, client, .. } = &topology;
+            host.set("ipv6/conf/eth0/dad_transmits", "3").unwrap();
+            host.ip(
+                "addr add 2001:db8:100::77/64 dev eth0\nroute add local 2001:db8:203::/64 dev lo",
+            )
+            .unwrap();
+            let via = topology.host_address(family);
+            client
+                .ip(&format!("route add 2001:db8:203::/64 via {via}"))
+                .unwrap();
+            let _backend = backend(&topology.backend, protocol);
+            let to = SocketAddr::new(topology.backend.address(family), BACKEND_PORT);
+            let frontends = ["2001:db8:203::7", "2001:db8:100::77"];
+            let frontends = frontends.map(|it| SocketAddr::new(it.parse().unwrap(), PORT));
+            let specs = frontends.map(|it| format!("{it}:{to}{}", suffix(protocol)));
+            let daemon = Daemon::start(host, &[&specs[0], &specs[1]], datapath).unwrap();
+            for frontend in frontends {
+                wait_for("it is served", || ask(client, protocol, frontend, "x").ok()).unwrap();
+            }
+            daemon.stop().unwrap();
+        }
+    }
 }
 
 fn served_after_a_restart(protocol: Protocol) {

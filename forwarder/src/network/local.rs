@@ -1,7 +1,11 @@
 //! Whether an address is this host's own, and which of its own leads there, as the kernel routes it: also where there is no reader of
 //! the network.
 
-use std::{io, net::IpAddr, ops::ControlFlow};
+use std::{
+    fs, io,
+    net::{IpAddr, Ipv6Addr},
+    ops::ControlFlow,
+};
 
 use netlink_packet_route::{
     RouteNetlinkMessage,
@@ -18,6 +22,14 @@ use super::netlink::Socket;
 pub fn is_local(address: IpAddr) -> io::Result<bool> {
     let route = route_to(address)?;
     Ok(route.is_some_and(|route| route.header.kind == RouteType::Local))
+}
+
+/// Whether an IPv6 address is this host's, or will be: while it is tentative (RFC 4862), no route leads to it yet.
+pub fn is_ours(address: Ipv6Addr) -> bool {
+    let listed = fs::read_to_string("/proc/thread-self/net/if_inet6").unwrap_or_default();
+    let digits = format!("{:032x} ", u128::from(address));
+    let mut lines = listed.lines();
+    lines.any(|line| line.starts_with(&digits)) || is_local(address.into()).unwrap_or(false)
 }
 
 /// The address of this host that connections to an address come from, unless they ask for another.

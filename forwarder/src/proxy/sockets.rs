@@ -16,6 +16,7 @@ use socket2::{Domain, SockAddr, SockRef, Socket, Type};
 use super::{control, sctp, store::Sockets, tcp};
 use crate::{
     holder::{self, Taken},
+    network::local::is_ours,
     publish::spec::{At, Protocol, Spec, Zone},
 };
 
@@ -308,12 +309,21 @@ pub(super) fn socket(
     Ok(socket)
 }
 
-/// Binds, with a mark that is gone afterwards: routing would heed it.
+/// Binds, with a mark that is gone afterwards: routing would heed it. IPv6 takes no address of a local prefix, nor one that is
+/// tentative, as at boot, unless it is asked to.
 fn bind_as(socket: &Socket, address: SocketAddr, mark: Option<u32>) -> io::Result<()> {
     if let Some(mark) = mark {
         socket.set_mark(mark)?;
     }
-    socket.bind(&SockAddr::from(address))?;
+    match (socket.bind(&SockAddr::from(address)), address.ip()) {
+        (Err(error), IpAddr::V6(v6))
+            if error.raw_os_error() == Some(libc::EADDRNOTAVAIL) && is_ours(v6) =>
+        {
+            socket.set_freebind_v6(true)?;
+            socket.bind(&SockAddr::from(address))?;
+        }
+        (bound, _) => bound?,
+    }
     if mark.is_some() {
         socket.set_mark(0)?;
     }
