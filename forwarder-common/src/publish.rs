@@ -159,7 +159,9 @@ pub struct Interface {
     /// That device's MAC.
     pub mac: [u8; 6],
     /// Not 0 where packets must come by the device that the best route to their source leads to (rp_filter is 1).
-    pub strict: u16,
+    pub strict: u8,
+    /// Not 0 where a default route of IPv4 leads by it.
+    pub leads_out: u8,
 }
 
 const _: () = assert!(size_of::<Interface>() == 32);

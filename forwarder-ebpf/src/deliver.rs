@@ -24,8 +24,8 @@ use crate::{
 
 const PACKET_HOST: u32 = 0;
 
-/// Sends the packet towards `hop`, or leaves it to the stack; the action to return. `packet` is given if its
-/// new tuple is that of its own headers.
+/// Sends what the context holds towards `hop`, or leaves it to the stack; the action to return. It has the addresses of
+/// `packet`'s new tuple.
 ///
 /// # Errors
 /// `Unresolved` if the hop leads nowhere, `Unwritable` if the kernel refuses to change the packet.
@@ -34,7 +34,7 @@ pub fn deliver(
     ctx: &TcContext,
     hop: &Hop,
     peer_from_lo: bool,
-    packet: Option<&Packet>,
+    packet: &Packet,
 ) -> Result<i32, Reason> {
     // SAFETY: `skb` is the context that the kernel gave; its fields are readable.
     let (pkt_type, from, mark, tagged) = unsafe {
@@ -77,11 +77,10 @@ pub fn deliver(
                 rewrite::macs(ctx, [0; 6], [0; 6])?;
             }
             // Rules by mark: the helper that is asked does not know marks.
-            let (ifindex, route) = match packet {
-                Some(packet) if hop.ifindex != LOOPBACK_IFINDEX && mark == 0 => {
-                    route::get(ctx.skb.skb.cast(), packet, hop.ifindex, 0)
-                }
-                _ => (hop.ifindex, None),
+            let (ifindex, route) = if hop.ifindex != LOOPBACK_IFINDEX && mark == 0 {
+                route::get(ctx.skb.skb.cast(), packet, hop.ifindex, 0)
+            } else {
+                (hop.ifindex, None)
             };
             if let Some(route) = route {
                 let [destination, source] = route.macs();
@@ -103,6 +102,16 @@ pub fn deliver(
     }
 }
 
+/// The device that the packet leaves by towards `hop`.
+#[inline(always)]
+pub fn device(ctx: &TcContext, packet: &Packet, hop: &Hop) -> u32 {
+    if hop.delivery == delivery::NEIGHBOUR && hop.ifindex != LOOPBACK_IFINDEX {
+        route::device(ctx.skb.skb.cast(), packet, hop.ifindex)
+    } else {
+        hop.ifindex
+    }
+}
+
 /// What any way takes (RFC 791), so that most packets need no lookup.
 const LEAST_MTU: u32 = 576;
 
@@ -114,7 +123,7 @@ pub fn exceeded_mtu(ctx: &TcContext, packet: &Packet, hop: &Hop) -> Option<u32> 
         return None;
     }
     // SAFETY: values of this map are two words, replaced as a whole.
-    let mtu = unsafe { INTERFACES.get(hop.ifindex) }?.mtu;
+    let mtu = unsafe { INTERFACES.get(device(ctx, packet, hop)) }?.mtu;
     (parse::length_on_the_wire(ctx, packet) > mtu).then_some(mtu)
 }
 

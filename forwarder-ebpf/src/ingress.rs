@@ -25,7 +25,7 @@ use crate::{
     trace::Trail,
     usage,
     verdict::{Forwarded, Verdict},
-    words::{copy_address, copy_tuple, zero},
+    words::{copy_address, copy_tuple, reverse, zero},
 };
 
 /// Set by the loader: `bpf_redirect_peer` works for packets from `lo` (kernel 6.1 and later).
@@ -413,7 +413,7 @@ fn to_backend(
         rewrite::tuple(ctx, packet, hop)?;
         clamp_segments(ctx, packet, way);
     }
-    let action = deliver::deliver(ctx, way, setting(&PEER_FROM_LO) != 0, Some(packet))?;
+    let action = deliver::deliver(ctx, way, setting(&PEER_FROM_LO) != 0, packet)?;
     Ok(Forwarded {
         action,
         reason: reason(packet, Reason::ForwardedOriginal),
@@ -426,7 +426,7 @@ fn to_backend(
 fn clamp_segments(ctx: &TcContext, packet: &Packet, way: &Hop) {
     if packet.flags & SYN != 0 && !is_stack(way) {
         let mtu = |ifindex| publish::interface(ifindex).map_or(u32::MAX, |it| it.mtu);
-        let mtu = mtu(packet.ifindex).min(mtu(way.ifindex));
+        let mtu = mtu(packet.ifindex).min(mtu(deliver::device(ctx, packet, way)));
         rewrite::clamp(ctx.skb.skb, packet, mtu);
     }
 }
@@ -440,6 +440,7 @@ pub fn to_client(
     trail: &mut Trail,
 ) -> Verdict {
     let hop = flow.reply.state & state::LOCAL_CLIENT == 0 && !is_stack(&flow.reply.back);
+    flow::answer(flow, packet);
     if let Some(obstacle) = icmp::obstacle(ctx, packet, &flow.reply.back, hop) {
         if obstacle.reason == Reason::TooBig && icmp::slow_path_fragments(packet) {
             // And its sender is told all the same: one that heeds it sends what the fast path carries.
@@ -452,7 +453,6 @@ pub fn to_client(
     if !flow::update(ctx, flow, packet, REPLY) {
         return Err(Reason::NotOurs);
     }
-    flow::answer(flow, packet);
     trail.rewritten(flow.reply.publish, &packet.new, &flow.reply.back);
     if packet.is_error() {
         rewrite::error(ctx, packet, hop, false)?;
@@ -460,13 +460,8 @@ pub fn to_client(
         rewrite::tuple(ctx, packet, hop)?;
         clamp_segments(ctx, packet, &flow.reply.back);
     }
-    let action = deliver::deliver(
-        ctx,
-        &flow.reply.back,
-        setting(&PEER_FROM_LO) != 0,
-        Some(packet),
-    )
-    .map_err(|_| Reason::NoWayBack)?;
+    let action = deliver::deliver(ctx, &flow.reply.back, setting(&PEER_FROM_LO) != 0, packet)
+        .map_err(|_| Reason::NoWayBack)?;
     Ok(Forwarded {
         action,
         reason: reason(packet, Reason::ForwardedReply),
@@ -476,10 +471,10 @@ pub fn to_client(
 /// Turns the packet round, as an ICMP error that tells its sender of the obstacle. It comes from the address that the
 /// packet was sent to, or from this host's on the network of `publish`'s backend.
 #[inline(always)]
-fn tell(ctx: &TcContext, packet: &Packet, obstacle: Obstacle, publish: u32) -> Verdict {
+fn tell(ctx: &TcContext, packet: &mut Packet, obstacle: Obstacle, publish: u32) -> Verdict {
     icmp::may_tell(ctx.skb.skb, packet, obstacle.reason)?;
     rewrite::into_error(ctx, packet, obstacle.mtu, publish::source(publish))?;
-    let action = send_back(ctx.skb.skb);
+    let action = send_back(ctx.skb.skb, packet);
     if action < 0 {
         return Err(Reason::NoWayBack);
     }
@@ -491,7 +486,7 @@ fn tell(ctx: &TcContext, packet: &Packet, obstacle: Obstacle, publish: u32) -> V
 
 /// Turns a segment of a flow that was cut off round, as the reset that its sender believes.
 #[inline(always)]
-fn reset(ctx: &TcContext, packet: &Packet) -> Verdict {
+fn reset(ctx: &TcContext, packet: &mut Packet) -> Verdict {
     let answerable = packet.protocol == TCP
         && packet.part == Part::Whole
         && packet.flags & RST == 0
@@ -500,7 +495,7 @@ fn reset(ctx: &TcContext, packet: &Packet) -> Verdict {
         return Err(Reason::Cut);
     }
     rewrite::into_reset(ctx, packet)?;
-    let action = send_back(ctx.skb.skb);
+    let action = send_back(ctx.skb.skb, packet);
     if action < 0 {
         return Err(Reason::NoWayBack);
     }
@@ -510,10 +505,12 @@ fn reset(ctx: &TcContext, packet: &Packet) -> Verdict {
     })
 }
 
-/// Sends what was turned round the way that it came; the action, or a negative number.
+/// Sends what a packet was turned round into the way that it came, or the way that leads back from there; the action, or a negative
+/// number.
 #[inline(never)]
-fn send_back(skb: *mut __sk_buff) -> i32 {
+fn send_back(skb: *mut __sk_buff, packet: &mut Packet) -> i32 {
     let ctx = &TcContext::new(skb);
+    reverse(&packet.tuple, &mut packet.new);
     // SAFETY: `skb` is the context that the kernel gave; its fields are readable.
     let ifindex = unsafe { (*skb).ifindex };
     let delivery = publish::interface(ifindex).map_or(delivery::NEIGHBOUR, |it| it.delivery);
@@ -525,7 +522,7 @@ fn send_back(skb: *mut __sk_buff) -> i32 {
     };
     let mut back = Hop::default();
     deliver::back(ctx, (device, delivery), &mut back)
-        .and_then(|()| deliver::deliver(ctx, &back, setting(&PEER_FROM_LO) != 0, None))
+        .and_then(|()| deliver::deliver(ctx, &back, setting(&PEER_FROM_LO) != 0, packet))
         .unwrap_or(-1)
 }
 

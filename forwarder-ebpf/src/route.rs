@@ -8,7 +8,8 @@ use core::ffi::c_void;
 
 use aya_ebpf::{
     bindings::{
-        BPF_FIB_LKUP_RET_NO_NEIGH, BPF_FIB_LKUP_RET_SUCCESS, BPF_FIB_LOOKUP_OUTPUT, bpf_fib_lookup,
+        BPF_FIB_LKUP_RET_FWD_DISABLED, BPF_FIB_LKUP_RET_NO_NEIGH, BPF_FIB_LKUP_RET_SUCCESS,
+        BPF_FIB_LOOKUP_OUTPUT, bpf_fib_lookup,
     },
     helpers::bpf_fib_lookup as lookup,
 };
@@ -150,6 +151,40 @@ fn index(new: &Tuple) -> u32 {
     number.wrapping_mul(0x9e37_79b1) >> (u32::BITS - limits::ROUTES.ilog2())
 }
 
+/// Protocol and type of service.
+#[inline(always)]
+fn class(packet: &Packet) -> u32 {
+    u32::from_ne_bytes([packet.is_v4 as u8, packet.protocol, packet.tos & DSCP, 0])
+}
+
+/// By which device a packet with its new tuple leaves: by the one that is wanted, unless routes lead by another. `context` is the
+/// program's.
+#[inline(always)]
+pub fn device(context: *mut c_void, packet: &Packet, wanted: u32) -> u32 {
+    if several() {
+        chosen(context, packet, wanted)
+    } else {
+        wanted
+    }
+}
+
+// VERIFIER: as below.
+#[inline(never)]
+fn chosen(context: *mut c_void, packet: &Packet, wanted: u32) -> u32 {
+    let (new, class, now) = (&packet.new, class(packet), clock::now());
+    let Some(route) = element(index(new)) else {
+        return wanted; // there are all elements
+    };
+    if !route.is_of(new, wanted, class) {
+        if route.asked == now {
+            return wanted; // another's, in this tick
+        }
+        route.begin([&new.source, &new.destination], wanted, class, now);
+        choose(context, route);
+    }
+    route.ifindex
+}
+
 /// By which device a packet with its new tuple leaves, and how: by the one that is wanted, unless routes lead by another. An
 /// answer is about the packet's conversation, not the packet, where it is an ICMP error. `context` is the program's. XDP
 /// gives the packet's `length` without its link header; to tc, which knows that it fits, it is 0.
@@ -162,7 +197,7 @@ pub fn get(
 ) -> (u32, Option<&'static Route>) {
     let is_early = length != 0;
     let new = &packet.new;
-    let class = u32::from_ne_bytes([packet.is_v4 as u8, packet.protocol, packet.tos & DSCP, 0]);
+    let class = class(packet);
     let now = clock::now();
     let Some(mut route) = element(index(new)) else {
         return (wanted, None); // there are all elements
@@ -233,8 +268,19 @@ fn choose_uplink(context: *mut c_void, route: &mut Route) {
         if !wanted || route.lookup.destination == route.question() {
             route.ifindex = route.lookup.ifindex;
         }
-    } else if let Some(device) = publish::best_device(&route.destination) {
-        route.ifindex = device;
+    } else if route.answer == BPF_FIB_LKUP_RET_FWD_DISABLED {
+        choose_unasked(route);
+    }
+}
+
+/// The same by what the daemon has written, where the kernel cannot be asked as it does not forward.
+#[inline(always)]
+fn choose_unasked(route: &mut Route) {
+    let leads_out = publish::interface(route.wanted).is_some_and(|it| it.leads_out != 0);
+    if let Some(best) = publish::uplink_to(&route.destination)
+        && !(leads_out && route.is_v4())
+    {
+        route.ifindex = best;
     }
 }
 
@@ -255,7 +301,7 @@ pub fn came_back(context: *mut c_void, packet: &Packet, source: &Address) -> Res
         _ => return Ok(()),
     };
     let is_possible = match is_reverse_path(context, packet, source, device) {
-        NOT_KNOWN => publish::best_device(source).is_none_or(|best| best == device),
+        NOT_KNOWN => publish::uplink_to(source).is_none_or(|best| best == device),
         answer => answer == YES,
     };
     if is_possible {
@@ -276,7 +322,7 @@ fn is_reverse_path(context: *mut c_void, packet: &Packet, source: &Address, devi
     let Some(route) = element(limits::ROUTES) else {
         return NO;
     };
-    let class = u32::from_ne_bytes([packet.is_v4 as u8, packet.protocol, packet.tos & DSCP, 0]);
+    let class = class(packet);
     route.begin([&packet.tuple.destination, source], device, class, 0);
     if !look_up(context, route, LOOPBACK_IFINDEX, 0, 0) {
         return NOT_KNOWN;

@@ -353,6 +353,10 @@ pub fn unattached(snapshot: &Snapshot, devices: BTreeSet<u32>) -> Vec<Unattached
 /// a virtual machine is behind it; the others are uplinks.
 pub fn interfaces(snapshot: &Snapshot) -> impl Iterator<Item = (u32, Interface)> {
     let networks = container_networks(snapshot);
+    let leads_out = move |index| {
+        let mut defaults = snapshot.routes.defaults();
+        defaults.any(|route| route.ifindex == index && route.destination.is_ipv4())
+    };
     snapshot.links.iter().map(move |(&index, link)| {
         let bridge = bridge(snapshot, link);
         let delivery = match way_to(link) {
@@ -369,7 +373,8 @@ pub fn interfaces(snapshot: &Snapshot) -> impl Iterator<Item = (u32, Interface)>
             network: networks.get(&index).copied().unwrap_or(0),
             layer3,
             mac: mac.unwrap_or_default(),
-            strict: u16::from(snapshot.strict.contains(&layer3)),
+            strict: u8::from(snapshot.strict.contains(&layer3)),
+            leads_out: u8::from(leads_out(index)),
         };
         (index, interface)
     })
@@ -383,14 +388,30 @@ fn bridge(snapshot: &Snapshot, link: &Link) -> Option<u32> {
     })
 }
 
-/// Whether routes to other machines lead by more than one device.
+/// Whether packets of other machines may come by one device whose answers leave by another: routes lead to them by several, or
+/// they come by one that none leads by.
 pub fn has_several_uplinks(snapshot: &Snapshot) -> bool {
     let leads_there = |ifindex: &u32| {
         let mut routes = snapshot.routes.by(*ifindex, false);
         routes.any(|route| !is_link_local(route.destination))
     };
-    let uplinks = uplinks(snapshot).into_iter();
-    uplinks.filter(leads_there).count() > 1
+    let uplinks = uplinks(snapshot);
+    let entered = attached(snapshot).filter(|(ifindex, _)| uplinks.contains(ifindex));
+    // A VRF, and what is in one, has routes of its own.
+    let links = snapshot.links.values();
+    let controllers: BTreeSet<u32> = links.filter_map(|link| link.controller).collect();
+    let entered = entered.filter_map(|(ifindex, link)| match link.controller {
+        None if link.kind != Kind::Bond && controllers.contains(&ifindex) => None,
+        None => Some(ifindex),
+        Some(_) => bridge(snapshot, link),
+    });
+    let all: BTreeSet<u32> = uplinks
+        .iter()
+        .copied()
+        .filter(leads_there)
+        .chain(entered)
+        .collect();
+    all.len() > 1
 }
 
 fn contains(network: IpAddr, prefix: u8, address: IpAddr) -> bool {
@@ -530,6 +551,29 @@ pub(crate) mod tests {
             .map(|(_, link)| link.name.as_str())
             .collect();
         assert_eq!(names, ["lo", "eth0", "veth0", "ptp0", "bond0", "tun0"]);
+    }
+
+    #[test]
+    fn packets_come_by_several_uplinks_or_leave_by_several() {
+        let mut host = host();
+        assert!(!has_several_uplinks(&host));
+        host.links.insert(7, link("eth1", Kind::Other, None));
+        assert!(has_several_uplinks(&host), "without a route by it");
+        host.links.entry(7).and_modify(|it| it.up = false);
+        assert!(!has_several_uplinks(&host));
+        host.routes.insert(route("203.0.113.0", 24, 7, false));
+        assert!(has_several_uplinks(&host));
+        host.links.remove(&7);
+        for (name, kind) in [
+            ("blue", Kind::Other),
+            ("bond0", Kind::Bond),
+            ("br1", Kind::Bridge),
+        ] {
+            let mut host = host.clone();
+            host.links.insert(8, link(name, kind, None));
+            host.links.insert(9, link("eth2", Kind::Other, Some(8)));
+            assert_eq!(has_several_uplinks(&host), kind != Kind::Other, "{name}");
+        }
     }
 
     #[test]

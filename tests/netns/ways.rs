@@ -6,6 +6,7 @@ use forwarder_tests::{
     daemon::{Daemon, Datapath},
     deadline::{wait_for, wait_until},
     frame::Frame,
+    icmp::IcmpError,
     topology::{Family, Topology},
     traffic::{Backend, Connection, Protocol, ask, ask_by},
     wire::Wire,
@@ -39,6 +40,9 @@ impl Scene {
                 netns.set(&setting, "0").unwrap();
             }
         }
+        // The router speaks and answers for no address of the client behind it.
+        client.set("ipv4/conf/all/arp_announce", "2").unwrap();
+        client.set("ipv4/conf/all/arp_ignore", "1").unwrap();
         client
             .ip(
                 "addr add 192.0.2.9/24 dev eth1\naddr add 2001:db8:2::9/64 dev eth1 nodad\n\
@@ -161,16 +165,48 @@ fn a_conversation_goes_on_when_its_uplink_goes_down() {
 
 #[test]
 fn who_comes_by_one_uplink_is_answered_by_the_one_that_leads_back() {
-    for family in FAMILIES {
+    by_eth1_and_back_by_eth0(|scene, family| scene.client_comes_by(family, "eth1"));
+}
+
+/// As behind a load balancer that answers go round.
+#[test]
+fn who_comes_by_an_uplink_without_any_route_is_answered_by_the_one_that_leads_back() {
+    by_eth1_and_back_by_eth0(|scene, family| {
+        let Topology { host, client, .. } = &scene.topology;
+        host.ip("addr flush dev eth1").unwrap();
+        let mac = host.mac("eth1").unwrap();
+        let mac = mac.map(|octet| format!("{octet:02x}")).join(":");
+        let (far, frontend) = (Scene::far_client(family), scene.host(family, "eth0"));
+        let length = if far.is_ipv4() { 32 } else { 128 };
+        client
+            .ip(&format!(
+                "route replace {frontend}/{length} dev eth1 src {far}\n\
+                 neigh replace {frontend} lladdr {mac} dev eth1"
+            ))
+            .unwrap();
+    });
+}
+
+/// Asserts that the far client is answered by the one uplink when `comes` has it come by the other, on hosts that forward, which
+/// the kernel can be asked on, and on others.
+fn by_eth1_and_back_by_eth0(comes: impl Fn(&Scene, Family)) {
+    for (family, forwards) in FAMILIES
+        .into_iter()
+        .flat_map(|it| [(it, true), (it, false)])
+    {
         for protocol in [Protocol::Tcp, Protocol::Udp] {
             let scene = Scene::new(protocol);
+            let Topology { host, client, .. } = &scene.topology;
+            host.forwards(forwards).unwrap();
             scene.host_answers_by(family, "eth0");
-            scene.client_comes_by(family, "eth1");
+            comes(&scene, family);
             let daemon = scene.start(family, protocol, &[]);
             on_the_fast_path(&daemon, || {
                 for text in ["one", "two"] {
-                    let client = &scene.topology.client;
-                    let answer = ask(client, protocol, scene.frontend(family), text).unwrap();
+                    let answer = ask(client, protocol, scene.frontend(family), text);
+                    let answer = answer.unwrap_or_else(|error| {
+                        panic!("{family:?} {protocol:?}, forwards: {forwards}: {error:#}")
+                    });
                     assert_eq!(answer.seen.ip(), Scene::far_client(family));
                 }
             });
@@ -179,35 +215,90 @@ fn who_comes_by_one_uplink_is_answered_by_the_one_that_leads_back() {
     }
 }
 
+/// Its time has come where it enters.
+#[test]
+fn who_comes_by_one_uplink_is_told_of_an_obstacle_by_the_one_that_leads_back() {
+    for (family, forwards) in FAMILIES
+        .into_iter()
+        .flat_map(|it| [(it, true), (it, false)])
+    {
+        let scene = Scene::new(Protocol::Udp);
+        let Topology { host, client, .. } = &scene.topology;
+        host.forwards(forwards).unwrap();
+        scene.host_answers_by(family, "eth0");
+        let daemon = scene.start(family, Protocol::Udp, &[]);
+        let far = SocketAddr::new(Scene::far_client(family), 4000);
+        let mut probe = Frame::first(Protocol::Udp, far, scene.frontend(family));
+        (probe.destination_mac, probe.ttl) = (host.mac("eth1").unwrap(), 1);
+        let [by_first, by_second] = ["eth0", "eth1"].map(|it| Wire::open(client, it).unwrap());
+        by_second.send(&probe.bytes()).unwrap();
+        let mut frames = std::iter::from_fn(|| by_first.receive().ok());
+        let told = frames
+            .any(|frame| IcmpError::parse(&frame).is_ok_and(|error| error.destination == far.ip()));
+        assert!(
+            told,
+            "{family:?}, forwards: {forwards}\n{}",
+            daemon.control(&["stats"]).unwrap()
+        );
+        daemon.stop().unwrap();
+    }
+}
+
+/// The uplink that leads back takes no packet as long as the one that requests come by.
+#[test]
+fn an_answer_is_no_longer_than_the_uplink_takes_that_leads_back() {
+    for family in FAMILIES {
+        let scene = Scene::new(Protocol::Udp);
+        let Topology { host, client, .. } = &scene.topology;
+        for netns in [host, client] {
+            netns.ip("link set eth0 mtu 1300").unwrap();
+        }
+        scene.host_answers_by(family, "eth0");
+        scene.client_comes_by(family, "eth1");
+        let daemon = scene.start(family, Protocol::Udp, &[]);
+        let long = "x".repeat(1300);
+        // The first answer is too long, and the backend learns it.
+        wait_for("an answer", || {
+            let answer = ask(client, Protocol::Udp, scene.frontend(family), &long).ok()?;
+            (answer.seen.ip() == Scene::far_client(family)).then_some(())
+        })
+        .unwrap_or_else(|_| panic!("{family:?}\n{}", daemon.control(&["stats"]).unwrap()));
+        daemon.stop().unwrap();
+    }
+}
+
 /// Two ways to the Internet: each client is answered by the one that it came by. IPv6 knows no such way but by rules.
 #[test]
 fn who_comes_by_a_default_route_is_answered_by_it() {
-    let (scene, family) = (Scene::new(Protocol::Tcp), Family::V4);
-    let Topology { host, client, .. } = &scene.topology;
-    for (uplink, metric) in [("eth0", 100), ("eth1", 200)] {
-        let via = scene.router(family, uplink);
-        let route = format!("route add default via {via} dev {uplink} metric {metric}");
-        host.ip(&route).unwrap();
+    for forwards in [true, false] {
+        let (scene, family) = (Scene::new(Protocol::Tcp), Family::V4);
+        scene.topology.host.forwards(forwards).unwrap();
+        let Topology { host, client, .. } = &scene.topology;
+        for (uplink, metric) in [("eth0", 100), ("eth1", 200)] {
+            let via = scene.router(family, uplink);
+            let route = format!("route add default via {via} dev {uplink} metric {metric}");
+            host.ip(&route).unwrap();
+        }
+        scene.client_comes_by(family, "eth1");
+        let daemon = scene.start(family, Protocol::Tcp, &[]);
+        let sent = || {
+            let shown = host.run("cat /proc/net/dev").unwrap();
+            let line = shown.lines().find(|it| it.trim().starts_with("eth1"));
+            let field = line.unwrap().split_whitespace().nth(10);
+            field.unwrap().parse::<u64>().unwrap()
+        };
+        let mut conversation = Connection::open(client, scene.frontend(family)).unwrap();
+        let before = sent();
+        for _ in 0..20 {
+            conversation.ask("asked").unwrap();
+        }
+        let after = sent();
+        assert!(
+            after >= before + 20,
+            "{before} then {after} packets by eth1"
+        );
+        daemon.stop().unwrap();
     }
-    scene.client_comes_by(family, "eth1");
-    let daemon = scene.start(family, Protocol::Tcp, &[]);
-    let sent = || {
-        let shown = host.run("cat /proc/net/dev").unwrap();
-        let line = shown.lines().find(|it| it.trim().starts_with("eth1"));
-        let field = line.unwrap().split_whitespace().nth(10);
-        field.unwrap().parse::<u64>().unwrap()
-    };
-    let mut conversation = Connection::open(client, scene.frontend(family)).unwrap();
-    let before = sent();
-    for _ in 0..20 {
-        conversation.ask("asked").unwrap();
-    }
-    let after = sent();
-    assert!(
-        after >= before + 20,
-        "{before} then {after} packets by eth1"
-    );
-    daemon.stop().unwrap();
 }
 
 /// A machine on one network takes an address of the other's, which the allow-list trusts. The host asks for the reverse path

@@ -55,6 +55,7 @@ pub(crate) const UPLINK: Interface = Interface {
     layer3: 0,
     mac: HOST_MAC,
     strict: 0,
+    leads_out: 0,
 };
 
 /// The same of a device that is no bridge's port.

@@ -233,7 +233,7 @@ fn what_has_no_ethernet_header_is_left_to_the_kernel() {
 }
 
 /// One more uplink, eth1, with a gateway on each; returns it.
-fn second_uplink(bench: &mut Bench, strict: u16) -> u32 {
+fn second_uplink(bench: &mut Bench, strict: u8) -> u32 {
     let netns = Netns::current().unwrap();
     netns
         .ip(

@@ -7,7 +7,7 @@ use std::{
 };
 
 use forwarder_common::{flow::delivery, limits, publish::Location};
-use ipnet::IpNet;
+use ipnet::{IpNet, Ipv4Net};
 
 use crate::network::{Kind, Link, Local, Peer, Route, Snapshot};
 
@@ -78,10 +78,11 @@ pub fn networks(snapshot: &Snapshot) -> BTreeMap<IpNet, Behind> {
     networks
 }
 
-/// The route to each prefix that counts among equal ones.
-fn best_routes(snapshot: &Snapshot) -> BTreeMap<IpNet, &Route> {
+/// The route to each prefix that counts among equal ones, of those that are `wanted`.
+fn best_routes(snapshot: &Snapshot, wanted: impl Fn(IpAddr) -> bool) -> BTreeMap<IpNet, &Route> {
     let mut best = BTreeMap::new();
-    for route in snapshot.routes.iter().filter(|route| !route.local) {
+    let routes = snapshot.routes.iter();
+    for route in routes.filter(|route| !route.local && wanted(route.destination)) {
         if let Ok(prefix) = IpNet::new(route.destination, route.prefix) {
             best.entry(prefix.trunc()).or_insert(route); // the first of them
         }
@@ -89,17 +90,21 @@ fn best_routes(snapshot: &Snapshot) -> BTreeMap<IpNet, &Route> {
     best
 }
 
-/// By which uplink the rest of the world is reached over IPv4, for devices that are particular about that, where the program
-/// cannot ask the kernel: that answers on hosts that forward alone. Rules of others may choose in other ways than routes say.
-fn reverse_paths(snapshot: &Snapshot) -> BTreeMap<IpNet, Location> {
-    let is_asked = snapshot.forwards.0 || snapshot.rules.0 || snapshot.strict.is_empty();
-    if is_asked || !super::has_several_uplinks(snapshot) {
+/// By which uplink the rest of the world is reached, where the program cannot ask the kernel: that answers on hosts that forward
+/// alone. Rules of others may choose in other ways than routes say.
+fn ways_out(snapshot: &Snapshot) -> BTreeMap<IpNet, Location> {
+    let (forwards, rules) = (snapshot.forwards, snapshot.rules);
+    let is_said = |address: IpAddr| match address {
+        IpAddr::V4(_) => !forwards.0 && !rules.0,
+        IpAddr::V6(_) => !forwards.1 && !rules.1 && !is_link_local(address),
+    };
+    if !super::has_several_uplinks(snapshot) {
         return BTreeMap::new();
     }
     let devices = container_networks(snapshot);
-    let routes = best_routes(snapshot).into_iter();
-    let world: BTreeMap<IpNet, Location> = routes
-        .filter(|(prefix, route)| prefix.addr().is_ipv4() && !devices.contains_key(&route.ifindex))
+    let routes = best_routes(snapshot, is_said).into_iter();
+    let mut world: BTreeMap<IpNet, Location> = routes
+        .filter(|(_, route)| !devices.contains_key(&route.ifindex))
         .map(|(prefix, route)| {
             let has_several_legs = route.gateway.is_some_and(|it| it.is_unspecified());
             let device = if has_several_legs { 0 } else { route.ifindex };
@@ -109,6 +114,9 @@ fn reverse_paths(snapshot: &Snapshot) -> BTreeMap<IpNet, Location> {
     // What else is in the map must find its place there.
     if world.len() > limits::LOCATIONS as usize / 4 {
         return BTreeMap::new();
+    }
+    if !world.is_empty() {
+        world.entry(Ipv4Net::default().into()).or_default(); // or it would be part of ::/0
     }
     world
 }
@@ -206,7 +214,7 @@ pub fn locations(snapshot: &Snapshot) -> BTreeMap<IpNet, Location> {
         .chain(snapshot.local_prefixes())
         .filter(|prefix| !prefix.addr().is_loopback())
         .map(|prefix| (prefix.trunc(), Location::HERE));
-    let world = reverse_paths(snapshot);
+    let world = ways_out(snapshot);
     let everybody = snapshot.addresses.iter().filter_map(broadcast);
     let everybody = everybody.map(|address| (IpNet::from(address), Location::EVERYBODY));
     networks
@@ -517,7 +525,7 @@ pub(crate) mod tests {
     }
 
     #[test]
-    fn reverse_paths_are_those_of_the_routes_where_the_kernel_cannot_be_asked() {
+    fn ways_out_are_those_of_the_routes_where_the_kernel_cannot_be_asked() {
         let mut snapshot = host();
         snapshot.links.insert(7, link("eth1", Kind::Other, None));
         snapshot.routes = Routes::default();
@@ -532,14 +540,18 @@ pub(crate) mod tests {
                 .routes
                 .insert(route(destination, prefix, ifindex, gateway));
         }
-        snapshot.strict = [7].into();
         let shown = |snapshot: &Snapshot| {
-            let paths = reverse_paths(snapshot).into_iter();
+            let paths = ways_out(snapshot).into_iter();
             paths
                 .map(|(prefix, there)| format!("{prefix} {}", there.device))
                 .collect::<Vec<_>>()
         };
-        let expected = ["0.0.0.0/0 2", "192.0.2.0/24 7", "198.51.100.0/24 2"];
+        let expected = [
+            "0.0.0.0/0 2",
+            "192.0.2.0/24 7",
+            "198.51.100.0/24 2",
+            "2001:db8:2::/64 7",
+        ];
         assert_eq!(shown(&snapshot), expected);
         assert!(locations(&snapshot).values().any(|it| it.network == 3));
         // The better of two.
@@ -554,23 +566,22 @@ pub(crate) mod tests {
             it.gateway = Some(ip("0.0.0.0"))
         });
         assert_eq!(shown(&snapshot)[0], "0.0.0.0/0 0");
-        let others = [
+        let both = (true, true);
+        let (forwards, rules) = (both, both);
+        for other in [
             Snapshot {
-                forwards: (true, false),
+                forwards,
                 ..snapshot.clone()
             },
             Snapshot {
-                rules: (true, false),
+                rules,
                 ..snapshot.clone()
             },
-            Snapshot {
-                strict: [].into(),
-                ..snapshot
-            },
-        ];
-        for other in &others {
-            assert!(reverse_paths(other).is_empty(), "{other:?}");
+        ] {
+            assert!(ways_out(&other).is_empty(), "{other:?}");
         }
+        snapshot.forwards.0 = true;
+        assert_eq!(shown(&snapshot), ["0.0.0.0/0 0", "2001:db8:2::/64 7"]);
     }
 
     #[test]
