@@ -162,9 +162,11 @@ pub struct Interface {
     pub strict: u8,
     /// Not 0 where a default route of IPv4 leads by it.
     pub leads_out: u8,
+    /// The container at the other end, by a number that all of its devices have; 0 where that is not known.
+    pub container: u32,
 }
 
-const _: () = assert!(size_of::<Interface>() == 32);
+const _: () = assert!(size_of::<Interface>() == 36);
 
 /// A value of `LOCATIONS`: what an address is behind. Zero is the rest of the world.
 #[repr(C)]

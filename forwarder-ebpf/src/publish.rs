@@ -217,7 +217,8 @@ pub fn flags(publish: u32) -> u16 {
 }
 
 /// Whether the packet, whose source is the backend of a publish, came in where packets leave for that: by the backend's own
-/// device, or where that is not known, from its network. If not, but by another uplink, routes tell whether it may.
+/// device or another of its container's, or where that is not known, from its network. If not, but by another uplink, routes tell
+/// whether it may.
 ///
 /// # Errors
 /// `Martian`, or `Unresolved` while the backend's device is not known or has gone.
@@ -232,6 +233,10 @@ pub fn is_at_backend(packet: &Packet, publish: &Publish) -> Result<bool, Reason>
     }
     if known == delivery::NONE || !exists(device) {
         return Err(Reason::Unresolved);
+    }
+    let there = container(device);
+    if there != 0 && there == container(packet.ifindex) {
+        return Ok(true);
     }
     Err(Reason::Martian)
 }
@@ -264,6 +269,12 @@ pub fn way_back(packet: &Packet) -> (u32, u32) {
 #[inline(always)]
 pub fn layer3(ifindex: u32) -> u32 {
     interface(ifindex).map_or(ifindex, |interface| interface.layer3)
+}
+
+/// The container at the other end of a device; 0 where that is not known.
+#[inline(always)]
+fn container(ifindex: u32) -> u32 {
+    interface(ifindex).map_or(0, |interface| interface.container)
 }
 
 /// The container network behind a device; 0 for an uplink.

@@ -24,7 +24,7 @@ pub use self::{
 use crate::{
     config::XdpChoice,
     datapath::{maps::Installed, xdp::Mode},
-    network::{Header, Kind, Link, Mac, Route, Snapshot, xfrm::covering_policy},
+    network::{Header, Kind, Link, Mac, Peer, Route, Snapshot, xfrm::covering_policy},
     plan::locations::{
         container_networks, is_host_route, is_link_local, is_local_bridge, is_routed, way_to,
     },
@@ -364,20 +364,30 @@ pub fn interfaces(snapshot: &Snapshot) -> impl Iterator<Item = (u32, Interface)>
             _ => delivery::NEIGHBOUR,
         };
         let layer3 = bridge.unwrap_or(index);
+        let network = networks.get(&index).copied().unwrap_or(0);
         let mac = snapshot.links.get(&layer3).and_then(|link| link.mac);
         let interface = Interface {
             delivery,
             mtu: link.mtu,
             ethernet: u32::from(link.header == Header::Ethernet),
             xdp: 0,
-            network: networks.get(&index).copied().unwrap_or(0),
+            network,
             layer3,
             mac: mac.unwrap_or_default(),
             strict: u8::from(snapshot.strict.contains(&layer3)),
             leads_out: u8::from(leads_out(index)),
+            container: match link.kind {
+                Kind::Veth { peer: Some(peer) } if network != 0 => container(peer),
+                _ => 0,
+            },
         };
         (index, interface)
     })
+}
+
+/// A container's number, as [`Interface::container`] has it: by its network namespace, if this one has an id for that.
+fn container(peer: Peer) -> u32 {
+    u32::try_from(peer.namespace).map_or(0, |namespace| namespace + 1)
 }
 
 /// The bridge that a device is a port of.

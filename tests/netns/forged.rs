@@ -12,6 +12,7 @@ use forwarder_tests::{
     netns::Netns,
     topology::{Family, Topology},
     traffic::{Backend, Protocol, ask, ask_by},
+    tun,
     wire::Wire,
 };
 
@@ -451,6 +452,59 @@ fn a_container_does_not_speak_for_what_is_routed_to_a_neighbour() {
     forge(&scene.topology, &scene.third.0, "br0", forged);
     assert_eq!(scene.daemon.counted("martian_source").unwrap(), before + 1);
     scene.daemon.stop().unwrap();
+}
+
+/// A machine behind a tunnel without Ethernet headers takes a container's address, also behind headers that the fast path does
+/// not read, which leaves such a datagram to the proxy.
+#[test]
+fn a_machine_behind_a_tunnel_does_not_begin_as_a_container() {
+    let topology = Topology::new().unwrap();
+    let Topology {
+        host, client, peer, ..
+    } = &topology;
+    let ends = [(host, "tun0"), (client, "tun0")];
+    let _tunnel = tun::Wire::between(tun::Kind::Tun, ends).unwrap();
+    for (netns, own) in [(host, 2), (client, 9)] {
+        netns
+            .ip(&format!(
+                "link set tun0 up\naddr add 2001:db8:77::{own}/64 dev tun0 nodad"
+            ))
+            .unwrap();
+    }
+    let backend = backend(&topology.backend, Protocol::Udp);
+    let spec = spec(&topology.backend, Family::V6, Protocol::Udp);
+    let flags = ["--allow", "fd00:31::/64"];
+    let daemon = Daemon::start_with(host, &[&spec], Datapath::Ebpf, &flags).unwrap();
+    let to = frontend(&topology, Family::V6);
+    let source = SocketAddr::new(peer.address(Family::V6), 4000);
+    let forged = Frame::first(Protocol::Udp, source, to).bytes();
+    let behind = |number: u8, header: [u8; 8]| {
+        let mut frame = forged.clone();
+        frame.splice(54..54, header);
+        frame[20] = number;
+        frame[19] += 8;
+        frame
+    };
+    // Padding, for every hop and for the destination, and a routing header that is used up.
+    let padded = [17, 0, 1, 4, 0, 0, 0, 0];
+    let routed = [17, 0, 3, 0, 0, 0, 0, 0];
+    let all = [
+        behind(0, padded),
+        behind(60, padded),
+        behind(43, routed),
+        forged.clone(),
+    ];
+    let wire = Wire::open(client, "tun0").unwrap();
+    for (number, frame) in all.iter().enumerate() {
+        wire.send(&frame[14..]).unwrap();
+        wait_for("the forgery is counted", || {
+            (daemon.counted("martian_source").ok()? > number as u64).then_some(())
+        })
+        .unwrap_or_else(|_| panic!("number {number}: {}", daemon.control(&["stats"]).unwrap()));
+    }
+    ask(&peer.netns, Protocol::Udp, to, "honest").unwrap();
+    assert_eq!(backend.requests(), 1, "a forgery reached the backend");
+    daemon.stop().unwrap();
 }
 
 /// What the fast path does not read is the proxy's, which has to believe the source: a datagram behind a header for its

@@ -1,11 +1,12 @@
-//! A client in the midst of a conversation gets another MAC, or another link: answers go where its packets come from now.
+//! A client in the midst of a conversation gets another MAC, or another link: answers go where its packets come from now. And a
+//! backend answers by another link than it is asked by.
 
 use std::net::{SocketAddr, UdpSocket};
 
 use forwarder_tests::{
     deadline::wait_for,
     topology::{Family, Topology},
-    traffic::ask_by,
+    traffic::{Protocol, ask_by},
     tun,
 };
 
@@ -37,6 +38,39 @@ fn outlives_another_mac(topology: Topology, device: &str, uplink: &str) {
 #[test]
 fn a_conversation_outlives_another_mac_of_the_client() {
     outlives_another_mac(Topology::new().unwrap(), "eth0", "eth0");
+}
+
+/// A container on two networks: its default route leads by the other one than it is asked by.
+#[test]
+fn a_backend_that_answers_by_its_other_network_is_heard() {
+    for (family, own, nodad) in [
+        (Family::V4, "172.31.1.7/24", ""),
+        (Family::V6, "fd00:31:1::7/64", "nodad"),
+    ] {
+        let topology = Topology::new().unwrap();
+        let Topology {
+            host,
+            backend,
+            other,
+            ..
+        } = &topology;
+        let netns = &backend.netns;
+        host.ip(&format!(
+            "link add vethboth type veth peer name eth1 netns {}\nlink set vethboth master br1 up",
+            netns.path()
+        ))
+        .unwrap();
+        netns
+            .ip(&format!(
+                "addr add {own} dev eth1 {nodad}\nlink set eth1 up\nroute replace default via {} dev eth1",
+                other.gateway(family)
+            ))
+            .unwrap();
+        let scene = Scene::of(family, Protocol::Tcp).start_in(topology);
+        wait_for_peer(&scene.daemon);
+        scene.served_on_the_fast_path();
+        scene.stop();
+    }
 }
 
 /// The host's uplink is a bridge, whose port is no veth.

@@ -56,6 +56,7 @@ pub(crate) const UPLINK: Interface = Interface {
     mac: HOST_MAC,
     strict: 0,
     leads_out: 0,
+    container: 0,
 };
 
 /// The same of a device that is no bridge's port.

@@ -213,6 +213,39 @@ fn a_reply_is_the_backends_own() {
     });
 }
 
+/// Its default route may lead by another network than the one that it was asked by.
+#[test]
+fn a_reply_by_another_device_of_the_backends_container_is_its_own() {
+    for (backend, _, machine, frontend) in FAMILIES {
+        for protocol in PROTOCOLS {
+            bench(|bench| {
+                let device = containers(bench);
+                bench.publish(protocol, 8080, backend);
+                let is_of = |bench: &mut Bench, device, network, container| {
+                    let interface = Interface {
+                        delivery: delivery::PEER,
+                        network,
+                        container,
+                        ..UPLINK
+                    };
+                    let maps = &mut bench.datapath.maps;
+                    let interface = Some(behind(device, interface));
+                    maps.set_interface(device, interface).unwrap();
+                };
+                let (first, other) = (bench.container, 77);
+                let bridge = if_nametoindex("br0").unwrap();
+                is_of(bench, first, bridge, 1);
+                is_of(bench, device, other, 2);
+                let request = Frame::first(protocol, at(machine), at(frontend));
+                let reply = bench.send(&request, bench.uplink).forwarded().reply();
+                bench.send(&reply, device).dropped("martian_source");
+                is_of(bench, device, other, 1);
+                bench.send(&reply, device).forwarded();
+            });
+        }
+    }
+}
+
 /// Until the backend's port of the bridge is known, its network is as much as can be asked.
 #[test]
 fn a_reply_of_a_backend_whose_port_is_not_known_comes_from_its_network() {

@@ -10,8 +10,8 @@ use forwarder_common::{
 use crate::frame::{SentTo, header};
 
 use super::{
-    DESTINATION, ETHERTYPE_IPV4, ETHERTYPE_IPV6, FRAGMENT_HEADER, ICMP, ICMPV6, Ipv4, Ipv6, MORE,
-    OFFSET, Packet, Part, Ports, linear, options,
+    DESTINATION, ETHERTYPE_IPV4, ETHERTYPE_IPV6, FRAGMENT_HEADER, HOP_BY_HOP, ICMP, ICMPV6, Ipv4,
+    Ipv6, MORE, OFFSET, Packet, Part, Ports, ROUTING, linear, options,
 };
 
 /// The packet's tuple; an ICMP error, a fragment and what has options count as parts without ports.
@@ -59,7 +59,10 @@ pub fn packet(ctx: &TcContext) -> Result<Packet, Reason> {
         let ip = unsafe { &*ip };
         packet.protocol = ip.next_header;
         packet.tuple.destination = Address(ip.destination);
-        if matches!(ip.next_header, ICMPV6 | FRAGMENT_HEADER | DESTINATION) {
+        if matches!(
+            ip.next_header,
+            ICMPV6 | FRAGMENT_HEADER | HOP_BY_HOP | ROUTING | DESTINATION
+        ) {
             return Ok(packet);
         }
         size_of::<Ipv6>()
