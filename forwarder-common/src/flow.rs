@@ -80,6 +80,9 @@ pub mod state {
     pub const GUESSED_ORIGINAL: u32 = 1 << 16;
     pub const GUESSED_REPLY: u32 = 1 << 17;
 
+    /// It is over, and does not count among its publish's flows any more, though it is still in `FLOWS` for stray segments.
+    pub const OVER: u32 = 1 << 18;
+
     pub const BOTH_FIN: u32 = FIN_ORIGINAL | FIN_REPLY;
     pub const BOTH_GUESSED: u32 = GUESSED_ORIGINAL | GUESSED_REPLY;
     pub const BOTH_ACKNOWLEDGED: u32 = FIN_ORIGINAL_ACKNOWLEDGED | FIN_REPLY_ACKNOWLEDGED;
@@ -338,6 +341,17 @@ impl Phase {
             (_, 0) => Self::TcpFinWait,
             _ => Self::TcpCloseWait,
         }
+    }
+}
+
+/// Whether neither side has anything more to say: both have taken leave, or a reset that is believed has ended it. Of datagrams
+/// nobody can tell.
+#[inline(always)]
+pub const fn is_over(protocol: u32, state: u32) -> bool {
+    match Phase::of(protocol, state) {
+        Phase::TcpTimeWait => true,
+        Phase::TcpClose => state & state::BOTH_SPOKE == 0,
+        _ => false,
     }
 }
 

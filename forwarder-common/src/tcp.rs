@@ -282,6 +282,12 @@ fn close(flow: &mut Flow, direction: usize, segment: Segment, mut after: u32) ->
     after
 }
 
+/// Whether a SYN of the client's begins a new connection with the tuple of one in this state, which has ended.
+#[inline(always)]
+pub const fn is_used_again(state: u32) -> bool {
+    state & state::BOTH_FIN == state::BOTH_FIN || state & state::RESET != 0
+}
+
 /// A SYN or a SYN-ACK.
 #[inline(always)]
 fn synchronize(flow: &mut Flow, direction: usize, segment: Segment) -> u32 {
@@ -291,8 +297,8 @@ fn synchronize(flow: &mut Flow, direction: usize, segment: Segment) -> u32 {
         if segment.has(ACK) {
             return after; // the answer to a backend that opened at the same time
         }
-        if after & state::BOTH_FIN == state::BOTH_FIN || after & state::RESET != 0 {
-            after &= !state::PROGRESS; // the tuple is used again
+        if is_used_again(after) {
+            after &= !state::PROGRESS;
         }
         if after & state::ESTABLISHED == 0 {
             after &= !(state::BOTH_FIN

@@ -12,7 +12,7 @@ pub struct Usage {
     pub begun: u64,
     /// Of these, those that were put into `FLOWS`: proven, or from the beginning because the backend sees an address of this host.
     pub kept: u64,
-    /// Of these, those that are not there any more.
+    /// Of these, those that are over, or not there any more. One whose tuple is used again is counted as put there once more.
     pub ended: u64,
     /// Packets and bytes of flows that have ended, in the original direction and the reply direction.
     pub packets: [u64; 2],

@@ -28,7 +28,7 @@ use crate::{
 // VERIFIER: a function of its own, for its share of the stack.
 #[inline(never)]
 pub fn admit(packet: &Packet, publish: &'static Publish, index: u32) -> Result<(), Reason> {
-    permitted(packet, &Published { publish, index })?;
+    permitted(packet, &Published { publish, index }).map_err(|reason| refused(reason, index))?;
     if packet.tuple.source.is_link_local() {
         return Err(Reason::LinkLocal);
     }
@@ -51,11 +51,20 @@ pub fn admit(packet: &Packet, publish: &'static Publish, index: u32) -> Result<(
 /// Whether the packet's source may ask at all. That changes nothing, so that it can be asked on both hooks.
 ///
 /// # Errors
-/// `Martian`, `Banned`, `NotAllowed` or `OtherInterface`.
+/// `Martian`, `Banned`, `NotAllowed` or `OtherInterface`, which [`refused`] counts.
 #[inline(always)]
 pub fn permitted(packet: &Packet, published: &Published) -> Result<(), Reason> {
     comes_from(&packet.tuple.source, packet.ifindex)?;
-    policy(packet, published).map_err(|reason| usage::refused(published.index, reason))
+    policy(packet, published)
+}
+
+/// Counts what a publish's policy refuses, whoever else may be refused; gives the reason.
+#[inline(always)]
+pub fn refused(reason: Reason, index: u32) -> Reason {
+    match reason {
+        Reason::Martian => reason,
+        _ => usage::refused(index, reason),
+    }
 }
 
 /// Whether a packet that came by that device may be of that source. What is on lo has been through this host's own checks.

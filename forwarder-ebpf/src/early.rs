@@ -78,8 +78,11 @@ fn go_on(ctx: &XdpContext) -> Result<u32, Reason> {
     }
     publish::arrived(packet)?;
     left::is_no_answer(packet)?;
-    if publish::is_to_device(ctx, packet) {
-        admit::permitted(packet, &published)?;
+    if publish::is_to_device(ctx, packet)
+        && let Err(reason) = admit::permitted(packet, &published)
+        && (packet.protocol == TCP || ingress::original(packet, published).is_none())
+    {
+        return Err(admit::refused(reason, published.index));
     }
     Err(Reason::NotOurs)
 }

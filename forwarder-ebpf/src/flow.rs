@@ -4,7 +4,7 @@
 
 use aya_ebpf::bindings::{__sk_buff, BPF_ANY, BPF_EXIST, BPF_NOEXIST};
 use forwarder_common::{
-    flow::{Flow, Phase, REPLY, state},
+    flow::{Flow, Phase, REPLY, is_over, state},
     limits,
     reason::Reason,
     tcp,
@@ -120,6 +120,9 @@ pub fn update(frame: &impl Frame, flow: &mut Flow, packet: &Packet, direction: u
             && !tcp::follow(flow, direction, segment, || is_direct(packet))
         {
             return false;
+        }
+        if flow.side(direction).state & state::UNSETTLED != state::ESTABLISHED {
+            usage::follow(flow);
         }
     } else if direction == REPLY {
         if state & state::REPLIED == 0 {
@@ -447,11 +450,7 @@ enum Remains {
 fn remains(flow: &Flow, protocol: u32) -> Remains {
     let silent = clock::now().saturating_sub(flow.last_seen());
     let phase = Phase::of(protocol, flow.state());
-    let believed = flow.state() & state::BOTH_SPOKE == 0;
-    if silent >= timeout(phase)
-        || phase == Phase::TcpTimeWait
-        || phase == Phase::TcpClose && believed
-    {
+    if silent >= timeout(phase) || is_over(protocol, flow.state()) {
         Remains::Nothing
     } else if matches!(phase, Phase::TcpSynSent | Phase::TcpSynRecv) {
         Remains::Hope
@@ -485,11 +484,11 @@ fn take_over(draft: &mut Draft) -> bool {
             copy_address(&flow.frontend, &mut draft.other.destination);
             (draft.other.source_port, draft.other.destination_port) = flow.ports();
             draft.other.protocol = draft.key.protocol;
-            let (publish, was_kept) = (flow.publish(), flow.state() & state::KEPT != 0);
+            let (publish, counted) = (flow.publish(), usage::counts(flow));
             // Before its memory is another's.
             usage::ended(flow);
             let replaced = replace(draft);
-            if !replaced && was_kept {
+            if !replaced && counted {
                 usage::kept(publish); // it stays
             }
             replaced

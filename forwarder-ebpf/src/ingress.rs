@@ -81,6 +81,9 @@ fn forward(
         if flow.state() & state::CUT != 0 {
             return reset(ctx, packet);
         }
+        if packet.opens() && tcp::is_used_again(flow.state()) {
+            begin_again(packet, &published, flow)?;
+        }
         if let Some(obstacle) = before_backend(ctx, packet, &published)? {
             return tell(ctx, packet, obstacle, 0);
         }
@@ -175,6 +178,24 @@ fn may_begin(
     }
     admit::admit(packet, publish, index)?;
     route::came_back(skb.cast(), packet, &packet.tuple.source)
+}
+
+/// Whether a new connection may begin with the tuple of a flow that is over: a limit would be none for whoever uses one port again
+/// and again.
+///
+/// # Errors
+/// The reason against it.
+#[inline(always)]
+fn begin_again(packet: &Packet, published: &Published, flow: &mut Flow) -> Result<(), Reason> {
+    if let Err(reason) = admit::admit(packet, published.publish, published.index) {
+        if !reason.drops() {
+            flow.set_state(flow.state() | state::FOREIGN); // it is the proxy's from here on
+        }
+        return Err(reason);
+    }
+    count(Reason::NewFlow);
+    usage::begun(published.index, false);
+    Ok(())
 }
 
 /// Whether a connection whose flow is not known, any more or yet, goes on by this packet: as nf_conntrack_tcp_loose has it

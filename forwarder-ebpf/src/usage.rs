@@ -3,8 +3,9 @@
 
 use aya_ebpf::bindings::BPF_NOEXIST;
 use forwarder_common::{
-    flow::{Flow, state},
+    flow::{Flow, is_over, state},
     reason::Reason,
+    tuple::TCP,
     usage::Refused,
 };
 
@@ -33,13 +34,38 @@ pub fn kept(publish: u32) {
     }
 }
 
+/// Whether a flow counts among those of its publish that are there.
+#[inline(always)]
+pub fn counts(flow: &Flow) -> bool {
+    flow.state() & (state::KEPT | state::OVER) == state::KEPT
+}
+
+/// A TCP connection that is over counts no more, long before its flow goes; and it does again if its tuple is used again.
+// VERIFIER: a function of its own, as it is rarely needed.
+// RACE: what two CPUs count at once, the daemon's next walk over the flows puts right.
+#[inline(never)]
+pub fn follow(flow: &mut Flow) {
+    let state = flow.state();
+    let was_over = state & state::OVER != 0;
+    if state & state::KEPT == 0 || is_over(TCP.into(), state) == was_over {
+        return;
+    }
+    flow.set_state(state ^ state::OVER);
+    if was_over {
+        kept(flow.publish());
+    } else if let Some(usage) = USAGE.get_ptr_mut(flow.publish()) {
+        // SAFETY: as above.
+        unsafe { add(&raw mut (*usage).ended, 1) };
+    }
+}
+
 /// A flow gives way to another.
 #[inline(always)]
 pub fn ended(flow: &Flow) {
     if let Some(usage) = USAGE.get_ptr_mut(flow.publish()) {
         // SAFETY: as above.
         unsafe {
-            if flow.state() & state::KEPT != 0 {
+            if counts(flow) {
                 add(&raw mut (*usage).ended, 1);
             }
             for direction in 0..2 {

@@ -96,6 +96,46 @@ fn xdp_refuses_beginnings_alone() {
     });
 }
 
+/// The allow-list has changed since it began. Nor do its packets count as refused.
+#[test]
+fn xdp_refuses_nothing_of_a_conversation_that_goes_on() {
+    for (client, other, host, backend) in [
+        (
+            "198.51.100.9:4000",
+            "198.51.100.8:4000",
+            "198.51.100.2:50002",
+            "172.31.0.2:53",
+        ),
+        (
+            "[2001:db8:100::9]:4000",
+            "[2001:db8:100::8]:4000",
+            "[2001:db8:100::2]:50002",
+            "[fd00:31::2]:53",
+        ),
+    ] {
+        bench(|bench| {
+            if !bench.publish_beside(Protocol::Tcp, 9090, "198.51.100.10:80") {
+                return;
+            }
+            let mut entry = bench.entry(PORT, backend);
+            bench.publish_entry(2, None, Protocol::Udp, PORT, &entry);
+            let [known, other] =
+                [client, other].map(|it| Frame::first(Protocol::Udp, at(it), at(host)));
+            bench.send(&known, bench.uplink).forwarded();
+            entry.flags |= flag::ALLOW_LIST;
+            bench.publish_entry(2, None, Protocol::Udp, PORT, &entry);
+            bench.send(&known, bench.uplink).forwarded();
+            assert_eq!(bench.send_early(&known.bytes()).action, XDP_PASS);
+            assert!(bench.datapath.maps.usage(2).unwrap().refused.is_empty());
+            assert_eq!(bench.send_early(&other.bytes()).action, XDP_DROP);
+            assert_eq!(
+                bench.datapath.maps.usage(2).unwrap().refused["not_allowed"],
+                1
+            );
+        });
+    }
+}
+
 /// This host's own client has a port of a wide range, as the kernel gives it to one that asks for none.
 #[test]
 fn xdp_leaves_the_answer_to_a_socket_of_this_host() {

@@ -8,8 +8,8 @@ use std::{
 };
 
 use forwarder::datapath::xdp::Mode;
-use forwarder_common::policy::Limits;
-use forwarder_tests::frame::{ACK, Frame, Protocol};
+use forwarder_common::{policy::Limits, publish::flag};
+use forwarder_tests::frame::{ACK, FIN_ACK, Frame, Protocol, RST};
 
 use crate::bench::{Bench, LO, REDIRECT, XDP_DROP, XDP_PASS, at, bench, network};
 
@@ -88,6 +88,97 @@ fn no_more_flows_at_once_than_may_be() {
                 drop(flows);
                 bench.datapath.maps.flows.end(&key, |_| true).unwrap();
                 bench.send(&third, bench.uplink).forwarded();
+            });
+        }
+    }
+}
+
+/// A client's connection that is over: either side takes leave, or the client resets it.
+fn over(bench: &Bench, first: &Frame, by: u32, reset: bool) {
+    let ack = answered(bench, first, by);
+    let arrived = bench.send(&ack, by).forwarded();
+    if reset {
+        bench.send(&ack.with_flags(RST), by).forwarded();
+        return;
+    }
+    let bye = arrived.reply().with_flags(FIN_ACK);
+    let bye = bench.send(&bye, bench.container).forwarded();
+    let leave = Frame {
+        source_mac: first.source_mac,
+        destination_mac: first.destination_mac,
+        ..bye.reply()
+    };
+    let leave = bench.send(&leave, by).forwarded();
+    let last = leave.reply().with_flags(ACK);
+    bench.send(&last, bench.container).forwarded();
+}
+
+/// Its flow stays for two minutes, for stray segments.
+#[test]
+fn a_connection_that_is_over_is_none_of_those_at_once() {
+    for [client, host, backend, local, localhost] in WORLDS {
+        for (reset, on_this_host) in [(false, false), (true, false), (false, true), (true, true)] {
+            bench(|bench| {
+                bench.publish(Protocol::Tcp, PORT, backend);
+                let limits = Limits {
+                    flows: 1,
+                    ..Limits::default()
+                };
+                limit(bench, limits);
+                let (client, host, by) = match on_this_host {
+                    true => (local, localhost, LO),
+                    false => (client, host, bench.uplink),
+                };
+                for port in 4000..4005 {
+                    over(bench, &first(Protocol::Tcp, client, host, port), by, reset);
+                }
+                // One of them again, and then there is no room.
+                let again = answered(bench, &first(Protocol::Tcp, client, host, 4002), by);
+                bench.send(&again, by).forwarded();
+                let usage = bench.datapath.maps.usage(1).unwrap();
+                assert_eq!((usage.flows, usage.begun), (1, 6));
+                let other = first(Protocol::Tcp, client, host, 4009);
+                bench.send(&other, by).dropped("too_many_flows");
+                let flows = bench.datapath.maps.flows.all().map(Result::unwrap);
+                for (key, _) in flows.collect::<Vec<_>>() {
+                    bench.datapath.maps.flows.end(&key, |_| true).unwrap();
+                }
+                assert_eq!(bench.datapath.maps.usage(1).unwrap().flows, 0);
+            });
+        }
+    }
+}
+
+/// Its flow is there still.
+#[test]
+fn a_connection_from_the_port_of_one_that_is_over_counts_as_a_new_one() {
+    for [client, host, backend, ..] in WORLDS {
+        for reset in [false, true] {
+            bench(|bench| {
+                bench.publish(Protocol::Tcp, PORT, backend);
+                let limits = Limits {
+                    new_flows_by_source: 1,
+                    ..Limits::default()
+                };
+                limit(bench, limits);
+                let first = first(Protocol::Tcp, client, host, 4000);
+                for _ in 0..5 {
+                    over(bench, &first, bench.uplink, reset);
+                }
+                bench
+                    .send(&first, bench.uplink)
+                    .dropped("source_rate_limited");
+                limit(bench, Limits::default());
+                let mut entry = bench.entry(PORT, backend);
+                entry.flags |= flag::ALLOW_LIST;
+                bench.publish_entry(1, None, Protocol::Tcp, PORT, &entry);
+                bench.send(&first, bench.uplink).dropped("not_allowed");
+                entry.flags = flag::DRAINING;
+                bench.publish_entry(1, None, Protocol::Tcp, PORT, &entry);
+                let (bytes, by) = (first.bytes(), bench.uplink);
+                bench.send(&first, by).passed(&bytes, "draining");
+                let next = first.with_flags(ACK);
+                bench.send(&next, by).passed(&next.bytes(), "draining");
             });
         }
     }

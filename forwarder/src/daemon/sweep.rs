@@ -18,7 +18,7 @@ use super::{
 use crate::{
     clock,
     datapath::{
-        maps::{Count, FlowTables, Maps, Walk},
+        maps::{Count, FlowCount, FlowTables, Maps, Walk},
         resets::{self, Resets},
     },
     publish::{Spec, Wanted},
@@ -35,6 +35,8 @@ pub(super) struct Sweep {
     alive: HashSet<u32>,
     /// How many entries each source has, if there is a table.
     count: Option<Count>,
+    /// How many flows each publish has.
+    flows: Option<FlowCount>,
     /// It is the second walk, which ends what sources have too much.
     trims: bool,
     /// Where sources are counted that have more than a sixteenth of a table that is above three quarters full.
@@ -77,12 +79,16 @@ impl Daemon {
     /// A walk that begins now.
     pub(super) fn begin_sweep(&self) -> Sweep {
         let flows = self.datapath.as_ref().map(|it| &it.maps.flows);
+        let usage = self.datapath.as_ref().map(|it| it.maps.mapped_usage());
+        let serving = self.serving.values().map(|it| it.row.index);
+        let places = serving.chain(self.draining.keys().copied());
         Sweep {
             walk: Walk::default(),
             drained: self.draining.keys().copied().collect(),
             sums: self.view.begin_sums(),
             alive: HashSet::new(),
             count: flows.map(|flows| flows.shares.begin_count()),
+            flows: usage.map(|usage| usage.begin_count(places)),
             trims: false,
             above: flows.map(above_share).unwrap_or_default(),
         }
@@ -218,6 +224,9 @@ impl Daemon {
         if let (Some(datapath), Some(count)) = (&self.datapath, &sweep.count) {
             let flows = &datapath.maps.flows;
             flows.shares.correct(count);
+            if let Some(count) = &sweep.flows {
+                datapath.maps.mapped_usage().correct(count);
+            }
             // Others may have ended meanwhile.
             let mut now = above_share(flows);
             sweep.above.retain(|share, above| {
@@ -298,6 +307,9 @@ impl Daemon {
             if is_kept && let Some(count) = &mut sweep.count {
                 let share = datapath.maps.flows.shares.index(flow.source(&key));
                 count.saw(share);
+                if let Some(count) = &mut sweep.flows {
+                    count.saw(&flow);
+                }
                 if let Some(above) = sweep.above.get_mut(&share)
                     && is_made_again(&datapath.maps, &key, &flow)
                     && !expired(&key, &flow)

@@ -48,7 +48,7 @@ pub use self::{
     install::Installed,
     left::Left,
     shares::{Count, Shares},
-    usage::{Mapped, REFUSALS, RefusedCounters, Usage},
+    usage::{FlowCount, Mapped, REFUSALS, RefusedCounters, Usage},
 };
 
 const SOCKETS: Table = Table {

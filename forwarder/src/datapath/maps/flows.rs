@@ -165,7 +165,7 @@ impl FlowTables {
         ignore_missing(self.flows.insert(key, flow, BPF_EXIST)).context("write the flows")?;
         if let Ok(before) = before
             && before.publish() != flow.publish()
-            && flow.state() & state::ALIAS == 0
+            && flow.state() & (state::ALIAS | state::OVER) == 0
         {
             self.usage.moved(before.publish(), flow.publish());
         }

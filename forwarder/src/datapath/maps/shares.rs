@@ -110,21 +110,25 @@ impl Shares {
     pub fn correct(&self, count: &Count) {
         let counted = count.before.iter().zip(&count.seen);
         for (counters, (before, &seen)) in self.all().zip(counted) {
-            let now = counters.read();
-            let seen = u64::from(seen);
-            let least = seen.saturating_sub(now.left.wrapping_sub(before.left));
-            let most = seen + now.entered.wrapping_sub(before.entered);
-            // May be less than nothing.
-            let held = now.entered.wrapping_sub(now.left).cast_signed();
-            if held < least.cast_signed() {
-                let missing = least.cast_signed() - held;
-                counters.entered.fetch_add(missing.cast_unsigned(), Relaxed);
-            } else if held > most.cast_signed() {
-                let surplus = held - most.cast_signed();
-                counters.left.fetch_add(surplus.cast_unsigned(), Relaxed);
-            }
+            let missing = missing(*before, counters.read(), seen.into());
+            add_missing(missing, &counters.entered, &counters.left);
         }
     }
+}
+
+/// How many entries a count lacks after a walk that has seen so many; less than 0 if it has too many.
+pub(super) fn missing(before: Share, now: Share, seen: u64) -> i64 {
+    let least = seen.saturating_sub(now.left.wrapping_sub(before.left));
+    let most = seen + now.entered.wrapping_sub(before.entered);
+    // May be less than nothing.
+    let held = now.entered.wrapping_sub(now.left).cast_signed();
+    held.clamp(least.cast_signed(), most.cast_signed()) - held
+}
+
+/// Adds them: both counters only grow.
+pub(super) fn add_missing(missing: i64, entered: &AtomicU64, left: &AtomicU64) {
+    let counter = if missing > 0 { entered } else { left };
+    counter.fetch_add(missing.unsigned_abs(), Relaxed);
 }
 
 /// What a walk over `FLOWS` has seen, and of aliases over both tables.

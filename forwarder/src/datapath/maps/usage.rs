@@ -1,7 +1,7 @@
 //! What publishes are used for: read from the program's counters, and added to where user space ends a flow.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, HashMap},
     os::fd::AsFd as _,
     sync::{
         Arc, OnceLock,
@@ -15,15 +15,21 @@ use forwarder_common::{
     flow::{Flow, state},
     limits,
     reason::Reason,
+    share::Share,
     usage::{Refused, Usage as Element},
 };
 
-use super::{Maps, ignore_missing, memory::Memory, mirror::Table};
+use super::{
+    Maps, ignore_missing,
+    memory::Memory,
+    mirror::Table,
+    shares::{add_missing, missing},
+};
 
 /// What a publish has been used for.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Usage {
-    /// Flows that are there now and are proven, or have a source port of this host. Those that are not proven are not counted:
+    /// Flows that are there now and are proven, or have a source port of this host, and are not over. Those that are not proven are not counted:
     /// whoever invents senders makes as many as they like, and the kernel forgets the oldest without a word.
     pub flows: u64,
     /// Flows that have begun, proven or not.
@@ -48,6 +54,30 @@ struct Counters {
 }
 
 const _: () = assert!(size_of::<Counters>() == size_of::<Element>());
+
+impl Counters {
+    /// Flows that are there, as entries of the table are counted.
+    fn share(&self) -> Share {
+        let left = self.ended.load(Relaxed); // first: what ends meanwhile was there
+        let entered = self.kept.load(Relaxed);
+        Share { entered, left }
+    }
+}
+
+/// What was counted of publishes before a walk over `FLOWS`, and how many flows that has seen.
+#[derive(Debug)]
+pub struct FlowCount(HashMap<u32, (Share, u64)>);
+
+impl FlowCount {
+    /// A flow of `FLOWS`.
+    pub fn saw(&mut self, flow: &Flow) {
+        if flow.state() & (state::ALIAS | state::OVER) == 0
+            && let Some((_, seen)) = self.0.get_mut(&flow.publish())
+        {
+            *seen += 1;
+        }
+    }
+}
 
 /// `USAGE`, mapped: the program and user space add to the same memory. It is mapped piece by piece, as places are asked for:
 /// what is mapped counts as the process's memory.
@@ -76,12 +106,32 @@ impl Mapped {
             .ok()
     }
 
-    /// Flows that are there and are proven.
+    /// Flows that are there, are proven and are not over.
     pub fn flows(&self, index: u32) -> u64 {
-        self.get(index).map_or(0, |counters| {
-            let ended = counters.ended.load(Relaxed); // first: what ends meanwhile was there
-            counters.kept.load(Relaxed).saturating_sub(ended)
-        })
+        self.get(index)
+            .map_or(0, |counters| counters.share().held())
+    }
+
+    /// Begins to count what a walk over the table sees of these publishes.
+    pub fn begin_count(&self, places: impl Iterator<Item = u32>) -> FlowCount {
+        let counted = places.filter_map(|index| Some((index, (self.get(index)?.share(), 0))));
+        FlowCount(counted.collect())
+    }
+
+    /// Puts right what does not agree with a walk from the table's beginning to its end: of two CPUs that follow the end of one
+    /// connection at once, each may have counted it.
+    pub fn correct(&self, count: &FlowCount) {
+        for (index, (before, seen)) in &count.0 {
+            let Some(counters) = self.get(*index) else {
+                continue;
+            };
+            let now = counters.share();
+            // Its place may be another's now.
+            if now.entered >= before.entered && now.left >= before.left {
+                let missing = missing(*before, now, *seen);
+                add_missing(missing, &counters.kept, &counters.ended);
+            }
+        }
     }
 
     /// Packets and bytes of flows that have ended, in both directions together.
@@ -111,7 +161,7 @@ impl Mapped {
         let Some(counters) = self.get(flow.publish()) else {
             return;
         };
-        if was_kept {
+        if was_kept && flow.state() & state::OVER == 0 {
             counters.ended.fetch_add(1, Relaxed);
         }
         for direction in 0..2 {
@@ -128,7 +178,9 @@ impl Mapped {
 
     /// Such a flow was put into `FLOWS`.
     pub(super) fn kept(&self, flow: &Flow) {
-        self.add(flow, |counters| &counters.kept);
+        if flow.state() & state::OVER == 0 {
+            self.add(flow, |counters| &counters.kept);
+        }
     }
 
     fn add(&self, flow: &Flow, counter: impl Fn(&Counters) -> &AtomicU64) {
@@ -253,10 +305,8 @@ impl Maps {
             return Ok(Usage::default());
         };
         let read = |counter: &AtomicU64| counter.load(Relaxed);
-        let ended = read(&counters.ended); // first: what ends meanwhile was there
-        let kept = read(&counters.kept);
         Ok(Usage {
-            flows: kept.saturating_sub(ended),
+            flows: counters.share().held(),
             begun: read(&counters.begun),
             packets: counters.packets.each_ref().map(read),
             bytes: counters.bytes.each_ref().map(read),
