@@ -11,10 +11,13 @@ use forwarder_tests::{
     deadline::wait_for,
     topology::Topology,
 };
+use serde_json::Value;
 
-/// The server with one jail for a log file, in a folder of its own.
+/// The server with two jails, each for a log file, in a folder of its own. One bans for ever.
 const JAIL: &str = "[DEFAULT]\nbackend = polling\n[probe]\nenabled = true\nfilter = probe\nlogpath = FOLDER/log\n\
-                    maxretry = 2\nbantime = 600\nusedns = no\naction = forwarder[instance=INSTANCE]\n";
+                    maxretry = 2\nbantime = 600\nusedns = no\naction = forwarder[instance=INSTANCE]\n\
+                    [lasting]\nenabled = true\nfilter = probe\nlogpath = FOLDER/lasting\n\
+                    maxretry = 2\nbantime = -1\nusedns = no\naction = forwarder[instance=INSTANCE]\n";
 const FILTER: &str =
     "[Definition]\nfailregex = ^.* refused <HOST>$\ndatepattern = ^%%Y-%%m-%%d %%H:%%M:%%S\n";
 
@@ -52,6 +55,7 @@ fn what_fail2ban_bans_gets_into_no_published_port() {
     fs::write(at("etc/filter.d/probe.conf"), FILTER).unwrap();
     fs::write(at("etc/fail2ban.local"), "[DEFAULT]\ndbfile = None\n").unwrap();
     fs::write(at("log"), "").unwrap();
+    fs::write(at("lasting"), "").unwrap();
 
     let (socket, configuration) = (at("sock"), at("etc"));
     let programs = binary().parent().unwrap().to_string_lossy().into_owned();
@@ -77,10 +81,15 @@ fn what_fail2ban_bans_gets_into_no_published_port() {
         wait_for("fail2ban", || client(&["status", "probe"]).then_some(())).and_then(|()| {
             let now = Command::new("date").arg("+%Y-%m-%d %H:%M:%S").output()?;
             let now = String::from_utf8_lossy(&now.stdout).trim().to_owned();
-            fs::write(
-                at("log"),
-                format!("{now} refused 198.51.100.77\n").repeat(3),
-            )?;
+            for (log, source) in [("log", "198.51.100.77"), ("lasting", "2001:db8::77")] {
+                fs::write(at(log), format!("{now} refused {source}\n").repeat(3))?;
+            }
+            wait_for("the ban for ever", || {
+                let bans: Vec<Value> = serde_json::from_str(&bans()).ok()?;
+                let mut bans = bans.iter();
+                let ban = bans.find(|ban| ban["network"] == "2001:db8::77/128")?;
+                ban["until"].is_null().then_some(())
+            })?;
             wait_for("the ban", || {
                 bans().contains("198.51.100.77/32").then_some(())
             })?;
