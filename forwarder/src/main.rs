@@ -145,7 +145,7 @@ fn run(command: Command, instance: Instance, client: &Client) -> Result<()> {
                 ..Asked::default()
             });
             let asked: Vec<Asked> = asked.collect();
-            let path = format!("/v1/publishes?owner={owner}");
+            let path = format!("/v1/publishes?{}", query([("owner", owner.as_str())])?);
             let rows: Vec<Listed> = client.ask(&Method::POST, &path, Some(&asked))?;
             rows.iter()
                 .try_for_each(|row| print(&tables::published(row)))
@@ -170,7 +170,7 @@ fn run(command: Command, instance: Instance, client: &Client) -> Result<()> {
                 container,
                 ending,
             };
-            let path = format!("/v1/unpublish?owner={owner}");
+            let path = format!("/v1/unpublish?{}", query([("owner", owner.as_str())])?);
             client.ask(&Method::POST, &path, Some(&asked))
         }
         Command::Ban {
@@ -194,8 +194,7 @@ fn run(command: Command, instance: Instance, client: &Client) -> Result<()> {
         }
         Command::Unban { sources, publish } => {
             let of = publish.map(|publish| ("publish", publish.to_string()));
-            let of = serde_urlencoded::to_string(of.as_slice())?;
-            let path = format!("/v1/unban?{of}");
+            let path = format!("/v1/unban?{}", query(of.as_slice())?);
             client.ask(&Method::POST, &path, Some(&sources))
         }
         Command::Bans(format) => show(client, "/v1/bans", format, |rows: &Vec<_>| {
@@ -306,6 +305,11 @@ fn listed_sources(file: &Path) -> Result<Vec<IpNet>> {
             source.map_err(|error| anyhow::anyhow!("{}:{number}: {error}", file.display()))
         });
     sources.collect()
+}
+
+/// Options as a query has them.
+fn query(options: impl Serialize) -> Result<String> {
+    Ok(serde_urlencoded::to_string(options)?)
 }
 
 fn get<T: DeserializeOwned>(client: &Client, path: &str) -> Result<T> {

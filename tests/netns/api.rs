@@ -292,6 +292,18 @@ fn an_owner_states_all_that_it_wants() {
     daemon.stop().unwrap();
 }
 
+#[test]
+fn any_owners_name_can_be_typed() {
+    let (_topology, daemon) = idle(Datapath::Userland);
+    let spec = "8080:172.31.0.2:80";
+    let owner = ["--owner", "team-a@host/x+y:z"];
+    let with_owner = |words: &[&str]| daemon.control(&[words, &owner].concat()).unwrap();
+    with_owner(&["publish", spec]);
+    assert_eq!(daemon.entry().unwrap().owner, owner[1]);
+    with_owner(&["unpublish", spec]);
+    daemon.stop().unwrap();
+}
+
 /// A lease on one port, with the row that it was answered with.
 fn leased(daemon: &Daemon, spec: &str, listener: Option<&TcpListener>) -> (Open, Value) {
     let body = json!([spec]).to_string();

@@ -462,6 +462,9 @@ fn versions_are_told_and_the_instance_is_named_in_the_configuration() {
         "supportedVersions": ["0.3.0", "0.3.1", "0.4.0", "1.0.0", "1.1.0"],
     });
     assert_eq!(told.good(), expected);
+    let version = [("CNI_COMMAND", "VERSION")];
+    let told = run(&topology.host, "portmap", &version, "").good();
+    assert_eq!(told["supportedVersions"], expected["supportedVersions"]);
     let about = run(&topology.host, "forwarder-portmap", &[], "");
     assert!(about.said.contains("a CNI plugin"), "{about:?}");
     about.good();

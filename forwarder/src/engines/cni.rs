@@ -53,7 +53,11 @@ pub fn run() -> ExitCode {
         |_| config::version_of(&text),
         |config| config.version.clone(),
     );
-    let outcome = config.and_then(|config| serve(&command, &config));
+    let outcome = match command.as_str() {
+        // Whoever looks whether the plugin is there has no configuration yet.
+        "VERSION" => Ok(json!({"cniVersion": version, "supportedVersions": VERSIONS})),
+        command => config.and_then(|config| serve(command, &config)),
+    };
     let (answer, status) = match outcome {
         Ok(answer) => (answer, ExitCode::SUCCESS),
         Err(failure) => (failure.document(&version), ExitCode::FAILURE),
@@ -66,9 +70,6 @@ pub fn run() -> ExitCode {
 
 /// What the command is answered with; `Null` for nothing.
 fn serve(command: &str, config: &Config) -> Result<Value, Failure> {
-    if command == "VERSION" {
-        return Ok(json!({"cniVersion": config.version, "supportedVersions": VERSIONS}));
-    }
     config.is_supported()?;
     let instance = Instance {
         name: config.instance()?,
