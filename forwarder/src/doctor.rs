@@ -8,14 +8,16 @@ use forwarder_common::{
     limits,
     publish::Interface,
 };
+use nix::sys::resource::{Resource, getrlimit};
 use serde::Serialize;
 
 use crate::{
     datapath::clsact::Side,
     datapath::kernel::{
-        Attach, Kernel, Memory, NEEDED, SNAT_REMEDY, has_bpffs, kernel, snat_ports,
+        Attach, Kernel, Memory, NEEDED, SNAT_REMEDY, cgroup, has_bpffs, kernel, snat_ports,
     },
     datapath::{self, Datapath, devices::has_others},
+    instance,
     network::containers::Watch,
     network::firewall,
     network::xfrm::Policy,
@@ -23,6 +25,9 @@ use crate::{
     plan,
     plan::locations::{asked, dispute, settle},
 };
+
+/// Open files for some 8,000 connections of the proxy.
+const FILES: u64 = 16_384;
 
 /// One finding.
 #[derive(Clone, Debug, Serialize)]
@@ -133,6 +138,7 @@ pub fn examine(respects_firewall: bool) -> Vec<Finding> {
              FORWARD; docs/with-bans.md",
         );
     }
+    add_machine(&mut add);
     let ipv6 = Path::new("/proc/net/if_inet6").exists();
     add(
         "IPv6",
@@ -141,6 +147,32 @@ pub fn examine(respects_firewall: bool) -> Vec<Finding> {
         "boot without ipv6.disable=1",
     );
     findings
+}
+
+/// What is neither the kernel's nor the network's.
+fn add_machine(add: &mut impl FnMut(&'static str, bool, &str, &str)) {
+    let files = getrlimit(Resource::RLIMIT_NOFILE).map_or(0, |(_, hard)| hard);
+    add(
+        "open files",
+        files >= FILES,
+        &format!("{files} at most"),
+        "LimitNOFILE= in the unit, or `ulimit -Hn`: the userland proxy needs two for a connection",
+    );
+    let cgroup = cgroup();
+    add(
+        "cgroup v2",
+        cgroup.is_some(),
+        cgroup.as_deref().unwrap_or("not mounted"),
+        "mount -t cgroup2 none /sys/fs/cgroup: without it other processes can bind ports of a wide range",
+    );
+    let left = instance::left().join(", ");
+    add(
+        "left behind",
+        left.is_empty(),
+        if left.is_empty() { "nothing" } else { &left },
+        "`forwarder down --instance NAME`, or a new start of it: what a killed instance, or one with --keep, had published is \
+         forwarded until then",
+    );
 }
 
 fn snapshot() -> anyhow::Result<Snapshot> {

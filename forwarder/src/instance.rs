@@ -4,8 +4,12 @@
 use std::{
     fs::{self, DirBuilder, File, OpenOptions, Permissions},
     io,
-    os::unix::fs::{
-        DirBuilderExt as _, MetadataExt as _, OpenOptionsExt as _, PermissionsExt as _,
+    os::unix::{
+        fs::{
+            DirBuilderExt as _, FileTypeExt as _, MetadataExt as _, OpenOptionsExt as _,
+            PermissionsExt as _,
+        },
+        net::UnixStream,
     },
     path::{Path, PathBuf},
     time::Duration,
@@ -86,17 +90,19 @@ impl Instance {
 
     /// The control sockets that a client may trust: in a directory of root's, of a service's user, or of its own.
     pub fn socket_paths(&self) -> Vec<PathBuf> {
-        if let Some(path) = &self.socket {
-            return vec![path.clone()];
+        match &self.socket {
+            Some(path) => vec![path.clone()],
+            None => self.files("sock"),
         }
+    }
+
+    /// Where a file of this instance may be, in directories that may be trusted.
+    fn files(&self, extension: &str) -> Vec<PathBuf> {
         let [system, own] = Self::directories();
-        let mut trusted = vec![system];
-        if is_private(&own).is_ok() {
-            trusted.push(own);
-        }
-        let file = format!("{}.sock", self.name);
-        let paths = trusted.into_iter().map(|directory| directory.join(&file));
-        paths.collect()
+        let own = is_private(&own).is_ok().then_some(own);
+        let file = format!("{}.{extension}", self.name);
+        let trusted = std::iter::once(system).chain(own);
+        trusted.map(|directory| directory.join(&file)).collect()
     }
 
     /// Takes the instance's name.
@@ -165,11 +171,11 @@ impl Instance {
     pub fn remove_files(&self) -> bool {
         let mut removed = false;
         for path in self.socket_paths() {
-            removed |= fs::remove_file(&path).is_ok();
-            let _ = fs::remove_file(path.with_extension("lock"));
-            if self.socket.is_none() {
-                let _ = path.parent().map(fs::remove_dir); // stays while another instance runs
-            }
+            removed |= path.exists() && clear_socket(&path).is_ok();
+        }
+        for path in self.files("lock") {
+            let _ = fs::remove_file(&path);
+            let _ = path.parent().map(fs::remove_dir); // stays while another instance runs
         }
         removed
     }
@@ -219,6 +225,34 @@ impl Instance {
         };
         directory.join(format!("{}.json", self.name))
     }
+}
+
+/// Names of instances that do not run, and whose programs are pinned all the same.
+pub fn left() -> Vec<String> {
+    let pins = fs::read_dir(PINS).into_iter().flatten().flatten();
+    let names = pins.map(|it| it.file_name().to_string_lossy().replace('%', "."));
+    let instances = names.map(|name| Instance { name, socket: None });
+    let left = instances.filter(|instance| !instance.is_running());
+    left.map(|instance| instance.name).collect()
+}
+
+/// Removes a socket that nobody listens at; on return the path is free.
+///
+/// # Errors
+/// It is somebody's, or no socket.
+pub fn clear_socket(path: &Path) -> Result<()> {
+    let shown = path.display();
+    let about = match fs::symlink_metadata(path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        about => about.with_context(|| format!("look at {shown}"))?,
+    };
+    if !about.file_type().is_socket() {
+        bail!("{shown} is no socket; choose another path by --socket");
+    }
+    if UnixStream::connect(path).is_ok() {
+        bail!("another process serves {shown}; choose another path by --socket");
+    }
+    fs::remove_file(path).with_context(|| format!("remove {shown}"))
 }
 
 /// Makes a directory that others may look into and not write to, or finds that it is one.

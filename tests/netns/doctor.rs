@@ -163,6 +163,38 @@ fn doctor_names_what_a_bridge_would_forbid() {
     assert!(!found.ok);
 }
 
+/// Whose programs go on forwarding.
+#[test]
+fn doctor_names_instances_that_were_killed() {
+    let mut scene = Scene::tcp().silent().start();
+    let left = |scene: &Scene| doctor(&scene.topology.host, &[]).unwrap()["left behind"].clone();
+    let name = scene.daemon.instance().to_owned();
+    assert!(!left(&scene).found.contains(&name));
+    scene.daemon.kill().unwrap();
+    let found = left(&scene);
+    assert!(!found.ok && found.found.contains(&name), "{found:?}");
+    assert!(found.remedy.unwrap().contains("forwarder down"));
+    scene.daemon.restart().unwrap();
+    assert!(!left(&scene).found.contains(&name));
+    scene.stop();
+}
+
+#[test]
+fn doctor_says_how_many_files_may_be_open() {
+    let found = findings(&["prlimit", "--nofile=1000:1000"]);
+    let files = &found["open files"];
+    assert_eq!((files.ok, &*files.found), (false, "1000 at most"));
+    assert!(files.remedy.as_ref().unwrap().contains("LimitNOFILE="));
+}
+
+/// Without it, ports of wide ranges are not kept from others.
+#[test]
+fn doctor_misses_cgroup_v2() {
+    let unmounted = "umount -a -t cgroup2 && exec \"$@\"";
+    let found = &findings(&["unshare", "--mount", "sh", "-c", unmounted, "sh"])["cgroup v2"];
+    assert!(!found.ok && found.found == "not mounted", "{found:?}");
+}
+
 /// The fast path does without something that `doctor` misses.
 fn served_without(wrapper: &[&str], check: &str) {
     let found = &findings(wrapper)[check];

@@ -14,9 +14,10 @@ use std::{
 
 use forwarder_tests::{
     api,
-    daemon::{Daemon, Datapath, binary, run_to_failure},
+    daemon::{Daemon, Datapath, binary, forwarder, run_to_failure},
     deadline::{wait_for, wait_until},
     document::{Endpoint, Row},
+    netns::Netns,
     topology::Topology,
     traffic::{Protocol, ask},
 };
@@ -352,6 +353,37 @@ fn a_configuration_is_read_again_as_a_whole_or_not_at_all() {
     daemon.signal(Signal::SIGHUP).unwrap();
     wait_until("two publishes", || daemon.list().unwrap().len() == 2);
     scene.stop();
+}
+
+/// A path that is named may be a mistake, or another instance's.
+#[test]
+fn a_socket_takes_the_place_of_nothing_else() {
+    let host = Netns::new("host").unwrap();
+    let file = File::new("a file of somebody's");
+    let flags = ["--datapath", "userland", "--socket", file.path()];
+    let (status, error) = run_to_failure(&host, &flags).unwrap();
+    assert!(
+        status.code() == Some(1) && error.contains("is no socket"),
+        "{error}"
+    );
+    forwarder(&host)
+        .args(["down", "--instance", "nobody", "--socket", file.path()])
+        .output()
+        .unwrap();
+    assert!(Path::new(file.path()).exists());
+    let socket = format!("{}.sock", file.path());
+    let flags = ["--datapath", "userland", "--socket", &socket];
+    let daemon = Daemon::start_with(&host, &[], Datapath::Userland, &flags[2..]).unwrap();
+    let (status, error) = run_to_failure(&host, &flags).unwrap();
+    assert!(
+        status.code() == Some(1) && error.contains("another process serves"),
+        "{error}"
+    );
+    let list = forwarder(&host)
+        .args(["list", "--socket", &socket])
+        .output();
+    assert!(list.unwrap().status.success());
+    daemon.stop().unwrap();
 }
 
 #[test]

@@ -3,7 +3,7 @@
 use std::{
     collections::BTreeMap,
     io::{Read as _, Write as _},
-    net::{SocketAddr, TcpStream},
+    net::{SocketAddr, TcpListener, TcpStream},
     thread,
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
@@ -253,6 +253,17 @@ fn an_address_that_others_reach_needs_a_list_of_clients() {
         assert!(errors.contains(part), "{errors}");
         assert_eq!(errors.lines().count(), 1, "{errors}");
     }
+}
+
+#[test]
+fn who_has_the_port_for_metrics_is_named() {
+    let host = Netns::new("host").unwrap();
+    host.ip("link set lo up").unwrap();
+    let _held = host.enter(|| TcpListener::bind(LOOPBACK)).unwrap();
+    let (status, errors) = run_to_failure(&host, &["--metrics", LOOPBACK]).unwrap();
+    assert_eq!(status.code(), Some(1), "{errors}");
+    let holder = format!("(held by pid {}, ", std::process::id());
+    assert!(errors.contains(&holder), "{errors}");
 }
 
 #[test]

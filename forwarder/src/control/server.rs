@@ -119,9 +119,9 @@ impl Socket {
     /// Binds it; root and the group `forwarder` alone may connect. Whoever calls holds the instance's lock.
     ///
     /// # Errors
-    /// The directory cannot be written to.
+    /// The directory cannot be written to, or something else is there.
     pub fn bind(path: PathBuf) -> Result<Self> {
-        let _ = fs::remove_file(&path);
+        instance::clear_socket(&path)?;
         let listener = bind_private(&path).with_context(|| format!("bind {}", path.display()))?;
         Ok(Self {
             path,

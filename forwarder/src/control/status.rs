@@ -8,7 +8,7 @@ use std::{
     time::Duration,
 };
 
-use anyhow::{Context as _, Result};
+use anyhow::{Result, anyhow};
 use axum::{
     Router,
     extract::{Request, State},
@@ -29,7 +29,9 @@ use tokio::{
 };
 
 use super::server::{self, Observe, PATIENCE, problem};
-use crate::{accept, memory, metrics::page, seldom::Seldom};
+use crate::{
+    accept, holder::Taken, memory, metrics::page, publish::spec::Protocol, seldom::Seldom,
+};
 
 /// Clients at once; more wait to be accepted.
 const CLIENTS: usize = 16;
@@ -53,8 +55,21 @@ impl Status {
     /// # Errors
     /// It cannot be bound.
     pub fn bind(address: SocketAddr, allow: &[IpNet]) -> Result<Self> {
-        let listener = TcpListener::bind(address);
-        let listener = listener.with_context(|| format!("--metrics {address}"))?;
+        let listener = TcpListener::bind(address).map_err(|error| {
+            let taken = Taken {
+                address: address.ip().to_canonical(),
+                zone: None,
+                port: address.port(),
+                protocol: Protocol::Tcp,
+            };
+            let is_taken = error.kind() == io::ErrorKind::AddrInUse;
+            match taken.holder().filter(|_| is_taken) {
+                Some(holder) => {
+                    anyhow!("--metrics {address}: address already in use (held by {holder})")
+                }
+                None => anyhow::Error::from(error).context(format!("--metrics {address}")),
+            }
+        })?;
         listener.set_nonblocking(true)?;
         Ok(Self {
             listener,

@@ -67,6 +67,16 @@ pub fn has_bpffs() -> bool {
         .is_ok_and(|status| status.filesystem_type() == nix::sys::statfs::BPF_FS_MAGIC)
 }
 
+/// Where cgroup v2 is mounted.
+pub fn cgroup() -> Option<String> {
+    let mounts = fs::read_to_string("/proc/self/mounts").ok()?;
+    let mut mounts = mounts.lines().map(|line| line.split(' '));
+    mounts.find_map(|mut words| {
+        let at = words.nth(1)?;
+        (words.next() == Some("cgroup2")).then(|| at.to_owned())
+    })
+}
+
 /// The larger part of the unprivileged ports that the kernel gives to no socket by itself, for SNAT: the first, and how many.
 /// It may be changed at any time, in each network namespace.
 pub fn snat_ports() -> (u16, u32) {

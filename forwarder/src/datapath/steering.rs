@@ -3,7 +3,7 @@
 //! the process, as the sockets do.
 
 use std::{
-    fs::{self, File},
+    fs::File,
     hash::{BuildHasher as _, RandomState},
     os::fd::{AsFd as _, AsRawFd},
 };
@@ -15,6 +15,7 @@ use tracing::warn;
 
 use super::{
     Datapath, explain,
+    kernel::cgroup,
     link::{As, Link},
     number, program,
 };
@@ -92,12 +93,7 @@ impl Datapath {
     }
 
     fn attach_guard(&mut self, name: &str, kind: As) -> Result<Link> {
-        let mounts = fs::read_to_string("/proc/self/mounts").context("read /proc/self/mounts")?;
-        let root = mounts
-            .lines()
-            .map(|line| line.split(' ').collect::<Vec<_>>())
-            .find_map(|words| (words.get(2) == Some(&"cgroup2")).then(|| words[1].to_owned()))
-            .context("no cgroup v2 is mounted")?;
+        let root = cgroup().context("no cgroup v2 is mounted")?;
         let guard: &mut CgroupSockAddr = program(&mut self.ebpf, name)?;
         let cgroup = File::open(&root).with_context(|| root.clone())?;
         let cgroup = cgroup.as_raw_fd().cast_unsigned();
