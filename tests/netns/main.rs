@@ -2,7 +2,7 @@
 //!
 //! `matrix` has every kind of client, `firewall` what a firewall does meanwhile, `flood` what a flood does, `forged` what
 //! says it comes from somebody else, `cut` who hears that a publish is no more, `lifecycle` what comes and goes, `metrics`
-//! what is counted, `names` what documents call it, `top` a terminal, `moved` clients that get another MAC or link, `filters`
+//! what is counted, `names` what documents call it, `places` many clients of the control socket, `top` a terminal, `moved` clients that get another MAC or link, `filters`
 //! other people's tc filters, `shaping` their limits, `ipsec` their policies, `rules` their routes, `followed` what
 //! is known of the network after any changes, `promises` what must not
 //! be reachable, `timeout` when a flow ends, `fragment` datagrams in parts, `direct` connections past the published port,
@@ -42,6 +42,7 @@ mod matrix;
 mod metrics;
 mod moved;
 mod names;
+mod places;
 mod policy;
 mod privilege;
 mod promises;

@@ -4,6 +4,7 @@
 mod bans;
 mod containers;
 mod document;
+mod place;
 mod request;
 
 use std::{
@@ -43,6 +44,7 @@ use tracing::info;
 pub use self::containers::{Locate, Located};
 use self::{
     document::{lines, received},
+    place::{FOLLOWERS, PLACES, Patient, Place},
     request::{Named as Part, Nothing, Query, Whose},
 };
 use super::{
@@ -60,9 +62,7 @@ use crate::{
     seldom::Seldom,
 };
 
-/// Clients at once; more wait to be accepted.
-const CLIENTS: usize = 256;
-/// How long a client may take for its request.
+/// How long a client may take for its request, or read nothing of its answer.
 pub(super) const PATIENCE: Duration = Duration::from_secs(10);
 /// A long document, one piece after another.
 pub type Rows<T> = Box<dyn Iterator<Item = Result<T>> + Send>;
@@ -144,7 +144,7 @@ impl Socket {
         };
         let listener = UnixListener::from_std(listener)?;
         let router = router(calls, observed, engine);
-        let clients = Arc::new(Semaphore::new(CLIENTS));
+        let clients = Arc::new(Semaphore::new(PLACES));
         tokio::spawn(async move {
             let warned = Seldom::default();
             loop {
@@ -155,8 +155,7 @@ impl Socket {
                     Ok((stream, _)) => {
                         let router = router.clone();
                         tokio::spawn(async move {
-                            let _ = client(stream, router).await; // it has gone
-                            drop(place);
+                            let _ = client(stream, router, Place::new(place)).await; // it has gone
                             memory::trim();
                         });
                     }
@@ -188,7 +187,7 @@ fn bind_private(path: &Path) -> io::Result<std::os::unix::net::UnixListener> {
     unsafe_code,
     reason = "the runtime watches a descriptor beside its stream"
 )]
-async fn client(stream: tokio::net::UnixStream, router: Router) -> Result<()> {
+async fn client(stream: tokio::net::UnixStream, router: Router, place: Place) -> Result<()> {
     let credentials = stream.peer_cred()?;
     let peer = Peer {
         uid: credentials.uid(),
@@ -200,7 +199,9 @@ async fn client(stream: tokio::net::UnixStream, router: Router) -> Result<()> {
     let stream = Stream::new(stream, Vec::new());
     let router = router
         .layer(Extension(peer))
-        .layer(Extension(stream.received.clone()));
+        .layer(Extension(stream.received.clone()))
+        .layer(Extension(place.clone()));
+    let stream = Patient::new(stream, place);
     let serving = hyper::server::conn::http1::Builder::new()
         .half_close(true)
         .timer(TokioTimer::new())
@@ -221,6 +222,7 @@ struct Shared {
     engine: Option<Arc<dyn Locate>>,
     /// Octets of long requests that may be read now.
     room: Arc<Semaphore>,
+    followers: Arc<Semaphore>,
 }
 
 impl FromRef<Shared> for Arc<dyn Observe> {
@@ -239,6 +241,7 @@ fn router(
         observed,
         engine,
         room: Arc::new(Semaphore::new(request::ROOM)),
+        followers: Arc::new(Semaphore::new(FOLLOWERS)),
     };
     Router::new()
         .route("/v1/instance", get(about))
@@ -519,6 +522,7 @@ async fn lease(
     State(shared): State<Shared>,
     Extension(by): Extension<Peer>,
     Extension(received): Extension<Received>,
+    Extension(place): Extension<Place>,
     Query(Nothing {}): Query<Nothing>,
     request: Request,
 ) -> Result<Response, Problem> {
@@ -527,6 +531,9 @@ async fn lease(
     let change = Change::Lease(asked, received.take());
     let changed = shared.change(None, by, change).await?;
     let lease: Option<Lease> = changed.lease;
+    if !changed.publishes.is_empty() {
+        place.give_back();
+    }
     let held = stream::once(async move { changed.publishes }).chain(stream::once(async move {
         let _lease = lease;
         std::future::pending::<Vec<Listed>>().await
@@ -587,20 +594,32 @@ pub(super) async fn metrics(State(observed): State<Arc<dyn Observe>>) -> Result<
     Ok(([(header::CONTENT_TYPE, metrics::CONTENT_TYPE)], text).into_response())
 }
 
-#[utoipa::path(get, path = "/v1/events", summary = "What changes, a line each, until either side closes", responses((status = 200, body = Event, content_type = "application/x-ndjson")))]
-async fn events(State(shared): State<Shared>, Query(Nothing {}): Query<Nothing>) -> Response {
-    lines(received(shared.observed.events()))
+#[utoipa::path(get, path = "/v1/events", summary = "What changes, a line each, until either side closes", responses((status = 200, body = Event, content_type = "application/x-ndjson"), (status = 503, body = Problem)))]
+async fn events(
+    State(shared): State<Shared>,
+    Extension(place): Extension<Place>,
+    Query(Nothing {}): Query<Nothing>,
+) -> Result<Response, Problem> {
+    let follower = shared.follower(&place)?;
+    Ok(lines(received(shared.observed.events()).map(
+        move |event| {
+            let _until_the_end = &follower;
+            event
+        },
+    )))
 }
 
 #[utoipa::path(get, path = "/v1/trace", summary = "What happens to each packet, a line each, until either side closes", responses((status = 200, body = Traced, content_type = "application/x-ndjson"), (status = 503, body = Problem)))]
 async fn trace(
     State(shared): State<Shared>,
+    Extension(place): Extension<Place>,
     Query(Nothing {}): Query<Nothing>,
 ) -> Result<Response, Problem> {
+    let follower = shared.follower(&place)?;
     let (answer, answered) = oneshot::channel();
     let Trace { packets, ended } = shared.call(Call::Trace { answer }, answered).await?;
     Ok(lines(received(packets).map(move |packet| {
-        let _until_the_end = &ended;
+        let _until_the_end = (&ended, &follower);
         packet
     })))
 }
