@@ -15,6 +15,7 @@ use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
+use self::spec::Protocol;
 pub use self::{
     bans::Bans,
     container::{Container, ContainerPort},
@@ -87,6 +88,24 @@ pub struct Policy {
     pub proxy_protocol: Option<ProxyProtocol>,
     #[serde(flatten)]
     pub limits: Limits,
+}
+
+impl Policy {
+    /// Whether all of it can be had by a protocol.
+    ///
+    /// # Errors
+    /// What cannot, in words.
+    pub fn suits(&self, protocol: Protocol) -> Result<(), String> {
+        match (self.proxy_protocol, protocol) {
+            (Some(ProxyProtocol::V1), Protocol::Udp) => {
+                Err("version 1 of the PROXY protocol is of TCP alone; take version 2".into())
+            }
+            (Some(ProxyProtocol::V1 | ProxyProtocol::V2), Protocol::Sctp) => {
+                Err("the PROXY protocol is of TCP and UDP alone; leave it out".into())
+            }
+            _ => Ok(()),
+        }
+    }
 }
 
 /// Whether a backend is told of the client by the PROXY protocol, and how.

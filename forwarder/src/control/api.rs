@@ -405,6 +405,8 @@ impl TryFrom<Asked> for Publish {
             }
             _ => return Err("give either `spec`, or `frontend` and `backend`".into()),
         };
+        let suits = asked.policy.suits(spec.protocol);
+        suits.map_err(|problem| format!("{spec}: {problem}"))?;
         Ok(Self::new(spec, asked.policy))
     }
 }

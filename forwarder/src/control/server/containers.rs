@@ -36,6 +36,8 @@ impl Shared {
                 continue;
             };
             let port = asked.container_port().map_err(bad)?;
+            let suits = asked.policy.suits(port.protocol);
+            suits.map_err(|problem| bad(format!("{port}: {problem}")))?;
             let located = match found {
                 Some((of, located)) if of == *name => located,
                 _ => self.locate(name).await?,
