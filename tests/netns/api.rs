@@ -1,8 +1,8 @@
 //! The control API as programs use it: owners, leases, changes in place, and requests that are wrong.
 
 use std::{
-    io::{Read as _, Write as _},
-    net::{Ipv4Addr, SocketAddr, TcpListener},
+    io::{self, Read as _, Write as _},
+    net::{Ipv4Addr, SocketAddr, TcpListener, UdpSocket},
     os::fd::AsFd as _,
     sync::atomic::{AtomicBool, Ordering::Relaxed},
     thread,
@@ -14,7 +14,7 @@ use forwarder_tests::{
     deadline::wait_until,
     document::Flow,
     topology::{Container, Family, Topology},
-    traffic::{Connection, Protocol, ask},
+    traffic::{Connection, Protocol, ask, ask_by},
 };
 use serde_json::{Value, json};
 
@@ -474,6 +474,60 @@ fn what_drains_goes_on_beside_a_new_publish_of_its_port(datapath: Datapath) {
     old.close().unwrap();
     wait_until("the end of what drains", || ids(daemon).is_empty());
     scene.stop();
+}
+
+fn what_drains_can_be_cut_off(datapath: Datapath, family: Family) {
+    let scene = Scene::of(family, Protocol::Tcp).and_udp().idle();
+    let scene = scene.by(datapath).start();
+    let daemon = &scene.daemon;
+    let [tcp, udp] = &scene.specs[..] else {
+        unreachable!("one of each protocol")
+    };
+    daemon.control(&["publish", tcp, udp]).unwrap();
+    let mut connection = scene.connect();
+    connection.ask("before").unwrap();
+    let socket = scene.topology.client.enter(|| {
+        let socket = UdpSocket::bind((scene.topology.client_address(family), 0)).unwrap();
+        ask_by(&socket, scene.frontend(), "before").unwrap();
+        socket
+    });
+    let drain = ["unpublish", tcp, udp, "--drain"];
+    daemon.control(&drain).unwrap();
+    connection.ask("while it drains").unwrap();
+    let shown = daemon.control(&["list"]).unwrap();
+    assert_eq!(shown.matches(", draining").count(), 2, "{shown}");
+    ask_by(&socket, scene.frontend(), "while it drains").unwrap();
+    daemon.control(&["unpublish", "1", "--drain"]).unwrap();
+    let of_another = daemon.control(&["unpublish", "1", "2", "--owner", "team"]);
+    assert!(
+        of_another
+            .unwrap_err()
+            .to_string()
+            .contains("belongs to cli")
+    );
+    connection.ask("while it drains still").unwrap();
+    daemon.control(&["unpublish", "1", udp]).unwrap();
+    assert!(daemon.list().unwrap().is_empty());
+    let error = connection.ask("after").unwrap_err();
+    let reset = error.downcast_ref::<io::Error>().map(io::Error::kind);
+    assert_eq!(reset, Some(io::ErrorKind::ConnectionReset), "{error:#}");
+    assert!(ask_by(&socket, scene.frontend(), "after").is_err());
+    scene.stop();
+}
+
+#[test]
+fn what_drains_can_be_cut_off_by_ebpf() {
+    what_drains_can_be_cut_off(Datapath::Ebpf, Family::V4);
+}
+
+#[test]
+fn what_drains_can_be_cut_off_by_ebpf_over_ipv6() {
+    what_drains_can_be_cut_off(Datapath::Ebpf, Family::V6);
+}
+
+#[test]
+fn what_drains_can_be_cut_off_in_user_space() {
+    what_drains_can_be_cut_off(Datapath::Userland, Family::V4);
 }
 
 #[test]

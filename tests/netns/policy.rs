@@ -11,7 +11,7 @@ use forwarder_tests::{
     api,
     daemon::{Datapath, forwarder},
     deadline::{wait_for, wait_until},
-    document::Row,
+    document::{Flow, Row},
     netns::Netns,
     topology::{Family, Topology},
     traffic::{Backend, Connection, Protocol, ask},
@@ -49,6 +49,9 @@ fn a_banned_source_gets_nothing(family: Family, protocol: Protocol) {
         });
         let client = topology.client_address(family).to_string();
         daemon.control(&["ban", &client, "192.0.2.0/24"]).unwrap();
+        // The answer comes after that.
+        let flows: Vec<Flow> = daemon.document(&["flows"]).unwrap();
+        assert!(flows.is_empty(), "{flows:?}");
         if let Some(open) = &mut open {
             wait_for("the end of what it had", || open.ask("after").err()).unwrap();
         }

@@ -103,14 +103,16 @@ pub fn owner(publish: &Listed) -> String {
     }
 }
 
-/// What carries a publish; and beside the fast path, the engine if that holds the port.
+/// What carries a publish; beside the fast path, the engine if that holds the port; and whether it only drains.
 fn datapath(publish: &Listed) -> String {
     let datapath = &publish.datapath;
-    match (&publish.delivery, publish.holder) {
+    let path = match (&publish.delivery, publish.holder) {
         (None, _) => datapath.clone(),
         (Some(delivery), Holder::Forwarder) => format!("{datapath} ({delivery})"),
         (Some(delivery), Holder::Engine) => format!("{datapath} ({delivery}), engine"),
-    }
+    };
+    let end = if publish.draining { ", draining" } else { "" };
+    path + end
 }
 
 /// Seconds as one number and its unit, rounded down.

@@ -1,6 +1,6 @@
 //! What clients of the control socket ask for: a difference of the registry, put in force before they are answered.
 
-use std::net::IpAddr;
+use std::{collections::BTreeSet, net::IpAddr};
 
 use anyhow::{Result, bail};
 use tokio::sync::oneshot;
@@ -13,7 +13,7 @@ use crate::{
         api::{AskedEndpoint, Ending, Listed, Problem},
     },
     proxy::BindError,
-    publish::{Conflict, Id, Owner, Publish, bans::NotBanned},
+    publish::{Conflict, Id, Owner, Publish, Registry, bans::NotBanned},
 };
 
 impl Daemon {
@@ -88,19 +88,12 @@ impl Daemon {
                 });
                 (self.registry.want(&owner, publishes)?, Ending::Cut)
             }
-            Change::Ban { bans, all } => {
-                self.ban(bans, all)?;
-                return Ok(Default::default());
-            }
+            Change::Ban { bans, all } => return Ok((Changed::default(), self.ban(bans, all)?)),
             Change::Unban(networks, publish) => {
                 self.unban(&networks, publish)?;
                 return Ok(Default::default());
             }
-            Change::Remove(named, ending) => {
-                let ids = named.iter().map(|named| self.find(named));
-                let ids = ids.collect::<Result<_, Conflict>>()?;
-                (self.registry.remove(&owner, &ids)?, ending)
-            }
+            Change::Remove(named, ending) => return self.remove(&owner, &named, ending).await,
             Change::RemoveFrom {
                 container,
                 ports,
@@ -123,6 +116,31 @@ impl Daemon {
         let rows = difference.asked.iter().filter_map(|id| self.view.row(*id));
         let publishes: Vec<Listed> = rows.collect();
         Ok((Changed { publishes, lease }, loose))
+    }
+
+    /// Takes publishes back, all or none; what drains already is cut off, unless it is to drain.
+    async fn remove(
+        &mut self,
+        owner: &Owner,
+        named: &[Named],
+        ending: Ending,
+    ) -> Result<(Changed, Loose)> {
+        let (mut ids, mut draining) = (BTreeSet::new(), BTreeSet::new());
+        for named in named {
+            match self.that_drains(named) {
+                Some(wanted) => {
+                    Registry::is_of(wanted, owner)?;
+                    draining.insert(wanted.id);
+                }
+                None => drop(ids.insert(self.find(named)?)),
+            }
+        }
+        let difference = self.registry.remove(owner, &ids)?;
+        let mut loose = self.reconcile(&difference, ending, Vec::new()).await?;
+        if ending != Ending::Drain {
+            loose.add(self.cut_draining(&draining));
+        }
+        Ok((Changed::default(), loose))
     }
 
     pub(super) fn find(&self, named: &Named) -> Result<Id, Conflict> {

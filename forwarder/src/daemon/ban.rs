@@ -7,7 +7,7 @@ use forwarder_common::{flow::state, publish::ban};
 use ipnet::IpNet;
 use tracing::{debug, warn};
 
-use super::Daemon;
+use super::{Daemon, reconcile::Loose, view::View};
 use crate::{
     control::{
         Named,
@@ -28,7 +28,7 @@ impl Daemon {
     ///
     /// # Errors
     /// A publish is not there, there is no room for so many, or they cannot be written to disk.
-    pub(super) fn ban(&mut self, bans: Vec<Ban>, all: bool) -> Result<()> {
+    pub(super) fn ban(&mut self, bans: Vec<Ban>, all: bool) -> Result<Loose> {
         let new = bans.into_iter().map(|ban| {
             let banned = Banned {
                 publish: self.banned_from(ban.publish)?,
@@ -37,7 +37,7 @@ impl Daemon {
             Ok((banned, ban.until.and_then(bans::until)))
         });
         let new: Vec<_> = new.collect::<Result<_>>()?;
-        let ended: Vec<Banned> = new.iter().map(|(banned, _)| *banned).collect();
+        let banned: Vec<Banned> = new.iter().map(|(banned, _)| *banned).collect();
         let change = if all {
             self.idle.bans().replaced_by(new)
         } else {
@@ -45,8 +45,10 @@ impl Daemon {
             bans::Change { new, gone }
         };
         self.change_bans(change)?;
-        self.end_banned(ended);
-        Ok(())
+        Ok(Loose {
+            banned,
+            ..Loose::default()
+        })
     }
 
     /// # Errors
@@ -160,31 +162,24 @@ impl Daemon {
         let gone: Vec<_> = change.gone.iter().filter_map(at).collect();
         datapath.maps.unban_all(&gone)
     }
+}
 
-    /// Ends the flows of sources that are banned now, beside the daemon's other work.
-    fn end_banned(&self, banned: Vec<Banned>) {
-        let Some(datapath) = &self.datapath else {
-            return;
-        };
-        let view = self.view.clone();
-        let mut bans = Bans::default();
-        bans.apply(&bans::Change {
-            new: banned.into_iter().map(|banned| (banned, None)).collect(),
-            gone: Vec::new(),
-        });
-        match datapath.maps.flows.try_clone() {
-            Ok(mut tables) => {
-                tokio::task::spawn_blocking(move || {
-                    let is_banned =
-                        |client, place| bans.has(client, view.id(place).unwrap_or_default());
-                    if let Err(error) = end_of(&mut tables, is_banned) {
-                        warn!("flows of banned sources are left: {error:#}");
-                    }
-                });
-            }
-            Err(error) => warn!("flows of banned sources are left: {error:#}"),
-        }
+/// Ends the flows of sources that are banned now.
+///
+/// # Errors
+/// The kernel refuses.
+pub(super) fn end_banned(tables: &mut FlowTables, banned: Vec<Banned>, view: &View) -> Result<()> {
+    if banned.is_empty() {
+        return Ok(());
     }
+    let mut bans = Bans::default();
+    bans.apply(&bans::Change {
+        new: banned.into_iter().map(|banned| (banned, None)).collect(),
+        gone: Vec::new(),
+    });
+    end_of(tables, |client, place| {
+        bans.has(client, view.id(place).unwrap_or_default())
+    })
 }
 
 /// When a ban ends by CLOCK_BOOTTIME.

@@ -14,7 +14,7 @@ use super::{
     view::Row,
 };
 use crate::{
-    control::api::Ending,
+    control::{Named, api::Ending},
     plan,
     proxy::Proxy,
     publish::{
@@ -140,6 +140,43 @@ impl Daemon {
             },
         );
         place
+    }
+
+    /// A publish that was taken back and drains, and is not wanted again.
+    pub(super) fn that_drains(&self, named: &Named) -> Option<&Wanted> {
+        if self.find(named).is_ok() {
+            return None;
+        }
+        let shown = self.draining.values().filter(|it| it.is_shown);
+        let mut shown = shown.map(|it| &it.row.wanted);
+        shown.find(|it| match named {
+            Named::Id(id) => it.id == *id,
+            Named::Spec(spec) => it.publish.spec == *spec,
+        })
+    }
+
+    /// Cuts off what drains of these, also by backends that they had before.
+    pub(super) fn cut_draining(&mut self, ids: &BTreeSet<Id>) -> Loose {
+        let mut loose = Loose::default();
+        for (place, draining) in &mut self.draining {
+            let id = draining.row.wanted.id;
+            if draining.is_cut || !ids.contains(&id) {
+                continue;
+            }
+            draining.is_cut = true;
+            if let Some(proxy) = &draining.proxy {
+                proxy.cut();
+            }
+            if std::mem::take(&mut draining.is_shown) {
+                if let Some(row) = self.view.row(id) {
+                    self.view.tell("drained", row);
+                }
+                self.view.hide(id);
+            }
+            loose.cut.insert(*place);
+        }
+        self.record_drains();
+        loose
     }
 
     /// The program follows so many that drain on one port: what is behind them has had its time.

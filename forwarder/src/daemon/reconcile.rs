@@ -23,7 +23,8 @@ use crate::{
     plan::Unserved,
     proxy::{Held, Options as ProxyOptions, Proxy, Sockets, Stop, is_wide},
     publish::{
-        Difference, Holder, Id, Limits, ProxyProtocol, Publish, Spec, Wanted, loops, spec::Protocol,
+        Difference, Holder, Id, Limits, ProxyProtocol, Publish, Spec, Wanted, bans::Banned, loops,
+        spec::Protocol,
     },
 };
 
@@ -64,7 +65,7 @@ pub(super) const fn stop(ending: Ending) -> Stop {
     }
 }
 
-/// Places in `PUBLISHES` whose flows have to be ended.
+/// Whose flows have to be ended: places in `PUBLISHES`, and sources.
 #[derive(Debug, Default)]
 #[must_use]
 pub(super) struct Loose {
@@ -74,6 +75,7 @@ pub(super) struct Loose {
     pub cut: BTreeSet<u32>,
     /// The publish stays.
     pub stays: BTreeSet<u32>,
+    pub banned: Vec<Banned>,
 }
 
 impl Loose {
@@ -81,6 +83,7 @@ impl Loose {
         self.gone.extend(other.gone);
         self.cut.extend(other.cut);
         self.stays.extend(other.stays);
+        self.banned.extend(other.banned);
     }
 }
 

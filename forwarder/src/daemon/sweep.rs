@@ -13,7 +13,8 @@ use forwarder_common::{
 use tracing::{debug, info, warn};
 
 use super::{
-    Daemon, drain::Draining, install::datagrams, reconcile::Loose, slots::Freed, view::Sums,
+    Daemon, ban::end_banned, drain::Draining, install::datagrams, reconcile::Loose, slots::Freed,
+    view::Sums,
 };
 use crate::{
     clock,
@@ -98,8 +99,14 @@ impl Daemon {
     /// the other end listens.
     pub(super) fn end_flows_of(&self, loose: Loose) -> impl Future<Output = ()> + Send + use<> {
         let (freeing, walks) = (self.slots.freeing(), self.walks.clone());
-        let Loose { gone, cut, stays } = loose;
-        let is_empty = gone.is_empty() && cut.is_empty() && stays.is_empty();
+        let Loose {
+            gone,
+            cut,
+            stays,
+            banned,
+        } = loose;
+        let is_empty = gone.is_empty() && cut.is_empty() && stays.is_empty() && banned.is_empty();
+        let view = self.view.clone();
         let tables = match &self.datapath {
             Some(datapath) if !is_empty => Some(datapath.maps.flows.try_clone()),
             _ => None,
@@ -111,7 +118,8 @@ impl Daemon {
                 Some(Ok(mut tables)) => {
                     let walk = move || {
                         let cut = cut_all(&mut tables, &told);
-                        end_all(&mut tables, &ended).and(cut)
+                        let kept_out = end_banned(&mut tables, banned, &view);
+                        end_all(&mut tables, &ended).and(cut).and(kept_out)
                     };
                     // One at a time: each would take a thread of its own.
                     let _turn = walks.lock().await;
@@ -121,7 +129,7 @@ impl Daemon {
                 None => Ok(Ok(())),
             };
             if let Err(error) = walked.and_then(|walked| walked) {
-                warn!("flows of what was unpublished are left until they expire: {error:#}");
+                warn!("flows that were to end are left until they expire: {error:#}");
             }
             // The daemon may have ended.
             let _ = freeing.send(Freed::Places(gone.into_iter().collect()));

@@ -250,7 +250,7 @@ impl Registry {
     pub fn remove(&self, owner: &Owner, ids: &BTreeSet<Id>) -> Result<Difference, Conflict> {
         let remove = ids.iter().map(|id| {
             let wanted = self.get(*id).ok_or(Conflict::NoId(*id))?;
-            self.is_of(wanted, owner)?;
+            Self::is_of(wanted, owner)?;
             Ok(wanted.clone())
         });
         Ok(Difference {
@@ -302,7 +302,7 @@ impl Registry {
     /// There is no such publish, it is another owner's, or the frontend is not the same.
     pub fn replace(&self, owner: &Owner, id: Id, publish: Publish) -> Result<Difference, Conflict> {
         let before = self.get(id).ok_or(Conflict::NoId(id))?;
-        self.is_of(before, owner)?;
+        Self::is_of(before, owner)?;
         if !before.publish.spec.has_same_frontend(&publish.spec) {
             return Err(Conflict::NoSpec(publish.spec.into()));
         }
@@ -353,7 +353,9 @@ impl Registry {
         }
     }
 
-    fn is_of(&self, wanted: &Wanted, owner: &Owner) -> Result<(), Conflict> {
+    /// # Errors
+    /// The publish is another owner's.
+    pub fn is_of(wanted: &Wanted, owner: &Owner) -> Result<(), Conflict> {
         if wanted.owner == *owner {
             return Ok(());
         }
