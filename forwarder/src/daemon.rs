@@ -554,24 +554,28 @@ impl Daemon {
         if let Some(key) = self.config.needs_restart(&new) {
             bail!("{key} cannot change while the instance runs; restart it");
         }
-        let difference = self
+        let mut difference = self
             .registry
             .want(&Owner::config(), new.configured.clone())?;
-        let before = std::mem::replace(&mut self.config, new);
-        let loose = match self.reconcile(&difference, Ending::Cut, Vec::new()).await {
-            Ok(loose) => loose,
-            Err(error) => {
-                self.config = before;
-                return Err(error);
-            }
-        };
-        if before.allow != self.config.allow {
-            self.follow_allow()?;
-        }
         let reloaded = Reloaded {
             added: difference.add.len(),
             changed: difference.change.len(),
             removed: difference.remove.len(),
+        };
+        let before = std::mem::replace(&mut self.config, new);
+        let has_other_allow = before.allow != self.config.allow;
+        if has_other_allow {
+            difference.change.extend(self.following_allow(&difference));
+        }
+        let loose = match self.reconcile(&difference, Ending::Cut, Vec::new()).await {
+            Ok(loose) => loose,
+            Err(error) => {
+                self.config = before;
+                if has_other_allow {
+                    self.follow_allow();
+                }
+                return Err(error);
+            }
         };
         info!("configuration: {reloaded}");
         Ok((reloaded, loose))

@@ -355,6 +355,43 @@ fn a_configuration_is_read_again_as_a_whole_or_not_at_all() {
     scene.stop();
 }
 
+/// So many networks that there is room for those of one publish.
+fn many_networks() -> String {
+    let networks = (0..40_000).map(|it| format!("\"10.{}.{}.0/24\"", it / 256, it % 256));
+    networks.collect::<Vec<_>>().join(", ")
+}
+
+#[test]
+fn an_allow_list_for_which_there_is_no_room_changes_nothing() {
+    let published = "publish = [\"8080:172.31.0.2:9000\", \"8081:172.31.0.2:81\"]";
+    let file = File::new(&format!("{published}\nallow = [\"198.51.100.0/24\"]"));
+    let flags = ["--config", file.path()];
+    let scene = Scene::tcp().publishing(&["8082:172.31.0.2:82"]);
+    let scene = scene.flags(&flags).start();
+    let daemon = &scene.daemon;
+    let rows = || {
+        let list = daemon.list().unwrap();
+        let rows = list.into_iter();
+        rows.map(|row| (row.frontend.port, row.allow))
+            .collect::<Vec<_>>()
+    };
+    let before = rows();
+    file.write(&format!(
+        "publish = [\"8080:172.31.0.2:9000\", \"8083:172.31.0.2:83\"]\nallow = [{}]",
+        many_networks()
+    ));
+    let error = daemon.control(&["reload"]).unwrap_err().to_string();
+    assert!(error.contains("ALLOW"), "{error}");
+    assert_eq!(rows(), before);
+    scene.served("a client of the old list");
+    file.write("publish = [\"8080:172.31.0.2:9000\"]\nallow = [\"198.51.0.0/16\"]");
+    let said = daemon.control(&["reload"]).unwrap();
+    assert_eq!(said.trim(), "0 added, 0 changed, 1 removed");
+    assert!(rows().iter().all(|(_, allow)| allow == &["198.51.0.0/16"]));
+    scene.served("a client of the new list");
+    scene.stop();
+}
+
 /// A path that is named may be a mistake, or another instance's.
 #[test]
 fn a_socket_takes_the_place_of_nothing_else() {

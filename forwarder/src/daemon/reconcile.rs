@@ -455,13 +455,25 @@ impl Daemon {
         self.install(id)
     }
 
-    /// After the instance's allow-list has changed: publishes without one of their own have the new one.
-    pub(super) fn follow_allow(&mut self) -> Result<()> {
-        let serving = self.serving.values();
-        let wanted: Vec<Wanted> = serving.map(|it| it.row.wanted.clone()).collect();
+    /// Publishes that have the instance's allow-list, as changes by which they have another one, beside a difference.
+    pub(super) fn following_allow(&self, beside: &Difference) -> Vec<(Wanted, Wanted)> {
+        let changed = beside.change.iter().map(|(before, _)| before);
+        let others = beside.remove.iter().chain(changed).map(|it| it.id);
+        let others: BTreeSet<Id> = others.collect();
+        let wanted = self.serving.values().map(|it| &it.row.wanted);
         wanted
-            .iter()
-            .try_for_each(|it| self.change_publish(it).map(|_| ()))
+            .filter(|it| it.publish.policy.allow.is_none() && !others.contains(&it.id))
+            .map(|it| (it.clone(), it.clone()))
+            .collect()
+    }
+
+    /// Gives them the instance's allow-list again, after a failed change of it.
+    pub(super) fn follow_allow(&mut self) {
+        for (wanted, _) in self.following_allow(&Difference::default()) {
+            if let Err(error) = self.change_publish(&wanted) {
+                warn!("what failed is not all undone: {error:#}");
+            }
+        }
     }
 
     /// What a publish says, and where it says nothing, the instance.
