@@ -303,7 +303,10 @@ impl Daemon {
         }
         self.await_leases(&leased, calls).await;
         // An earlier instance's programs know its publishes until these take over.
-        self.datapath.iter().for_each(Datapath::take_over);
+        match &self.datapath {
+            Some(datapath) => datapath.take_over(),
+            None => remove_left(instance),
+        }
         self.reconcile_devices()?;
         if let Some(datapath) = &mut self.datapath {
             datapath.forget_others();
@@ -611,6 +614,18 @@ fn load(instance: &Instance, config: &Config) -> Result<Datapath> {
         return Err(error);
     }
     Ok(datapath)
+}
+
+/// Removes the programs of an earlier instance, where none take over from them: they would go on with what it had published,
+/// whatever is published, taken back or banned now.
+fn remove_left(instance: &Instance) {
+    let pins = instance.find_pins();
+    let removed = pins.and_then(|pins| datapath::remove_left(&instance.name, pins.as_deref()));
+    match removed {
+        Ok(true) => info!("the programs of the earlier instance are removed"),
+        Ok(false) => {}
+        Err(error) => warn!("the programs of an earlier instance go on: {error:#}"),
+    }
 }
 
 /// Removes what an instance left behind. Returns whether there was anything.

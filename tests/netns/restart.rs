@@ -8,7 +8,7 @@ use std::{
 
 use forwarder_tests::{
     api,
-    daemon::{Daemon, WITHOUT_CAPABILITIES, down},
+    daemon::{Daemon, Datapath, WITHOUT_CAPABILITIES, down},
     deadline::wait_until,
     layout::lay_out_otherwise,
     topology::Family,
@@ -43,6 +43,32 @@ fn flows_and_published_ports_outlive_a_kill_and_a_restart() {
     });
     scene.served_on_the_fast_path();
     scene.stop();
+}
+
+/// What the next instance says of its publishes and bans holds, though programs were left.
+#[test]
+fn nothing_goes_past_an_instance_in_user_space_after_a_kill() {
+    for family in [Family::V4, Family::V6] {
+        let mut scene = Scene::of(family, Protocol::Tcp).and_udp().start();
+        scene.served("by the fast path");
+        scene.daemon.kill().unwrap();
+        scene.served("while it is dead");
+        let in_user_space = |words: &mut Vec<String>| {
+            let flag = words.iter().position(|word| word == "--datapath").unwrap();
+            words[flag + 1] = Datapath::Userland.name().into();
+        };
+        scene.daemon.restart_with(in_user_space).unwrap();
+        let frontend = scene.frontend();
+        let ask = |protocol| ask(&scene.topology.client, protocol, frontend, "hello");
+        for (protocol, id) in [(Protocol::Tcp, "1"), (Protocol::Udp, "2")] {
+            let client = scene.topology.client_address(family);
+            assert_ne!(ask(protocol).unwrap().seen.ip(), client, "by the proxy");
+            scene.daemon.control(&["unpublish", id]).unwrap();
+            assert!(ask(protocol).is_err(), "{family:?} {protocol:?}");
+        }
+        assert!(!scene.daemon.pins().exists());
+        scene.stop();
+    }
 }
 
 /// Connections to a backend that a publish had before, and to one that was taken back with `--drain`; each beside a new one.

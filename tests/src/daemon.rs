@@ -275,6 +275,15 @@ impl Daemon {
         self.wait_until_ready()
     }
 
+    /// The same with other words of its command line.
+    ///
+    /// # Errors
+    /// As [`Daemon::start`].
+    pub fn restart_with(&mut self, change: impl FnOnce(&mut Vec<String>)) -> Result<()> {
+        change(&mut self.words);
+        self.restart()
+    }
+
     /// Runs `forwarder trace` until it has printed a line that `wanted` takes, with `traffic` meanwhile.
     ///
     /// # Errors
