@@ -503,14 +503,7 @@ impl Daemon {
     fn restore(&mut self, before: &BTreeSet<Id>) -> Result<(Difference, Vec<Wanted>)> {
         let configured = before;
         let flags = self.config.publishes.clone();
-        let overlaps = |wanted: &&Wanted| {
-            let spec = &wanted.publish.spec;
-            flags.iter().any(|publish| publish.spec.overlaps(spec))
-        };
         let cli = Owner::cli();
-        let before = self.registry.of(&cli);
-        let before = before.filter(|it| !configured.contains(&it.id) && !overlaps(it));
-        let before: Vec<Publish> = before.map(|it| Publish::clone(&it.publish)).collect();
         // What another file or flag has asked for before gives way first.
         for owner in [&cli, &Owner::config()] {
             let gone = self
@@ -524,6 +517,14 @@ impl Daemon {
             let difference = self.registry.remove(owner, &gone)?;
             self.registry.apply(&difference);
         }
+        self.give_way();
+        let overlaps = |wanted: &&Wanted| {
+            let spec = &wanted.publish.spec;
+            flags.iter().any(|publish| publish.spec.overlaps(spec))
+        };
+        let before = self.registry.of(&cli);
+        let before = before.filter(|it| !configured.contains(&it.id) && !overlaps(it));
+        let before: Vec<Publish> = before.map(|it| Publish::clone(&it.publish)).collect();
         let configured = self.config.configured.clone();
         let all = flags.into_iter().chain(before).collect();
         for (owner, all) in [(Owner::config(), configured), (cli, all)] {
@@ -538,6 +539,28 @@ impl Daemon {
             ..Difference::default()
         };
         Ok((asked, restored))
+    }
+
+    /// What was published before gives way to what flags and file ask for in another owner's name: nobody could take it back
+    /// while nothing runs.
+    fn give_way(&mut self) {
+        let asked = [
+            (Owner::cli(), &self.config.publishes),
+            (Owner::config(), &self.config.configured),
+        ];
+        for (owner, publishes) in asked {
+            let gone = self.registry.in_the_way(&owner, publishes);
+            for Wanted { publish, owner, .. } in &gone {
+                warn!(
+                    "publish {} of owner {owner} gives way to flags and file",
+                    publish.spec
+                );
+            }
+            self.registry.apply(&Difference {
+                remove: gone,
+                ..Difference::default()
+            });
+        }
     }
 
     /// Whether a flag or the file asks for a frontend.

@@ -355,6 +355,58 @@ fn a_configuration_is_read_again_as_a_whole_or_not_at_all() {
     scene.stop();
 }
 
+/// Nobody could take back what is in the way while no instance runs.
+#[test]
+fn what_was_published_before_gives_way_to_flags_and_file() {
+    let file = File::new("publish = []");
+    let flags = ["--config", file.path()];
+    let specs = ["8080:172.31.0.2:80", "[::]:5353:172.31.0.2:53/udp"];
+    let scene = Scene::tcp().silent().publishing(&specs).with_state();
+    let scene = scene.auto().flags(&flags).start();
+    let (topology, mut daemon) = (scene.topology, scene.daemon);
+    let lines = [
+        "8081:172.31.0.2:81",
+        "8082:172.31.0.2:82",
+        "7000-7009:172.31.0.2:70/udp",
+    ];
+    let publish = |daemon: &Daemon, owner, specs: &[&str]| {
+        let words = [&["publish", "--owner", owner], specs].concat();
+        daemon.control(&words).unwrap();
+    };
+    publish(&daemon, "cli", &lines[..1]);
+    publish(&daemon, "team", &lines[1..]);
+    daemon.terminate().unwrap();
+    // A flag and a command have become lines of the file, and what somebody else has is a flag now.
+    file.write(
+        "publish = [\"8080:172.31.0.2:80\", \"8081:172.31.0.2:81\", \"7005:172.31.0.2:75/udp\"]",
+    );
+    let other = |words: &mut Vec<String>| {
+        let flag = words.iter().position(|word| word == specs[0]).unwrap();
+        words[flag] = "8082:172.31.0.2:82".into();
+    };
+    daemon.restart_with(other).unwrap();
+    let mut rows: Vec<String> = daemon
+        .list()
+        .unwrap()
+        .iter()
+        .map(|row| format!("{} {}", row.owner, row.frontend.port))
+        .collect();
+    rows.sort();
+    assert_eq!(
+        rows,
+        [
+            "cli 5353",
+            "cli 8082",
+            "config 7005",
+            "config 8080",
+            "config 8081"
+        ]
+    );
+    assert!(daemon.said().contains("gives way"), "{}", daemon.said());
+    daemon.stop().unwrap();
+    drop(topology);
+}
+
 /// So many networks that there is room for those of one publish.
 fn many_networks() -> String {
     let networks = (0..40_000).map(|it| format!("\"10.{}.{}.0/24\"", it / 256, it % 256));

@@ -215,7 +215,9 @@ impl Registry {
             it.holder.is_forwarder() || self.frontends.overlap(&it.spec, &present).is_none()
         });
         if owner.is_lease() {
-            present.extend(self.giving_way(&publishes));
+            let held = self.in_the_way(owner, &publishes).into_iter();
+            let held = held.filter(|it| !it.publish.holder.is_forwarder());
+            present.extend(held.map(|it| it.id));
         }
         let difference = self.compare(owner, publishes, &present)?;
         let kept: BTreeSet<Id> = difference.asked.iter().copied().collect();
@@ -322,14 +324,17 @@ impl Registry {
         }
     }
 
-    /// Those whose ports an engine holds, and which these want.
-    fn giving_way(&self, publishes: &[Publish]) -> Vec<Id> {
-        let held = self.iter().filter(|it| !it.publish.holder.is_forwarder());
-        let held = held.filter(|it| {
-            let spec = &it.publish.spec;
-            publishes.iter().any(|publish| publish.spec.overlaps(spec))
-        });
-        held.map(|it| it.id).collect()
+    /// Publishes of others that have ports which these want for an owner.
+    pub fn in_the_way(&self, owner: &Owner, publishes: &[Publish]) -> Vec<Wanted> {
+        let mut passed: BTreeSet<Id> = self.of(owner).map(|wanted| wanted.id).collect();
+        let mut found = Vec::new();
+        for publish in publishes {
+            while let Some(id) = self.frontends.overlap(&publish.spec, &passed) {
+                passed.insert(id);
+                found.extend(self.get(id).cloned());
+            }
+        }
+        found
     }
 
     /// The difference after which what leads to a container follows it to these addresses, or stops if there are none. What
