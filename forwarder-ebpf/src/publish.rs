@@ -206,7 +206,7 @@ pub fn is_known_behind(packet: &Packet) -> bool {
 /// The device that the best route to an address of the rest of the world leads to, if the daemon has said that.
 #[inline(always)]
 pub fn uplink_to(address: &Address) -> Option<u32> {
-    let there = location(address);
+    let there = location_here(address);
     (there.network == 0 && there.device != 0).then_some(there.device)
 }
 

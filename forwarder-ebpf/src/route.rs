@@ -161,28 +161,41 @@ fn class(packet: &Packet) -> u32 {
 /// program's.
 #[inline(always)]
 pub fn device(context: *mut c_void, packet: &Packet, wanted: u32) -> u32 {
-    if several() {
-        chosen(context, packet, wanted)
-    } else {
-        wanted
+    if !several() {
+        return wanted;
     }
-}
-
-// VERIFIER: as below.
-#[inline(never)]
-fn chosen(context: *mut c_void, packet: &Packet, wanted: u32) -> u32 {
-    let (new, class, now) = (&packet.new, class(packet), clock::now());
-    let Some(route) = element(index(new)) else {
+    let found = find(packet, wanted);
+    let Some(route) = element(index(&packet.new)) else {
         return wanted; // there are all elements
     };
-    if !route.is_of(new, wanted, class) {
-        if route.asked == now {
-            return wanted; // another's, in this tick
-        }
-        route.begin([&new.source, &new.destination], wanted, class, now);
+    if found == OTHER {
+        return wanted;
+    }
+    if found == NEW {
         choose(context, route);
     }
     route.ifindex
+}
+
+/// What is at the place of a pair of addresses: another's, of this tick,
+const OTHER: u32 = 0;
+/// its own,
+const OWN: u32 = 1;
+/// or its own from now on, for which nothing is chosen yet.
+const NEW: u32 = 2;
+
+// VERIFIER: as below.
+#[inline(never)]
+fn find(packet: &Packet, wanted: u32) -> u32 {
+    let (new, class, now) = (&packet.new, class(packet), clock::now());
+    match element(index(new)) {
+        Some(route) if route.is_of(new, wanted, class) => OWN,
+        Some(route) if route.asked != now => {
+            route.begin([&new.source, &new.destination], wanted, class, now);
+            NEW
+        }
+        _ => OTHER,
+    }
 }
 
 /// By which device a packet with its new tuple leaves, and how: by the one that is wanted, unless routes lead by another. An
@@ -249,6 +262,9 @@ fn choose(context: *mut c_void, route: &mut Route) {
     route.ifindex = route.wanted;
     if several() {
         choose_uplink(context, route);
+        if route.answer == BPF_FIB_LKUP_RET_FWD_DISABLED {
+            choose_unasked(route);
+        }
     }
 }
 
@@ -264,17 +280,16 @@ fn choose_uplink(context: *mut c_void, route: &mut Route) {
         return;
     }
     // As a packet of this host's own.
-    if look_up(context, route, LOOPBACK_IFINDEX, 0, 0) {
-        if !wanted || route.lookup.destination == route.question() {
-            route.ifindex = route.lookup.ifindex;
-        }
-    } else if route.answer == BPF_FIB_LKUP_RET_FWD_DISABLED {
-        choose_unasked(route);
+    if look_up(context, route, LOOPBACK_IFINDEX, 0, 0)
+        && (!wanted || route.lookup.destination == route.question())
+    {
+        route.ifindex = route.lookup.ifindex;
     }
 }
 
 /// The same by what the daemon has written, where the kernel cannot be asked as it does not forward.
-#[inline(always)]
+// VERIFIER: as below.
+#[inline(never)]
 fn choose_unasked(route: &mut Route) {
     let leads_out = publish::interface(route.wanted).is_some_and(|it| it.leads_out != 0);
     if let Some(best) = publish::uplink_to(&route.destination)
@@ -301,7 +316,7 @@ pub fn came_back(context: *mut c_void, packet: &Packet, source: &Address) -> Res
         _ => return Ok(()),
     };
     let is_possible = match is_reverse_path(context, packet, source, device) {
-        NOT_KNOWN => publish::uplink_to(source).is_none_or(|best| best == device),
+        NOT_KNOWN => may_lead_to(device, source),
         answer => answer == YES,
     };
     if is_possible {
@@ -309,6 +324,13 @@ pub fn came_back(context: *mut c_void, packet: &Packet, source: &Address) -> Res
     } else {
         Err(Reason::Martian)
     }
+}
+
+/// Whether the best route to an address may lead to a device, as far as the daemon has written that.
+// VERIFIER: as below.
+#[inline(never)]
+fn may_lead_to(device: u32, address: &Address) -> bool {
+    publish::uplink_to(address).is_none_or(|best| best == device)
 }
 
 /// What the kernel says.
