@@ -342,12 +342,8 @@ fn conversations(forwards: bool) -> impl Strategy<Value = Conversation> {
     let carried = prop_oneof![Just(Carried::Tcp), Just(Carried::Udp)];
     let far = (0..BACKEND, 0..=ORDER.len());
     (family, carried, who, forged, far, any::<bool>()).prop_map(
-        move |(family, carried, who, forged, far, tagged)| Conversation {
-            // Nobody tells the program of IPv6's routes where it cannot ask.
-            family: match who {
-                Who::Of(FAR) if !forwards => Family::V4,
-                _ => family,
-            },
+        |(family, carried, who, forged, far, tagged)| Conversation {
+            family,
             carried,
             who,
             forged,

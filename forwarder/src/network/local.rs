@@ -24,12 +24,29 @@ pub fn is_local(address: IpAddr) -> io::Result<bool> {
     Ok(route.is_some_and(|route| route.header.kind == RouteType::Local))
 }
 
-/// Whether an IPv6 address is this host's, or will be: while it is tentative (RFC 4862), no route leads to it yet.
+/// Of a route in /proc/net/ipv6_route (include/uapi/linux/ipv6_route.h).
+const RTF_LOCAL: u32 = 0x8000_0000;
+
+/// Whether an IPv6 address is this host's, or will be: while it is tentative (RFC 4862), no route leads to it yet. Asked of /proc,
+/// as a docker-proxy is to be small, and asks for one address.
 pub fn is_ours(address: Ipv6Addr) -> bool {
-    let listed = fs::read_to_string("/proc/thread-self/net/if_inet6").unwrap_or_default();
+    let read = |name: &str| fs::read_to_string(format!("/proc/thread-self/net/{name}"));
+    let (addresses, routes) = (read("if_inet6"), read("ipv6_route"));
     let digits = format!("{:032x} ", u128::from(address));
-    let mut lines = listed.lines();
-    lines.any(|line| line.starts_with(&digits)) || is_local(address.into()).unwrap_or(false)
+    let mut addresses = addresses.iter().flat_map(|text| text.lines());
+    let mut routes = routes.iter().flat_map(|text| text.lines());
+    addresses.any(|line| line.starts_with(&digits))
+        || routes.any(|line| leads_here(line, address).unwrap_or(false))
+}
+
+/// Whether a line of /proc/net/ipv6_route is of a local route to an address.
+fn leads_here(line: &str, address: Ipv6Addr) -> Option<bool> {
+    let mut words = line.split_whitespace();
+    let destination = u128::from_str_radix(words.next()?, 16).ok()?;
+    let length = u32::from_str_radix(words.next()?, 16).ok()?;
+    let flags = u32::from_str_radix(words.nth(6)?, 16).ok()?;
+    let differs = (u128::from(address) ^ destination).leading_zeros() < length;
+    Some(flags & RTF_LOCAL != 0 && !differs)
 }
 
 /// The address of this host that connections to an address come from, unless they ask for another.
@@ -69,6 +86,21 @@ fn route_to(address: IpAddr) -> io::Result<Option<RouteMessage>> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_local_prefix_is_told_from_other_routes() {
+        let line = |flags: &str| {
+            let zeros = "0".repeat(32);
+            format!(
+                "20010db8000500000000000000000000 40 {zeros} 00 {zeros} 00000400 00000001 00000000 {flags}       lo"
+            )
+        };
+        let leads = |text: &str, flags| leads_here(&line(flags), text.parse().expect("a literal"));
+        assert_eq!(leads("2001:db8:5::7", "80000001"), Some(true));
+        assert_eq!(leads("2001:db8:6::7", "80000001"), Some(false));
+        assert_eq!(leads("2001:db8:5::7", "00000001"), Some(false));
+        assert_eq!(leads_here("", Ipv6Addr::LOCALHOST), None);
+    }
 
     #[test]
     fn loopback_is_local_and_a_documentation_address_is_not() {
