@@ -601,12 +601,7 @@ async fn events(
     Query(Nothing {}): Query<Nothing>,
 ) -> Result<Response, Problem> {
     let follower = shared.follower(&place)?;
-    Ok(lines(received(shared.observed.events()).map(
-        move |event| {
-            let _until_the_end = &follower;
-            event
-        },
-    )))
+    Ok(lines(received(shared.observed.events(), follower)))
 }
 
 #[utoipa::path(get, path = "/v1/trace", summary = "What happens to each packet, a line each, until either side closes", responses((status = 200, body = Traced, content_type = "application/x-ndjson"), (status = 503, body = Problem)))]
@@ -618,10 +613,7 @@ async fn trace(
     let follower = shared.follower(&place)?;
     let (answer, answered) = oneshot::channel();
     let Trace { packets, ended } = shared.call(Call::Trace { answer }, answered).await?;
-    Ok(lines(received(packets).map(move |packet| {
-        let _until_the_end = (&ended, &follower);
-        packet
-    })))
+    Ok(lines(received(packets, (ended, follower))))
 }
 
 #[utoipa::path(post, path = "/v1/reload", summary = "Reads the configuration file again", responses((status = 200, body = Reloaded), (status = "4XX", body = Problem)))]

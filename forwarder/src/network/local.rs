@@ -30,13 +30,15 @@ const RTF_LOCAL: u32 = 0x8000_0000;
 /// Whether an IPv6 address is this host's, or will be: while it is tentative (RFC 4862), no route leads to it yet. Asked of /proc,
 /// as a docker-proxy is to be small, and asks for one address.
 pub fn is_ours(address: Ipv6Addr) -> bool {
-    let read = |name: &str| fs::read_to_string(format!("/proc/thread-self/net/{name}"));
-    let (addresses, routes) = (read("if_inet6"), read("ipv6_route"));
+    let any = |file: &str, is_it: &dyn Fn(&str) -> bool| {
+        let text = fs::read_to_string(format!("/proc/thread-self/net/{file}"));
+        text.is_ok_and(|text| text.lines().any(is_it))
+    };
     let digits = format!("{:032x} ", u128::from(address));
-    let mut addresses = addresses.iter().flat_map(|text| text.lines());
-    let mut routes = routes.iter().flat_map(|text| text.lines());
-    addresses.any(|line| line.starts_with(&digits))
-        || routes.any(|line| leads_here(line, address).unwrap_or(false))
+    any("if_inet6", &|line| line.starts_with(&digits))
+        || any("ipv6_route", &|line| {
+            leads_here(line, address).unwrap_or(false)
+        })
 }
 
 /// Whether a line of /proc/net/ipv6_route is of a local route to an address.

@@ -73,14 +73,15 @@ pub(super) fn lines<T: Serialize>(
     ([(header::CONTENT_TYPE, "application/x-ndjson")], body).into_response()
 }
 
-/// What a broadcast says, without what was too fast.
+/// What a broadcast says, without what was too fast; `held` is dropped when nobody reads it any more.
 pub(super) fn received<T: Clone + Send + 'static>(
     from: broadcast::Receiver<T>,
+    held: impl Send + 'static,
 ) -> impl futures_util::Stream<Item = T> + Send {
-    stream::unfold(from, async |mut from| {
+    stream::unfold((from, held), async |(mut from, held)| {
         loop {
             match from.recv().await {
-                Ok(value) => return Some((value, from)),
+                Ok(value) => return Some((value, (from, held))),
                 Err(broadcast::error::RecvError::Lagged(_)) => {}
                 Err(broadcast::error::RecvError::Closed) => return None,
             }
