@@ -325,10 +325,10 @@ fn script(groups: &[Group]) -> String {
     script + "exit $status\n"
 }
 
-/// What the harness reads.
+/// What the harness reads, and as many open files as systemd allows a service.
 fn variables() -> String {
     format!(
-        "export FORWARDER_BIN=/usr/bin/forwarder FORWARDER_TEST_SLACK={SLACK} FORWARDER_TEST_DEVICES=all \
+        "ulimit -Hn 524288\nexport FORWARDER_BIN=/usr/bin/forwarder FORWARDER_TEST_SLACK={SLACK} FORWARDER_TEST_DEVICES=all \
          DOCKER_RAMDISK=yes RUST_BACKTRACE=0\n"
     )
 }
