@@ -10,7 +10,13 @@ use forwarder_common::{
     limits,
     tuple::{Address, Tuple, UDP},
 };
-use forwarder_tests::{deadline::slack, table::Table, traffic::Connection};
+use forwarder_tests::{
+    api,
+    deadline::{slack, wait_until},
+    document::Row,
+    table::Table,
+    traffic::Connection,
+};
 
 use crate::scene::{BACKEND_PORT, PORT, Scene};
 
@@ -99,5 +105,44 @@ fn a_full_table_is_counted_and_its_sweep_stalls_nobody() {
     }
     scene.served("after");
     assert_eq!(daemon.counted("flows_full").unwrap(), before);
+    scene.stop();
+}
+
+#[test]
+fn beside_many_flows_what_a_former_backend_carried_counts_once() {
+    let scene = Scene::tcp().start();
+    let (topology, daemon) = scene.parts();
+    let table = Table::open(daemon.instance()).unwrap();
+    let (keys, flows): (Vec<_>, Vec<_>) = (0..70_000).map(|n| flow(n, u64::MAX)).unzip();
+    assert_eq!(table.write(&keys, &flows).unwrap(), keys.len());
+    daemon
+        .control(&["publish", &format!("8081:172.31.0.2:{BACKEND_PORT}")])
+        .unwrap();
+    let row = |number: usize| daemon.list().unwrap().swap_remove(number);
+    let frontend = SocketAddr::new(scene.frontend().ip(), 8081);
+    let mut connection = Connection::open(&topology.client, frontend).unwrap();
+    connection.ask("counted").unwrap();
+    drop(connection);
+    wait_until("the sweep has counted", || {
+        row(0).flows == 70_000 && row(1).flows == 1
+    });
+    let idle = |it: &Row| it.packets_per_second == 0.0;
+    wait_until("the connection is over", || {
+        idle(&row(1)) && row(1).packets > 0
+    });
+    let before = row(1).packets;
+
+    let other = r#"[{"address": "172.31.0.2", "port": 9}]"#;
+    let path = format!("/v1/publishes/{}/backends", row(1).id);
+    let replaced = api::ask(daemon, "PUT", &path, other).unwrap();
+    assert_eq!(replaced.status, 200, "{}", replaced.body);
+    let deadline = Instant::now() + slack() * 6;
+    let mut flows = 1;
+    while Instant::now() < deadline {
+        let row = row(1);
+        flows = row.flows;
+        assert_eq!(row.packets, before);
+    }
+    assert_eq!(flows, 0, "they have ended, and their place was cleared");
     scene.stop();
 }

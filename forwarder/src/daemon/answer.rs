@@ -57,17 +57,24 @@ impl Daemon {
         }
     }
 
-    /// Answers when the flows of what has gone have ended, and does not wait for that itself.
+    /// Answers when all who have to hear of it have heard, and does not wait for that itself.
     fn answer_after(
         &self,
         loose: Loose,
         answer: oneshot::Sender<Result<Changed, Problem>>,
         changed: Changed,
     ) {
+        let is_silent = loose.is_silent();
         let ended = self.end_flows_of(loose);
         tokio::spawn(async move {
-            ended.await;
-            let _ = answer.send(Ok(changed)); // the client may have gone, and its lease with it
+            // The client may have gone, and its lease with it.
+            if is_silent {
+                let _ = answer.send(Ok(changed));
+                ended.await;
+            } else {
+                ended.await;
+                let _ = answer.send(Ok(changed));
+            }
         });
     }
 

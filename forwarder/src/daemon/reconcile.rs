@@ -85,6 +85,11 @@ impl Loose {
         self.stays.extend(other.stays);
         self.banned.extend(other.banned);
     }
+
+    /// Nobody has to hear of it: all of it was closed to newcomers, and had no conversation.
+    pub(super) fn is_silent(&self) -> bool {
+        self.cut.is_empty() && self.stays.is_empty() && self.banned.is_empty()
+    }
 }
 
 /// A step that was done, and how it is undone.

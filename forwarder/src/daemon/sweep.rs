@@ -244,7 +244,7 @@ impl Daemon {
             });
         }
         self.renew_left();
-        self.view.measure_rates(&sweep.sums);
+        self.view.measure_rates(std::mem::take(&mut sweep.sums));
         self.end_all_drained(sweep);
         self.record_drains();
         sweep.above.values_mut().for_each(Above::choose);

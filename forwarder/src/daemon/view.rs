@@ -144,6 +144,7 @@ pub(super) struct View {
     events: broadcast::Sender<Event>,
     kept: Kept,
     rates: Rates,
+    swept: Mutex<Option<Arc<Sums>>>,
     pub durations: Durations,
 }
 
@@ -180,6 +181,7 @@ impl View {
             events: broadcast::channel(EVENTS).0,
             kept: Kept::default(),
             rates: Rates::default(),
+            swept: Mutex::default(),
             durations: Durations::default(),
         }
     }
@@ -222,6 +224,7 @@ impl View {
             row.ended[0].fetch_add(packets, Relaxed);
             row.ended[1].fetch_add(bytes, Relaxed);
             self.kept.free(row.wanted.id, kernel, index);
+            self.forget_swept(row.wanted.id, kernel, index);
         }
     }
 
@@ -229,6 +232,12 @@ impl View {
     pub(super) fn id(&self, index: u32) -> Option<Id> {
         let ids = self.ids.read().unwrap_or_else(PoisonError::into_inner);
         ids.get(&index).copied()
+    }
+
+    /// Not of one that was taken back, whose last flows end.
+    fn is_shown(&self, id: Id) -> bool {
+        let rows = self.rows.read().unwrap_or_else(PoisonError::into_inner);
+        rows.contains_key(&id)
     }
 
     /// A publish, without what its live flows have carried.
@@ -261,21 +270,6 @@ impl View {
             Some(id) => rows.get(&id).cloned().into_iter().collect(),
             None => rows.values().cloned().collect(),
         }
-    }
-
-    /// What publishes have carried; and how many flows there are, half-open and proven ones.
-    fn sums(&self) -> Result<(Sums, [u64; 2])> {
-        let mut sums = self.begin_sums();
-        let mut entries = [0; 2];
-        if let Some(kernel) = &self.kernel {
-            let flows = kernel.flows.lock().unwrap_or_else(PoisonError::into_inner);
-            for flow in flows.all() {
-                let (_, flow) = flow?;
-                entries[usize::from(flow.state() & state::KEPT != 0)] += 1;
-                sums.add(&flow);
-            }
-        }
-        Ok((sums, entries))
     }
 
     /// Live flows, a slice of the table at a time.
@@ -321,7 +315,7 @@ impl Observe for Arc<View> {
 
     fn list(&self, id: Option<Id>) -> Rows<Listed> {
         let sums = match self.sums() {
-            Ok((sums, _)) => sums,
+            Ok(sums) => sums,
             Err(error) => return Box::new(iter::once(Err(error))),
         };
         let view = self.clone();
@@ -351,7 +345,7 @@ impl Observe for Arc<View> {
             Ok((key, flow)) => {
                 let id = view.id(flow.publish());
                 let is_meant = is_meant(&of, id, &flow);
-                id.filter(|_| is_meant)
+                id.filter(|id| is_meant && view.is_shown(*id))
                     .map(|id| Ok(list_flow(id, &key, &flow, now)))
             }
             Err(error) => Some(Err(error)),

@@ -148,7 +148,7 @@ impl View {
                 of_publish(&row, flows, used)
             })
             .collect();
-        let (sums, entries) = self.sums()?;
+        let sums = self.sums()?;
         self.add_kernel(&mut publishes, &sums)?;
         let mut seen = HashMap::with_capacity(publishes.len());
         for publish in &mut publishes {
@@ -181,8 +181,8 @@ impl View {
                 most: u64::from(most),
             };
             vec![
-                fill("FLOWS", entries[1], limits::FLOWS),
-                fill("HALF_OPEN", entries[0], limits::HALF_OPEN),
+                fill("FLOWS", sums.entries[1], limits::FLOWS),
+                fill("HALF_OPEN", sums.entries[0], limits::HALF_OPEN),
                 fill("PUBLISHES", places as u64, limits::PUBLISHES - 1),
             ]
         });

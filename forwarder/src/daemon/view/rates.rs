@@ -1,16 +1,21 @@
 //! What publishes have carried, and what they carry a second. Each sweep of the flow table measures the rates, so that nobody
-//! walks it for them alone.
+//! walks it for them alone; nor does anybody else walk a large one.
 
 use std::{
     collections::HashMap,
-    sync::{Mutex, MutexGuard, PoisonError},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Instant,
 };
 
+use anyhow::Result;
 use forwarder_common::flow::{Flow, state};
 
-use super::View;
+use super::{Kernel, View};
 use crate::publish::Id;
+
+/// Where the last sweep has seen more entries than these, what it has counted is good enough: a walk would take longer than anybody
+/// likes to wait for an answer.
+const MANY: u64 = 1 << 16;
 
 /// What the flows of a publish have carried, live and ended ones, also those to backends that it had before.
 #[derive(Clone, Copy, Debug, Default)]
@@ -22,17 +27,29 @@ pub(super) struct Sum {
     pub bytes: u64,
 }
 
+impl Sum {
+    /// Without what ended flows have carried and begun, which is counted elsewhere now.
+    fn without(&mut self, begun: u64, packets: u64, bytes: u64) {
+        self.begun = self.begun.saturating_sub(begun);
+        self.packets = self.packets.saturating_sub(packets);
+        self.bytes = self.bytes.saturating_sub(bytes);
+    }
+}
+
 /// Of publishes that have carried something. Ended flows are read first: one that ends while the live ones are added is missed
 /// for once, and none is counted twice.
-#[derive(Debug)]
+#[derive(Clone, Debug, Default)]
 pub(in super::super) struct Sums {
     ids: HashMap<u32, Id>,
     sums: HashMap<Id, Sum>,
+    /// Half-open ones and proven ones.
+    pub(super) entries: [u64; 2],
 }
 
 impl Sums {
     /// A live flow.
     pub(in super::super) fn add(&mut self, flow: &Flow) {
+        self.entries[usize::from(flow.state() & state::KEPT != 0)] += 1;
         if flow.state() & state::CUT != 0 {
             return; // it is over, and stays for its ends to hear that
         }
@@ -68,11 +85,50 @@ impl View {
                 }
             }
         }
-        Sums { ids, sums }
+        Sums {
+            ids,
+            sums,
+            ..Sums::default()
+        }
+    }
+
+    /// What publishes have carried until now; where there are many flows, until the last sweep.
+    pub(super) fn sums(&self) -> Result<Arc<Sums>> {
+        if let Some(swept) = &*self.swept()
+            && swept.entries.iter().sum::<u64>() > MANY
+        {
+            return Ok(swept.clone());
+        }
+        let mut sums = self.begin_sums();
+        if let Some(kernel) = &self.kernel {
+            let flows = kernel.flows.lock().unwrap_or_else(PoisonError::into_inner);
+            for flow in flows.all() {
+                let (_, flow) = flow?;
+                sums.add(&flow);
+            }
+        }
+        Ok(sums.into())
+    }
+
+    /// What the last sweep has counted.
+    fn swept(&self) -> MutexGuard<'_, Option<Arc<Sums>>> {
+        self.swept.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// A place is about to be cleared, and what was carried there is counted elsewhere.
+    pub(super) fn forget_swept(&self, id: Id, kernel: &Kernel, index: u32) {
+        if let Some(swept) = &mut *self.swept()
+            && let Some(sum) = Arc::make_mut(swept).sums.get_mut(&id)
+        {
+            let (packets, bytes) = kernel.usage.carried(index);
+            sum.without(kernel.usage.begun(index), packets, bytes);
+        }
     }
 
     /// A sweep has added all live flows.
-    pub(in super::super) fn measure_rates(&self, sums: &Sums) {
+    pub(in super::super) fn measure_rates(&self, sums: Sums) {
+        let sums = Arc::new(sums);
+        *self.swept() = Some(sums.clone());
         let rows = self.rows(None);
         let carried = rows.iter().map(|row| {
             let id = row.wanted.id;
