@@ -288,7 +288,12 @@ impl Config {
         let addresses = self.addresses(attachment)?;
         let mut wanted = Vec::new();
         for mapping in mappings {
-            wanted.extend(publishes(&mapping, &addresses)?);
+            for spec in publishes(&mapping, &addresses)? {
+                // One that is there twice is one, as it is to the reference's `portmap`.
+                if !wanted.contains(&spec) {
+                    wanted.push(spec);
+                }
+            }
         }
         Ok(wanted)
     }
@@ -453,6 +458,27 @@ mod tests {
         assert_eq!(every, ["0.0.0.0:8080:10.1.0.5:80/tcp"]);
         let other = wanted(&mapping("::1", ""), &v4).expect("the other family");
         assert_eq!(other, ["[::1]:8080:10.1.0.5:80/tcp"]);
+    }
+
+    #[test]
+    fn a_mapping_that_is_there_twice_is_published_once() {
+        let same =
+            |protocol: &str| json!({"hostPort": 8080, "containerPort": 80, "protocol": protocol});
+        let mut config = config(&same("tcp"), &both());
+        config.all["runtimeConfig"]["portMappings"] =
+            json!([same("tcp"), same("udp"), same("TCP"), same("")]);
+        let attachment = Attachment::new("net", "0a", "eth0").expect("names");
+        let specs = config.wanted(&attachment).expect("mappings");
+        let specs: Vec<String> = specs.iter().map(Spec::to_string).collect();
+        assert_eq!(
+            specs,
+            [
+                "0.0.0.0:8080:10.1.0.5:80/tcp",
+                "[::]:8080:[fd00::5]:80/tcp",
+                "0.0.0.0:8080:10.1.0.5:80/udp",
+                "[::]:8080:[fd00::5]:80/udp"
+            ]
+        );
     }
 
     #[test]
