@@ -104,6 +104,10 @@ fn publishes(container: &Container, asked: &Asked) -> Result<Vec<Publish>, Strin
     let held = towards(held)?;
     let mut own = towards(asked.ports.clone())?;
     own.retain(|spec| !held.iter().any(|held| held.overlaps(spec)));
+    for spec in held.iter().chain(&own) {
+        let suits = asked.policy.suits(spec.protocol);
+        suits.map_err(|problem| format!("{spec}: {problem}"))?;
+    }
     let publish = |spec, holder| Publish {
         spec,
         policy: asked.policy.clone(),
@@ -289,5 +293,40 @@ impl Watcher {
         let sent = self.calls.send(call).await;
         sent.ok().context("the instance is ending")?;
         Ok(answered.await?)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+    use crate::publish::{Policy, ProxyProtocol};
+
+    #[test]
+    fn labels_that_a_port_cannot_have_are_said() {
+        let of = |ports: &str, proxy_protocol| {
+            let whole = json!({"Id": "1", "Name": "/web", "Image": "i", "State": {"Running": true}, "Config": {},
+                               "NetworkSettings": {"Networks": {"a": {"IPAddress": "10.1.0.2"}}}});
+            let container: Container = serde_json::from_value(whole).expect("a container");
+            let asked = Asked {
+                ports: ports.split(',').map(|it| it.parse().expect(it)).collect(),
+                policy: Policy {
+                    proxy_protocol: Some(proxy_protocol),
+                    ..Policy::default()
+                },
+            };
+            publishes(&container, &asked).map(|all| all.len())
+        };
+        assert_eq!(of("8080:80,53:53/udp", ProxyProtocol::V2), Ok(2));
+        assert_eq!(of("8080:80", ProxyProtocol::V1), Ok(1));
+        for (ports, version) in [
+            ("8080:80,53:53/udp", ProxyProtocol::V1),
+            ("53:53/sctp", ProxyProtocol::V2),
+        ] {
+            let error = of(ports, version).expect_err(ports);
+            assert!(error.starts_with("53:10.1.0.2:53/"), "{error}");
+            assert!(error.contains("PROXY protocol"), "{error}");
+        }
     }
 }
