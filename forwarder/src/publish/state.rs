@@ -47,6 +47,12 @@ pub struct Stored {
     draining: Vec<StoredDrain>,
 }
 
+/// What a line of any version has.
+#[derive(Deserialize)]
+struct Version {
+    version: u32,
+}
+
 #[derive(Debug, Default, Serialize, Deserialize)]
 struct Line {
     version: u32,
@@ -247,14 +253,16 @@ impl Stored {
             ..Self::default()
         };
         for text in text.lines() {
-            let line: Line = serde_json::from_str(text)
-                .with_context(|| format!("read {shown}; move it away to begin without it"))?;
-            if line.version > VERSION {
+            // Its version alone first: a later one may have none of the rest.
+            if let Ok(Version { version }) = serde_json::from_str(text)
+                && version > VERSION
+            {
                 bail!(
-                    "{shown} has version {}, and this program knows {VERSION}; use the later one, or move the file away",
-                    line.version
+                    "{shown} has version {version}, and this program knows {VERSION}; use the later one, or move the file away"
                 );
             }
+            let line: Line = serde_json::from_str(text)
+                .with_context(|| format!("read {shown}; move it away to begin without it"))?;
             stored.last_id = line.last_id;
             for id in line.gone {
                 stored.publishes.remove(&id);
@@ -335,6 +343,22 @@ mod tests {
             (it.id, owner.to_owned(), spec.to_string())
         });
         (rows.collect(), registry.last_id(), stored.leases())
+    }
+
+    #[test]
+    fn a_file_of_a_later_version_is_named_so_whatever_is_in_it() {
+        for text in [
+            r#"{"version": 2, "last_id": 7, "publishes": []}"#,
+            r#"{"version": 2}"#,
+            r#"{"version": 3, "last_id": {}, "publishes": "elsewhere"}"#,
+        ] {
+            let error = Stored::read(Path::new("/var/lib/forwarder/default.json"), text);
+            let error = error.expect_err(text).to_string();
+            assert!(error.contains("has version"), "{error}");
+            assert!(error.contains("knows 1; use the later one"), "{error}");
+        }
+        let error = Stored::read(Path::new("a.json"), r#"{"version": 1}"#).expect_err("damaged");
+        assert!(error.to_string().contains("move it away"), "{error}");
     }
 
     #[test]
