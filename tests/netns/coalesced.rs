@@ -14,11 +14,13 @@ use forwarder_tests::{
     topology::{Family, Topology},
     traffic::Protocol,
 };
-use nix::sys::socket::{ControlMessage, MsgFlags, SockaddrStorage, sendmsg};
+use nix::sys::socket::{ControlMessage, MsgFlags, SockaddrStorage, sendmsg, setsockopt, sockopt};
 
 use crate::scene::{BACKEND_PORT, Scene};
 
 const SIZE: u16 = 1400;
+/// It fits everywhere.
+const SHORT: u16 = 1000;
 const COUNT: usize = 10;
 
 fn socket(netns: &Netns, address: SocketAddr) -> UdpSocket {
@@ -27,9 +29,9 @@ fn socket(netns: &Netns, address: SocketAddr) -> UdpSocket {
     socket
 }
 
-fn send_together(socket: &UdpSocket, to: SocketAddr) {
-    let data = vec![7; usize::from(SIZE) * COUNT];
-    let control = [ControlMessage::UdpGsoSegments(&SIZE)];
+fn send_together(socket: &UdpSocket, to: SocketAddr, size: u16) {
+    let data = vec![7; usize::from(size) * COUNT];
+    let control = [ControlMessage::UdpGsoSegments(&size)];
     let to = SockaddrStorage::from(to);
     let none = MsgFlags::empty();
     let parts = [IoSlice::new(&data)];
@@ -72,13 +74,23 @@ fn conversation(family: Family, mtu: u32, to_the_client: bool) {
     client.recv_from(&mut [0; 16]).unwrap();
     for _ in 0..3 {
         if to_the_client {
-            send_together(&server, proxy);
+            send_together(&server, proxy, SIZE);
             assert_eq!(receive(&client), frontend);
         } else {
-            send_together(&client, frontend);
+            send_together(&client, frontend, SIZE);
             assert_eq!(receive(&server), proxy);
         }
     }
+    // Shorter ones are not held to be too long because those were.
+    let (from, to, at) = match to_the_client {
+        true => (&server, &client, proxy),
+        false => (&client, &server, frontend),
+    };
+    setsockopt(to, sockopt::UdpGroSegment, &true).unwrap();
+    send_together(from, at, SHORT);
+    let mut buffer = [0; 1 << 16];
+    let (length, _) = to.recv_from(&mut buffer).unwrap();
+    assert_eq!(length, usize::from(SHORT) * COUNT);
     scene.stop();
 }
 

@@ -11,7 +11,7 @@ use std::{
     net::SocketAddr,
     os::fd::{AsRawFd as _, BorrowedFd},
     ptr,
-    sync::atomic::{AtomicBool, Ordering::Relaxed},
+    sync::atomic::{AtomicU16, Ordering::Relaxed},
 };
 
 use socket2::{SockAddr, SockAddrStorage};
@@ -215,8 +215,38 @@ pub(super) struct Carried {
     pub(super) bytes: usize,
 }
 
+/// How long the datagrams are that the kernel has not refused to make of one buffer, in one direction of a flow.
+#[derive(Debug)]
+pub(super) struct Segments(AtomicU16);
+
+impl Default for Segments {
+    fn default() -> Self {
+        Self(AtomicU16::new(u16::MAX))
+    }
+}
+
+impl Segments {
+    /// Whether datagrams of this length may go on together.
+    pub(super) fn may_be(&self, size: u16) -> bool {
+        size <= self.0.load(Relaxed)
+    }
+
+    /// Heeds an error that datagrams of this length met together. Returns whether they are to go one by one: EIO without a checksum
+    /// that the kernel can compute, as all are then; EINVAL or EMSGSIZE if they are longer than the way's MTU, as shorter ones need
+    /// not be (`udp_send_skb`, net/ipv4/udp.c).
+    pub(super) fn refused(&self, size: u16, error: &io::Error) -> bool {
+        let longest = match error.raw_os_error() {
+            Some(libc::EIO) => 0,
+            Some(libc::EINVAL | libc::EMSGSIZE) => size.saturating_sub(1),
+            _ => return false,
+        };
+        self.0.fetch_min(longest, Relaxed);
+        true
+    }
+}
+
 /// Receives a batch from the connected socket `from` and sends it by `to` to `client`, from the address
-/// `local`. `segments` is whether the kernel makes several datagrams of one buffer; it is cleared if it does not.
+/// `local`.
 ///
 /// # Errors
 /// As recvmmsg(2). What the client's side does not take is dropped, as a network would.
@@ -225,7 +255,7 @@ pub(super) fn answer(
     to: BorrowedFd<'_>,
     client: SocketAddr,
     local: Option<Local>,
-    segments: &AtomicBool,
+    segments: &Segments,
 ) -> io::Result<Carried> {
     let name = SockAddr::from(client);
     SCRATCH.with_borrow_mut(|batch| {
@@ -248,8 +278,8 @@ pub(super) fn answer(
         let mut next = runs.next();
         let mut sent = 0;
         while let Some(run) = next {
-            let several = run.about.segment > 0;
-            if several && !segments.load(Relaxed) {
+            let size = run.about.segment;
+            if size > 0 && !segments.may_be(size) {
                 batch.cut_up(to, run, &name);
                 (sent, next) = (sent + 1, runs.next());
                 continue;
@@ -260,25 +290,13 @@ pub(super) fn answer(
             let done = match more {
                 Ok(more) => more.max(1),
                 // An error is about the first that was not sent.
-                Err(error) if several && is_about_segments(&error) => {
-                    segments.store(false, Relaxed);
-                    continue;
-                }
+                Err(error) if size > 0 && segments.refused(size, &error) => continue,
                 Err(_) => 1,
             };
             (sent, next) = (sent + done, runs.nth(done - 1));
         }
         Ok(carried)
     })
-}
-
-/// Whether the kernel could not make several datagrams of one buffer: EIO without a checksum that it can compute, EINVAL or
-/// EMSGSIZE for datagrams that are longer than the way's MTU (`udp_send_skb`, net/ipv4/udp.c).
-pub(super) fn is_about_segments(error: &io::Error) -> bool {
-    let refused = [libc::EIO, libc::EINVAL, libc::EMSGSIZE];
-    error
-        .raw_os_error()
-        .is_some_and(|code| refused.contains(&code))
 }
 
 impl Batch {

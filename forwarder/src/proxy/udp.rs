@@ -56,8 +56,8 @@ struct Flow {
     frontend: Mutex<Option<Arc<UdpSocket>>>,
     /// Of the PROXY protocol, in front of each datagram.
     header: Vec<u8>,
-    /// Whether the kernel makes several datagrams of one buffer: to the backend, to the client.
-    segments: [AtomicBool; 2],
+    /// Of datagrams to the backend, and to the client.
+    segments: [batch::Segments; 2],
     /// Milliseconds since `began` of the newest datagram in either direction.
     seen: AtomicU64,
     began: Instant,
@@ -85,17 +85,15 @@ impl Flow {
     /// Sends a client's datagrams to the backend. What does not fit into the socket's buffer is lost, as on a network.
     fn carry(&self, data: &[IoSlice<'_>], about: About, shared: &Shared) {
         self.touch();
-        let size = usize::from(about.segment);
+        let size = about.segment;
         let segments = &self.segments[0];
-        if size == 0 || self.header.is_empty() && segments.load(Relaxed) {
+        if size == 0 || self.header.is_empty() && segments.may_be(size) {
             match self.send(data, about) {
                 Ok(_) => {
                     let bytes = length(data);
                     return shared.carried_many(about.datagrams(bytes), bytes);
                 }
-                Err(error) if size > 0 && batch::is_about_segments(&error.into()) => {
-                    segments.store(false, Relaxed);
-                }
+                Err(error) if size > 0 && segments.refused(size, &error.into()) => {}
                 Err(_) => return,
             }
         }
@@ -103,7 +101,7 @@ impl Flow {
             segment: 0,
             ..about
         };
-        for datagram in data.iter().flat_map(|buffer| buffer.chunks(size)) {
+        for datagram in data.iter().flat_map(|buffer| buffer.chunks(size.into())) {
             if self.send(&[IoSlice::new(datagram)], alone).is_ok() {
                 shared.carried(datagram.len());
             }
@@ -376,7 +374,7 @@ impl Serving {
             is_v4,
             frontend: Mutex::new(Some(frontend)),
             header: protocol.header(Transport::Datagram, client, used),
-            segments: [AtomicBool::new(true), AtomicBool::new(true)],
+            segments: Default::default(),
             seen: AtomicU64::new(0),
             began: Instant::now(),
             replied: AtomicBool::new(false),
