@@ -19,8 +19,10 @@ use forwarder::{
     daemon, doctor,
     engines::{cni, crowdsec, docker_proxy},
     instance::Instance,
-    memory, privilege,
-    publish::{Policy, allow},
+    memory,
+    network::local::is_local,
+    privilege,
+    publish::{Policy, Spec, allow, loops},
 };
 use hyper::Method;
 use ipnet::IpNet;
@@ -245,6 +247,12 @@ fn run(command: Command, instance: Instance, client: &Client) -> Result<()> {
             })?;
             let checked = config.check(); // of a file it is no wrong usage
             checked.map_err(|error| anyhow::anyhow!("{}: {error}", file.display()))?;
+            let specs = config.configured.iter().map(|it| it.spec.clone());
+            let specs: Vec<Spec> = specs.collect();
+            // By the addresses of the host that it is checked on.
+            let is_local = |address| is_local(address).unwrap_or(false);
+            loops::refuse_loops(std::iter::empty(), &specs, is_local)
+                .with_context(|| file.display().to_string())?;
             let publishes = config.configured.len();
             print(&format!(
                 "{}: {publishes} publishes, no mistake",

@@ -18,7 +18,7 @@ use forwarder_tests::{
     deadline::{wait_for, wait_until},
     document::{Endpoint, Row},
     netns::Netns,
-    topology::Topology,
+    topology::{Family, Topology},
     traffic::{Protocol, ask},
 };
 use nix::sys::signal::Signal;
@@ -495,6 +495,22 @@ fn a_configuration_is_checked_without_being_used() {
     );
     let (status, error) = run_to_failure(&topology.host, &["--config", file.path()]).unwrap();
     assert!(!status.success() && error.contains(":3:3: "), "{error}");
+    // So are those that the host itself makes wrong.
+    let own = topology.host_address(Family::V4);
+    for publishes in [
+        "\"8080:127.0.0.1:8080\"".to_owned(),
+        format!("\"8080:{own}:8081\", \"8081:{own}:8080\""),
+    ] {
+        file.write(&format!("publish = [{publishes}]"));
+        let bad = check();
+        let error = String::from_utf8_lossy(&bad.stderr).into_owned();
+        let (status, said) = run_to_failure(&topology.host, &["--config", file.path()]).unwrap();
+        assert!(!status.success());
+        for error in [error, said] {
+            assert!(error.contains("it leads back to itself"), "{error}");
+        }
+        assert_eq!(bad.status.code(), Some(1));
+    }
 }
 
 #[test]
