@@ -104,7 +104,7 @@ pub enum Command {
     Bans(Format),
     /// Show what is published, and how.
     List(Format),
-    /// Show live flows of the fast path.
+    /// Show live flows.
     Flows {
         /// Only those of this publish.
         #[arg(long, value_name = "ID", value_parser = id)]

@@ -5,6 +5,7 @@ mod batch;
 mod budget;
 mod chain;
 mod control;
+mod flows;
 mod idle;
 mod pass_on;
 mod protocol_header;
@@ -24,7 +25,7 @@ mod worker;
 use std::{
     collections::HashMap,
     io,
-    net::{IpAddr, SocketAddr},
+    net::IpAddr,
     os::fd::{BorrowedFd, RawFd},
     sync::{
         Arc, Mutex, MutexGuard, OnceLock, PoisonError, RwLock,
@@ -53,6 +54,7 @@ use self::{
     worker::Workers,
 };
 pub use self::{
+    flows::{Flow, Meant},
     idle::Idle,
     protocol_header::ProxyProtocol,
     refusal::Refusal,
@@ -187,13 +189,6 @@ impl Meter {
     /// Whether both read the same.
     pub fn is(&self, other: &Self) -> bool {
         Arc::ptr_eq(&self.0, &other.0)
-    }
-
-    /// Live flows of datagrams: client, and the address of ours that it uses.
-    pub fn datagrams(&self) -> Vec<(SocketAddr, SocketAddr)> {
-        let used = self.0.used.get().into_iter();
-        used.flat_map(|used| used.datagrams().keys().copied().collect::<Vec<_>>())
-            .collect()
     }
 
     /// What was carried until now.

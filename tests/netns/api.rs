@@ -12,7 +12,6 @@ use forwarder_tests::{
     api::{self, Open},
     daemon::{Daemon, Datapath},
     deadline::wait_until,
-    document::Flow,
     topology::{Container, Family, Topology},
     traffic::{Connection, Protocol, ask, ask_by},
 };
@@ -538,35 +537,6 @@ fn what_drains_goes_on_beside_a_new_publish_of_its_port_by_ebpf() {
 #[test]
 fn what_drains_goes_on_beside_a_new_publish_of_its_port_in_user_space() {
     what_drains_goes_on_beside_a_new_publish_of_its_port(Datapath::Userland);
-}
-
-#[test]
-fn flows_are_shown_and_ended_by_publish_and_by_client() {
-    let scene = Scene::tcp().start();
-    let (topology, daemon) = scene.parts();
-    let _open = [&topology.client, &topology.host].map(|netns| {
-        let mut connection = Connection::open(netns, scene.frontend()).unwrap();
-        connection.ask("hello").unwrap();
-        connection
-    });
-    let client = topology.client_address(Family::V4).to_string();
-    let shown = |words: &[&str]| {
-        let words = [&["flows"], words].concat();
-        let flows: Vec<Flow> = daemon.document(&words).unwrap();
-        flows.len()
-    };
-    assert_eq!(shown(&[]), 2);
-    assert_eq!(shown(&["--publish", "1"]), 2);
-    daemon.control(&["publish", "9:172.31.0.2:9"]).unwrap();
-    assert_eq!(shown(&["--publish", "2"]), 0);
-    assert_eq!(shown(&["--client", &client]), 1);
-    assert_eq!(shown(&["--publish", "1", "--client", "192.0.2.0/24"]), 0);
-    let path = format!("/v1/flows?client={client}/32");
-    let answer = api::ask(daemon, "DELETE", &path, "").unwrap();
-    assert_eq!(answer.body["ended"], 1, "{answer:?}");
-    assert_eq!(shown(&["--client", &client]), 0);
-    assert_eq!(shown(&[]), 1);
-    scene.stop();
 }
 
 #[test]

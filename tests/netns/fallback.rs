@@ -37,13 +37,13 @@ const WRITTEN: [&str; 6] = [
 const UPLINK: &str = "eth0";
 
 /// A client that asks more than once.
-enum Client {
+pub(crate) enum Client {
     Tcp(Connection),
     Udp(UdpSocket, SocketAddr),
 }
 
 impl Client {
-    fn begin(netns: &Netns, protocol: Protocol, frontend: SocketAddr) -> Self {
+    pub(crate) fn begin(netns: &Netns, protocol: Protocol, frontend: SocketAddr) -> Self {
         match protocol {
             Protocol::Tcp => Self::Tcp(Connection::open(netns, frontend).unwrap()),
             Protocol::Udp => {
@@ -59,7 +59,7 @@ impl Client {
 
     /// The source that the backend sees.
     #[track_caller]
-    fn asks(&mut self, payload: &str) -> SocketAddr {
+    pub(crate) fn asks(&mut self, payload: &str) -> SocketAddr {
         let answer = match self {
             Self::Tcp(connection) => connection.ask(payload),
             Self::Udp(socket, frontend) => ask_by(socket, *frontend, payload),

@@ -26,6 +26,7 @@ mod fallback;
 mod filters;
 mod firewall;
 mod flood;
+mod flows;
 mod followed;
 mod forged;
 mod fragment;

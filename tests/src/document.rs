@@ -72,7 +72,15 @@ pub enum Delivery {
 #[derive(Debug, Clone, Deserialize)]
 pub struct Flow {
     pub publish: u64,
+    pub protocol: String,
     pub client: String,
+    pub frontend: String,
+    pub source: String,
+    pub backend: String,
+    pub state: String,
+    pub packets: [u64; 2],
+    pub bytes: [u64; 2],
+    pub datapath: String,
 }
 
 /// A counter, of `stats --json`.

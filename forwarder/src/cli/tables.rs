@@ -158,7 +158,7 @@ pub fn bans(bans: &[Ban]) -> String {
 
 /// `forwarder flows`.
 pub fn flows(flows: &[ListedFlow]) -> String {
-    let rows: Vec<[String; 9]> = flows
+    let rows: Vec<[String; 10]> = flows
         .iter()
         .map(|f| {
             [
@@ -168,6 +168,7 @@ pub fn flows(flows: &[ListedFlow]) -> String {
                 f.frontend.clone(),
                 f.source.clone(),
                 f.backend.clone(),
+                f.datapath.clone(),
                 f.state.clone(),
                 format!("{} s", f.idle_seconds),
                 format!("{}/{}", f.packets[0], f.packets[1]),
@@ -176,7 +177,8 @@ pub fn flows(flows: &[ListedFlow]) -> String {
         .collect();
     table(
         [
-            "ID", "PROTO", "CLIENT", "FRONTEND", "SOURCE", "BACKEND", "STATE", "IDLE", "PACKETS",
+            "ID", "PROTO", "CLIENT", "FRONTEND", "SOURCE", "BACKEND", "DATAPATH", "STATE", "IDLE",
+            "PACKETS",
         ],
         &rows,
     )

@@ -98,6 +98,8 @@ pub struct ListedFlow {
     /// From the client, and to it.
     pub packets: [u64; 2],
     pub bytes: [u64; 2],
+    /// `ebpf` or `userland`.
+    pub datapath: String,
 }
 
 /// A packet counter as `stats` shows it.

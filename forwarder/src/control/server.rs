@@ -74,7 +74,7 @@ pub trait Observe: Send + Sync + 'static {
     fn list(&self, id: Option<Id>) -> Rows<Listed>;
     /// Of each publish, who wants it and which container it leads to.
     fn containers(&self) -> Vec<(Owner, Option<String>)>;
-    /// Live flows of the fast path, of one publish or of clients in a network if so asked.
+    /// Live flows of both paths, of one publish or of clients in a network if so asked.
     fn flows(&self, of: &FlowFilter) -> Rows<ListedFlow>;
     /// Ends such flows; how many there were.
     ///

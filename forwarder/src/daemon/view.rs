@@ -37,7 +37,7 @@ use crate::{
     datapath::maps::{Counters, FlowTables, Mapped, Maps, RefusedCounters, Walk},
     metrics::{Durations, Measured},
     plan::Unserved,
-    proxy::{Idle, Meter},
+    proxy::{self, Idle, Meant, Meter},
     publish::{
         Holder, Id, Owner, Wanted,
         bans::{Banned, Until},
@@ -272,6 +272,11 @@ impl View {
         }
     }
 
+    fn meters(&self, id: Option<Id>) -> Vec<Meter> {
+        let rows = self.rows(id).into_iter();
+        rows.filter_map(|row| row.meter.clone()).collect()
+    }
+
     /// Live flows, a slice of the table at a time.
     fn walk(&self) -> Rows<(Tuple, Flow)> {
         let Some(kernel) = &self.kernel else {
@@ -296,6 +301,14 @@ impl View {
             }
         }))
     }
+}
+
+/// Whether a client's conversations of the proxy are meant.
+fn meant(of: FlowFilter) -> Meant {
+    Arc::new(move |publish, client| {
+        of.publish.is_none_or(|id| id == publish)
+            && of.client.is_none_or(|network| network.contains(&client))
+    })
 }
 
 /// Whether a flow is meant.
@@ -341,7 +354,7 @@ impl Observe for Arc<View> {
     fn flows(&self, of: &FlowFilter) -> Rows<ListedFlow> {
         let (view, of) = (self.clone(), *of);
         let now = clock::monotonic();
-        Box::new(self.walk().filter_map(move |flow| match flow {
+        let by_fast_path = self.walk().filter_map(move |flow| match flow {
             Ok((key, flow)) => {
                 let id = view.id(flow.publish());
                 let is_meant = is_meant(&of, id, &flow);
@@ -349,12 +362,24 @@ impl Observe for Arc<View> {
                     .map(|id| Ok(list_flow(id, &key, &flow, now)))
             }
             Err(error) => Some(Err(error)),
-        }))
+        });
+        let meant = meant(of);
+        let meters = self.meters(of.publish);
+        let connections = self.idle.connections(&meant);
+        let others = meters
+            .into_iter()
+            .flat_map(move |meter| meter.flows(&meant));
+        let by_proxy = connections.chain(others).map(|it| Ok(list_proxied(&it)));
+        Box::new(by_fast_path.chain(by_proxy))
     }
 
     fn end_flows(&self, of: &FlowFilter) -> Result<u64> {
+        let meant = meant(*of);
+        let meters = self.meters(of.publish);
+        let others: u64 = meters.iter().map(|it| it.end_flows(&meant)).sum();
+        let by_proxy = others + self.idle.end_connections(&meant);
         let Some(kernel) = &self.kernel else {
-            return Ok(0);
+            return Ok(by_proxy);
         };
         let flows = kernel.flows.lock();
         let mut flows = flows.unwrap_or_else(PoisonError::into_inner).try_clone()?;
@@ -366,7 +391,7 @@ impl Observe for Arc<View> {
                 ended += 1;
             }
         }
-        Ok(ended)
+        Ok(ended + by_proxy)
     }
 
     fn stats(&self) -> Result<Vec<Counter>> {
@@ -430,7 +455,29 @@ fn list_flow(publish: Id, key: &Tuple, flow: &Flow, now: u64) -> ListedFlow {
         idle_seconds: now.saturating_sub(flow.last_seen()) / 1_000_000_000,
         packets: flow.packets(),
         bytes: flow.bytes(),
+        datapath: "ebpf".into(),
     }
+}
+
+fn list_proxied(flow: &proxy::Flow) -> ListedFlow {
+    ListedFlow {
+        publish: flow.publish,
+        protocol: flow.protocol.to_string(),
+        client: plain(flow.client),
+        frontend: plain(flow.frontend),
+        source: plain(flow.source),
+        backend: plain(flow.backend),
+        state: flow.state.into(),
+        idle_seconds: flow.idle.as_secs(),
+        packets: flow.packets,
+        bytes: flow.bytes,
+        datapath: "userland".into(),
+    }
+}
+
+/// Without its scope, as the fast path shows it.
+fn plain(address: SocketAddr) -> String {
+    SocketAddr::new(address.ip(), address.port()).to_string()
 }
 
 /// The name of a delivery in `list` and in traces; `None` for none.

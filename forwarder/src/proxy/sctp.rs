@@ -6,6 +6,7 @@
 
 use std::{io, mem, net::SocketAddr, os::fd::AsRawFd as _, sync::Arc, time::Duration};
 
+use forwarder_common::flow::{ORIGINAL, REPLY};
 use socket2::{Protocol, SockRef, Socket, Type};
 use tokio::io::{Interest, unix::AsyncFd};
 use tracing::{debug, warn};
@@ -14,6 +15,7 @@ use super::{
     End,
     budget::Permit,
     chain::Link,
+    flows::{Known, Listed},
     shared::Shared,
     sockets::{Port, socket},
 };
@@ -89,17 +91,23 @@ async fn association(
         backend = connect(&client, port, passed, &shared) => backend,
         _ = shared.ended_for(address.ip()) => return abort(&client),
     };
-    let (backend, _link) = match backend {
+    let (backend, _link, to) = match backend {
         Ok(backend) => backend,
         Err(error) => {
             debug!("{}: {error}", shared.spec);
             return abort(&client);
         }
     };
+    let own = |socket: &Socket| socket.local_addr().ok()?.as_socket();
+    let (Some(frontend), Some(source)) = (own(client.get_ref()), own(backend.get_ref())) else {
+        return abort(&client);
+    };
+    let known = Listed::new(shared.clone(), (address, frontend), (source, to));
     // The first that ends, ends both; closing the other says SHUTDOWN once all that it was given has been sent.
     let result = tokio::select! {
-        result = one_way(&client, &backend, &shared) => result,
-        result = one_way(&backend, &client, &shared) => result,
+        result = one_way((&client, &backend, ORIGINAL), &known, &shared) => result,
+        result = one_way((&backend, &client, REPLY), &known, &shared) => result,
+        () = known.cut.notified() => Err(io::ErrorKind::ConnectionReset.into()),
         how = shared.ended_for(address.ip()) => match how {
             End::Reset => Err(io::ErrorKind::ConnectionReset.into()),
             End::Close | End::PassOn => Ok(()),
@@ -123,7 +131,7 @@ async fn connect(
     port: u16,
     passed: u8,
     shared: &Shared,
-) -> io::Result<(AsyncFd<Socket>, Link)> {
+) -> io::Result<(AsyncFd<Socket>, Link, SocketAddr)> {
     let backend = shared.backend(port)?;
     let (inbound, outbound) = streams(client.get_ref())?;
     let streams = libc::sctp_initmsg {
@@ -150,7 +158,7 @@ async fn connect(
     drop(socket.writable().await?);
     match socket.get_ref().take_error()? {
         Some(error) => Err(error),
-        None => Ok((socket, link)),
+        None => Ok((socket, link, backend)),
     }
 }
 
@@ -206,7 +214,11 @@ fn set_option<T>(socket: &Socket, option: i32, value: &T) -> io::Result<()> {
 }
 
 /// Carries messages until the association ends.
-async fn one_way(from: &AsyncFd<Socket>, to: &AsyncFd<Socket>, shared: &Shared) -> io::Result<()> {
+async fn one_way(
+    (from, to, direction): (&AsyncFd<Socket>, &AsyncFd<Socket>, usize),
+    known: &Known,
+    shared: &Shared,
+) -> io::Result<()> {
     let mut message = Vec::new();
     loop {
         message.clear();
@@ -232,6 +244,8 @@ async fn one_way(from: &AsyncFd<Socket>, to: &AsyncFd<Socket>, shared: &Shared) 
         }
         to.async_io(Interest::WRITABLE, |socket| send(socket, &message, about))
             .await?;
+        known.touch();
+        known.carried(direction, 1, message.len());
         shared.carried(message.len());
     }
 }

@@ -1,7 +1,6 @@
 //! What the tasks of one publish share: where clients go now, what was carried and refused, and when they are to end.
 
 use std::{
-    collections::HashMap,
     future::poll_fn,
     io,
     net::{IpAddr, SocketAddr},
@@ -28,6 +27,7 @@ use super::{
     admit::Account,
     budget::{Exhausted, Permit, Share},
     chain::{self, Link},
+    flows::{self, Connected},
     refusal::Refusals,
     sockets,
     sources::{self, Sources},
@@ -79,8 +79,8 @@ pub(super) struct Used {
     warned: [Seldom; Refusal::ALL.len()],
     /// The tasks of its sockets.
     serving: Mutex<Vec<JoinHandle<()>>>,
-    /// How many UDP flows there are of a client and the address of ours that it uses: one, and others that are about to go.
-    datagrams: Mutex<HashMap<(SocketAddr, SocketAddr), usize>>,
+    /// Live conversations of datagrams and of SCTP.
+    known: Mutex<flows::All>,
     /// UDP flows of an earlier process, until the task of their socket takes them.
     left: Mutex<Vec<udp::Left>>,
 }
@@ -94,8 +94,8 @@ impl Used {
         lock(&self.serving)
     }
 
-    pub(super) fn datagrams(&self) -> MutexGuard<'_, HashMap<(SocketAddr, SocketAddr), usize>> {
-        lock(&self.datagrams)
+    pub(super) fn known(&self) -> MutexGuard<'_, flows::All> {
+        lock(&self.known)
     }
 
     pub(super) fn left(&self) -> MutexGuard<'_, Vec<udp::Left>> {
@@ -159,6 +159,7 @@ impl Shared {
     pub(super) async fn unless_ended<T>(
         &self,
         source: IpAddr,
+        connected: &Connected,
         task: impl Future<Output = T>,
     ) -> Result<T, End> {
         let (mut task, mut seen) = (pin!(task), None);
@@ -168,7 +169,9 @@ impl Shared {
                 return Poll::Ready(Ok(done));
             }
             let has_changed = std::mem::replace(&mut seen, changes) != changes;
-            match has_changed.then(|| self.end_for(source)).flatten() {
+            let is_cut = || connected.is_cut().then_some(End::Reset);
+            let ends = || self.end_for(source).or_else(is_cut);
+            match has_changed.then(ends).flatten() {
                 Some(how) => Poll::Ready(Err(how)),
                 None => Poll::Pending,
             }

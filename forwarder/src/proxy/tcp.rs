@@ -33,6 +33,7 @@ use super::{
     End, ProxyProtocol,
     budget::{Kept, Permit},
     chain::Link,
+    flows::Connected,
     pass_on::{self, Kind, Message, PassedOn},
     protocol_header::Transport,
     shared::{LiveFlow, Shared},
@@ -178,8 +179,11 @@ struct Way {
 impl Conversation {
     async fn carry(mut self, _counted: (LiveFlow, Place), shared: Arc<Shared>) {
         let source = self.address.ip();
+        // Dropped before the sockets.
+        let connected = Connected::new(shared.clone(), self.address, &self.client);
         // The client believes that it is connected. If the backend refuses, it learns so by a reset.
-        match shared.unless_ended(source, self.both_ways(&shared)).await {
+        let both_ways = self.both_ways(&connected, &shared);
+        match shared.unless_ended(source, &connected, both_ways).await {
             Ok(Ok(())) => return,
             Ok(Err(error)) => debug!("{} of {}: {error}", self.address, shared.spec),
             Err(End::PassOn) => return self.pass_on(&shared),
@@ -199,7 +203,7 @@ impl Conversation {
 
     /// Both directions until both have ended; an error in one ends the other. What closes the streams afterwards
     /// closes the direction that ended last.
-    async fn both_ways(&mut self, shared: &Shared) -> io::Result<()> {
+    async fn both_ways(&mut self, connected: &Connected, shared: &Shared) -> io::Result<()> {
         let Self {
             client,
             address,
@@ -210,14 +214,21 @@ impl Conversation {
             ..
         } = self;
         let backend = match backend {
-            Some((backend, _)) => backend,
+            Some((backend, _)) => {
+                if let Ok(address) = backend.io().peer_addr() {
+                    connected.leads_to(backend, address);
+                }
+                backend
+            }
             None => {
                 let protocol = shared.now().proxy_protocol;
                 if protocol != ProxyProtocol::Off {
                     let frontend = client.io().local_addr()?;
                     ways[0].unsent = protocol.header(Transport::Stream, *address, frontend);
                 }
-                &mut backend.insert(connect(*port, *passed, shared)?).0
+                let (begun, address) = connect(*port, *passed, shared)?;
+                connected.leads_to(&begun.0, address);
+                &mut backend.insert(begun).0
             }
         };
         // If it refuses, the first read or write says so.
@@ -346,7 +357,7 @@ impl Conversation {
 }
 
 /// Begins a connection to the backend.
-fn connect(port: u16, passed: u8, shared: &Shared) -> io::Result<(Stream, Link)> {
+fn connect(port: u16, passed: u8, shared: &Shared) -> io::Result<((Stream, Link), SocketAddr)> {
     let backend = shared.backend(port)?;
     let make = || {
         let socket = sockets::socket(backend.ip(), socket2::Type::STREAM, None)?;
@@ -359,7 +370,7 @@ fn connect(port: u16, passed: u8, shared: &Shared) -> io::Result<(Stream, Link)>
             debug!("a connection to a backend goes on without keepalive: {error}");
         }
     })?;
-    Ok((stream, link))
+    Ok(((stream, link), backend))
 }
 
 /// What both ends of a conversation have. Accepted streams have it of their listener.

@@ -2,14 +2,14 @@
 //! backend. Datagrams go as they are, empty ones too; replies leave from the address the client used.
 
 use std::{
-    collections::{HashMap, hash_map::Entry},
+    collections::HashMap,
     io::{self, IoSlice},
     net::{IpAddr, SocketAddr, SocketAddrV6},
     os::fd::{AsFd as _, AsRawFd as _, OwnedFd},
     pin::pin,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError, Weak,
-        atomic::{AtomicBool, AtomicU64, Ordering::Relaxed},
+        atomic::{AtomicBool, Ordering::Relaxed},
     },
     time::Duration,
 };
@@ -21,12 +21,7 @@ use nix::{
     sys::socket::{self, ControlMessage, MsgFlags, SockaddrStorage},
 };
 use socket2::{Domain, SockAddr, SockRef, Socket, Type};
-use tokio::{
-    io::Interest,
-    net::UdpSocket,
-    sync::{Notify, mpsc},
-    time::Instant,
-};
+use tokio::{io::Interest, net::UdpSocket, sync::mpsc, time::Instant};
 use tracing::{debug, warn};
 
 use super::{
@@ -34,6 +29,7 @@ use super::{
     budget::Permit,
     chain::Link,
     control::{self, About, Local},
+    flows::Listed,
     pass_on::{Kind, Message, PassedOn},
     protocol_header::Transport,
     shared::{Live, LiveFlow, Shared},
@@ -58,40 +54,33 @@ struct Flow {
     header: Vec<u8>,
     /// Of datagrams to the backend, and to the client.
     segments: [batch::Segments; 2],
-    /// Milliseconds since `began` of the newest datagram in either direction.
-    seen: AtomicU64,
-    began: Instant,
-    replied: AtomicBool,
     /// Nothing is read from the backend any more: the next datagram needs another flow.
     over: AtomicBool,
-    /// Ends it before its time.
-    cut: Notify,
+    known: Listed,
     _link: Link,
     _permit: Permit,
     _live: LiveFlow,
-    _listed: Listed,
 }
 
 impl Flow {
-    fn touch(&self) {
-        let elapsed = u64::try_from(self.began.elapsed().as_millis()).unwrap_or(u64::MAX);
-        self.seen.store(elapsed, Relaxed);
-    }
-
     fn frontend(&self) -> MutexGuard<'_, Option<Arc<UdpSocket>>> {
         self.frontend.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Sends a client's datagrams to the backend. What does not fit into the socket's buffer is lost, as on a network.
     fn carry(&self, data: &[IoSlice<'_>], about: About, shared: &Shared) {
-        self.touch();
+        self.known.touch();
+        let count = |packets, bytes| {
+            self.known.carried(ORIGINAL, packets, bytes);
+            shared.carried_many(packets, bytes);
+        };
         let size = about.segment;
         let segments = &self.segments[0];
         if size == 0 || self.header.is_empty() && segments.may_be(size) {
             match self.send(data, about) {
                 Ok(_) => {
                     let bytes = length(data);
-                    return shared.carried_many(about.datagrams(bytes), bytes);
+                    return count(about.datagrams(bytes), bytes);
                 }
                 Err(error) if size > 0 && segments.refused(size, &error.into()) => {}
                 Err(_) => return,
@@ -103,7 +92,7 @@ impl Flow {
         };
         for datagram in data.iter().flat_map(|buffer| buffer.chunks(size.into())) {
             if self.send(&[IoSlice::new(datagram)], alone).is_ok() {
-                shared.carried(datagram.len());
+                count(1, datagram.len());
             }
         }
     }
@@ -147,37 +136,12 @@ impl Flow {
     }
 
     fn expires(&self, timeouts: &Timeouts) -> Instant {
-        let timeout = timeouts.of(if self.replied.load(Relaxed) {
+        let timeout = timeouts.of(if self.known.replied.load(Relaxed) {
             Phase::UdpStream
         } else {
             Phase::Udp
         });
-        let seen = Duration::from_millis(self.seen.load(Relaxed));
-        self.began + seen + Duration::from_secs(timeout)
-    }
-}
-
-/// A flow among those of its publish, by client and the address of ours that it uses, until this is dropped.
-struct Listed {
-    shared: Arc<Shared>,
-    ends: (SocketAddr, SocketAddr),
-}
-
-impl Listed {
-    fn new(shared: Arc<Shared>, ends: (SocketAddr, SocketAddr)) -> Self {
-        *shared.used().datagrams().entry(ends).or_default() += 1;
-        Self { shared, ends }
-    }
-}
-
-impl Drop for Listed {
-    fn drop(&mut self) {
-        if let Entry::Occupied(mut entry) = self.shared.used().datagrams().entry(self.ends) {
-            *entry.get_mut() -= 1;
-            if *entry.get() == 0 {
-                entry.remove();
-            }
-        }
+        self.known.last_seen() + Duration::from_secs(timeout)
     }
 }
 
@@ -369,21 +333,18 @@ impl Serving {
     ) -> io::Result<Arc<Flow>> {
         let protocol = self.shared.now().proxy_protocol;
         let is_v4 = socket.domain()? == Domain::IPV4;
+        let towards = (end(socket.local_addr())?, end(socket.peer_addr())?);
         Ok(Arc::new(Flow {
             backend: UdpSocket::from_std(socket.into())?,
             is_v4,
             frontend: Mutex::new(Some(frontend)),
             header: protocol.header(Transport::Datagram, client, used),
             segments: Default::default(),
-            seen: AtomicU64::new(0),
-            began: Instant::now(),
-            replied: AtomicBool::new(false),
             over: AtomicBool::new(false),
-            cut: Notify::new(),
+            known: Listed::new(self.shared.clone(), (client, used), towards),
             _link: link,
             _permit: permit,
             _live: live,
-            _listed: Listed::new(self.shared.clone(), (client, used)),
         }))
     }
 
@@ -420,18 +381,13 @@ impl Serving {
         let permit = permit.map_err(|_| io::Error::from_raw_os_error(libc::EMFILE))?;
         let (_, frontend) = self.answering.for_datagram(local)?;
         let socket = Socket::from(backend);
-        let ends = |address: io::Result<SockAddr>| {
-            address?
-                .as_socket()
-                .ok_or(io::Error::from(io::ErrorKind::Unsupported))
-        };
-        let (own, peer) = (ends(socket.local_addr())?, ends(socket.peer_addr())?);
+        let (own, peer) = (end(socket.local_addr())?, end(socket.peer_addr())?);
         let chains = &self.shared.common.chains;
         let passed = chains.passed(client, || Some(used)).unwrap_or(0) + 1;
         let begun = chains.begin(passed, peer, || Ok::<_, io::Error>(socket), |_| Ok(own))?;
         let live = self.shared.flow_of_before();
         let flow = self.flow((client, used), frontend, begun, permit, live)?;
-        flow.replied.store(has_replied, Relaxed);
+        flow.known.replied.store(has_replied, Relaxed);
         self.serve(key, flow);
         Ok(())
     }
@@ -449,7 +405,7 @@ impl Serving {
                     kind: Kind::Udp {
                         bound: self.answering.bound,
                         local: *local,
-                        has_replied: flow.replied.load(Relaxed),
+                        has_replied: flow.known.replied.load(Relaxed),
                     },
                 },
                 descriptors: vec![backend],
@@ -473,7 +429,7 @@ impl Serving {
                 Err(error) => {
                     debug!("{} of {} ends: {error}", key.0, self.shared.spec);
                     *flow.frontend() = None;
-                    flow.cut.notify_one();
+                    flow.known.cut.notify_one();
                 }
             }
         }
@@ -509,6 +465,11 @@ impl Serving {
         let (socket, given_up) = sockets::draining(address, key.0, mark)?;
         Ok((Arc::new(UdpSocket::from_std(socket)?), (permit, given_up)))
     }
+}
+
+fn end(address: io::Result<SockAddr>) -> io::Result<SocketAddr> {
+    let address = address?.as_socket();
+    address.ok_or(io::ErrorKind::Unsupported.into())
 }
 
 fn length(data: &[IoSlice<'_>]) -> usize {
@@ -592,7 +553,7 @@ async fn replies(flow: Arc<Flow>, key: Key, shared: Arc<Shared>, gone: mpsc::Unb
     let (client, local) = key;
     let timeouts = &shared.timeouts;
     let mut expires = pin!(tokio::time::sleep_until(flow.expires(timeouts)));
-    let mut cut = pin!(flow.cut.notified());
+    let mut cut = pin!(flow.known.cut.notified());
     loop {
         tokio::select! {
             ready = flow.backend.readable() => {
@@ -606,9 +567,11 @@ async fn replies(flow: Arc<Flow>, key: Key, shared: Arc<Shared>, gone: mpsc::Unb
                         let (backend, frontend) = (flow.backend.as_fd(), frontend.as_fd());
                         let segments = &flow.segments[1];
                         let carried = batch::answer(backend, frontend, client, local, segments)?;
-                        flow.touch();
-                        is_first = !flow.replied.swap(true, Relaxed);
-                        shared.carried_many(carried.datagrams, carried.bytes);
+                        flow.known.touch();
+                        is_first = !flow.known.replied.swap(true, Relaxed);
+                        let (datagrams, bytes) = (carried.datagrams, carried.bytes);
+                        flow.known.carried(REPLY, datagrams, bytes);
+                        shared.carried_many(datagrams, bytes);
                         paced = carried.bytes;
                         unless_emptied(carried.buffers)
                     })

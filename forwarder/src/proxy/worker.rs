@@ -260,7 +260,10 @@ impl Worker {
             .spawn(move || {
                 privilege::reduce();
                 let _ = begun.send(());
-                own.run(&runtime);
+                own.clone().run(&runtime);
+                // Nobody waits for what it was sent and does not begin any more.
+                own.is_over.store(true, SeqCst);
+                drop(own.sent());
             })?;
         let _ = begins.recv();
         Ok(worker)
@@ -268,6 +271,9 @@ impl Worker {
 
     fn send(self: &Arc<Self>, begin: Begin) {
         let mut sent = self.sent.lock().unwrap_or_else(PoisonError::into_inner);
+        if self.is_over.load(SeqCst) {
+            return;
+        }
         sent.push(begin);
         drop(sent);
         self.wake_by_ref();

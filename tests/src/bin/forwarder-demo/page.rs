@@ -34,7 +34,8 @@ struct Visit<'a> {
 impl<'a> Visit<'a> {
     fn of(site: &Site, request: &Request, documents: &'a Documents) -> Self {
         let (peer, local) = (request.peer.to_string(), request.local.to_string());
-        let mut flows = documents.flows.iter();
+        let flows = documents.flows.iter();
+        let mut flows = flows.filter(|it| it.datapath == "ebpf");
         let flow =
             flows.find(|it| it.protocol == "tcp" && it.source == peer && it.backend == local);
         let publish = match flow {
@@ -455,7 +456,7 @@ mod tests {
         let flow = serde_json::from_value(json!({
             "publish": 7, "protocol": "tcp", "client": "192.0.2.9:5", "frontend": "198.18.100.2:8080",
             "source": request.peer, "backend": request.local, "state": "time_wait", "idle_seconds": 0,
-            "packets": [1, 2], "bytes": [3, 4000],
+            "packets": [1, 2], "bytes": [3, 4000], "datapath": "ebpf",
         }));
         let state = state(vec![fast], vec![flow.unwrap()]);
         let site = Site::new(Addresses::default(), false);
