@@ -13,7 +13,10 @@ use ipnet::IpNet;
 use tokio::sync::{broadcast, mpsc, oneshot};
 
 use self::api::{Ending, Listed, NamedPublish, Problem, Reloaded, Traced};
-use crate::publish::{ContainerPort, Id, Owner, Publish, Spec, spec::SpecError};
+use crate::{
+    proxy::Kept,
+    publish::{ContainerPort, Id, Owner, Publish, Spec, spec::SpecError},
+};
 
 /// Whose request it is, as the kernel says.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -107,6 +110,13 @@ pub struct Changed {
 pub struct Lease {
     pub owner: Owner,
     pub ended: mpsc::UnboundedSender<Owner>,
+    /// What its connection has open.
+    pub kept: Kept,
+}
+
+impl Lease {
+    /// Descriptors that the connection of a lease takes.
+    pub const DESCRIPTORS: u64 = server::DESCRIPTORS;
 }
 
 impl Drop for Lease {

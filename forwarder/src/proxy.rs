@@ -44,22 +44,23 @@ use tokio::{
 };
 use tracing::warn;
 
-use self::{
-    budget::{Budget, Kept, Share},
-    chain::Chains,
-    idle::Socket,
-    pass_on::{Kind, PassedOn},
-    refusal::Refusals,
-    shared::{Live, Now, Shared},
-    worker::Workers,
-};
 pub use self::{
+    budget::Kept,
     flows::{Flow, Meant},
     idle::Idle,
     protocol_header::ProxyProtocol,
     refusal::Refusal,
     sockets::{BindError, Held, is_wide, raise_descriptor_limit},
     store::{Left, Sockets, Store},
+};
+use self::{
+    budget::{Budget, Share},
+    chain::Chains,
+    idle::Socket,
+    pass_on::{Kind, PassedOn},
+    refusal::Refusals,
+    shared::{Live, Now, Shared},
+    worker::Workers,
 };
 use crate::publish::{Bans, Id, spec::Spec};
 

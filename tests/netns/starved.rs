@@ -9,6 +9,7 @@ use std::{
 };
 
 use forwarder_tests::{
+    api,
     daemon::{Daemon, Datapath, run_to_failure},
     deadline::{slack, wait_for},
     topology::{Family, Topology},
@@ -108,6 +109,40 @@ fn a_thousand_source_ports_leave_files_for_others() {
 #[test]
 fn five_thousand_source_ports_leave_files_for_others() {
     source_ports(4_096, 5_000);
+}
+
+/// As many docker-proxies have them.
+#[test]
+fn leases_and_source_ports_leave_files_for_others() {
+    let scene = Scene::new(500, Protocol::Udp);
+    let leases: Vec<_> = (30_000..30_100)
+        .map(|port| {
+            let body = format!("[\"127.0.0.1:{port}:172.31.0.2:80\"]");
+            let mut lease = api::open(&scene.daemon, "POST", "/v1/leases", &body, &[]).unwrap();
+            assert_eq!(lease.head().unwrap().0, 201);
+            lease
+        })
+        .collect();
+    let client = &scene.topology.client;
+    for frontend in [PORT, OTHER].map(|port| scene.frontend(port)) {
+        ask(client, Protocol::Udp, frontend, "first").unwrap();
+        client.enter(|| {
+            for port in 20_000..20_300 {
+                let socket = UdpSocket::bind((Ipv4Addr::UNSPECIFIED, port)).unwrap();
+                socket.send_to(b"hello", frontend).unwrap();
+            }
+        });
+    }
+    wait_for("no files are left for flows", || {
+        let counted = scene.daemon.counted("userland_no_descriptors").ok()?;
+        (counted > 300).then_some(())
+    })
+    .unwrap();
+    let begun = Instant::now();
+    assert_eq!(scene.daemon.list().unwrap().len(), 2 + leases.len());
+    let took = begun.elapsed();
+    assert!(took < slack() * 2, "{took:?}\n{}", scene.daemon.said());
+    scene.daemon.stop().unwrap();
 }
 
 #[test]

@@ -64,6 +64,8 @@ use crate::{
 
 /// How long a client may take for its request, or read nothing of its answer.
 pub(super) const PATIENCE: Duration = Duration::from_secs(10);
+/// Of a client: its stream, and what is watched beside it.
+pub(super) const DESCRIPTORS: u64 = 2;
 /// A long document, one piece after another.
 pub type Rows<T> = Box<dyn Iterator<Item = Result<T>> + Send>;
 
@@ -543,7 +545,7 @@ async fn lease(
     Ok(response)
 }
 
-#[utoipa::path(get, path = "/v1/flows", summary = "Live flows of the fast path", params(("publish" = Option<u64>, Query), ("client" = Option<String>, Query, description = "a network")), responses((status = 200, body = Vec<ListedFlow>)))]
+#[utoipa::path(get, path = "/v1/flows", summary = "Live flows, also those of the userland proxy", params(("publish" = Option<u64>, Query), ("client" = Option<String>, Query, description = "a network")), responses((status = 200, body = Vec<ListedFlow>)))]
 async fn flows(
     State(shared): State<Shared>,
     Query(of): Query<FlowFilter>,

@@ -78,7 +78,7 @@ impl Budget {
 
 /// Descriptors of no conversation.
 #[derive(Debug)]
-pub(super) struct Kept {
+pub struct Kept {
     budget: Arc<Budget>,
     descriptors: u64,
 }

@@ -22,7 +22,7 @@ use tracing::warn;
 use crate::publish::Bans;
 
 use super::{
-    Common, Refusal, Store, sctp, shared::Shared, sockets::Port, tcp, udp, worker::Workers,
+    Common, Kept, Refusal, Store, sctp, shared::Shared, sockets::Port, tcp, udp, worker::Workers,
 };
 
 /// Sockets that are looked at in one go.
@@ -157,6 +157,11 @@ impl Idle {
     /// How often somebody was not served, since the start, also by publishes that have gone.
     pub fn refused(&self) -> [(Refusal, u64); Refusal::ALL.len()] {
         Refusal::ALL.map(|why| (why, self.0.common.refused.get(why)))
+    }
+
+    /// Keeps so many descriptors from conversations, until what is returned is dropped.
+    pub fn keep(&self, descriptors: u64) -> Kept {
+        self.common().budget.keep(descriptors)
     }
 
     /// The sources that are banned.
