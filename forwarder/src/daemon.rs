@@ -61,9 +61,9 @@ use crate::{
     metrics::Slices,
     plan::Unserved,
     privilege,
-    proxy::{Idle, Left, Sockets, Store, raise_descriptor_limit},
+    proxy::{Idle, Left, Sockets, Store, bound, is_wide, raise_descriptor_limit},
     publish::{
-        Difference, Id, Owner, Publish, Registry, Spec, Wanted,
+        Difference, Holder, Id, Owner, Publish, Registry, Spec, Wanted,
         bans::BansFile,
         state::{State, Stored},
     },
@@ -289,6 +289,7 @@ impl Daemon {
         self.ask_for_routes(backends).await;
         self.drain_again(drains);
         let (asked, restored) = self.restore(&before)?;
+        self.give_up_sockets(&leased);
         // Flows of what is wanted no more are not adopted below.
         let Loose { gone, .. } = self.reconcile(&asked, Ending::Cut, Vec::new()).await?;
         self.serves = true;
@@ -318,6 +319,20 @@ impl Daemon {
         let serving: HashSet<String> = self.serving.keys().map(|id| store_name(*id)).collect();
         self.idle.retain(|name| serving.contains(name));
         Ok(datagrams)
+    }
+
+    /// Closes what the earlier process held for what is published no more, or is held in another way now: it would be in the way.
+    fn give_up_sockets(&mut self, leased: &[Spec]) {
+        let publishes = self.registry.iter().map(|it| &it.publish);
+        let held = publishes.filter(|it| it.holder == Holder::Forwarder);
+        let specs = held.map(|it| &it.spec).chain(leased);
+        let is_steered = |spec| self.datapath.is_some() && is_wide(spec);
+        let needed: HashSet<_> = specs
+            .flat_map(|spec| bound(spec, is_steered(spec)))
+            .collect();
+        let names = self.left.retain(|it| needed.contains(it));
+        self.idle.forget(&names);
+        tokio::task::block_in_place(|| self.idle.settle());
     }
 
     /// Gives those a moment who held leases with an earlier instance: until these programs take over, its own go on with

@@ -25,7 +25,7 @@ mod worker;
 use std::{
     collections::HashMap,
     io,
-    net::IpAddr,
+    net::{IpAddr, SocketAddr},
     os::fd::{BorrowedFd, RawFd},
     sync::{
         Arc, Mutex, MutexGuard, OnceLock, PoisonError, RwLock,
@@ -50,7 +50,7 @@ pub use self::{
     idle::Idle,
     protocol_header::ProxyProtocol,
     refusal::Refusal,
-    sockets::{BindError, Held, is_wide, raise_descriptor_limit},
+    sockets::{BindError, Held, bound, is_wide, raise_descriptor_limit},
     store::{Left, Sockets, Store},
 };
 use self::{
@@ -59,7 +59,8 @@ use self::{
     idle::Socket,
     pass_on::{Kind, PassedOn},
     refusal::Refusals,
-    shared::{Live, Now, Shared},
+    shared::{Now, Shared},
+    sockets::Port,
     worker::Workers,
 };
 use crate::publish::{Bans, Id, spec::Spec};
@@ -245,6 +246,14 @@ impl Proxy {
             stopped: Notify::new(),
             used: OnceLock::new(),
         });
+        let arrived = idle.common().arrived().remove(&shared.name);
+        let arrived = arrived.unwrap_or_default();
+        let mut at = Vec::new();
+        if !arrived.is_empty() {
+            for (port, socket) in &held.udp {
+                at.push((*port, socket.local_addr()?));
+            }
+        }
         let tcp = held
             .tcp
             .into_iter()
@@ -270,10 +279,9 @@ impl Proxy {
         let ports = shared.spec.ports;
         idle.common().chains.publish(ports.first..=ports.last);
         // Before anything is read that comes anew: a datagram would begin another flow.
-        let arrived = idle.common().arrived().remove(&shared.name);
-        for conversation in arrived.into_iter().flatten() {
+        for conversation in arrived {
             let client = conversation.message.client;
-            if let Err(error) = Self::go_on(&shared, conversation) {
+            if let Err(error) = Self::go_on(&shared, conversation, &at) {
                 warn!("{client} of {} cannot go on: {error}", shared.spec);
             }
         }
@@ -317,11 +325,15 @@ impl Proxy {
     }
 
     /// Goes on with a conversation of an earlier process.
-    fn go_on(shared: &Arc<Shared>, conversation: PassedOn) -> io::Result<()> {
+    fn go_on(
+        shared: &Arc<Shared>,
+        conversation: PassedOn,
+        held: &[(Port, SocketAddr)],
+    ) -> io::Result<()> {
         match conversation.message.kind {
             Kind::Tcp { .. } => tcp::go_on(conversation, shared),
             Kind::Udp { .. } => {
-                let left = udp::Left::from_message(conversation, Live::new(&shared.common))?;
+                let left = udp::Left::from_message(conversation, held, shared)?;
                 shared.used().left().push(left);
             }
         }

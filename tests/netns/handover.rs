@@ -18,7 +18,10 @@ use forwarder_tests::{
     traffic::{Backend, Connection, Protocol, ask},
 };
 
-use crate::scene::{self, BACKEND_PORT, PORT, backends};
+use crate::{
+    fallback::Client,
+    scene::{self, BACKEND_PORT, PORT, backends, suffix},
+};
 
 const FAMILY: Family = Family::V4;
 const STREAM_PORT: u16 = 9100;
@@ -373,4 +376,106 @@ fn without_a_manager_it_ends_as_by_any_other_signal() {
     assert!(pins.exists());
     scene.daemon.quit().unwrap();
     assert!(!pins.exists());
+}
+
+/// Conversations that began in user space stay there, with the source that their backends know, when the next process has the fast
+/// path, and the one after that too; who comes new takes it. Without eBPF a wide range has a socket for each port.
+fn datagrams_stay_with_the_proxy(family: Family, ports: &str) {
+    let scene = Scene::new();
+    let backend = SocketAddr::new(scene.topology.backend.address(family), BACKEND_PORT);
+    let spec = format!("{ports}:{backend}/udp");
+    let host = &scene.topology.host;
+    let userland = Datapath::Userland;
+    let mut daemon = Daemon::start_as_service(host, &[&spec], userland, &[]).unwrap();
+    let frontend = SocketAddr::new(scene.topology.host_address(family), PORT);
+    let Topology { client, .. } = &scene.topology;
+    let begin = |netns| Client::begin(netns, Protocol::Udp, frontend);
+    let mut all = [client, host, &scene.topology.peer.netns].map(begin);
+    let seen = all.each_mut().map(|it| it.asks("by the proxy"));
+    let machine = scene.topology.client_address(family);
+    assert_ne!(seen[0].ip(), machine);
+    for number in 0..2 {
+        daemon.quit().unwrap();
+        let stored = || daemon.stored().contains(&"conversations".into());
+        wait_until("all is kept", stored);
+        let changed = daemon.restart_with(|words| {
+            let place = words.iter().position(|it| it == "userland");
+            place.into_iter().for_each(|at| words[at] = "ebpf".into());
+        });
+        changed.unwrap();
+        let payload = format!("after {number}");
+        wait_until("newcomers take the fast path", || {
+            begin(client).asks("new").ip() == machine
+        });
+        for (client, seen) in all.iter_mut().zip(seen) {
+            assert_eq!(client.asks(&payload), seen);
+        }
+    }
+    daemon.stop().unwrap();
+}
+
+#[test]
+fn datagrams_of_the_proxy_stay_with_it_when_the_next_process_has_the_fast_path() {
+    datagrams_stay_with_the_proxy(Family::V4, &PORT.to_string());
+    datagrams_stay_with_the_proxy(Family::V6, &PORT.to_string());
+}
+
+#[test]
+fn datagrams_to_a_wide_range_stay_with_the_proxy_when_the_next_process_has_the_fast_path() {
+    let range = format!("{}-{}", PORT - 100, PORT + 160);
+    datagrams_stay_with_the_proxy(Family::V4, &range);
+    datagrams_stay_with_the_proxy(Family::V6, &range);
+}
+
+/// What the next start asks for has the ports that the process before has left for other publishes of them.
+fn has_ports_that_were_held_in_another_way(before: [&str; 2], after: [&str; 2]) {
+    for protocol in [Protocol::Tcp, Protocol::Udp] {
+        let scene = Scene::new();
+        let backend = scene.topology.backend.address(FAMILY);
+        let words = |[ports, datapath]: [&str; 2]| {
+            let spec = format!("{ports}:{backend}:{BACKEND_PORT}{}", suffix(protocol));
+            [spec, datapath.to_owned()]
+        };
+        let [before, after] = [words(before), words(after)];
+        let datapath = match before[1].as_str() {
+            "ebpf" => Datapath::Ebpf,
+            _ => Datapath::Userland,
+        };
+        let host = &scene.topology.host;
+        let mut daemon = Daemon::start_as_service(host, &[&before[0]], datapath, &[]).unwrap();
+        daemon.quit().unwrap();
+        let changed = daemon.restart_with(|words| {
+            for word in words {
+                if let Some(at) = before.iter().position(|it| it == word) {
+                    word.clone_from(&after[at]);
+                }
+            }
+        });
+        changed.unwrap_or_else(|error| panic!("{before:?} {after:?}: {error:#}"));
+        let answer = ask(
+            &scene.topology.client,
+            protocol,
+            scene.frontend(PORT),
+            "new",
+        );
+        answer.unwrap_or_else(|error| panic!("{before:?} {after:?}: {error:#}"));
+        daemon.stop().unwrap();
+    }
+}
+
+#[test]
+fn ports_are_had_that_the_process_before_held_by_other_addresses() {
+    let own = format!("198.51.100.2:{PORT}");
+    let every = PORT.to_string();
+    has_ports_that_were_held_in_another_way([&every, "userland"], [&own, "userland"]);
+    has_ports_that_were_held_in_another_way([&own, "ebpf"], [&every, "ebpf"]);
+}
+
+#[test]
+fn ports_are_had_that_the_process_before_held_in_another_range() {
+    let (every, range) = (PORT.to_string(), format!("{}-{}", PORT - 100, PORT + 160));
+    has_ports_that_were_held_in_another_way([&every, "userland"], [&range, "ebpf"]);
+    has_ports_that_were_held_in_another_way([&range, "userland"], [&range, "ebpf"]);
+    has_ports_that_were_held_in_another_way([&range, "ebpf"], [&range, "userland"]);
+    has_ports_that_were_held_in_another_way([&range, "ebpf"], [&every, "ebpf"]);
 }

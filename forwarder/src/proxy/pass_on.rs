@@ -2,6 +2,7 @@
 //! pipes beside it (SCM_RIGHTS, unix(7)). The stream holds them while there is no process.
 
 use std::{
+    collections::BTreeSet,
     io::{self, IoSlice},
     net::SocketAddr,
     os::{
@@ -138,6 +139,12 @@ impl Idle {
     /// Waits until ports that were given up are free.
     pub fn settle(&self) {
         self.common().store.settle();
+    }
+
+    /// Keeps the sockets of publishes with these names no more for the next process.
+    pub fn forget(&self, names: &BTreeSet<String>) {
+        let store = &self.common().store;
+        names.iter().for_each(|name| store.forget(name));
     }
 
     /// Keeps only the sockets of publishes with these names for the next process.

@@ -13,11 +13,15 @@ use forwarder_common::publish::own_priority;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use socket2::{Domain, SockAddr, SockRef, Socket, Type};
 
-use super::{control, sctp, store::Sockets, tcp};
+use super::{
+    control, sctp,
+    store::{Bound, Sockets},
+    tcp,
+};
 use crate::{
     holder::{self, Taken},
     network::local::is_ours,
-    publish::spec::{At, Protocol, Spec, Zone},
+    publish::spec::{At, Ports, Protocol, Spec, Zone},
 };
 
 /// Listening sockets of one publish, or bound ones for UDP.
@@ -45,6 +49,23 @@ const WIDE: u32 = 256;
 /// Whether a range is so wide that a socket for each port would be a waste.
 pub fn is_wide(spec: &Spec) -> bool {
     spec.ports.count() > WIDE && spec.protocol != Protocol::Sctp
+}
+
+/// What the sockets are bound to that hold a publish: one for each port, or, of a range that is `steered`, for all of them.
+pub fn bound(spec: &Spec, steered: bool) -> impl Iterator<Item = Bound> + use<> {
+    let kind = match spec.protocol {
+        Protocol::Udp => Type::DGRAM,
+        Protocol::Tcp | Protocol::Sctp => Type::STREAM,
+    };
+    let Ports { first, last } = spec.ports;
+    let last = if steered { first } else { last };
+    let zone = spec.zone.clone();
+    let each = spec.frontends().into_iter();
+    let each = each.flat_map(move |address| (first..=last).map(move |port| (address, port)));
+    each.filter_map(move |(address, port)| {
+        let bound = scoped(address, zone.as_ref(), port).ok()?;
+        Some((bound, kind.into()))
+    })
 }
 
 /// A port that could not be had, and what to do about it.
@@ -210,6 +231,10 @@ impl Held {
             }
             Protocol::Udp => {
                 tell_address(&socket)?;
+                if let Port::Steered { .. } = held {
+                    let is_v4 = socket.domain()? == Domain::IPV4;
+                    control::tell_destination(socket.as_fd(), is_v4)?;
+                }
                 self.udp.push((held, socket.into()));
             }
             Protocol::Sctp => {

@@ -7,7 +7,7 @@
 )]
 
 use std::{
-    collections::{BTreeMap, HashMap},
+    collections::{BTreeMap, BTreeSet, HashMap},
     io,
     net::SocketAddr,
     os::fd::{AsFd as _, BorrowedFd, FromRawFd as _, OwnedFd},
@@ -84,7 +84,7 @@ impl Store {
             if name == CONVERSATIONS {
                 left.conversations = Some(descriptor);
             } else {
-                left.sockets.add(descriptor);
+                left.sockets.add(name, descriptor);
             }
         }
         let is_unset = std::env::var_os("NOTIFY_SOCKET").is_none();
@@ -188,32 +188,44 @@ impl Store {
     }
 }
 
-/// Sockets that somebody else has bound, by what they are bound to.
+/// What a socket is bound to, and of which type it is.
+pub(super) type Bound = (SocketAddr, i32);
+
+/// Sockets that somebody else has bound, each with the name by which systemd keeps it, if it does.
 #[derive(Debug, Default)]
-pub struct Sockets(HashMap<(SocketAddr, i32), Vec<OwnedFd>>);
+pub struct Sockets(HashMap<Bound, Vec<(String, OwnedFd)>>);
 
 impl Sockets {
     /// One that is no bound socket is closed.
-    fn add(&mut self, descriptor: OwnedFd) {
+    fn add(&mut self, name: String, descriptor: OwnedFd) {
         let socket = SockRef::from(&descriptor);
         let local = socket.local_addr().ok().and_then(|local| local.as_socket());
         if let (Some(local), Ok(kind)) = (local, socket.r#type()) {
             self.0
                 .entry((local, kind.into()))
                 .or_default()
-                .push(descriptor);
+                .push((name, descriptor));
         }
     }
 
     /// Takes one that is bound to an address.
     pub(super) fn take(&mut self, bound: SocketAddr, kind: Type) -> Option<OwnedFd> {
-        self.0.get_mut(&(bound, kind.into()))?.pop()
+        let (_, socket) = self.0.get_mut(&(bound, kind.into()))?.pop()?;
+        Some(socket)
+    }
+
+    /// Closes all but those that are needed; returns the names of what is closed.
+    pub fn retain(&mut self, is_needed: impl Fn(&Bound) -> bool) -> BTreeSet<String> {
+        let closed = self.0.extract_if(|bound, _| !is_needed(bound));
+        let names = closed.flat_map(|(_, sockets)| sockets);
+        names.map(|(name, _)| name).collect()
     }
 }
 
 impl Extend<OwnedFd> for Sockets {
     fn extend<T: IntoIterator<Item = OwnedFd>>(&mut self, descriptors: T) {
-        descriptors.into_iter().for_each(|it| self.add(it));
+        let unnamed = |it| self.add(String::new(), it);
+        descriptors.into_iter().for_each(unnamed);
     }
 }
 

@@ -5,7 +5,7 @@ use std::{
     collections::HashMap,
     io::{self, IoSlice},
     net::{IpAddr, SocketAddr, SocketAddrV6},
-    os::fd::{AsFd as _, AsRawFd as _, OwnedFd},
+    os::fd::{AsFd as _, AsRawFd as _},
     pin::pin,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError, Weak,
@@ -146,20 +146,33 @@ impl Flow {
 }
 
 /// A flow of an earlier process.
-#[derive(Debug)]
 pub(super) struct Left {
     /// What the socket is bound to that it came by.
     bound: SocketAddr,
     key: Key,
-    backend: OwnedFd,
-    has_replied: bool,
+    backend: Socket,
+    link: Link,
+    /// From the start: the fast path is not to take it meanwhile.
+    known: Listed,
     _live: Live,
 }
 
+impl std::fmt::Debug for Left {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Left").finish_non_exhaustive()
+    }
+}
+
 impl Left {
+    /// One that goes on by one of these sockets: the process before may have held a range in another way.
+    ///
     /// # Errors
-    /// It is none of UDP, or has no socket.
-    pub(super) fn from_message(passed_on: PassedOn, live: Live) -> io::Result<Self> {
+    /// It is none of UDP, has no socket that is connected, or none of these has its port.
+    pub(super) fn from_message(
+        passed_on: PassedOn,
+        held: &[(Port, SocketAddr)],
+        shared: &Arc<Shared>,
+    ) -> io::Result<Self> {
         let PassedOn {
             message,
             descriptors,
@@ -172,14 +185,58 @@ impl Left {
         else {
             return Err(io::ErrorKind::InvalidInput.into());
         };
+        let port = match local {
+            Some(local) if local.port != 0 => local.port,
+            _ => bound.port(),
+        };
+        let mut held = held.iter().filter(|(_, at)| at.ip() == bound.ip());
+        let ports = shared.spec.ports;
+        let found = held.find(|(kind, at)| match kind {
+            Port::One(_) => at.port() == port,
+            Port::Steered { .. } => (ports.first..=ports.last).contains(&port),
+        });
+        let &(kind, bound) = found.ok_or(io::ErrorKind::AddrNotAvailable)?;
+        let is_steered = matches!(kind, Port::Steered { .. });
+        let local = local.map(|local| Local {
+            port: if is_steered { port } else { 0 },
+            ..local
+        });
         let mut descriptors = descriptors.into_iter();
+        let socket = Socket::from(descriptors.next().ok_or(io::ErrorKind::UnexpectedEof)?);
+        let (client, used) = (message.client, address(bound, local, is_steered));
+        let (own, peer) = (end(socket.local_addr())?, end(socket.peer_addr())?);
+        let chains = &shared.common.chains;
+        let passed = chains.passed(client, || Some(used)).unwrap_or(0) + 1;
+        let begun = chains.begin(passed, peer, || Ok::<_, io::Error>(socket), |_| Ok(own))?;
+        let (backend, link) = begun;
+        let known = Listed::new(shared.clone(), (client, used), (own, peer));
+        known.replied.store(has_replied, Relaxed);
         Ok(Self {
             bound,
-            key: (message.client, local),
-            backend: descriptors.next().ok_or(io::ErrorKind::UnexpectedEof)?,
-            has_replied,
-            _live: live,
+            key: (client, local),
+            backend,
+            link,
+            known,
+            _live: Live::new(&shared.common),
         })
+    }
+}
+
+/// The address and port that a datagram was sent to, by a socket of one port or of many.
+fn address(bound: SocketAddr, local: Option<Local>, is_steered: bool) -> SocketAddr {
+    let Some(local) = local else {
+        return bound;
+    };
+    let port = if is_steered && local.port != 0 {
+        local.port
+    } else {
+        bound.port()
+    };
+    match local.address {
+        IpAddr::V6(v6) if v6.is_unicast_link_local() => {
+            SocketAddrV6::new(v6, port, 0, local.ifindex).into()
+        }
+        address => SocketAddr::new(address, port),
     }
 }
 
@@ -308,7 +365,9 @@ impl Serving {
             control::tell_more(socket.as_fd(), backend.is_ipv4());
             Ok(socket)
         })?;
-        let live = shared.flow();
+        let towards = (end(begun.0.local_addr())?, backend);
+        let known = Listed::new(shared.clone(), (client, used), towards);
+        let live = (shared.flow(), known);
         self.flow((client, used), frontend, begun, permit, live)
             .map(Some)
     }
@@ -329,11 +388,10 @@ impl Serving {
         frontend: Arc<UdpSocket>,
         (socket, link): (Socket, Link),
         permit: Permit,
-        live: LiveFlow,
+        (live, known): (LiveFlow, Listed),
     ) -> io::Result<Arc<Flow>> {
         let protocol = self.shared.now().proxy_protocol;
         let is_v4 = socket.domain()? == Domain::IPV4;
-        let towards = (end(socket.local_addr())?, end(socket.peer_addr())?);
         Ok(Arc::new(Flow {
             backend: UdpSocket::from_std(socket.into())?,
             is_v4,
@@ -341,7 +399,7 @@ impl Serving {
             header: protocol.header(Transport::Datagram, client, used),
             segments: Default::default(),
             over: AtomicBool::new(false),
-            known: Listed::new(self.shared.clone(), (client, used), towards),
+            known,
             _link: link,
             _permit: permit,
             _live: live,
@@ -372,22 +430,22 @@ impl Serving {
         let Left {
             key,
             backend,
-            has_replied,
+            link,
+            known,
             ..
         } = left;
-        let (client, local) = key;
-        let used = self.answering.address(local);
+        let used = self.answering.address(key.1);
         let permit = self.shared.share.take(self.descriptors(used), None);
         let permit = permit.map_err(|_| io::Error::from_raw_os_error(libc::EMFILE))?;
-        let (_, frontend) = self.answering.for_datagram(local)?;
-        let socket = Socket::from(backend);
-        let (own, peer) = (end(socket.local_addr())?, end(socket.peer_addr())?);
-        let chains = &self.shared.common.chains;
-        let passed = chains.passed(client, || Some(used)).unwrap_or(0) + 1;
-        let begun = chains.begin(passed, peer, || Ok::<_, io::Error>(socket), |_| Ok(own))?;
+        let (_, frontend) = self.answering.for_datagram(key.1)?;
         let live = self.shared.flow_of_before();
-        let flow = self.flow((client, used), frontend, begun, permit, live)?;
-        flow.known.replied.store(has_replied, Relaxed);
+        let flow = self.flow(
+            (key.0, used),
+            frontend,
+            (backend, link),
+            permit,
+            (live, known),
+        )?;
         self.serve(key, flow);
         Ok(())
     }
@@ -504,21 +562,9 @@ struct Answering {
 }
 
 impl Answering {
-    /// The address and port that a datagram was sent to.
     fn address(&self, local: Option<Local>) -> SocketAddr {
-        let Some(local) = local else {
-            return self.bound;
-        };
-        let port = match self.port {
-            Port::Steered { .. } if local.port != 0 => local.port,
-            _ => self.bound.port(),
-        };
-        match local.address {
-            IpAddr::V6(v6) if v6.is_unicast_link_local() => {
-                SocketAddrV6::new(v6, port, 0, local.ifindex).into()
-            }
-            address => SocketAddr::new(address, port),
-        }
+        let is_steered = matches!(self.port, Port::Steered { .. });
+        address(self.bound, local, is_steered)
     }
 
     /// The port that a datagram was sent to, and the socket that its answers leave by.
