@@ -7,6 +7,7 @@ use std::{
 };
 
 use forwarder_tests::{
+    api,
     daemon::{Daemon, run_to_failure},
     deadline::wait_for,
     link,
@@ -183,4 +184,49 @@ fn programs_of_ranges_that_somebody_detached_are_attached_again() {
         bound.expect_err("the port is published");
     }
     scene.stop();
+}
+
+/// Others of the same owner take the place of a range, and it takes theirs; what fails leaves it as it was.
+#[test]
+fn a_range_and_one_of_its_ports_take_each_others_place() {
+    for protocol in [Protocol::Tcp, Protocol::Udp] {
+        let scene = Scene::of(Family::V4, protocol).idle().start();
+        let (topology, daemon) = scene.parts();
+        let spec =
+            |ports: &str| format!("\"{ports}:172.31.0.2:{BACKEND_PORT}{}\"", suffix(protocol));
+        let want = |all: &[String]| {
+            let body = format!("[{}]", all.join(","));
+            let answer = api::ask(daemon, "PUT", "/v1/owners/test", &body).unwrap();
+            (answer.status, answer.body.to_string())
+        };
+        let asks = |port: u16| {
+            let frontend = SocketAddr::new(topology.host_address(Family::V4), port);
+            ask(&topology.client, protocol, frontend, "hello").map(|it| it.seen.ip())
+        };
+        let machine = topology.client_address(Family::V4);
+        let (range, one) = (spec("10000-10400"), spec("10000"));
+        for all in [[range.clone()], [one], [range.clone()]] {
+            let (status, said) = want(&all);
+            assert_eq!(status, 200, "{said}");
+            assert_eq!(asks(10_000).unwrap(), machine);
+        }
+        let host = &topology.host;
+        let taken = host.enter(|| {
+            let at = (Ipv4Addr::UNSPECIFIED, 10_500);
+            (TcpListener::bind(at).unwrap(), UdpSocket::bind(at).unwrap())
+        });
+        let (status, said) = want(&[spec("10001"), spec("10500")]);
+        assert_eq!(status, 409, "{said}");
+        assert!(said.contains("10500"), "{said}");
+        for port in [10_000, 10_001, 10_400] {
+            assert_eq!(asks(port).unwrap(), machine);
+        }
+        assert!(
+            !daemon.said().contains("not all undone"),
+            "{}",
+            daemon.said()
+        );
+        drop(taken);
+        scene.stop();
+    }
 }

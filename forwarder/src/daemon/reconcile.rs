@@ -284,6 +284,7 @@ impl Daemon {
             if let Some(serving) = self.serving.get_mut(id)
                 && let Some(mut proxy) = serving.proxy.take()
             {
+                serving.steered.clear(); // which have the ports, too
                 proxy.stop(Stop::Reset).await;
             }
         }
