@@ -9,7 +9,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use anyhow::{Context as _, Result, ensure};
+use anyhow::{Context as _, Result, anyhow, ensure};
 
 /// Octets up to which a file is always written as a whole.
 const SHORT: u64 = 64 << 10;
@@ -95,9 +95,9 @@ impl Journal {
     /// # Errors
     /// As [`Self::add`].
     pub(super) fn replace(&mut self, text: &str) -> Result<()> {
-        let left = replace(&self.path, text).with_context(|| {
+        let left = replace(&self.path, text).map_err(|error| {
             let shown = self.path.display();
-            format!("write {shown}; --ephemeral does without")
+            anyhow!("write {shown}: {error:#}; --ephemeral does without")
         })?;
         self.left = Some(left);
         self.whole = text.len() as u64;

@@ -7,7 +7,7 @@ use std::{
     sync::Arc,
 };
 
-use anyhow::{Context as _, Result, bail};
+use anyhow::{Context as _, Result, anyhow, bail};
 use serde::{Deserialize, Serialize};
 
 use super::{
@@ -148,7 +148,9 @@ impl State {
     /// It is of a later version, damaged, or in a directory that others may write to.
     pub fn open(path: PathBuf) -> Result<(Self, Stored)> {
         let directory = path.parent().unwrap_or(Path::new("/"));
-        make_private(directory).context("a place for the state file; --ephemeral does without")?;
+        make_private(directory).map_err(|error| {
+            anyhow!("a place for the state file: {error:#}; --ephemeral does without")
+        })?;
         let (journal, text) = Journal::open(path)?;
         let stored = Stored::read(journal.path(), text.as_deref().unwrap_or_default())?;
         let draining = Vec::new();
@@ -261,8 +263,9 @@ impl Stored {
                     "{shown} has version {version}, and this program knows {VERSION}; use the later one, or move the file away"
                 );
             }
-            let line: Line = serde_json::from_str(text)
-                .with_context(|| format!("read {shown}; move it away to begin without it"))?;
+            let line: Line = serde_json::from_str(text).map_err(|error| {
+                anyhow!("read {shown}: {error}; move it away to begin without it")
+            })?;
             stored.last_id = line.last_id;
             for id in line.gone {
                 stored.publishes.remove(&id);
@@ -358,7 +361,29 @@ mod tests {
             assert!(error.contains("knows 1; use the later one"), "{error}");
         }
         let error = Stored::read(Path::new("a.json"), r#"{"version": 1}"#).expect_err("damaged");
-        assert!(error.to_string().contains("move it away"), "{error}");
+        // The cause comes before the remedy, which the API tells for itself.
+        let error = format!("{error:#}");
+        assert!(error.starts_with("read a.json: missing field"), "{error}");
+        assert!(
+            error.ends_with("; move it away to begin without it"),
+            "{error}"
+        );
+    }
+
+    #[test]
+    fn a_disk_that_takes_nothing_is_the_cause_and_not_the_remedy() {
+        let folder = std::env::temp_dir().join(format!("forwarder-full-{}", std::process::id()));
+        let path = folder.join("test.json");
+        let (mut state, _) = State::open(path.clone()).expect("opened");
+        // Where the new file would be written.
+        std::fs::create_dir(folder.join("test.json.new")).expect("made");
+        let registry = Registry::new(60_000, 0);
+        let none = Difference::default();
+        let written = state.write(&none, &registry, Vec::new(), |_| false, |_| 1);
+        let error = format!("{:#}", written.expect_err("a folder"));
+        assert!(error.contains("test.json: Is a directory"), "{error}");
+        assert!(error.ends_with("; --ephemeral does without"), "{error}");
+        std::fs::remove_dir_all(folder).expect("removed");
     }
 
     #[test]
