@@ -2,7 +2,7 @@
 
 use std::{
     io::{Read as _, Write as _},
-    net::{SocketAddr, TcpStream},
+    net::{IpAddr, SocketAddr, TcpStream, UdpSocket},
     process::Stdio,
     time::{Duration, Instant},
 };
@@ -10,7 +10,7 @@ use std::{
 use forwarder_tests::{
     api,
     daemon::{Datapath, forwarder},
-    deadline::{wait_for, wait_until},
+    deadline::{patience, wait_for, wait_until},
     document::{Flow, Row},
     netns::Netns,
     topology::{Family, Topology},
@@ -96,6 +96,59 @@ fn a_banned_source_gets_nothing_by_tcp_over_ipv6() {
 #[test]
 fn a_banned_source_gets_nothing_by_udp() {
     a_banned_source_gets_nothing(Family::V4, Protocol::Udp);
+}
+
+/// A backend that goes on sending is heard by a banned source no more, as its flow has ended.
+fn a_banned_source_hears_no_more(datapath: Datapath, drains: bool) {
+    let scene = Scene::udp().silent().by(datapath).start();
+    let (topology, daemon) = scene.parts();
+    let bind = |netns: &Netns, address: (IpAddr, u16)| {
+        let socket = netns.enter(|| UdpSocket::bind(address)).unwrap();
+        socket.set_read_timeout(Some(patience())).unwrap();
+        socket
+    };
+    let backend = &topology.backend;
+    let server = bind(&backend.netns, (backend.address(Family::V4), BACKEND_PORT));
+    let client = bind(&topology.client, (topology.client_address(Family::V4), 0));
+    client.connect(scene.frontend()).unwrap();
+    let mut buffer = [0; 64];
+    client.send(b"first").unwrap();
+    let (_, source) = server.recv_from(&mut buffer).unwrap();
+    server.send_to(b"answer", source).unwrap();
+    client.recv(&mut buffer).unwrap();
+    if drains {
+        daemon.control(&["unpublish", "1", "--drain"]).unwrap();
+        server.send_to(b"drains", source).unwrap();
+        client.recv(&mut buffer).unwrap();
+    }
+    let banned = topology.client_address(Family::V4).to_string();
+    daemon.control(&["ban", &banned]).unwrap();
+    wait_until("its flow has ended", || {
+        server.send_to(b"more", source).unwrap();
+        client
+            .set_read_timeout(Some(Duration::from_millis(50)))
+            .unwrap();
+        client.recv(&mut buffer).is_err()
+    });
+    // Nor is it heard.
+    server
+        .set_read_timeout(Some(Duration::from_millis(50)))
+        .unwrap();
+    for _ in 0..3 {
+        let _ = client.send(b"hello?"); // a refusal of before is told now
+        assert!(server.recv_from(&mut buffer).is_err());
+    }
+    let flows: Vec<Flow> = daemon.document(&["flows"]).unwrap();
+    assert!(flows.is_empty(), "{flows:?}");
+    scene.stop();
+}
+
+#[test]
+fn a_banned_source_hears_no_more_of_a_backend_that_goes_on_sending() {
+    for datapath in BOTH {
+        a_banned_source_hears_no_more(datapath, false);
+        a_banned_source_hears_no_more(datapath, true);
+    }
 }
 
 #[test]

@@ -123,7 +123,7 @@ struct Connection {
 
 impl Connection {
     fn is(&self, meant: &Meant) -> bool {
-        meant(self.shared.publish, self.client.ip())
+        self.shared.means(meant, self.client.ip())
     }
 
     /// # Errors
@@ -354,15 +354,21 @@ impl Drop for Listed {
     }
 }
 
+impl Shared {
+    /// What a banned source has is about to end.
+    fn means(&self, meant: &Meant, client: IpAddr) -> bool {
+        meant(self.publish, client) && !self.common.is_banned(client, self.publish)
+    }
+}
+
 impl Meter {
     fn known(&self, meant: &Meant) -> Vec<Arc<Known>> {
-        let publish = self.0.publish;
         let Some(used) = self.0.used.get() else {
             return Vec::new();
         };
         let all = used.known();
         let all = all.values().flatten();
-        all.filter(|it| meant(publish, it.ends.0.ip()))
+        all.filter(|it| self.0.means(meant, it.ends.0.ip()))
             .cloned()
             .collect()
     }

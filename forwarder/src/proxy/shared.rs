@@ -125,19 +125,21 @@ impl Shared {
 
     /// The same of one client's, which may be banned.
     pub(super) async fn ended_for(&self, source: IpAddr) -> End {
-        let banned = async {
-            loop {
-                // Asked for before the look, so that none is missed in between.
-                let changed = self.common.banned.notified();
-                if self.common.is_banned(source, self.publish) {
-                    return End::Reset;
-                }
-                changed.await;
-            }
-        };
         tokio::select! {
             how = self.ended() => how,
-            how = banned => how,
+            () = self.banned(source) => End::Reset,
+        }
+    }
+
+    /// Resolves when a source is banned here.
+    pub(super) async fn banned(&self, source: IpAddr) {
+        loop {
+            // Asked for before the look, so that none is missed in between.
+            let changed = self.common.banned.notified();
+            if self.common.is_banned(source, self.publish) {
+                return;
+            }
+            changed.await;
         }
     }
 

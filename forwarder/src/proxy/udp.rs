@@ -599,7 +599,12 @@ async fn replies(flow: Arc<Flow>, key: Key, shared: Arc<Shared>, gone: mpsc::Unb
     let (client, local) = key;
     let timeouts = &shared.timeouts;
     let mut expires = pin!(tokio::time::sleep_until(flow.expires(timeouts)));
-    let mut cut = pin!(flow.known.cut.notified());
+    let mut cut = pin!(async {
+        tokio::select! {
+            () = flow.known.cut.notified() => {}
+            () = shared.banned(client.ip()) => {}
+        }
+    });
     loop {
         tokio::select! {
             ready = flow.backend.readable() => {
@@ -666,7 +671,7 @@ async fn requests(
                     socket.try_io(Interest::READABLE, || {
                         let count = batch::receive(socket.as_fd(), |data, source, about| {
                             // Another client's may have come before the socket was connected.
-                            if source == Some(client) {
+                            if source == Some(client) && shared.allows(client.ip()) {
                                 flow.carry(data, about, &shared);
                             }
                         })?;
