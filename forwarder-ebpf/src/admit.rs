@@ -99,7 +99,9 @@ pub fn error(skb: *mut __sk_buff, packet: &Packet, way: &Hop) -> Result<(), Reas
 #[inline(never)]
 fn router(skb: *mut __sk_buff, ifindex: u32) -> Result<&'static Tuple, Reason> {
     let own = own_header(skb).ok_or(Reason::NotOurs)?;
-    comes_from(&own.source, ifindex)?;
+    if !publish::is_of_container_at(&own.source, ifindex) {
+        comes_from(&own.source, ifindex)?;
+    }
     Ok(own)
 }
 

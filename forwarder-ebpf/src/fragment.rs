@@ -6,7 +6,7 @@ use aya_ebpf::{
     helpers::generated::bpf_skb_load_bytes,
 };
 use forwarder_common::{
-    handover::{FRAME, Fragment, JUMBO_FRAME},
+    handover::{FRAME, Fragment, JUMBO_FRAME, LONGEST_FRAME},
     reason::Reason,
     tuple::{Tuple, UDP},
 };
@@ -127,9 +127,12 @@ pub fn leave(skb: *mut __sk_buff, packet: &mut Packet) -> Result<(), Reason> {
     if packet.protocol != UDP {
         return Err(Reason::Fragment);
     }
-    let of_backend = publish::is_backend(&packet.tuple.source) && publish::belongs(packet);
+    let belongs = publish::belongs(packet);
+    let (source, ifindex) = (&packet.tuple.source, packet.ifindex);
+    let of_backend =
+        publish::is_backend(source) && (belongs || publish::is_of_container_at(source, ifindex));
     // Of nobody else, or others' datagrams could be kept from the fast path in their name.
-    if !of_backend && (publish::arrived(packet).is_err() || !publish::belongs(packet)) {
+    if !of_backend && (publish::arrived(packet).is_err() || !belongs) {
         return Err(Reason::Fragment);
     }
     let ports = decide(packet, 0);
@@ -162,11 +165,13 @@ fn forget_ports(packet: &mut Packet) {
 #[inline(never)]
 pub fn hand_over(skb: *mut __sk_buff) {
     // SAFETY: `skb` is the context that the kernel gave; its fields are readable.
-    let length = unsafe { (*skb).len };
+    let (length, segment) = unsafe { ((*skb).len, (*skb).gso_size) };
     if length <= FRAME as u32 {
-        copy::<FRAME>(skb, length);
+        copy::<FRAME>(skb, length, segment);
     } else if length <= JUMBO_FRAME as u32 {
-        copy::<JUMBO_FRAME>(skb, length);
+        copy::<JUMBO_FRAME>(skb, length, segment);
+    } else if length <= LONGEST_FRAME as u32 {
+        copy::<LONGEST_FRAME>(skb, length, segment);
     }
 }
 
@@ -174,7 +179,7 @@ pub fn hand_over(skb: *mut __sk_buff) {
 // VERIFIER: that bound stands before `reserve` and the other behind it, since the compiler would make one comparison, of
 // another value, of the two.
 #[inline(always)]
-fn copy<const N: usize>(skb: *mut __sk_buff, length: u32) {
+fn copy<const N: usize>(skb: *mut __sk_buff, length: u32, segment: u32) {
     let Some(mut entry) = HANDOVER.reserve::<Fragment<N>>(0) else {
         return;
     };
@@ -182,6 +187,7 @@ fn copy<const N: usize>(skb: *mut __sk_buff, length: u32) {
     // SAFETY: the entry has room for the frame. What is behind the frame stays unwritten, and unread.
     let copied = unsafe {
         (&raw mut (*to).length).write(length);
+        (&raw mut (*to).segment).write(segment);
         length >= L3 as u32
             && bpf_skb_load_bytes(skb.cast(), 0, (&raw mut (*to).frame).cast(), length) == 0
     };

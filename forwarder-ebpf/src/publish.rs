@@ -193,6 +193,7 @@ pub fn leads(way: &Hop, ifindex: u32) -> bool {
     way.ifindex == ifindex
         || ifindex == LOOPBACK_IFINDEX
         || way.delivery == delivery::NEIGHBOUR && network(way.ifindex) == network(ifindex)
+        || is_same_container(way.ifindex, ifindex)
         || !exists(way.ifindex)
 }
 
@@ -234,8 +235,7 @@ pub fn is_at_backend(packet: &Packet, publish: &Publish) -> Result<bool, Reason>
     if known == delivery::NONE || !exists(device) {
         return Err(Reason::Unresolved);
     }
-    let there = container(device);
-    if there != 0 && there == container(packet.ifindex) {
+    if is_same_container(device, packet.ifindex) {
         return Ok(true);
     }
     Err(Reason::Martian)
@@ -275,6 +275,19 @@ pub fn layer3(ifindex: u32) -> u32 {
 #[inline(always)]
 fn container(ifindex: u32) -> u32 {
     interface(ifindex).map_or(0, |interface| interface.container)
+}
+
+/// Whether two devices lead to one container.
+#[inline(always)]
+fn is_same_container(a: u32, b: u32) -> bool {
+    let there = container(a);
+    there != 0 && there == container(b)
+}
+
+/// Whether the source is an address of the container at the other end of a device, which may answer by each of its devices.
+#[inline(never)]
+pub fn is_of_container_at(source: &Address, ifindex: u32) -> bool {
+    is_same_container(location_here(source).device, ifindex)
 }
 
 /// The container network behind a device; 0 for an uplink.

@@ -352,9 +352,9 @@ impl Daemon {
         let (whole, datagrams) = mpsc::channel(64);
         if let Some(datapath) = &mut self.datapath {
             let mut fragments = Fragments::default();
-            let handover = datapath.handover(move |frame| {
+            let handover = datapath.handover(move |frame, segment| {
                 if let Some(datagram) = fragments.add(frame) {
-                    let _ = whole.try_send(datagram); // lost, as any datagram may be
+                    let _ = whole.try_send(datagram.of_segments(segment)); // lost, as any datagram may be
                 }
             })?;
             tokio::spawn(async move {

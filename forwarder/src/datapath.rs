@@ -220,7 +220,7 @@ impl Datapath {
         })
     }
 
-    /// Hands each frame that the program leaves to the daemon to `take`, until the future is dropped.
+    /// Hands each frame that the program leaves to the daemon to `take`, with its segments' length, until the future is dropped.
     ///
     /// # Errors
     /// The kernel has no ring buffer, or stops serving it.
@@ -228,7 +228,7 @@ impl Datapath {
         unsafe_code,
         reason = "the runtime watches a descriptor that another crate owns"
     )]
-    pub fn handover<F: FnMut(&[u8])>(
+    pub fn handover<F: FnMut(&[u8], usize)>(
         &mut self,
         mut take: F,
     ) -> Result<impl Future<Output = Result<()>> + use<F>> {
@@ -240,8 +240,8 @@ impl Datapath {
             loop {
                 let mut guard = ring.readable_mut().await?;
                 while let Some(entry) = guard.get_inner_mut().next() {
-                    if let Some(frame) = handover::frame(&entry) {
-                        take(frame);
+                    if let Some((frame, segment)) = handover::frame(&entry) {
+                        take(frame, segment);
                     }
                 }
                 guard.clear_ready();

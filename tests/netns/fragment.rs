@@ -3,6 +3,7 @@
 #![expect(unsafe_code, reason = "a socket option that no crate has")]
 
 use std::{
+    io::IoSlice,
     net::{SocketAddr, UdpSocket},
     os::fd::AsRawFd as _,
 };
@@ -15,6 +16,7 @@ use forwarder_tests::{
     topology::{Family, Topology},
     wire::Wire,
 };
+use nix::sys::socket::{ControlMessage, MsgFlags, SockaddrStorage, sendmsg};
 
 use crate::scene::{BACKEND_PORT, PORT, Scene, wait_for_peer};
 
@@ -142,17 +144,10 @@ fn the_parts_of_an_answer_arrive_in_any_order_over_ipv6() {
     answers_in_any_order_arrive(Family::V6);
 }
 
-/// A server that leaves it to routers to cut up what it sends (IP_PMTUDISC_OMIT), as DNS servers do, and answers more than the
-/// uplink takes.
-#[test]
-fn an_answer_that_the_uplink_is_too_narrow_for_arrives_in_parts() {
-    let topology = Topology::new().unwrap();
-    topology.host.ip("link set eth0 mtu 1460").unwrap();
-    let family = Family::V4;
-    let scene = Scene::udp().silent().start_in(topology);
-    let (topology, daemon) = scene.parts();
+/// A server that leaves it to routers to cut up what it sends (IP_PMTUDISC_OMIT), as DNS servers do.
+fn server(topology: &Topology) -> UdpSocket {
     let backend = &topology.backend;
-    let address = SocketAddr::new(backend.address(family), BACKEND_PORT);
+    let address = SocketAddr::new(backend.address(Family::V4), BACKEND_PORT);
     let server = backend.netns.enter(|| UdpSocket::bind(address)).unwrap();
     server.set_read_timeout(Some(patience())).unwrap();
     let omit = libc::IP_PMTUDISC_OMIT;
@@ -162,6 +157,12 @@ fn an_answer_that_the_uplink_is_too_narrow_for_arrives_in_parts() {
         libc::setsockopt(server.as_raw_fd(), level, name, (&raw const omit).cast(), 4)
     };
     assert_eq!(set, 0);
+    server
+}
+
+/// Has that server answer so many octets, once in datagrams of `each`, and asserts that the client gets them in such.
+fn answers_arrive(scene: &Scene, server: &UdpSocket, lengths: &[usize], each: Option<u16>) {
+    let (topology, daemon) = scene.parts();
     let client = topology
         .client
         .enter(|| UdpSocket::bind("0.0.0.0:0"))
@@ -169,17 +170,68 @@ fn an_answer_that_the_uplink_is_too_narrow_for_arrives_in_parts() {
     client.set_read_timeout(Some(patience())).unwrap();
     let frontend = scene.frontend();
     wait_for_peer(daemon);
-    for length in [100, 1452, 1472, 4000] {
+    for &length in lengths {
         client.send_to(b"question", frontend).unwrap();
         let (_, seen) = server.recv_from(&mut [0; 100]).unwrap();
         let answer: Vec<u8> = (0..length).map(|at| (at ^ at >> 8) as u8).collect();
-        server.send_to(&answer, seen).unwrap();
-        let mut buffer = [0; 5000];
-        let (received, from) = client
-            .recv_from(&mut buffer)
-            .unwrap_or_else(|error| panic!("{length} octets: {error}"));
-        assert_eq!((&buffer[..received], from), (&answer[..], frontend));
+        let segments = each.as_ref().map(ControlMessage::UdpGsoSegments);
+        sendmsg(
+            server.as_raw_fd(),
+            &[IoSlice::new(&answer)],
+            segments.as_slice(),
+            MsgFlags::empty(),
+            Some(&SockaddrStorage::from(seen)),
+        )
+        .unwrap();
+        let mut buffer = vec![0; 1 << 16];
+        for datagram in answer.chunks(each.map_or(length, usize::from)) {
+            let (received, from) = client
+                .recv_from(&mut buffer)
+                .unwrap_or_else(|error| panic!("{length} octets: {error}"));
+            assert!(
+                (&buffer[..received], from) == (datagram, frontend),
+                "{received} octets of {}, of {length}",
+                datagram.len()
+            );
+        }
     }
-    assert!(daemon.counted("cut_up").unwrap() >= 3);
+    let too_long = lengths.iter().filter(|it| **it > 1472).count();
+    assert!(daemon.counted("cut_up").unwrap() >= too_long as u64);
+}
+
+#[test]
+fn an_answer_that_the_uplink_is_too_narrow_for_arrives_in_parts() {
+    let topology = Topology::new().unwrap();
+    topology.host.ip("link set eth0 mtu 1460").unwrap();
+    let scene = Scene::udp().silent().start_in(topology);
+    let server = server(&scene.topology);
+    answers_arrive(&scene, &server, &[100, 1452, 1472, 4000], None);
+    scene.stop();
+}
+
+#[test]
+fn an_answer_that_no_jumbo_frame_takes_arrives_in_parts() {
+    let topology = Topology::new().unwrap();
+    let Topology { host, backend, .. } = &topology;
+    let wide = "mtu 65535";
+    host.ip(&format!("link set {} {wide}", backend.veth))
+        .unwrap();
+    backend.netns.ip(&format!("link set eth0 {wide}")).unwrap();
+    let scene = Scene::udp().silent().start_in(topology);
+    let server = server(&scene.topology);
+    let lengths = [100, 9_000, 9_400, 40_000, 65_507];
+    answers_arrive(&scene, &server, &lengths, None);
+    scene.stop();
+}
+
+/// The kernel carries datagrams that a server sends together as one (GSO).
+#[test]
+fn answers_in_one_buffer_that_the_uplink_is_too_narrow_for_stay_datagrams_of_their_own() {
+    let topology = Topology::new().unwrap();
+    topology.host.ip("link set eth0 mtu 1400").unwrap();
+    let scene = Scene::udp().silent().start_in(topology);
+    let server = server(&scene.topology);
+    let lengths = [2_900, 4_200, 20_000, 60_000];
+    answers_arrive(&scene, &server, &lengths, Some(1_450));
     scene.stop();
 }

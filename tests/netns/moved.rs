@@ -1,10 +1,13 @@
 //! A client in the midst of a conversation gets another MAC, or another link: answers go where its packets come from now. And a
 //! backend answers by another link than it is asked by.
 
-use std::net::{SocketAddr, UdpSocket};
+use std::{
+    io::ErrorKind,
+    net::{SocketAddr, UdpSocket},
+};
 
 use forwarder_tests::{
-    deadline::wait_for,
+    deadline::{patience, wait_for},
     topology::{Family, Topology},
     traffic::{Protocol, ask_by},
     tun,
@@ -40,35 +43,59 @@ fn a_conversation_outlives_another_mac_of_the_client() {
     outlives_another_mac(Topology::new().unwrap(), "eth0", "eth0");
 }
 
-/// A container on two networks: its default route leads by the other one than it is asked by.
-#[test]
-fn a_backend_that_answers_by_its_other_network_is_heard() {
-    for (family, own, nodad) in [
-        (Family::V4, "172.31.1.7/24", ""),
-        (Family::V6, "fd00:31:1::7/64", "nodad"),
-    ] {
-        let topology = Topology::new().unwrap();
-        let Topology {
-            host,
-            backend,
-            other,
-            ..
-        } = &topology;
-        let netns = &backend.netns;
-        host.ip(&format!(
-            "link add vethboth type veth peer name eth1 netns {}\nlink set vethboth master br1 up",
-            netns.path()
+/// A backend on two networks: its default route leads by the other one than it is asked by.
+fn on_two_networks(family: Family) -> Topology {
+    let topology = Topology::new().unwrap();
+    let Topology {
+        host,
+        backend,
+        other,
+        ..
+    } = &topology;
+    let (own, nodad) = match family {
+        Family::V4 => ("172.31.1.7/24", ""),
+        Family::V6 => ("fd00:31:1::7/64", "nodad"),
+    };
+    let netns = &backend.netns;
+    host.ip(&format!(
+        "link add vethboth type veth peer name eth1 netns {}\nlink set vethboth master br1 up",
+        netns.path()
+    ))
+    .unwrap();
+    netns
+        .ip(&format!(
+            "addr add {own} dev eth1 {nodad}\nlink set eth1 up\nroute replace default via {} dev eth1",
+            other.gateway(family)
         ))
         .unwrap();
-        netns
-            .ip(&format!(
-                "addr add {own} dev eth1 {nodad}\nlink set eth1 up\nroute replace default via {} dev eth1",
-                other.gateway(family)
-            ))
-            .unwrap();
+    topology
+}
+
+#[test]
+fn a_backend_that_answers_by_its_other_network_is_heard() {
+    for family in [Family::V4, Family::V6] {
+        let topology = on_two_networks(family);
         let scene = Scene::of(family, Protocol::Tcp).start_in(topology);
         wait_for_peer(&scene.daemon);
         scene.served_on_the_fast_path();
+        scene.stop();
+    }
+}
+
+#[test]
+fn a_backend_that_refuses_by_its_other_network_is_heard() {
+    for family in [Family::V4, Family::V6] {
+        let topology = on_two_networks(family);
+        let scene = Scene::of(family, Protocol::Udp).silent().start_in(topology);
+        wait_for_peer(&scene.daemon);
+        let any = (family.unspecified(), 0);
+        let client = &scene.topology.client;
+        let socket = client.enter(|| UdpSocket::bind(any)).unwrap();
+        socket.set_read_timeout(Some(patience())).unwrap();
+        socket.connect(scene.frontend()).unwrap();
+        socket.send(b"anybody there?").unwrap();
+        let error = socket.recv(&mut [0; 16]).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::ConnectionRefused, "{error}");
         scene.stop();
     }
 }

@@ -171,7 +171,7 @@ fn handed_over(length: usize) {
         let frames = RefCell::new(Vec::new());
         let taking = bench
             .datapath
-            .handover(|frame| frames.borrow_mut().push(frame.to_vec()));
+            .handover(|frame, _| frames.borrow_mut().push(frame.to_vec()));
         let mut answer = bench.send(frame, bench.uplink).forwarded().reply();
         answer.payload.resize(length, 1);
         let [first, second, third] = cut(&answer, 8);
@@ -198,7 +198,7 @@ fn fragments_of_others_are_not_handed_to_the_daemon() {
         let _runtime = runtime.enter();
         let taking = bench
             .datapath
-            .handover(|frame| panic!("{frame:?}"))
+            .handover(|frame, _| panic!("{frame:?}"))
             .unwrap();
         let [_, later] = cut(frame, 8);
         bench

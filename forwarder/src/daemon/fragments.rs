@@ -29,6 +29,26 @@ pub(super) struct Datagram {
     source: SocketAddr,
     destination: SocketAddr,
     payload: Vec<u8>,
+    /// Octets of each datagram but the last, if the kernel has made one of several; else 0.
+    segment: usize,
+}
+
+impl Datagram {
+    /// The same, of several that the kernel has made one of; of 0 for one.
+    pub(super) fn of_segments(mut self, segment: usize) -> Self {
+        self.segment = segment;
+        self
+    }
+
+    /// What each datagram carries.
+    fn payloads(&self) -> impl Iterator<Item = &[u8]> {
+        let whole = self.payload.len().max(1);
+        self.payload.chunks(if self.segment == 0 {
+            whole
+        } else {
+            self.segment
+        })
+    }
 }
 
 /// Fragments whose datagrams are not complete.
@@ -78,6 +98,7 @@ fn datagram(udp: &UdpSlice<'_>, source: IpAddr, destination: IpAddr) -> Datagram
         source: SocketAddr::new(source, udp.source_port()),
         destination: SocketAddr::new(destination, udp.destination_port()),
         payload: udp.payload().to_vec(),
+        segment: 0,
     }
 }
 
@@ -121,11 +142,13 @@ impl Daemon {
     pub(super) fn answer_client(&self, datagram: &Datagram) {
         match self.client(datagram) {
             Ok(Some((frontend, client))) => {
-                if let Err(error) = send(frontend, client, &datagram.payload) {
-                    debug!(
-                        "send a datagram of {} to {client}: {error:#}",
-                        datagram.source
-                    );
+                for payload in datagram.payloads() {
+                    if let Err(error) = send(frontend, client, payload) {
+                        debug!(
+                            "send a datagram of {} to {client}: {error:#}",
+                            datagram.source
+                        );
+                    }
                 }
             }
             Ok(None) => {}
