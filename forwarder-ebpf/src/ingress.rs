@@ -52,6 +52,13 @@ pub fn ingress(ctx: &TcContext, trail: &mut Trail) -> Verdict {
         fragment::rejoin(packet)?;
     }
     trail.parsed(packet, published.map_or(0, |published| published.index));
+    if packet.is_from_this_host() && left::is_ours(ctx) {
+        // An answer on its way to its client, whose own port may be published.
+        if let Some(published) = &published {
+            steer::give_way(ctx, packet, published)?;
+        }
+        return Err(Reason::NotOurs);
+    }
     if let Some(published) = &published
         && setting(&PEER_FROM_LO) == 0
         && packet.is_from_this_host()
@@ -81,8 +88,14 @@ fn forward(
         if flow.state() & state::CUT != 0 {
             return reset(ctx, packet);
         }
-        if packet.opens() && tcp::is_used_again(flow.state()) {
-            begin_again(packet, &published, flow)?;
+        if packet.opens() {
+            if tcp::is_used_again(flow.state()) {
+                begin_again(packet, &published, flow)?;
+            } else if flow.state() & state::ESTABLISHED != 0
+                && published.publish.flags & flag::LIMITED != 0
+            {
+                limit::begin_anew(&packet.tuple.source, published.index)?;
+            }
         }
         if let Some(obstacle) = before_backend(ctx, packet, &published)? {
             return tell(ctx, packet, obstacle, 0);

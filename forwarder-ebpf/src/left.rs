@@ -20,16 +20,20 @@ use crate::{
 /// `tc_index` of packets that the program sends on.
 pub const OURS: u16 = 0x6677;
 
+/// Whether the program has sent the packet on, by the stack's own output.
+#[inline(always)]
+pub fn is_ours(ctx: &TcContext) -> bool {
+    // SAFETY: `skb` is the context that the kernel gave; its fields are readable.
+    unsafe { (*ctx.skb.skb).tc_index == OURS as u32 }
+}
+
 /// Notes a packet that is about to leave by an uplink, behind the host's own NAT. Sockets of this host are found when an
 /// answer comes.
 #[inline(always)]
 pub fn note(ctx: &TcContext) -> Result<(), Reason> {
     // SAFETY: `skb` is the context that the kernel gave; its fields are readable.
-    let (is_ours, socket) = unsafe {
-        let skb = ctx.skb.skb;
-        ((*skb).tc_index == OURS as u32, (*skb).__bindgen_anon_2.sk)
-    };
-    if is_ours || !socket.is_null() || !may_be_from_published_port(ctx) {
+    let socket = unsafe { (*ctx.skb.skb).__bindgen_anon_2.sk };
+    if is_ours(ctx) || !socket.is_null() || !may_be_from_published_port(ctx) {
         return Err(Reason::NotOurs);
     }
     let packet = parse::packet(ctx).map_err(|_| Reason::NotOurs)?;

@@ -74,19 +74,35 @@ pub fn begin(source: &Address, index: u32) -> Result<(), Reason> {
         return Ok(());
     };
     // SAFETY: as above.
-    let (flows, all, each, due) = unsafe {
-        let due = &raw mut (*policy).next_flow;
-        let policy = &*policy;
-        (
-            policy.flows,
-            policy.new_flows,
-            policy.new_flows_by_source,
-            due,
-        )
-    };
+    let flows = unsafe { (*policy).flows };
     if flows != 0 && usage::flows(index) >= flows {
         return Err(Reason::TooManyFlows);
     }
+    begin_at_pace(source, index, policy)
+}
+
+/// Whether one that is there may begin anew, which counts if so: its client asks for another connection, and it is the backend that
+/// knows whether the last one is over.
+///
+/// # Errors
+/// `SourceRateLimited` or `RateLimited`.
+// VERIFIER: a function of its own, for its share of the stack.
+#[inline(never)]
+pub fn begin_anew(source: &Address, index: u32) -> Result<(), Reason> {
+    let Some(policy) = of(index) else {
+        return Ok(());
+    };
+    begin_at_pace(source, index, policy).map_err(|reason| usage::refused(index, reason))
+}
+
+#[inline(always)]
+fn begin_at_pace(source: &Address, index: u32, policy: *mut Policy) -> Result<(), Reason> {
+    // SAFETY: as above.
+    let (all, each, due) = unsafe {
+        let due = &raw mut (*policy).next_flow;
+        let policy = &*policy;
+        (policy.new_flows, policy.new_flows_by_source, due)
+    };
     let now = now();
     if all.interval != 0 && !conforms(due, now, all.burst) {
         return Err(Reason::RateLimited);

@@ -13,7 +13,7 @@ use forwarder_tests::{
     link,
     netns::Netns,
     topology::{Family, Topology},
-    traffic::{Protocol, ask},
+    traffic::{Protocol, ask, ask_by},
 };
 
 use crate::scene::{BACKEND_PORT, Scene, Setting, on_the_fast_path, suffix};
@@ -95,6 +95,39 @@ fn every_port_of_a_tcp_range_reaches_the_proxy() {
 #[test]
 fn every_port_of_a_udp_range_reaches_the_proxy_and_answers() {
     by_the_proxy(Protocol::Udp);
+}
+
+/// Two sockets of the host, one after the other, each from the port that the other asks: what answers one is no question of the
+/// other's.
+#[test]
+fn answers_are_not_taken_for_questions_of_a_client_with_a_port_of_the_range() {
+    let (first, last) = (45_000, 45_001);
+    let topology = Topology::new().unwrap();
+    let range = format!("{first} {last}");
+    topology
+        .host
+        .set("ipv4/ip_local_port_range", &range)
+        .unwrap();
+    let scene = published(Protocol::Udp).start_in(topology);
+    let (topology, daemon) = scene.parts();
+    on_the_fast_path(daemon, || {
+        for (port, asked) in [(first, last), (last, first)] {
+            // The kernel chooses one of the two.
+            let socket = wait_for("its port", || {
+                let socket = topology
+                    .host
+                    .enter(|| UdpSocket::bind("127.0.0.1:0"))
+                    .ok()?;
+                (socket.local_addr().ok()?.port() == port).then_some(socket)
+            })
+            .unwrap();
+            let to = SocketAddr::from((Ipv4Addr::LOCALHOST, asked));
+            for text in ["first", "second"] {
+                assert_eq!(ask_by(&socket, to, text).unwrap().payload, text);
+            }
+        }
+    });
+    scene.stop();
 }
 
 #[test]

@@ -184,6 +184,34 @@ fn a_connection_from_the_port_of_one_that_is_over_counts_as_a_new_one() {
     }
 }
 
+/// Who makes the backend alone believe that the last connection is over, by a reset that the program does not heed, gets no new ones
+/// for nothing. How many flows there may be does not matter, as there is no more than there was.
+#[test]
+fn a_connection_from_the_port_of_one_that_seems_alive_counts_as_a_new_one() {
+    for [client, host, backend, ..] in WORLDS {
+        bench(|bench| {
+            bench.publish(Protocol::Tcp, PORT, backend);
+            let limits = Limits {
+                new_flows_by_source: 1,
+                flows: 1,
+                ..Limits::default()
+            };
+            limit(bench, limits);
+            let first = first(Protocol::Tcp, client, host, 4000);
+            for _ in 0..5 {
+                let ack = answered(bench, &first, bench.uplink);
+                bench.send(&ack, bench.uplink).forwarded();
+            }
+            bench
+                .send(&first, bench.uplink)
+                .dropped("source_rate_limited");
+            // The one that may be alive goes on.
+            let ack = first.with_flags(ACK);
+            bench.send(&ack, bench.uplink).forwarded();
+        });
+    }
+}
+
 /// As where the backlog is full: the client's next try is let in as soon as there is room.
 #[test]
 fn handshakes_at_once_do_not_get_round_the_number_of_flows() {
