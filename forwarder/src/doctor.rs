@@ -199,7 +199,7 @@ fn add_network(snapshot: &Snapshot, add: &mut impl FnMut(&'static str, bool, &st
     let uplinks = plan::interfaces(snapshot).filter(by_neighbour);
     let uplinks: BTreeSet<u32> = uplinks.map(|(ifindex, _)| ifindex).collect();
     let (uplinks, containers): (Vec<_>, Vec<_>) =
-        plan::attached(snapshot).partition(|(ifindex, _)| uplinks.contains(ifindex));
+        plan::entered(snapshot).partition(|(ifindex, _)| uplinks.contains(ifindex));
     let sides = [Side::Egress, Side::Ingress];
     named(
         "containers' links",

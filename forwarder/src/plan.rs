@@ -297,7 +297,8 @@ fn leads_to_local(snapshot: &Snapshot, route: &Route, device: &Link) -> bool {
     }
 }
 
-/// The devices that get the program: every one where packets enter, once.
+/// The devices that get the program: every one where packets enter, once. Those that are down too: when one comes up, packets of
+/// live connections may be the first by it, and the stack would reset those.
 pub fn attached(snapshot: &Snapshot) -> impl Iterator<Item = (u32, &Link)> {
     snapshot.links.iter().filter_map(|(&index, link)| {
         let behind_bond = link
@@ -306,8 +307,13 @@ pub fn attached(snapshot: &Snapshot) -> impl Iterator<Item = (u32, &Link)> {
             .is_some_and(|controller| controller.kind == Kind::Bond);
         // A bridge's frames are seen at its ports, a bond's at the bond.
         let enters = link.kind != Kind::Bridge && !behind_bond && link.header != Header::Other;
-        (enters && link.up).then_some((index, link))
+        enters.then_some((index, link))
     })
+}
+
+/// Of these, the devices by which packets enter now.
+pub fn entered(snapshot: &Snapshot) -> impl Iterator<Item = (u32, &Link)> {
+    attached(snapshot).filter(|(_, link)| link.up)
 }
 
 /// The devices that get the XDP program, and how: uplinks. Not veths by default: with native XDP the other end loses
@@ -315,7 +321,7 @@ pub fn attached(snapshot: &Snapshot) -> impl Iterator<Item = (u32, &Link)> {
 pub fn with_xdp(snapshot: &Snapshot, choice: XdpChoice) -> impl Iterator<Item = (u32, Mode)> {
     let uplinks = interfaces(snapshot).filter(|(_, i)| i.delivery == delivery::NEIGHBOUR);
     let uplinks: BTreeSet<u32> = uplinks.map(|(index, _)| index).collect();
-    attached(snapshot).filter_map(move |(index, link)| {
+    entered(snapshot).filter_map(move |(index, link)| {
         let mode = match (choice, link.kind) {
             (XdpChoice::Off, _) | (_, Kind::Loopback | Kind::Tap) => return None,
             _ if link.header != Header::Ethernet || !allows_xdp(link) => return None,
@@ -406,7 +412,7 @@ pub fn has_several_uplinks(snapshot: &Snapshot) -> bool {
         routes.any(|route| !is_link_local(route.destination))
     };
     let uplinks = uplinks(snapshot);
-    let entered = attached(snapshot).filter(|(ifindex, _)| uplinks.contains(ifindex));
+    let entered = entered(snapshot).filter(|(ifindex, _)| uplinks.contains(ifindex));
     // A VRF, and what is in one, has routes of its own.
     let links = snapshot.links.values();
     let controllers: BTreeSet<u32> = links.filter_map(|link| link.controller).collect();
@@ -561,6 +567,9 @@ pub(crate) mod tests {
             .map(|(_, link)| link.name.as_str())
             .collect();
         assert_eq!(names, ["lo", "eth0", "veth0", "ptp0", "bond0", "tun0"]);
+        host.links.entry(2).and_modify(|it| it.up = false);
+        assert_eq!(attached(&host).count(), 6, "also what is down");
+        assert_eq!(entered(&host).count(), 5);
     }
 
     #[test]

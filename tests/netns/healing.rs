@@ -11,7 +11,9 @@ use forwarder_tests::{
     traffic::{Backend, Protocol, ask},
 };
 
-use crate::scene::{self, frontend, on_the_fast_path, packets, wait_for_peer};
+use nix::sys::signal::Signal;
+
+use crate::scene::{self, PORT, frontend, on_the_fast_path, packets, wait_for_peer};
 
 const FAMILY: Family = Family::V4;
 
@@ -193,6 +195,32 @@ fn a_flushed_bridge_is_learnt_again() {
     scene.heals();
     wait_for_peer(&scene.daemon);
     scene.daemon.stop().unwrap();
+}
+
+/// A device comes up again, and packets by it come before the instance has heard of that: they are those of the connection.
+#[test]
+fn a_connection_outlives_an_uplink_that_goes_down_and_comes_up() {
+    let scene = scene::Scene::tcp().start();
+    let (topology, daemon) = scene.parts();
+    wait_for_peer(daemon);
+    let mut conversation = scene.connect();
+    conversation.ask("before").unwrap();
+    let host = &topology.host;
+    host.ip("link set eth0 down\naddr add 192.0.2.1/32 dev lo")
+        .unwrap();
+    wait_for("the instance has heard of both", || {
+        let before = daemon.counted("new_flow").unwrap();
+        let added = SocketAddr::from(([192, 0, 2, 1], PORT));
+        ask(host, Protocol::Tcp, added, "there?").ok()?;
+        (daemon.counted("new_flow").unwrap() > before).then_some(())
+    })
+    .unwrap();
+    daemon.signal(Signal::SIGSTOP).unwrap();
+    host.ip("link set eth0 up").unwrap();
+    let answer = conversation.ask("after");
+    daemon.signal(Signal::SIGCONT).unwrap();
+    answer.unwrap();
+    scene.stop();
 }
 
 #[test]

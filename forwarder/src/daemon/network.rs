@@ -369,7 +369,10 @@ impl Daemon {
                 }
             }
         }
-        let devices = missing.keys().map(|place| place.0).collect();
+        let links = &self.network.snapshot.links;
+        let devices = missing.keys().map(|place| place.0);
+        let devices = devices.filter(|ifindex| links.get(ifindex).is_some_and(|it| it.up));
+        let devices = devices.collect();
         self.network.unattached = plan::unattached(&self.network.snapshot, devices);
     }
 
