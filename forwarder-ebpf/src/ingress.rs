@@ -13,7 +13,7 @@ use forwarder_common::{
 };
 
 use crate::{
-    admit, deliver,
+    admit, clock, deliver,
     flow::{self, Begun},
     fragment, icmp,
     icmp::Obstacle,
@@ -101,8 +101,8 @@ fn forward(
             return tell(ctx, packet, obstacle, 0);
         }
         limit::carry(packet, published.publish.flags, published.index, ORIGINAL)?;
-        flow::update(ctx, flow, packet, ORIGINAL);
         follow_client(ctx, packet, flow);
+        flow::update(ctx, flow, packet, ORIGINAL);
         flow::keep(packet, flow)?;
         return to_backend(ctx, packet, &published, trail);
     }
@@ -356,12 +356,22 @@ pub fn is_from_backend(context: *mut c_void, packet: &Packet, index: u32) -> Res
 #[inline(always)]
 fn follow_client(ctx: &TcContext, packet: &Packet, flow: &mut Flow) {
     let way = flow.back();
+    let by_route = way.delivery == delivery::NEIGHBOUR;
+    // The same device may have become a port of a bridge, which is asked once a tick.
+    let was_asked = way.ifindex == packet.ifindex && flow.original.last_seen == clock::now();
+    if !(packet.is_error() || is_stack(way) || by_route && was_asked) {
+        follow(ctx.skb.skb, packet, flow);
+    }
+}
+
+// VERIFIER: a function of its own, for its share of the stack.
+#[inline(never)]
+fn follow(skb: *mut __sk_buff, packet: &Packet, flow: &mut Flow) {
+    let ctx = &TcContext::new(skb);
+    let way = flow.back();
     let stays = way.ifindex == packet.ifindex;
     let by_route = way.delivery == delivery::NEIGHBOUR;
-    if packet.is_error()
-        || is_stack(way)
-        || by_route && (stays || way.ifindex == publish::layer3(packet.ifindex))
-    {
+    if by_route && way.ifindex == publish::layer3(packet.ifindex) {
         return;
     }
     let (ifindex, delivery) = publish::way_back(packet);

@@ -9,7 +9,7 @@ use std::{
 use forwarder_tests::{
     deadline::{patience, wait_for},
     topology::{Family, Topology},
-    traffic::{Protocol, ask_by},
+    traffic::{Protocol, ask, ask_by},
     tun,
 };
 
@@ -110,6 +110,37 @@ fn a_conversation_by_a_bridges_port_outlives_another_mac_of_the_client() {
     uplink_is(&topology, "lan", bridge);
     client_is(&topology, "tap0", "");
     outlives_another_mac(topology, "tap0", "lan");
+}
+
+#[test]
+fn a_conversation_outlives_that_the_uplink_becomes_a_port_of_a_bridge() {
+    for family in [Family::V4, Family::V6] {
+        let scene = Scene::of(family, Protocol::Tcp).start();
+        let (topology, daemon) = scene.parts();
+        let mut conversation = scene.connect();
+        conversation.ask("before").unwrap();
+        wait_for_peer(daemon);
+        let host = topology.host_address(family);
+        let (length, nodad) = match family {
+            Family::V4 => (24, ""),
+            Family::V6 => (64, "nodad"),
+        };
+        topology
+            .host
+            .ip(&format!(
+                "link add lan type bridge\nlink set lan up\naddr flush dev eth0\nlink set eth0 master lan\n\
+                 addr add {host}/{length} dev lan {nodad}"
+            ))
+            .unwrap();
+        wait_for("new clients take the fast path", || {
+            let before = daemon.counted("new_flow").unwrap();
+            ask(&topology.client, Protocol::Tcp, scene.frontend(), "new").ok()?;
+            (daemon.counted("new_flow").unwrap() > before).then_some(())
+        })
+        .unwrap();
+        on_the_fast_path(daemon, || drop(conversation.ask("after").unwrap()));
+        scene.stop();
+    }
 }
 
 /// A container that is a client, and whose port stays the same, so that its conversation does.
