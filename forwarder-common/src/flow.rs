@@ -1,6 +1,8 @@
 //! A flow: one tracked conversation, found from either direction by the tuple after NAT
 //! (client or SNAT source, backend).
 
+use core::mem::offset_of;
+
 use bytemuck::{Pod, Zeroable};
 
 use crate::{
@@ -149,6 +151,7 @@ pub struct Flow {
 }
 
 const _: () = assert!(size_of::<Flow>() == 160);
+const _: () = assert!(offset_of!(Flow, original) == 32 && offset_of!(Flow, reply) == 96);
 
 layout!(
     Flow: client, frontend,

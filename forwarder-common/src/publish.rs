@@ -161,7 +161,7 @@ pub struct Interface {
     /// Not 0 where packets must come by the device that the best route to their source leads to (rp_filter is 1).
     pub strict: u8,
     /// Not 0 where a default route of IPv4 leads by it.
-    pub leads_out: u8,
+    pub default_v4: u8,
     /// The container at the other end, by a number that all of its devices have; 0 where that is not known.
     pub container: u32,
 }

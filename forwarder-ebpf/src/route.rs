@@ -143,11 +143,11 @@ fn element(index: u32) -> Option<&'static mut Route> {
         .map(|route| unsafe { &mut *route })
 }
 
-/// The place of a pair of addresses.
+/// The place of a pair of addresses. Networks that number their machines alike have pairs of the same difference.
 #[inline(always)]
 fn index(new: &Tuple) -> u32 {
-    let word = |at: usize| new.source.0[at] ^ new.destination.0[at];
-    let number = word(3) ^ word(1).rotate_left(16);
+    let word = |at: usize| new.source.0[at] ^ new.destination.0[at].rotate_left(16);
+    let number = word(3) ^ word(1).rotate_left(8);
     number.wrapping_mul(0x9e37_79b1) >> (u32::BITS - limits::ROUTES.ilog2())
 }
 
@@ -291,9 +291,9 @@ fn choose_uplink(context: *mut c_void, route: &mut Route) {
 // VERIFIER: as below.
 #[inline(never)]
 fn choose_unasked(route: &mut Route) {
-    let leads_out = publish::interface(route.wanted).is_some_and(|it| it.leads_out != 0);
+    let is_default = publish::interface(route.wanted).is_some_and(|it| it.default_v4 != 0);
     if let Some(best) = publish::uplink_to(&route.destination)
-        && !(leads_out && route.is_v4())
+        && !(is_default && route.is_v4())
     {
         route.ifindex = best;
     }

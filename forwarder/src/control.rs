@@ -14,7 +14,7 @@ use tokio::sync::{broadcast, mpsc, oneshot};
 
 use self::api::{Ending, Listed, NamedPublish, Problem, Reloaded, Traced};
 use crate::{
-    proxy::Kept,
+    proxy::Reserved,
     publish::{ContainerPort, Id, Owner, Publish, Spec, spec::SpecError},
 };
 
@@ -111,7 +111,7 @@ pub struct Lease {
     pub owner: Owner,
     pub ended: mpsc::UnboundedSender<Owner>,
     /// What its connection has open.
-    pub kept: Kept,
+    pub files: Reserved,
 }
 
 impl Lease {

@@ -359,7 +359,7 @@ pub fn unattached(snapshot: &Snapshot, devices: BTreeSet<u32>) -> Vec<Unattached
 /// a virtual machine is behind it; the others are uplinks.
 pub fn interfaces(snapshot: &Snapshot) -> impl Iterator<Item = (u32, Interface)> {
     let networks = container_networks(snapshot);
-    let leads_out = move |index| {
+    let is_default_v4 = move |index| {
         let mut defaults = snapshot.routes.defaults();
         defaults.any(|route| route.ifindex == index && route.destination.is_ipv4())
     };
@@ -381,7 +381,7 @@ pub fn interfaces(snapshot: &Snapshot) -> impl Iterator<Item = (u32, Interface)>
             layer3,
             mac: mac.unwrap_or_default(),
             strict: u8::from(snapshot.strict.contains(&layer3)),
-            leads_out: u8::from(leads_out(index)),
+            default_v4: u8::from(is_default_v4(index)),
             container: match link.kind {
                 Kind::Veth { peer: Some(peer) } if network != 0 => container(peer),
                 _ => 0,

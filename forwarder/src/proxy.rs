@@ -45,7 +45,7 @@ use tokio::{
 use tracing::warn;
 
 pub use self::{
-    budget::Kept,
+    budget::Reserved,
     flows::{Flow, Meant},
     idle::Idle,
     protocol_header::ProxyProtocol,
@@ -213,7 +213,7 @@ pub struct Proxy {
     idle: Idle,
     /// Descriptors of the sockets, while they wait.
     waiting: Vec<RawFd>,
-    ports: Option<Kept>,
+    ports: Option<Reserved>,
 }
 
 impl Proxy {

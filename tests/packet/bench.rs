@@ -55,7 +55,7 @@ pub(crate) const UPLINK: Interface = Interface {
     layer3: 0,
     mac: HOST_MAC,
     strict: 0,
-    leads_out: 0,
+    default_v4: 0,
     container: 0,
 };
 

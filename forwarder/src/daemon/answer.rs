@@ -92,7 +92,7 @@ impl Daemon {
                 lease = Some(Lease {
                     owner: owner.clone(),
                     ended: self.released.clone(),
-                    kept: self.idle.keep(Lease::DESCRIPTORS),
+                    files: self.idle.keep(Lease::DESCRIPTORS),
                 });
                 (self.registry.want(&owner, publishes)?, Ending::Cut)
             }

@@ -60,10 +60,10 @@ impl Budget {
     }
 
     /// So many are open for no conversation, until what is returned is dropped: sockets that hold ports, above all.
-    pub(super) fn keep(self: &Arc<Self>, descriptors: u64) -> Kept {
+    pub(super) fn keep(self: &Arc<Self>, descriptors: u64) -> Reserved {
         self.others.fetch_add(descriptors, Relaxed);
         let budget = self.clone();
-        Kept {
+        Reserved {
             budget,
             descriptors,
         }
@@ -78,12 +78,12 @@ impl Budget {
 
 /// Descriptors of no conversation.
 #[derive(Debug)]
-pub struct Kept {
+pub struct Reserved {
     budget: Arc<Budget>,
     descriptors: u64,
 }
 
-impl Drop for Kept {
+impl Drop for Reserved {
     fn drop(&mut self) {
         self.budget.others.fetch_sub(self.descriptors, Relaxed);
     }
@@ -146,7 +146,7 @@ pub(super) struct Permit {
 
 impl Permit {
     /// They stay open when the conversation has ended.
-    pub(super) fn keep(self) -> Kept {
+    pub(super) fn keep(self) -> Reserved {
         self.share.budget.keep(self.descriptors)
     }
 }

@@ -22,7 +22,8 @@ use tracing::warn;
 use crate::publish::Bans;
 
 use super::{
-    Common, Kept, Refusal, Store, sctp, shared::Shared, sockets::Port, tcp, udp, worker::Workers,
+    Common, Refusal, Reserved, Store, sctp, shared::Shared, sockets::Port, tcp, udp,
+    worker::Workers,
 };
 
 /// Sockets that are looked at in one go.
@@ -160,7 +161,7 @@ impl Idle {
     }
 
     /// Keeps so many descriptors from conversations, until what is returned is dropped.
-    pub fn keep(&self, descriptors: u64) -> Kept {
+    pub fn keep(&self, descriptors: u64) -> Reserved {
         self.common().budget.keep(descriptors)
     }
 

@@ -31,7 +31,7 @@ use tracing::{debug, warn};
 
 use super::{
     End, ProxyProtocol,
-    budget::{Kept, Permit},
+    budget::{Permit, Reserved},
     chain::Link,
     flows::Connected,
     pass_on::{self, Kind, Message, PassedOn},
@@ -558,7 +558,7 @@ struct Pipe {
 
 thread_local! {
     /// Empty ones, which wait for the next transfer of this worker.
-    static PIPES: RefCell<Vec<(OwnedFd, OwnedFd, Kept)>> = const { RefCell::new(Vec::new()) };
+    static PIPES: RefCell<Vec<(OwnedFd, OwnedFd, Reserved)>> = const { RefCell::new(Vec::new()) };
 }
 
 impl Pipe {
