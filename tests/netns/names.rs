@@ -34,7 +34,7 @@ fn documents_have_the_names_that_clients_rely_on() {
         ),
         (
             "flows",
-            "backend bytes client frontend idle_seconds packets protocol publish source state",
+            "backend bytes client datapath frontend idle_seconds packets protocol publish source state",
         ),
         ("stats", "packets reason"),
         ("bans", "network until"),
