@@ -63,7 +63,7 @@ use crate::{
     privilege,
     proxy::{Idle, Left, Sockets, Store, bound, is_wide, raise_descriptor_limit},
     publish::{
-        Difference, Holder, Id, Owner, Publish, Registry, Spec, Wanted,
+        Difference, Id, Owner, Publish, Registry, Spec, Wanted,
         bans::BansFile,
         state::{State, Stored},
     },
@@ -324,7 +324,7 @@ impl Daemon {
     /// Closes what the earlier process held for what is published no more, or is held in another way now: it would be in the way.
     fn give_up_sockets(&mut self, leased: &[Spec]) {
         let publishes = self.registry.iter().map(|it| &it.publish);
-        let held = publishes.filter(|it| it.holder == Holder::Forwarder);
+        let held = publishes.filter(|it| it.holder.is_forwarder());
         let specs = held.map(|it| &it.spec).chain(leased);
         let is_steered = |spec| self.datapath.is_some() && is_wide(spec);
         let needed: HashSet<_> = specs

@@ -86,7 +86,7 @@ impl Loose {
         self.banned.extend(other.banned);
     }
 
-    /// Nobody has to hear of it: all of it was closed to newcomers, and had no conversation.
+    /// Nobody has to hear of it.
     pub(super) fn is_silent(&self) -> bool {
         self.cut.is_empty() && self.stays.is_empty() && self.banned.is_empty()
     }

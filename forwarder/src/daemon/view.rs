@@ -303,19 +303,15 @@ impl View {
     }
 }
 
-/// Whether a client's conversations of the proxy are meant.
-fn meant(of: FlowFilter) -> Meant {
-    Arc::new(move |publish, client| {
-        of.publish.is_none_or(|id| id == publish)
-            && of.client.is_none_or(|network| network.contains(&client))
-    })
+/// Whether a client's flows with a publish are meant.
+fn is_meant(of: &FlowFilter, publish: Option<Id>, client: IpAddr) -> bool {
+    (of.publish.is_none() || of.publish == publish)
+        && of.client.is_none_or(|network| network.contains(&client))
 }
 
-/// Whether a flow is meant.
-fn is_meant(of: &FlowFilter, id: Option<Id>, flow: &Flow) -> bool {
-    let client = || -> IpAddr { flow.client.into() };
-    (of.publish.is_none() || of.publish == id)
-        && of.client.is_none_or(|network| network.contains(&client()))
+/// The same, for the proxy to ask.
+fn meant(of: FlowFilter) -> Meant {
+    Arc::new(move |publish, client| is_meant(&of, Some(publish), client))
 }
 
 impl Observe for Arc<View> {
@@ -357,7 +353,7 @@ impl Observe for Arc<View> {
         let by_fast_path = self.walk().filter_map(move |flow| match flow {
             Ok((key, flow)) => {
                 let id = view.id(flow.publish());
-                let is_meant = is_meant(&of, id, &flow);
+                let is_meant = is_meant(&of, id, flow.client.into());
                 id.filter(|id| is_meant && view.is_shown(*id))
                     .map(|id| Ok(list_flow(id, &key, &flow, now)))
             }
@@ -386,7 +382,8 @@ impl Observe for Arc<View> {
         let mut ended = 0;
         for flow in self.walk() {
             let (key, flow) = flow?;
-            if is_meant(of, self.id(flow.publish()), &flow) && flows.end(&key, |_| true)?.is_some()
+            if is_meant(of, self.id(flow.publish()), flow.client.into())
+                && flows.end(&key, |_| true)?.is_some()
             {
                 ended += 1;
             }
