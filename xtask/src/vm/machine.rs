@@ -22,7 +22,7 @@ use super::kernel::{Kernel, folder};
 
 /// With its Debian package.
 pub(super) const EMULATOR: &str = "qemu-system-x86_64";
-const MEMORY: &str = "2048M";
+const MEMORY: &str = "4096M";
 /// The emulated timer may be late when the kernel looks whether it ticks.
 const PARAMETERS: &str = "console=ttyS0 quiet panic=-1 oops=panic mitigations=off no_timer_check";
 
