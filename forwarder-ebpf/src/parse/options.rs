@@ -74,32 +74,3 @@ fn is_padding(octets: u64) -> bool {
     }
     !says_how_many
 }
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn padding_says_nothing() {
-        for (octets, padding) in [
-            ([0; 6], true),
-            ([1, 4, 0, 0, 0, 0], true),
-            ([0, 1, 3, 0, 0, 0], true),
-            ([1, 0, 1, 2, 0, 0], true),
-            ([1, 1, 0, 1, 1, 0], true),
-            ([0, 0, 0, 0, 1, 0], true),
-            // Longer than its header, or without a length.
-            ([1, 5, 0, 0, 0, 0], false),
-            ([0, 0, 0, 0, 0, 1], false),
-            // Linux takes no padding of anything but zeros.
-            ([1, 4, 0, 0, 0, 9], false),
-            // A router alert, and an option that is not known.
-            ([5, 2, 0, 0, 1, 0], false),
-            ([1, 0, 0x1e, 2, 0, 0], false),
-        ] {
-            let [a, b, c, d, e, f] = octets;
-            let number = u64::from_be_bytes([0, 0, a, b, c, d, e, f]);
-            assert_eq!(is_padding(number), padding, "{octets:?}");
-        }
-    }
-}
