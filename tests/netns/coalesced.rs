@@ -51,6 +51,17 @@ fn receive(socket: &UdpSocket) -> SocketAddr {
     from.unwrap()
 }
 
+/// Sends short ones together, and returns in what lengths they are received by who takes several at once.
+fn lengths(from: &UdpSocket, to: &UdpSocket, at: SocketAddr) -> Vec<usize> {
+    setsockopt(to, sockopt::UdpGroSegment, &true).unwrap();
+    send_together(from, at, SHORT);
+    let (mut buffer, mut lengths) = ([0; 1 << 16], Vec::new());
+    while lengths.iter().sum::<usize>() < usize::from(SHORT) * COUNT {
+        lengths.push(to.recv_from(&mut buffer).unwrap().0);
+    }
+    lengths
+}
+
 /// One way, by a device whose MTU may be too small for them.
 fn conversation(family: Family, mtu: u32, to_the_client: bool) {
     let topology = Topology::new().unwrap();
@@ -86,11 +97,10 @@ fn conversation(family: Family, mtu: u32, to_the_client: bool) {
         true => (&server, &client, proxy),
         false => (&client, &server, frontend),
     };
-    setsockopt(to, sockopt::UdpGroSegment, &true).unwrap();
-    send_together(from, at, SHORT);
-    let mut buffer = [0; 1 << 16];
-    let (length, _) = to.recv_from(&mut buffer).unwrap();
-    assert_eq!(length, usize::from(SHORT) * COUNT);
+    // A veth cuts them up before Linux 5.11: they come by the proxy as they come without it.
+    let host = socket(&scene.topology.host, SocketAddr::new(frontend.ip(), 0));
+    let without = lengths(&client, &host, host.local_addr().unwrap());
+    assert_eq!(lengths(from, to, at), without);
     scene.stop();
 }
 

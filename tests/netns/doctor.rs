@@ -181,7 +181,8 @@ fn doctor_names_instances_that_were_killed() {
 
 #[test]
 fn doctor_says_how_many_files_may_be_open() {
-    let found = findings(&["prlimit", "--nofile=1000:1000"]);
+    let limited = "ulimit -n 1000 && exec \"$@\"";
+    let found = findings(&["sh", "-c", limited, "sh"]);
     let files = &found["open files"];
     assert_eq!((files.ok, &*files.found), (false, "1000 at most"));
     assert!(files.remedy.as_ref().unwrap().contains("LimitNOFILE="));
