@@ -63,7 +63,7 @@ impl Observe for Nothing {
     }
 }
 
-static SERVER: LazyLock<(tokio::runtime::Runtime, PathBuf)> = LazyLock::new(|| {
+static SERVER: LazyLock<(tokio::runtime::Runtime, PathBuf, Socket)> = LazyLock::new(|| {
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(1)
         .enable_all()
@@ -78,8 +78,7 @@ static SERVER: LazyLock<(tokio::runtime::Runtime, PathBuf)> = LazyLock::new(|| {
         // Whoever waits for an answer hears that the instance is ending.
         tokio::spawn(async move { while called.recv().await.is_some() {} });
     });
-    std::mem::forget(socket);
-    (runtime, path)
+    (runtime, path, socket)
 });
 
 fuzz_target!(|octets: &[u8]| {
