@@ -433,6 +433,12 @@ fn remove_empty(pins: &Path) {
     }
 }
 
+/// The number of what the kernel has refused something by, if that is the cause.
+pub fn errno(error: &anyhow::Error) -> Option<i32> {
+    let cause = error.root_cause().downcast_ref::<std::io::Error>();
+    cause.and_then(std::io::Error::raw_os_error)
+}
+
 /// One line with the remedy, in place of the chain of the loader's errors, for what users meet.
 fn explain(error: impl std::error::Error + Send + Sync + 'static) -> anyhow::Error {
     let mut cause: Option<&(dyn std::error::Error + 'static)> = Some(&error);

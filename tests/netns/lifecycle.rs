@@ -360,3 +360,26 @@ fn each_family_may_have_its_own_publish_of_a_port() {
     ask(Family::V6).unwrap_err();
     scene.stop();
 }
+
+/// The programs are attached just when some of the devices go.
+#[test]
+fn containers_that_are_gone_soon_are_no_reason_to_warn() {
+    let scene = Scene::tcp().auto().start();
+    let host = &scene.topology.host;
+    for round in 0..10 {
+        let containers: Vec<_> = (0..10)
+            .map(|number| {
+                let container = Netns::new("container").unwrap();
+                let (device, far) = (format!("gone{round}{number}"), container.path());
+                let add = format!("link add {device} type veth peer name eth0 netns {far}");
+                host.ip(&format!("{add}\nlink set {device} up")).unwrap();
+                container
+            })
+            .collect();
+        drop(containers);
+    }
+    scene.served_on_the_fast_path();
+    let said = scene.daemon.said();
+    assert!(!said.contains("without our program"), "{said}");
+    scene.stop();
+}

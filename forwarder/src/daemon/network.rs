@@ -24,7 +24,7 @@ use crate::{
     config::XdpChoice,
     datapath::{
         devices::{Hook, Place},
-        xdp,
+        errno, xdp,
     },
     network::{Event, Events, Header, Reader, Snapshot, containers::Watch},
     plan::{self, Unattached, locations},
@@ -357,8 +357,12 @@ impl Daemon {
                     Some(_) => {}
                     None => debug!("attached to {name}"),
                 },
-                // What has gone since the network was read takes no packets.
-                Err(_) if if_indextoname(place.0).is_err() => drop(missing.remove(place)),
+                // What has gone since the network was read, or is just going, takes no packets.
+                Err(error)
+                    if errno(&error) == Some(libc::ENODEV) || if_indextoname(place.0).is_err() =>
+                {
+                    missing.remove(place);
+                }
                 Err(error) => {
                     let said = format!("{error:#}");
                     // It is tried often.

@@ -7,7 +7,7 @@ use anyhow::{Context as _, Result};
 use aya::programs::{TestRun as _, TestRunOptions, Xdp};
 
 use super::{
-    Datapath, explain,
+    Datapath, errno, explain,
     link::{self, As, Link},
     number, program,
 };
@@ -52,9 +52,7 @@ impl Mode {
 
 /// Whether a device is refused because it has somebody else's program.
 pub fn is_others(error: &anyhow::Error) -> bool {
-    let error = error.root_cause().downcast_ref::<std::io::Error>();
-    let number = error.and_then(std::io::Error::raw_os_error);
-    matches!(number, Some(libc::EBUSY | libc::EEXIST))
+    matches!(errno(error), Some(libc::EBUSY | libc::EEXIST))
 }
 
 impl Datapath {

@@ -11,13 +11,16 @@ use anyhow::{Context as _, Result};
 use netlink_packet_core::NLM_F_ACK;
 use netlink_packet_route::{
     AddressFamily, RouteNetlinkMessage,
+    address::AddressMessage,
+    link::{LinkAttribute, LinkExtentMask, LinkMessage},
     neighbour::{NeighbourAttribute, NeighbourFlags, NeighbourMessage, NeighbourState},
+    tc::TcMessage,
 };
 use rtnetlink::{Handle, RouteMessageBuilder};
 
 use super::{
-    Applied, Event, Kind, Link, Mac, Route, Routes, Snapshot, address, collect, learnt, link,
-    neighbour, netlink, offload, routes::route, xfrm,
+    Applied, Event, Kind, Link, Mac, Route, Routes, Snapshot, address, learnt, link, list,
+    neighbour, netlink, offload, routes::route, rules::has_rules, xfrm,
 };
 
 /// A netlink connection that reads snapshots.
@@ -138,57 +141,60 @@ impl Reader {
     /// The kernel refuses a dump; the next reading tries it again.
     pub async fn read(&mut self, snapshot: &mut Snapshot) -> Result<()> {
         if self.stale.tables {
-            self.read_tables(snapshot).await?;
+            Self::read_tables(snapshot).await?;
             self.stale.tables = false;
         }
         if self.stale.routes || self.stale.has_doubtful(&snapshot.routes) {
             self.stale.routes = true;
-            snapshot.routes = self.routes().await?;
+            snapshot.routes = routes()?;
             self.stale.routes = false;
         }
         if self.stale.neighbours {
-            let neighbours: Vec<_> =
-                collect(self.handle.neighbours().get().execute(), "neighbours").await?;
-            snapshot.neighbours = neighbours.iter().filter_map(neighbour).collect();
+            let all = RouteNetlinkMessage::GetNeighbour(NeighbourMessage::default());
+            snapshot.neighbours = list(all, "neighbours", |it| match it {
+                RouteNetlinkMessage::NewNeighbour(it) => neighbour(&it),
+                _ => None,
+            })?;
         }
         self.stale = Stale::new(false);
         snapshot.strict = strict(snapshot);
         self.read_ports(snapshot)
     }
 
-    async fn read_tables(&self, snapshot: &mut Snapshot) -> Result<()> {
-        let links: Vec<_> = collect(self.handle.link().get().execute(), "links").await?;
-        let qdiscs: Vec<_> = collect(self.handle.qdisc().get().execute(), "qdiscs").await?;
-        let addresses: Vec<_> = collect(self.handle.address().get().execute(), "addresses").await?;
-        snapshot.links = links.iter().filter_map(link).collect();
-        for qdisc in &qdiscs {
-            let index = qdisc.header.index.cast_unsigned();
-            if let Some(link) = snapshot.links.get_mut(&index) {
-                link.queueing.note(qdisc);
+    async fn read_tables(snapshot: &mut Snapshot) -> Result<()> {
+        let mut all = LinkMessage::default();
+        // Counters are half of what a link has to say.
+        all.attributes = vec![LinkAttribute::ExtMask(vec![LinkExtentMask::SkipStats])];
+        let all = RouteNetlinkMessage::GetLink(all);
+        let mut links: BTreeMap<u32, Link> = list(all, "links", |it| match it {
+            RouteNetlinkMessage::NewLink(it) => link(&it),
+            _ => None,
+        })?;
+        let all = RouteNetlinkMessage::GetQueueDiscipline(TcMessage::default());
+        let () = list(all, "qdiscs", |it| {
+            if let RouteNetlinkMessage::NewQueueDiscipline(it) = it
+                && let Some(link) = links.get_mut(&it.header.index.cast_unsigned())
+            {
+                link.queueing.note(&it);
             }
-        }
+            None
+        })?;
+        let all = RouteNetlinkMessage::GetAddress(AddressMessage::default());
+        let addresses = list(all, "addresses", |it| match it {
+            RouteNetlinkMessage::NewAddress(it) => address(&it),
+            _ => None,
+        })?;
+        snapshot.links = links;
         for ifindex in snapshot.carrying_vlans() {
             if let Some(link) = snapshot.links.get_mut(&ifindex) {
                 link.hides_tags = offload::takes_tags_off(&link.name);
             }
         }
-        snapshot.addresses = addresses.iter().filter_map(address).collect();
-        snapshot.rules = self.has_rules().await?;
+        snapshot.addresses = addresses;
+        snapshot.rules = has_rules()?;
         snapshot.policies = xfrm::policies().await?;
         snapshot.forwards = (is_on("ipv4/ip_forward"), is_on("ipv6/conf/all/forwarding"));
         Ok(())
-    }
-
-    async fn routes(&self) -> Result<Routes> {
-        let v4 = RouteMessageBuilder::<Ipv4Addr>::new().build();
-        let v6 = RouteMessageBuilder::<Ipv6Addr>::new().build();
-        let mut all = Vec::new();
-        for wanted in [v4, v6] {
-            let routes: Vec<_> =
-                collect(self.handle.route().get(wanted).execute(), "routes").await?;
-            all.extend(routes.iter().filter_map(route));
-        }
-        Ok(all.into_iter().collect())
     }
 
     /// The ports that bridges have learnt their neighbours' MACs on. Each is asked for by itself: a container may send from any
@@ -252,6 +258,24 @@ impl Reader {
             tracing::debug!("forget neighbour {address}: {error}");
         }
     }
+}
+
+fn routes() -> Result<Routes> {
+    let v4 = RouteMessageBuilder::<Ipv4Addr>::new().build();
+    let v6 = RouteMessageBuilder::<Ipv6Addr>::new().build();
+    let mut all = Routes::default();
+    for wanted in [v4, v6] {
+        let routes: Vec<Route> = list(
+            RouteNetlinkMessage::GetRoute(wanted),
+            "routes",
+            |it| match it {
+                RouteNetlinkMessage::NewRoute(it) => route(&it),
+                _ => None,
+            },
+        )?;
+        all.extend(routes);
+    }
+    Ok(all)
 }
 
 /// The port that a bridge has learnt a MAC on.

@@ -213,10 +213,16 @@ impl Routes {
     }
 }
 
+impl Extend<Route> for Routes {
+    fn extend<T: IntoIterator<Item = Route>>(&mut self, routes: T) {
+        routes.into_iter().for_each(|route| self.insert(route));
+    }
+}
+
 impl FromIterator<Route> for Routes {
     fn from_iter<T: IntoIterator<Item = Route>>(routes: T) -> Self {
         let mut all = Self::default();
-        routes.into_iter().for_each(|route| all.insert(route));
+        all.extend(routes);
         all
     }
 }

@@ -9,13 +9,14 @@ use std::{
 use anyhow::{Context as _, Result};
 use futures_util::StreamExt as _;
 use netlink_packet_route::{
+    AddressFamily, RouteNetlinkMessage,
     route::{RouteAttribute, RouteFlags, RouteMessage},
     rule::{RuleAction, RuleAttribute, RuleFlags, RuleMessage},
 };
-use rtnetlink::{IpVersion, RouteMessageBuilder};
+use rtnetlink::RouteMessageBuilder;
 
 use super::{
-    Answer, Reader, collect,
+    Answer, Reader, list,
     routes::{RT_TABLE_LOCAL, ip, route_and_table},
 };
 
@@ -25,17 +26,21 @@ const LOCAL: (u32, u32) = (0, RT_TABLE_LOCAL);
 const MAIN: (u32, u32) = (32_766, 254);
 const DEFAULT: (u32, u32) = (32_767, 253);
 
-impl Reader {
-    /// Whether other rules than the kernel's own choose routes, for IPv4 and IPv6.
-    pub(super) async fn has_rules(&self) -> Result<(bool, bool)> {
-        let mut has = [false; 2];
-        for (has, version) in has.iter_mut().zip([IpVersion::V4, IpVersion::V6]) {
-            let rules: Vec<_> = collect(self.handle.rule().get(version).execute(), "rules").await?;
-            *has = are_custom(&rules);
-        }
-        Ok((has[0], has[1]))
-    }
+/// Whether other rules than the kernel's own choose routes, for IPv4 and IPv6.
+pub(super) fn has_rules() -> Result<(bool, bool)> {
+    let of = |family| -> Result<bool> {
+        let mut all = RuleMessage::default();
+        all.header.family = family;
+        let rules: Vec<_> = list(RouteNetlinkMessage::GetRule(all), "rules", |it| match it {
+            RouteNetlinkMessage::NewRule(rule) => Some(rule),
+            _ => None,
+        })?;
+        Ok(are_custom(&rules))
+    };
+    Ok((of(AddressFamily::Inet)?, of(AddressFamily::Inet6)?))
+}
 
+impl Reader {
     /// How the kernel reaches an address. `None`: it has no route, or a rule or a route forbids it.
     ///
     /// # Errors
