@@ -9,6 +9,7 @@ use std::{
 use forwarder_tests::{
     daemon::{Daemon, Datapath},
     deadline::wait_for,
+    document::Flow,
     topology::Family,
     traffic::{Protocol, ask, ask_by},
 };
@@ -102,4 +103,51 @@ fn a_conversation_with_another_source_port_keeps_it() {
         assert_eq!(asks(8081, "later"), seen);
     }
     scene.stop();
+}
+
+/// Programs read the kernel's own clocks, whichever the namespace shows the daemon.
+fn flows_and_bans_last_as_long_in_a_time_namespace(ahead: [&str; 2]) {
+    let [monotonic, boot] = ahead;
+    let wrapper = [
+        "unshare",
+        "--time",
+        "--monotonic",
+        monotonic,
+        "--boottime",
+        boot,
+    ];
+    let timeouts = ["--timeout", "tcp-established=1h"];
+    let scene = Scene::tcp().wrapped(&wrapper).flags(&timeouts).start();
+    let mut connection = scene.connect();
+    connection.ask("before").unwrap();
+    wait_for(
+        "a flow that is silent for longer than a sweep takes",
+        || {
+            let flows: Vec<Flow> = scene.daemon.document(&["flows"]).ok()?;
+            flows
+                .iter()
+                .any(|flow| flow.idle_seconds >= 3)
+                .then_some(())
+        },
+    )
+    .unwrap();
+    connection.ask("after").unwrap();
+
+    let client = scene.topology.client_address(Family::V4).to_string();
+    let daemon = &scene.daemon;
+    daemon.control(&["ban", &client, "--for", "1h"]).unwrap();
+    assert!(scene.ask("hello").is_err(), "it is banned");
+    daemon.control(&["ban", &client, "--for", "2s"]).unwrap();
+    wait_for("the end of the ban", || scene.ask("hello").ok()).unwrap();
+    scene.stop();
+}
+
+#[test]
+fn flows_and_bans_last_as_long_in_a_time_namespace_that_is_ahead() {
+    flows_and_bans_last_as_long_in_a_time_namespace(["1000000", "2000000"]);
+}
+
+#[test]
+fn flows_and_bans_last_as_long_in_a_time_namespace_that_is_behind() {
+    flows_and_bans_last_as_long_in_a_time_namespace(["-600", "-900"]);
 }

@@ -74,6 +74,7 @@ pub struct Flow {
     pub publish: u64,
     pub protocol: String,
     pub client: String,
+    pub idle_seconds: u64,
     pub frontend: String,
     pub source: String,
     pub backend: String,

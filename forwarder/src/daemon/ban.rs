@@ -1,6 +1,6 @@
 //! Bans: put in force on both paths, kept over restarts, and taken away when their time is over.
 
-use std::{collections::BTreeSet, net::IpAddr, path::Path, time::SystemTime};
+use std::{collections::BTreeSet, net::IpAddr, path::Path};
 
 use anyhow::Result;
 use forwarder_common::{flow::state, publish::ban};
@@ -14,12 +14,12 @@ use crate::{
         api::{Ban, NamedPublish},
     },
     datapath::{
-        maps::{FlowTables, boot_time},
+        maps::FlowTables,
         resets::{self, Resets},
     },
     publish::{
         Bans, Id, allow,
-        bans::{self, Banned, BansFile, NotBanned, Until},
+        bans::{self, Banned, BansFile, NotBanned},
     },
 };
 
@@ -93,6 +93,11 @@ impl Daemon {
 
     /// Takes away what is over. The kernel heeds the time itself.
     pub(super) fn expire_bans(&mut self) {
+        if let Some(file) = &mut self.bans_file
+            && let Err(error) = file.follow_clock(&self.idle.bans())
+        {
+            warn!("the file of bans has times of the clock before it was set: {error:#}");
+        }
         let over = self.idle.bans().over(|id| self.registry.get(id).is_some());
         self.take_away(over);
     }
@@ -157,7 +162,7 @@ impl Daemon {
             Some((place, banned.network))
         };
         let new = change.new.iter();
-        let new = new.filter_map(|(banned, until)| Some((at(banned)?, boot(*until))));
+        let new = new.filter_map(|(banned, until)| Some((at(banned)?, *until)));
         datapath.maps.ban_all(&new.collect::<Vec<_>>())?;
         let gone: Vec<_> = change.gone.iter().filter_map(at).collect();
         datapath.maps.unban_all(&gone)
@@ -180,13 +185,6 @@ pub(super) fn end_banned(tables: &mut FlowTables, banned: Vec<Banned>, view: &Vi
     end_of(tables, |client, place| {
         bans.has(client, view.id(place).unwrap_or_default())
     })
-}
-
-/// When a ban ends by CLOCK_BOOTTIME.
-pub(super) fn boot(until: Until) -> Option<u64> {
-    let left = until?.duration_since(SystemTime::now()).unwrap_or_default();
-    let left = u64::try_from(left.as_nanos()).unwrap_or(u64::MAX);
-    Some(boot_time().saturating_add(left))
 }
 
 /// Ends every flow of sources that are banned from its publish. Both ends of a connection are told, and what goes on of it is dropped with the source.

@@ -11,7 +11,7 @@ use forwarder_common::{
 use tracing::{debug, info, warn};
 
 use super::{
-    Daemon, ban,
+    Daemon,
     view::{Row, delivery_name},
 };
 use crate::{
@@ -90,7 +90,7 @@ impl Daemon {
                 let bans = self.idle.bans();
                 let bans = bans
                     .of(id)
-                    .map(|(network, until)| ((serving.row.index, network), ban::boot(until)));
+                    .map(|(network, until)| ((serving.row.index, network), until));
                 let bans: Vec<_> = bans.collect();
                 if !bans.is_empty() {
                     datapath.maps.ban_all(&bans)?;

@@ -40,7 +40,7 @@ use crate::{
     proxy::{self, Idle, Meant, Meter},
     publish::{
         Holder, Id, Owner, Wanted,
-        bans::{Banned, Until},
+        bans::{self, Banned, Until},
         spec::{Ports, Zone},
     },
 };
@@ -411,10 +411,9 @@ impl Observe for Arc<View> {
         let bans = bans
             .into_iter()
             .map(|(Banned { publish, network }, until)| {
-                let until = until.and_then(|until| until.duration_since(UNIX_EPOCH).ok());
                 Ok(Ban {
                     network,
-                    until: until.map(|until| until.as_secs()),
+                    until: until.map(bans::seconds),
                     publish: publish.map(NamedPublish::Id),
                 })
             });

@@ -6,20 +6,39 @@ use std::{
     net::IpAddr,
     path::Path,
     str::FromStr,
-    time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
 use anyhow::{Context as _, Result};
 use ipnet::IpNet;
 
 use super::{Id, journal::Journal};
+use crate::clock;
 
-/// When a ban ends; `None`: never.
-pub type Until = Option<SystemTime>;
+const SECOND: i128 = 1_000_000_000;
 
-/// The time that is so many seconds after the epoch; one that no clock gets to is never.
+/// When a ban ends, in nanoseconds of [`clock::boot`]; `None`: never. So it lasts as long as it was meant to when somebody sets
+/// the clock, in user space as in the kernel.
+pub type Until = Option<u64>;
+
+/// The time that is so many seconds after the epoch, as the clock is now; one that no clock gets to is never.
 pub fn until(seconds: u64) -> Until {
-    UNIX_EPOCH.checked_add(Duration::from_secs(seconds))
+    until_by(seconds, clock::booted())
+}
+
+fn until_by(seconds: u64, booted: i128) -> Until {
+    let until = i128::from(seconds) * SECOND - booted;
+    u64::try_from(until.max(0)).ok()
+}
+
+/// The seconds since the epoch at which a ban ends, as the clock is now.
+pub fn seconds(until: u64) -> u64 {
+    seconds_by(until, clock::booted())
+}
+
+/// Rounded: the two clocks are read one after the other.
+fn seconds_by(until: u64, booted: i128) -> u64 {
+    let seconds = (i128::from(until) + booted + SECOND / 2) / SECOND;
+    u64::try_from(seconds).unwrap_or_default()
 }
 
 /// What is banned: a source, from a publish or from all of them.
@@ -207,13 +226,17 @@ const fn length(network: IpNet) -> (bool, u8) {
 }
 
 fn lasts(until: Until) -> bool {
-    until.is_none_or(|until| until > SystemTime::now())
+    until.is_none_or(|until| until > clock::boot())
 }
 
 /// The file with the bans. A line is a change, of bans with commas in between: the network, the second since the epoch at which its
 /// ban ends (`-`: never), and the publish, if it is of one. With `!` in front it is a ban that was taken back.
 #[derive(Debug)]
-pub struct BansFile(Journal);
+pub struct BansFile {
+    journal: Journal,
+    /// [`clock::booted`] when its times were written.
+    booted: i128,
+}
 
 /// What a line says of one ban.
 struct Entry(Banned, Option<Until>);
@@ -225,9 +248,8 @@ impl fmt::Display for Entry {
             f.write_str("!")?;
         }
         write!(f, "{network}")?;
-        let until = until.flatten();
-        match until.and_then(|until| until.duration_since(UNIX_EPOCH).ok()) {
-            Some(until) => write!(f, " {}", until.as_secs())?,
+        match until.flatten() {
+            Some(until) => write!(f, " {}", seconds(until))?,
             None => f.write_str(" -")?,
         }
         publish.map_or(Ok(()), |id| write!(f, " {id}"))
@@ -287,7 +309,8 @@ impl BansFile {
             gone: over,
             ..Change::default()
         });
-        Ok((Self(journal), bans))
+        let booted = clock::booted();
+        Ok((Self { journal, booted }, bans))
     }
 
     /// Writes a change of these; on return it is on the disk.
@@ -309,16 +332,36 @@ impl BansFile {
             return Ok(());
         }
         line.push('\n');
-        self.0.add(&line, || {
+        self.journal.add(&line, || {
             let mut after = before.clone();
             after.apply(change);
-            let mut whole = String::new();
-            for (banned, until) in after.iter() {
-                writeln!(whole, "{}", Entry(banned, Some(until)))?;
-            }
-            Ok(whole)
+            whole(&after)
         })
     }
+
+    /// Writes the times anew, which are those of the clock, if somebody has set that.
+    ///
+    /// # Errors
+    /// As [`Self::write`].
+    pub fn follow_clock(&mut self, bans: &Bans) -> Result<()> {
+        let booted = clock::booted();
+        if (booted - self.booted).abs() < SECOND {
+            return Ok(());
+        }
+        if bans.iter().any(|(_, until)| until.is_some()) {
+            self.journal.replace(&whole(bans)?)?;
+        }
+        self.booted = booted;
+        Ok(())
+    }
+}
+
+fn whole(bans: &Bans) -> Result<String> {
+    let mut whole = String::new();
+    for (banned, until) in bans.iter() {
+        writeln!(whole, "{}", Entry(banned, Some(until)))?;
+    }
+    Ok(whole)
 }
 
 #[cfg(test)]
@@ -360,8 +403,8 @@ mod tests {
 
     #[test]
     fn a_source_is_banned_by_its_address_or_its_network_until_that_is_over() {
-        let past = Some(SystemTime::now() - Duration::from_secs(1));
-        let future = Some(SystemTime::now() + Duration::from_secs(60));
+        let past = Some(clock::boot() - 1_000_000_000);
+        let future = Some(clock::boot() + 60_000_000_000);
         let bans = banned(vec![
             (from_all("192.0.2.7/32"), None),
             (from_all("2001:db8::/32"), future),
@@ -384,8 +427,28 @@ mod tests {
     }
 
     #[test]
+    fn a_ban_lasts_as_long_as_it_was_meant_to_when_somebody_sets_the_clock() {
+        let (booted, year) = (50 * SECOND, 31_536_000);
+        let until = until_by(3600, booted).unwrap();
+        assert_eq!(
+            until, 3_550_000_000_000,
+            "an hour after the epoch, 50 s before it the machine began"
+        );
+        assert_eq!(seconds_by(until, booted), 3600);
+        let set = booted + i128::from(year) * SECOND;
+        assert_eq!(seconds_by(until, set), 3600 + year);
+        assert_eq!(
+            seconds_by(until, set + 900),
+            3600 + year,
+            "the clocks are read one after the other"
+        );
+        assert_eq!(until_by(1, booted), Some(0), "before it began");
+        assert_eq!(until_by(u64::MAX, booted), None);
+    }
+
+    #[test]
     fn a_change_can_be_taken_back() {
-        let future = Some(SystemTime::now() + Duration::from_secs(60));
+        let future = Some(clock::boot() + 60_000_000_000);
         let before = banned(vec![
             (from_all("192.0.2.7/32"), None),
             (from_one("192.0.2.7/32", 3), future),
@@ -411,7 +474,7 @@ mod tests {
         let state =
             std::env::temp_dir().join(format!("forwarder-bans-{}.json", std::process::id()));
         let (mut file, mut bans) = BansFile::open(&state).expect("opened");
-        let end = Some(UNIX_EPOCH + Duration::from_secs(40_000_000_000));
+        let end = until(15_000_000_000);
         let many =
             (0..4000).map(|at| (from_all(&format!("10.0.{}.{}/32", at / 250, at % 250)), end));
         let changes = [
@@ -435,11 +498,12 @@ mod tests {
             file.write(&change, &bans).expect("written");
             bans.apply(&change);
             let (_, read) = BansFile::open(&state).expect("read");
-            let all = |bans: &Bans| bans.iter().collect::<BTreeMap<_, _>>();
+            let in_seconds = |(it, until): (Banned, Until)| (it, until.map(seconds));
+            let all = |bans: &Bans| bans.iter().map(in_seconds).collect::<BTreeMap<_, _>>();
             assert_eq!(all(&read), all(&bans));
         }
-        let text = std::fs::read_to_string(file.0.path()).expect("read");
-        assert!(text.contains("\n192.0.2.7/32 -,10.0.0.7/32 40000000000 9,!10.0.0.7/32 -\n"));
-        std::fs::remove_file(file.0.path()).expect("removed");
+        let text = std::fs::read_to_string(file.journal.path()).expect("read");
+        assert!(text.contains("\n192.0.2.7/32 -,10.0.0.7/32 15000000000 9,!10.0.0.7/32 -\n"));
+        std::fs::remove_file(file.journal.path()).expect("removed");
     }
 }

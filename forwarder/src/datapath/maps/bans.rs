@@ -22,6 +22,7 @@ use super::{
     install::{Network, trie_key},
     mirror::{Mirror, Store, Table},
 };
+use crate::clock;
 
 const BANNED: Table = Table {
     name: "BANNED",
@@ -250,12 +251,7 @@ impl Maps {
 
 /// CLOCK_BOOTTIME in nanoseconds, by which bans end: it goes on while the machine sleeps.
 pub fn boot_time() -> u64 {
-    nix::time::clock_gettime(nix::time::ClockId::CLOCK_BOOTTIME)
-        .map(|time| {
-            let nanoseconds = std::time::Duration::from(time).as_nanos();
-            u64::try_from(nanoseconds).unwrap_or(u64::MAX)
-        })
-        .unwrap_or(0)
+    clock::boot()
 }
 
 /// Whether a network of bans has an address; for those who decide on flows that exist.
