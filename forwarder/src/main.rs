@@ -253,11 +253,11 @@ fn run(command: Command, instance: Instance, client: &Client) -> Result<()> {
             let is_local = |address| is_local(address).unwrap_or(false);
             loops::refuse_loops(std::iter::empty(), &specs, is_local)
                 .with_context(|| file.display().to_string())?;
-            let publishes = config.configured.len();
-            print(&format!(
-                "{}: {publishes} publishes, no mistake",
-                file.display()
-            ))
+            let publishes = match config.configured.len() {
+                1 => "1 publish".into(),
+                many => format!("{many} publishes"),
+            };
+            print(&format!("{}: {publishes}, no mistake", file.display()))
         }
         Command::Reload => {
             let none: Option<&()> = None;

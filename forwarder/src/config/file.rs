@@ -2,7 +2,7 @@
 //! column.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     fs, io,
     net::SocketAddr,
     ops::Range,
@@ -16,7 +16,7 @@ use toml::Spanned;
 use super::{DatapathChoice, Timeout, XdpChoice};
 use crate::{
     control::api::Asked,
-    publish::{ProxyProtocol, Publish, allow},
+    publish::{Id, ProxyProtocol, Publish, allow, registry::Frontends},
 };
 
 /// What the files say; what they leave out, flags or defaults decide.
@@ -128,9 +128,10 @@ pub fn read(file: &Path) -> Result<FileConfig, FileError> {
     others.sort();
     files.extend(others);
     let mut config = FileConfig::default();
+    let mut taken = Frontends::default();
     for file in files {
         let text = fs::read_to_string(&file).map_err(|error| unreadable(&file, &error))?;
-        add(&mut config, &Source { file, text })?;
+        add(&mut config, &mut taken, &Source { file, text })?;
     }
     Ok(config)
 }
@@ -143,7 +144,8 @@ fn unreadable(path: &Path, error: &io::Error) -> FileError {
     }
 }
 
-fn add(config: &mut FileConfig, source: &Source) -> Result<(), FileError> {
+/// Adds what one file says. `taken` has the places in `config` of all publishes.
+fn add(config: &mut FileConfig, taken: &mut Frontends, source: &Source) -> Result<(), FileError> {
     let written: Written = toml::from_str(&source.text).map_err(|error| {
         let problem = error.message().replace('\n', " ");
         source.error(error.span(), problem)
@@ -152,17 +154,15 @@ fn add(config: &mut FileConfig, source: &Source) -> Result<(), FileError> {
         let span = asked.span();
         let publish = Publish::try_from(asked.into_inner());
         let publish = publish.map_err(|problem| source.error(Some(span.clone()), problem))?;
-        let other = config
-            .publishes
-            .iter()
-            .find(|other| other.spec.overlaps(&publish.spec));
-        if let Some(other) = other {
+        let other = taken.overlap(&publish.spec, &BTreeSet::new());
+        if let Some(other) = other.and_then(|at| config.publishes.get(at as usize)) {
             let problem = format!(
                 "publish {}: overlaps with {}; choose other ports",
                 publish.spec, other.spec
             );
             return Err(source.error(Some(span), problem));
         }
+        taken.insert(&publish.spec, config.publishes.len() as Id);
         config.publishes.push(publish);
     }
     for (name, time) in written.timeout {
@@ -248,7 +248,7 @@ mod tests {
             file: "forwarder.toml".into(),
             text: text.into(),
         };
-        add(&mut config, &source).map_err(|error| error.to_string())?;
+        add(&mut config, &mut Frontends::default(), &source).map_err(|error| error.to_string())?;
         Ok(config)
     }
 
@@ -336,6 +336,19 @@ mod tests {
                 "{text}: {error}"
             );
         }
+    }
+
+    /// To compare each with all others took minutes.
+    #[test]
+    fn as_many_publishes_as_there_are_ports_are_read() {
+        let all = (1..=u16::MAX).map(|port| format!("\"{port}:10.0.0.2:{port}\",\n"));
+        let all: String = all.collect();
+        let config = parse(&format!("publish = [\n{all}]")).expect("no mistake");
+        assert_eq!(config.publishes.len(), 65_535);
+        let error = parse(&format!("publish = [\n{all}\"127.0.0.1:700:10.0.0.3:80\"]"));
+        let error = error.expect_err("an overlap");
+        let words = "publish 127.0.0.1:700:10.0.0.3:80/tcp: overlaps with 700:10.0.0.2:700/tcp; choose other ports";
+        assert_eq!(error, format!("forwarder.toml:65537:1: {words}"));
     }
 
     #[test]

@@ -112,10 +112,10 @@ fn at(spec: &Spec, address: IpAddr) -> Place {
 
 /// Frontends by place and first port. Those of one place never overlap.
 #[derive(Clone, Debug, Default)]
-struct Frontends(HashMap<Place, BTreeMap<u16, (u16, Id)>>);
+pub struct Frontends(HashMap<Place, BTreeMap<u16, (u16, Id)>>);
 
 impl Frontends {
-    fn insert(&mut self, spec: &Spec, id: Id) {
+    pub fn insert(&mut self, spec: &Spec, id: Id) {
         for address in spec.frontends() {
             let place = self.0.entry(at(spec, address)).or_default();
             place.insert(spec.ports.first, (spec.ports.last, id));
@@ -135,7 +135,7 @@ impl Frontends {
     }
 
     /// A publish, not of `except`, that has a port which the spec wants.
-    fn overlap(&self, spec: &Spec, except: &BTreeSet<Id>) -> Option<Id> {
+    pub fn overlap(&self, spec: &Spec, except: &BTreeSet<Id>) -> Option<Id> {
         let has = |place: &BTreeMap<u16, (u16, Id)>| {
             let Ports { first, last } = spec.ports;
             let mut below = place.range(..=last).rev();
