@@ -26,7 +26,7 @@ use std::{
     collections::HashMap,
     io,
     net::{IpAddr, SocketAddr},
-    os::fd::{BorrowedFd, RawFd},
+    os::fd::{BorrowedFd, OwnedFd, RawFd},
     sync::{
         Arc, Mutex, MutexGuard, OnceLock, PoisonError, RwLock,
         atomic::{
@@ -213,6 +213,8 @@ pub struct Proxy {
     idle: Idle,
     /// Descriptors of the sockets, while they wait.
     waiting: Vec<RawFd>,
+    /// The sockets once more, if they serve one device alone: it may come back as another.
+    on: Vec<OwnedFd>,
     ports: Option<Reserved>,
 }
 
@@ -224,6 +226,13 @@ impl Proxy {
     pub fn start(held: Held, spec: Arc<Spec>, options: Options, idle: &Idle) -> io::Result<Self> {
         let sockets: Vec<BorrowedFd<'_>> = held.sockets().collect();
         idle.common().store.keep(&options.name, &sockets);
+        let on = match options.limits.ifindex {
+            0 => Vec::new(),
+            _ => sockets
+                .iter()
+                .map(|socket| socket.try_clone_to_owned())
+                .collect::<io::Result<_>>()?,
+        };
         let now = Now {
             spec: spec.clone(),
             allow: options.allow,
@@ -273,8 +282,9 @@ impl Proxy {
             ports: Some(
                 idle.common()
                     .budget
-                    .keep((tcp.len() + udp.len() + sctp.len()) as u64),
+                    .keep((tcp.len() + udp.len() + sctp.len() + on.len()) as u64),
             ),
+            on,
         };
         let ports = shared.spec.ports;
         idle.common().chains.publish(ports.first..=ports.last);
@@ -307,6 +317,16 @@ impl Proxy {
             proxy_protocol: options.proxy_protocol,
             limits: options.limits,
         };
+    }
+
+    /// Serves only what comes by a device, in place of the one before.
+    ///
+    /// # Errors
+    /// There is no such device, or CAP_NET_RAW is missing.
+    pub fn only_on(&self, device: &str) -> io::Result<()> {
+        self.on
+            .iter()
+            .try_for_each(|socket| sockets::bind_to(socket, device))
     }
 
     /// Ends the conversations of what drains.
@@ -343,6 +363,7 @@ impl Proxy {
     /// Gives the ports back; on return they are free, but for [`Idle::settle`]. What drains can be stopped again.
     pub async fn stop(&mut self, how: Stop) {
         self.shared.stop(how);
+        self.on.clear();
         self.remove_waiting();
         let used = self.shared.used.get();
         let serving = used.map(|used| std::mem::take(&mut *used.serving()));

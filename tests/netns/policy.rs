@@ -432,6 +432,45 @@ fn clients_come_by_the_interface_that_was_asked_for() {
     }
 }
 
+/// As a tunnel or PPP does when it was down.
+#[test]
+fn an_interface_that_comes_back_as_another_device_is_the_one_that_was_asked_for() {
+    for datapath in BOTH {
+        let scene = Scene::tcp().idle().by(datapath).start();
+        let (topology, daemon) = scene.parts();
+        let (host, far) = (&topology.host, Netns::new("far").unwrap());
+        let appears = || {
+            let pair = format!(
+                "link add again0 type veth peer name far0 netns {}",
+                far.path()
+            );
+            let here = "link set again0 up\naddress add 192.0.2.1/24 dev again0";
+            host.ip(&format!("{pair}\n{here}")).unwrap();
+            let there = "link set far0 up\naddress add 192.0.2.2/24 dev far0";
+            far.ip(&format!("{there}\nroute add default via 192.0.2.1"))
+                .unwrap();
+        };
+        let frontend = SocketAddr::from(([192, 0, 2, 1], PORT));
+        appears();
+        daemon
+            .control(&["publish", scene.spec(), "--on", "again0"])
+            .unwrap();
+        wait_until("clients by it", || connects(&far, frontend));
+        host.ip("link delete again0").unwrap();
+        appears();
+        wait_until("clients by the new one", || connects(&far, frontend));
+        assert!(
+            !connects(&topology.client, scene.frontend()),
+            "{datapath:?}"
+        );
+        let local = SocketAddr::new(Family::V4.localhost(), PORT);
+        assert!(!connects(host, local), "{datapath:?}");
+        daemon.control(&["unpublish", scene.spec()]).unwrap();
+        daemon.control(&["publish", scene.spec()]).unwrap();
+        scene.stop();
+    }
+}
+
 #[test]
 fn bandwidth_is_what_was_asked_for_in_user_space() {
     let scene = limited(Datapath::Userland, &["--bandwidth", "8Mbit"]);

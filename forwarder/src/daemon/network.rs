@@ -12,7 +12,7 @@ use forwarder_common::{
     flow::delivery,
     publish::{Interface, flag},
 };
-use nix::net::if_::if_indextoname;
+use nix::net::if_::{if_indextoname, if_nametoindex};
 use tokio::time::Instant;
 use tracing::{debug, info, warn};
 
@@ -191,6 +191,7 @@ impl Daemon {
     /// # Errors
     /// The network cannot be read.
     pub(super) async fn heal(&mut self) -> Result<()> {
+        self.follow_interfaces()?;
         self.install_refused()?;
         let Some(datapath) = &mut self.datapath else {
             return Ok(());
@@ -236,6 +237,33 @@ impl Daemon {
             info!("our program is attached to {} again", link.name);
         }
         self.refresh().await
+    }
+
+    /// What is published by one interface alone goes by the device that has the name now: a tunnel that was down comes back as
+    /// another one. Without any, it stays where it was.
+    fn follow_interfaces(&mut self) -> Result<()> {
+        let mut moved = Vec::new();
+        for (id, serving) in &mut self.serving {
+            let publish = &serving.row.wanted.publish;
+            let Some(name) = publish.policy.limits.on.as_deref() else {
+                continue;
+            };
+            let Ok(ifindex) = if_nametoindex(name) else {
+                continue;
+            };
+            if std::mem::replace(&mut serving.limits.ifindex, ifindex) == ifindex {
+                continue;
+            }
+            let followed = serving.proxy.as_ref().map_or(Ok(()), |it| it.only_on(name));
+            if let Err(error) = followed {
+                let spec = &publish.spec;
+                warn!(
+                    "{name} is another device now, which the proxy does not serve {spec} on: {error}"
+                );
+            }
+            moved.push(*id);
+        }
+        moved.into_iter().try_for_each(|id| self.install(id))
     }
 
     /// Publishes that an IPsec policy covers: flows that were begun before would go round it.

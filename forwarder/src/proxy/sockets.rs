@@ -5,7 +5,7 @@ use std::{
     collections::{BTreeMap, BTreeSet},
     fs, io,
     net::{IpAddr, SocketAddr, SocketAddrV6},
-    os::fd::{AsFd as _, BorrowedFd, OwnedFd},
+    os::fd::{AsFd, BorrowedFd, OwnedFd},
     sync::{Mutex, MutexGuard, PoisonError},
 };
 
@@ -101,6 +101,12 @@ const BACKLOG: i32 = 4096;
 /// Descriptors that are kept for everything else.
 const SPARE: u64 = 256;
 
+/// # Errors
+/// There is no such device; or the socket was bound to another, and CAP_NET_RAW is missing.
+pub(super) fn bind_to(socket: &impl AsFd, device: &str) -> io::Result<()> {
+    SockRef::from(socket).bind_device(Some(device.as_bytes()))
+}
+
 impl Held {
     /// Binds every frontend address and port, or none; but takes the sockets of `given` that are bound to what is wanted already.
     ///
@@ -184,7 +190,7 @@ impl Held {
     /// There is no such device.
     pub fn only_on(&self, device: &str) -> io::Result<()> {
         let mut all = self.sockets();
-        all.try_for_each(|socket| SockRef::from(&socket).bind_device(Some(device.as_bytes())))
+        all.try_for_each(|socket| bind_to(&socket, device))
     }
 
     /// All of them.
