@@ -213,7 +213,9 @@ pub struct Proxy {
     idle: Idle,
     /// Descriptors of the sockets, while they wait.
     waiting: Vec<RawFd>,
-    /// The sockets once more, if they serve one device alone: it may come back as another.
+    /// The only device that is served; 0 for all.
+    device: u32,
+    /// The sockets once more, if there is one: it may come back as another.
     on: Vec<OwnedFd>,
     ports: Option<Reserved>,
 }
@@ -226,7 +228,11 @@ impl Proxy {
     pub fn start(held: Held, spec: Arc<Spec>, options: Options, idle: &Idle) -> io::Result<Self> {
         let sockets: Vec<BorrowedFd<'_>> = held.sockets().collect();
         idle.common().store.keep(&options.name, &sockets);
-        let on = match options.limits.ifindex {
+        let device = match (options.limits.ifindex, &spec.zone) {
+            (0, Some(zone)) => sockets::scope(zone).unwrap_or_default(),
+            (device, _) => device,
+        };
+        let on = match device {
             0 => Vec::new(),
             _ => sockets
                 .iter()
@@ -284,6 +290,7 @@ impl Proxy {
                     .budget
                     .keep((tcp.len() + udp.len() + sctp.len() + on.len()) as u64),
             ),
+            device,
             on,
         };
         let ports = shared.spec.ports;
@@ -319,14 +326,16 @@ impl Proxy {
         };
     }
 
-    /// Serves only what comes by a device, in place of the one before.
+    /// Serves only what comes by a device, if it is another than before.
     ///
     /// # Errors
     /// There is no such device, or CAP_NET_RAW is missing.
-    pub fn only_on(&self, device: &str) -> io::Result<()> {
-        self.on
-            .iter()
-            .try_for_each(|socket| sockets::bind_to(socket, device))
+    pub fn only_on(&mut self, name: &str, device: u32) -> io::Result<()> {
+        if std::mem::replace(&mut self.device, device) == device {
+            return Ok(());
+        }
+        let mut on = self.on.iter();
+        on.try_for_each(|socket| sockets::bind_to(socket, name))
     }
 
     /// Ends the conversations of what drains.

@@ -2,7 +2,7 @@
 
 use std::{
     io::{Read as _, Write as _},
-    net::{IpAddr, SocketAddr, TcpStream, UdpSocket},
+    net::{IpAddr, SocketAddr, SocketAddrV6, TcpStream, UdpSocket},
     process::Stdio,
     time::{Duration, Instant},
 };
@@ -432,6 +432,25 @@ fn clients_come_by_the_interface_that_was_asked_for() {
     }
 }
 
+/// A pair of devices between the host and another network namespace. Each has addresses of both families.
+fn pair(host: &Netns, far: &Netns) {
+    let both = format!(
+        "link add again0 type veth peer name far0 netns {}",
+        far.path()
+    );
+    let addresses = |device, last| {
+        format!(
+            "link set {device} up\n\
+             addr add 192.0.2.{last}/24 dev {device}\n\
+             addr add fe80::{last}/64 dev {device} nodad\n"
+        )
+    };
+    host.ip(&format!("{both}\n{}", addresses("again0", 1)))
+        .unwrap();
+    let way = "route add default via 192.0.2.1";
+    far.ip(&format!("{}{way}", addresses("far0", 2))).unwrap();
+}
+
 /// As a tunnel or PPP does when it was down.
 #[test]
 fn an_interface_that_comes_back_as_another_device_is_the_one_that_was_asked_for() {
@@ -439,25 +458,13 @@ fn an_interface_that_comes_back_as_another_device_is_the_one_that_was_asked_for(
         let scene = Scene::tcp().idle().by(datapath).start();
         let (topology, daemon) = scene.parts();
         let (host, far) = (&topology.host, Netns::new("far").unwrap());
-        let appears = || {
-            let pair = format!(
-                "link add again0 type veth peer name far0 netns {}",
-                far.path()
-            );
-            let here = "link set again0 up\naddress add 192.0.2.1/24 dev again0";
-            host.ip(&format!("{pair}\n{here}")).unwrap();
-            let there = "link set far0 up\naddress add 192.0.2.2/24 dev far0";
-            far.ip(&format!("{there}\nroute add default via 192.0.2.1"))
-                .unwrap();
-        };
         let frontend = SocketAddr::from(([192, 0, 2, 1], PORT));
-        appears();
-        daemon
-            .control(&["publish", scene.spec(), "--on", "again0"])
-            .unwrap();
+        pair(host, &far);
+        let on = ["publish", scene.spec(), "--on", "again0"];
+        daemon.control(&on).unwrap();
         wait_until("clients by it", || connects(&far, frontend));
         host.ip("link delete again0").unwrap();
-        appears();
+        pair(host, &far);
         wait_until("clients by the new one", || connects(&far, frontend));
         assert!(
             !connects(&topology.client, scene.frontend()),
@@ -465,10 +472,34 @@ fn an_interface_that_comes_back_as_another_device_is_the_one_that_was_asked_for(
         );
         let local = SocketAddr::new(Family::V4.localhost(), PORT);
         assert!(!connects(host, local), "{datapath:?}");
-        daemon.control(&["unpublish", scene.spec()]).unwrap();
-        daemon.control(&["publish", scene.spec()]).unwrap();
         scene.stop();
     }
+}
+
+#[test]
+fn a_link_local_address_is_served_on_the_device_that_comes_back() {
+    let scene = Scene::of(Family::V6, Protocol::Tcp).and_udp();
+    let scene = scene.by(Datapath::Userland).idle().start();
+    let (topology, daemon) = scene.parts();
+    let (host, far) = (&topology.host, Netns::new("far").unwrap());
+    let backend = SocketAddr::new(topology.backend.address(Family::V6), BACKEND_PORT);
+    pair(host, &far);
+    for protocol in ["tcp", "udp"] {
+        let spec = format!("[fe80::1%again0]:{PORT}:{backend}/{protocol}");
+        daemon.control(&["publish", &spec]).unwrap();
+    }
+    let is_served = || {
+        let scope = far.enter(|| nix::net::if_::if_nametoindex("far0").unwrap());
+        let address = "fe80::1".parse().unwrap();
+        let frontend = SocketAddr::from(SocketAddrV6::new(address, PORT, 0, scope));
+        let ask = |protocol| ask(&far, protocol, frontend, "hello");
+        connects(&far, frontend) && ask(Protocol::Udp).is_ok()
+    };
+    wait_until("clients by it", is_served);
+    host.ip("link delete again0").unwrap();
+    pair(host, &far);
+    wait_until("clients by the new one", is_served);
+    scene.stop();
 }
 
 #[test]

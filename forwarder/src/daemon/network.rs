@@ -28,7 +28,7 @@ use crate::{
     },
     network::{Event, Events, Header, Reader, Snapshot, containers::Watch},
     plan::{self, Unattached, locations},
-    publish::Id,
+    publish::{Id, Publish, spec::Zone},
 };
 
 /// A backend that does not answer is asked for again after this time.
@@ -239,29 +239,33 @@ impl Daemon {
         self.refresh().await
     }
 
-    /// What is published by one interface alone goes by the device that has the name now: a tunnel that was down comes back as
-    /// another one. Without any, it stays where it was.
+    /// What is published by one interface alone, or by a link-local address, goes by the device that has the name now: a tunnel
+    /// that was down comes back as another one. Without any, it stays where it was.
     fn follow_interfaces(&mut self) -> Result<()> {
         let mut moved = Vec::new();
         for (id, serving) in &mut self.serving {
-            let publish = &serving.row.wanted.publish;
-            let Some(name) = publish.policy.limits.on.as_deref() else {
+            let Publish { spec, policy, .. } = &*serving.row.wanted.publish;
+            let on = policy.limits.on.as_deref();
+            let zone = spec.zone.as_ref().map(Zone::as_str);
+            let Some(name) = on.or(zone.filter(|zone| zone.parse::<u32>().is_err())) else {
                 continue;
             };
             let Ok(ifindex) = if_nametoindex(name) else {
                 continue;
             };
-            if std::mem::replace(&mut serving.limits.ifindex, ifindex) == ifindex {
-                continue;
-            }
-            let followed = serving.proxy.as_ref().map_or(Ok(()), |it| it.only_on(name));
+            let followed = serving
+                .proxy
+                .as_mut()
+                .map_or(Ok(()), |it| it.only_on(name, ifindex));
             if let Err(error) = followed {
-                let spec = &publish.spec;
                 warn!(
                     "{name} is another device now, which the proxy does not serve {spec} on: {error}"
                 );
             }
-            moved.push(*id);
+            if on.is_some() && serving.limits.ifindex != ifindex {
+                serving.limits.ifindex = ifindex;
+                moved.push(*id);
+            }
         }
         moved.into_iter().try_for_each(|id| self.install(id))
     }

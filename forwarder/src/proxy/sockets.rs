@@ -319,11 +319,17 @@ pub(super) fn scoped(address: IpAddr, zone: Option<&Zone>, port: u16) -> io::Res
     let (IpAddr::V6(v6), Some(zone)) = (address, zone) else {
         return Ok(SocketAddr::new(address, port));
     };
-    let scope = match zone.as_str().parse() {
-        Ok(index) => index,
-        Err(_) => nix::net::if_::if_nametoindex(zone.as_str())?,
-    };
+    let scope = scope(zone)?;
     Ok(SocketAddrV6::new(v6, port, 0, scope).into())
+}
+
+/// # Errors
+/// There is no such device.
+pub(super) fn scope(zone: &Zone) -> io::Result<u32> {
+    match zone.as_str().parse() {
+        Ok(index) => Ok(index),
+        Err(_) => Ok(nix::net::if_::if_nametoindex(zone.as_str())?),
+    }
 }
 
 /// A socket of an address's family alone, that does not block.
