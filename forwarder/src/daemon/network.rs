@@ -243,6 +243,7 @@ impl Daemon {
     /// that was down comes back as another one. Without any, it stays where it was.
     fn follow_interfaces(&mut self) -> Result<()> {
         let mut moved = Vec::new();
+        let mut devices: HashMap<String, Option<u32>> = HashMap::new();
         for (id, serving) in &mut self.serving {
             let Publish { spec, policy, .. } = &*serving.row.wanted.publish;
             let on = policy.limits.on.as_deref();
@@ -250,7 +251,13 @@ impl Daemon {
             let Some(name) = on.or(zone.filter(|zone| zone.parse::<u32>().is_err())) else {
                 continue;
             };
-            let Ok(ifindex) = if_nametoindex(name) else {
+            let device = devices.get(name).copied();
+            let device = device.unwrap_or_else(|| {
+                let device = if_nametoindex(name).ok();
+                devices.insert(name.to_owned(), device);
+                device
+            });
+            let Some(ifindex) = device else {
                 continue;
             };
             let followed = serving
