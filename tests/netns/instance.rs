@@ -15,7 +15,7 @@ use std::{
 use forwarder_tests::{
     api,
     daemon::{Daemon, Datapath, binary, forwarder, run_to_failure},
-    deadline::{wait_for, wait_until},
+    deadline::{slack, wait_for, wait_until},
     document::{Endpoint, Row},
     netns::Netns,
     topology::{Family, Topology},
@@ -119,7 +119,8 @@ fn a_hundred_kills_lose_nothing_that_was_acknowledged() {
     let mut answered = 0;
     for _ in 0..100 {
         let socket = daemon.socket();
-        let moment = Duration::from_micros(u64::from(RandomState::new().hash_one(0) as u16));
+        // At most 65 ms.
+        let moment = slack() / 1_000_000 * u32::from(RandomState::new().hash_one(0) as u16);
         thread::scope(|scope| {
             let client = scope.spawn(|| acknowledged.go_on(&socket));
             thread::sleep(moment);
