@@ -9,7 +9,6 @@ use std::{
     path::{Path, PathBuf},
     process::{Command, Stdio},
     thread,
-    time::Duration,
 };
 
 use forwarder_tests::{
