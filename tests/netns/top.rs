@@ -46,7 +46,7 @@ impl Terminal {
         let end = || Stdio::from(pty.slave.try_clone().unwrap());
         let child = host
             .command("setsid")
-            .args(["--ctty", &binary().to_string_lossy()])
+            .args(["-c", &binary().to_string_lossy()])
             .args(["top", "--instance", daemon.instance()])
             .env("TERM", "xterm")
             .stdin(end())
