@@ -146,29 +146,3 @@ fn beside_many_flows_what_a_former_backend_carried_counts_once() {
     assert_eq!(flows, 0, "they have ended, and their place was cleared");
     scene.stop();
 }
-
-/// The lists that the kernel gives of its network are read piece by piece: a host of many containers has long ones.
-#[test]
-fn a_network_of_many_devices_is_read_in_little_memory() {
-    let scene = Scene::tcp().auto().start();
-    scene.served_on_the_fast_path();
-    let before = scene.daemon.resident().unwrap();
-    scene.daemon.forget_peak().unwrap();
-    // Bridges have no program, which is attached slowly.
-    let bridges = (0..600).map(|number| format!("link add many{number} type bridge"));
-    let bridges = bridges.collect::<Vec<_>>().join("\n");
-    let host = &scene.topology.host;
-    host.ip(&bridges).unwrap();
-    // All were read when a backend behind one more device is found.
-    let spec = "8090:10.99.0.2:80";
-    scene.daemon.control(&["publish", spec]).unwrap();
-    let found = || scene.daemon.list().unwrap()[1].delivery.is_some();
-    assert!(!found());
-    let device = "link add last type veth peer name far\nlink set last up\nlink set far up";
-    host.ip(&format!("{device}\naddr add 10.99.0.1/24 dev last"))
-        .unwrap();
-    wait_until("the way to the backend", found);
-    let peak = scene.daemon.peak().unwrap();
-    assert!(peak <= before + 4, "{before} MiB, then {peak} for a moment");
-    scene.stop();
-}

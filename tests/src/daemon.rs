@@ -458,30 +458,11 @@ impl Daemon {
     /// # Errors
     /// It has ended.
     pub fn resident(&self) -> Result<u64> {
-        self.mebibytes("VmRSS:")
-    }
-
-    /// The most that this was since the last [`Daemon::forget_peak`], in MiB.
-    ///
-    /// # Errors
-    /// It has ended.
-    pub fn peak(&self) -> Result<u64> {
-        self.mebibytes("VmHWM:")
-    }
-
-    /// # Errors
-    /// It has ended.
-    pub fn forget_peak(&self) -> Result<()> {
-        // As the kernel's Documentation/filesystems/proc.rst has it.
-        Ok(fs::write(format!("/proc/{}/clear_refs", self.pid()), "5")?)
-    }
-
-    fn mebibytes(&self, what: &str) -> Result<u64> {
         let status = fs::read_to_string(format!("/proc/{}/status", self.pid()))?;
         let mut lines = status.lines();
-        let line = lines.find_map(|line| line.strip_prefix(what));
+        let line = lines.find_map(|line| line.strip_prefix("VmRSS:"));
         let kilobytes = line.and_then(|line| line.split_whitespace().next());
-        let kilobytes: u64 = kilobytes.with_context(|| format!("no {what}"))?.parse()?;
+        let kilobytes: u64 = kilobytes.context("no VmRSS")?.parse()?;
         Ok(kilobytes >> 10)
     }
 
