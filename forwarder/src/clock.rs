@@ -34,7 +34,7 @@ pub(crate) fn monotonic() -> u64 {
 }
 
 /// CLOCK_BOOTTIME in nanoseconds, as `bpf_ktime_get_boot_ns` gives it: it also goes on while the machine sleeps.
-pub(crate) fn boot() -> u64 {
+pub fn boot() -> u64 {
     unshifted(ClockId::CLOCK_BOOTTIME, SHIFT.boot)
 }
 

@@ -2,7 +2,7 @@
 
 mod accept;
 pub mod cli;
-mod clock;
+pub mod clock;
 pub mod config;
 pub mod control;
 pub mod daemon;

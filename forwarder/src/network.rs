@@ -40,23 +40,29 @@ pub use self::{
     },
 };
 
-/// What the kernel lists, each message as it comes and then no more: decoded, a device alone takes 20 KB.
-fn list<T, C: Default + Extend<T>>(
+/// Hands over what the kernel lists, each message as it comes and then no more: decoded, a device alone takes 20 KB.
+fn list(
     asked: RouteNetlinkMessage,
     what: &str,
-    mut read: impl FnMut(RouteNetlinkMessage) -> Option<T>,
-) -> Result<C> {
-    let mut all = C::default();
+    mut take: impl FnMut(RouteNetlinkMessage),
+) -> Result<()> {
     let listed = netlink::Socket::open().and_then(|socket| {
         socket.ask(asked, NLM_F_DUMP, |answer| {
-            all.extend(answer.and_then(&mut read));
+            answer.into_iter().for_each(&mut take);
             ControlFlow::Continue(())
         })
     });
-    match listed.map_err(|error| (error.raw_os_error(), error)) {
+    match listed {
         // A family that the kernel was built or started without has nothing to list.
-        Ok(()) | Err((Some(libc::EAFNOSUPPORT | libc::EOPNOTSUPP), _)) => Ok(all),
-        Err((_, error)) => Err(error).with_context(|| format!("read {what}")),
+        Err(error)
+            if !matches!(
+                error.raw_os_error(),
+                Some(libc::EAFNOSUPPORT | libc::EOPNOTSUPP)
+            ) =>
+        {
+            Err(error).with_context(|| format!("read {what}"))
+        }
+        _ => Ok(()),
     }
 }
 

@@ -18,7 +18,7 @@ use forwarder_tests::{
 };
 use nix::sys::socket::{ControlMessage, MsgFlags, SockaddrStorage, sendmsg};
 
-use crate::scene::{BACKEND_PORT, PORT, Scene, wait_for_peer};
+use crate::scene::{BACKEND_PORT, PORT, Scene, veths_keep_buffers, wait_for_peer};
 
 /// Sends a datagram's parts in that order, and returns whom the backend saw. The answer must be the frontend's.
 fn seen(topology: &Topology, socket: &UdpSocket, id: u32, order: [usize; 3]) -> SocketAddr {
@@ -185,7 +185,7 @@ fn answers_arrive(scene: &Scene, server: &UdpSocket, lengths: &[usize], each: Op
         .unwrap();
         let mut buffer = vec![0; 1 << 16];
         let mut missing: Vec<_> = answer.chunks(each.map_or(length, usize::from)).collect();
-        // Where veths cut buffers up, before Linux 5.11, a short one at the end overtakes those that have to be cut up again.
+        // Where veths cut buffers up, a short one at the end overtakes those that have to be cut up again.
         while !missing.is_empty() {
             let (received, from) = client
                 .recv_from(&mut buffer)
@@ -194,6 +194,7 @@ fn answers_arrive(scene: &Scene, server: &UdpSocket, lengths: &[usize], each: Op
             let received = &buffer[..received];
             let which = missing.iter().position(|datagram| *datagram == received);
             let which = which.unwrap_or_else(|| panic!("{} octets, of {length}", received.len()));
+            assert!(which == 0 || !veths_keep_buffers(), "out of order");
             missing.remove(which);
         }
     }

@@ -4,6 +4,7 @@
 use std::net::SocketAddr;
 
 use anyhow::Result;
+use aya::util::KernelVersion;
 use forwarder_tests::{
     daemon::{Daemon, Datapath},
     deadline::wait_for,
@@ -331,4 +332,9 @@ pub(crate) fn wait_for_row(daemon: &Daemon, what: &str, is_so: impl Fn(&Row) -> 
         (!rows.is_empty() && rows.iter().all(&is_so)).then_some(())
     });
     found.unwrap_or_else(|error| panic!("{error:#}\n{:?}\n{}", daemon.list(), daemon.said()));
+}
+
+/// Whether datagrams that are sent in one buffer pass a veth in one. Linux 5.10 cuts them up there.
+pub(crate) fn veths_keep_buffers() -> bool {
+    KernelVersion::current().unwrap() >= KernelVersion::new(5, 11, 0)
 }

@@ -2,7 +2,7 @@
 
 use std::net::{IpAddr, Ipv4Addr, TcpListener, TcpStream};
 
-use forwarder::datapath::{maps::boot_time, xdp::Mode};
+use forwarder::{clock::boot, datapath::xdp::Mode};
 use forwarder_common::{limits, publish::ban};
 use forwarder_tests::frame::{ACK, Frame, Protocol};
 use ipnet::IpNet;
@@ -111,12 +111,11 @@ fn a_ban_ends_by_itself() {
     each(|bench, first, [client, _, _, inner, ..]| {
         for network in [IpNet::from(at(client).ip()), network(inner)] {
             let maps = &mut bench.datapath.maps;
-            maps.ban(network, Some(boot_time() + 3_600_000_000_000))
-                .unwrap();
+            maps.ban(network, Some(boot() + 3_600_000_000_000)).unwrap();
             banned(bench, &first);
             // Its new end is over.
             let maps = &mut bench.datapath.maps;
-            maps.ban(network, Some(boot_time())).unwrap();
+            maps.ban(network, Some(boot())).unwrap();
             let_in(bench, &first);
             let (key, _) = bench.flow();
             let maps = &mut bench.datapath.maps;
@@ -130,7 +129,7 @@ fn a_ban_ends_by_itself() {
 fn a_network_that_is_part_of_another_is_banned_for_as_long_as_either() {
     each(|bench, first, [_, _, _, inner, outer, _]| {
         let [inner, outer] = [inner, outer].map(network);
-        let over = Some(boot_time());
+        let over = Some(boot());
         for [one, other] in [[inner, outer], [outer, inner]] {
             let maps = &mut bench.datapath.maps;
             let bans = [(one, over), (other, None)];

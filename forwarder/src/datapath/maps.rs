@@ -43,7 +43,7 @@ use self::{
     mirror::{Mirror, Table},
 };
 pub use self::{
-    bans::{boot_time, covers},
+    bans::covers,
     flows::{FlowTables, Walk},
     install::Installed,
     left::Left,

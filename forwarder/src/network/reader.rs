@@ -2,7 +2,7 @@
 //! not tell in full is read anew: small tables, and a large one where an event leaves it unclear.
 
 use std::{
-    collections::{BTreeMap, BTreeSet, HashSet},
+    collections::{BTreeMap, BTreeSet, HashMap, HashSet},
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
     ops::ControlFlow,
 };
@@ -151,10 +151,13 @@ impl Reader {
         }
         if self.stale.neighbours {
             let all = RouteNetlinkMessage::GetNeighbour(NeighbourMessage::default());
-            snapshot.neighbours = list(all, "neighbours", |it| match it {
-                RouteNetlinkMessage::NewNeighbour(it) => neighbour(&it),
-                _ => None,
+            let mut neighbours = HashMap::new();
+            list(all, "neighbours", |it| {
+                if let RouteNetlinkMessage::NewNeighbour(it) = it {
+                    neighbours.extend(neighbour(&it));
+                }
             })?;
+            snapshot.neighbours = neighbours;
         }
         self.stale = Stale::new(false);
         snapshot.strict = strict(snapshot);
@@ -166,23 +169,26 @@ impl Reader {
         // Counters are half of what a link has to say.
         all.attributes = vec![LinkAttribute::ExtMask(vec![LinkExtentMask::SkipStats])];
         let all = RouteNetlinkMessage::GetLink(all);
-        let mut links: BTreeMap<u32, Link> = list(all, "links", |it| match it {
-            RouteNetlinkMessage::NewLink(it) => link(&it),
-            _ => None,
+        let mut links = BTreeMap::new();
+        list(all, "links", |it| {
+            if let RouteNetlinkMessage::NewLink(it) = it {
+                links.extend(link(&it));
+            }
         })?;
         let all = RouteNetlinkMessage::GetQueueDiscipline(TcMessage::default());
-        let () = list(all, "qdiscs", |it| {
+        list(all, "qdiscs", |it| {
             if let RouteNetlinkMessage::NewQueueDiscipline(it) = it
                 && let Some(link) = links.get_mut(&it.header.index.cast_unsigned())
             {
                 link.queueing.note(&it);
             }
-            None
         })?;
         let all = RouteNetlinkMessage::GetAddress(AddressMessage::default());
-        let addresses = list(all, "addresses", |it| match it {
-            RouteNetlinkMessage::NewAddress(it) => address(&it),
-            _ => None,
+        let mut addresses = Vec::new();
+        list(all, "addresses", |it| {
+            if let RouteNetlinkMessage::NewAddress(it) = it {
+                addresses.extend(address(&it));
+            }
         })?;
         snapshot.links = links;
         for ifindex in snapshot.carrying_vlans() {
@@ -265,15 +271,11 @@ fn routes() -> Result<Routes> {
     let v6 = RouteMessageBuilder::<Ipv6Addr>::new().build();
     let mut all = Routes::default();
     for wanted in [v4, v6] {
-        let routes: Vec<Route> = list(
-            RouteNetlinkMessage::GetRoute(wanted),
-            "routes",
-            |it| match it {
-                RouteNetlinkMessage::NewRoute(it) => route(&it),
-                _ => None,
-            },
-        )?;
-        all.extend(routes);
+        list(RouteNetlinkMessage::GetRoute(wanted), "routes", |it| {
+            if let RouteNetlinkMessage::NewRoute(it) = it {
+                all.extend(route(&it));
+            }
+        })?;
     }
     Ok(all)
 }

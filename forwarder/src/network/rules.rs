@@ -31,9 +31,11 @@ pub(super) fn has_rules() -> Result<(bool, bool)> {
     let of = |family| -> Result<bool> {
         let mut all = RuleMessage::default();
         all.header.family = family;
-        let rules: Vec<_> = list(RouteNetlinkMessage::GetRule(all), "rules", |it| match it {
-            RouteNetlinkMessage::NewRule(rule) => Some(rule),
-            _ => None,
+        let mut rules = Vec::new();
+        list(RouteNetlinkMessage::GetRule(all), "rules", |it| {
+            if let RouteNetlinkMessage::NewRule(rule) = it {
+                rules.push(rule);
+            }
         })?;
         Ok(are_custom(&rules))
     };

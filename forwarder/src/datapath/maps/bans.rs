@@ -22,7 +22,6 @@ use super::{
     install::{Network, trie_key},
     mirror::{Mirror, Store, Table},
 };
-use crate::clock;
 
 const BANNED: Table = Table {
     name: "BANNED",
@@ -151,7 +150,7 @@ impl Bans {
 }
 
 impl Maps {
-    /// Bans an address or a network until that time of [`boot_time`], or for ever: a packet of it to a published port
+    /// Bans an address or a network until that time of [`crate::clock::boot`], or for ever: a packet of it to a published port
     /// begins no flow and gets to no socket. Flows that it has go on until somebody ends them.
     ///
     /// # Errors
@@ -247,11 +246,6 @@ impl Maps {
         let bans: Vec<Network> = of.iter().map(|network| (publish, *network)).collect();
         self.unban_all(&bans)
     }
-}
-
-/// CLOCK_BOOTTIME in nanoseconds, by which bans end: it goes on while the machine sleeps.
-pub fn boot_time() -> u64 {
-    clock::boot()
 }
 
 /// Whether a network of bans has an address; for those who decide on flows that exist.
