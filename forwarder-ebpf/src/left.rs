@@ -27,21 +27,15 @@ pub fn is_ours(ctx: &TcContext) -> bool {
     unsafe { (*ctx.skb.skb).tc_index == OURS as u32 }
 }
 
-/// Notes a packet that is about to leave by an uplink, behind the host's own NAT. Sockets of this host are found when an
-/// answer comes.
+/// Notes a packet of no socket of this host that is about to leave by an uplink, behind the host's own NAT. Sockets of this
+/// host are found when an answer comes.
 #[inline(always)]
-pub fn note(ctx: &TcContext) -> Result<(), Reason> {
-    // SAFETY: `skb` is the context that the kernel gave; its fields are readable.
-    let socket = unsafe { (*ctx.skb.skb).__bindgen_anon_2.sk };
-    if is_ours(ctx) || !socket.is_null() || !may_be_from_published_port(ctx) {
-        return Err(Reason::NotOurs);
-    }
-    let packet = parse::packet(ctx).map_err(|_| Reason::NotOurs)?;
+pub fn note(packet: &mut parse::Packet) {
     if packet.is_error()
         || !publish::may_be_local(&packet.tuple.source)
         || !publish::is_published(packet.protocol, packet.tuple.source_port)
     {
-        return Err(Reason::NotOurs);
+        return;
     }
     reverse(&packet.tuple, &mut packet.new);
     let now = clock::now();
@@ -59,7 +53,6 @@ pub fn note(ctx: &TcContext) -> Result<(), Reason> {
         copy_tuple(&packet.new, &mut packet.tuple);
         end_mistaken(packet);
     }
-    Err(Reason::NotOurs)
 }
 
 /// Ends the flow that answers have begun which came before anything had left: as after the first start.
@@ -80,7 +73,7 @@ fn end_mistaken(packet: &mut parse::Packet) {
 /// Whether the source port is published, told by as little as possible: it is asked of everything that leaves. Of packets with
 /// options it is told later.
 #[inline(always)]
-fn may_be_from_published_port(ctx: &TcContext) -> bool {
+pub fn may_be_from_published_port(ctx: &TcContext) -> bool {
     let Some(ethernet) = header::<Ethernet>(ctx, 0) else {
         return false;
     };

@@ -305,6 +305,22 @@ pub fn length_on_the_wire(ctx: &TcContext, packet: &Packet) -> u32 {
     whole.min((l4 - L3) as u32 + transport + segment)
 }
 
+/// Whether a frame may be an ICMP error, told by as little as possible.
+#[inline(always)]
+pub fn is_icmp(ctx: &TcContext) -> bool {
+    let Some(ethernet) = header::<Ethernet>(ctx, 0) else {
+        return false;
+    };
+    // SAFETY: `header` checked the bounds of all three; packed structs have no alignment.
+    unsafe {
+        match (*ethernet).ethertype {
+            ETHERTYPE_IPV4 => header::<Ipv4>(ctx, L3).is_some_and(|ip| (*ip).protocol == ICMP),
+            ETHERTYPE_IPV6 => header::<Ipv6>(ctx, L3).is_some_and(|ip| (*ip).next_header == ICMPV6),
+            _ => false,
+        }
+    }
+}
+
 /// Reads what the pipeline needs.
 ///
 /// # Errors

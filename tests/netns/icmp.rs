@@ -3,7 +3,7 @@
 
 use std::{
     io::ErrorKind,
-    net::{IpAddr, SocketAddr, UdpSocket},
+    net::{IpAddr, SocketAddr, TcpStream, UdpSocket},
 };
 
 use forwarder_tests::{
@@ -14,7 +14,7 @@ use forwarder_tests::{
     netns::Netns,
     topology::{
         Family::{self, V4, V6},
-        Topology,
+        Plan, Topology,
     },
     traffic::Protocol,
 };
@@ -171,6 +171,41 @@ fn a_closed_port_of_the_backend_refuses_over_ipv4() {
 #[test]
 fn a_closed_port_of_the_backend_refuses_over_ipv6() {
     refused(V6);
+}
+
+/// The backend's machine is off: the kernel asks for its MAC in vain, and tells the client of it.
+#[track_caller]
+fn told_that_nobody_is_there(family: Family) {
+    let topology = Topology::new().unwrap();
+    let nobody = Plan::default().bridged[0].address(family, 200);
+    let spec = format!("{PORT}:{}", SocketAddr::new(nobody, BACKEND_PORT));
+    let daemon = Daemon::start(&topology.host, &[&spec], Datapath::Ebpf).unwrap();
+    for kind in [Kind::External, Kind::Localhost, Kind::HostLocal] {
+        let Client {
+            netns: client,
+            connects_to: host,
+            ..
+        } = kind.client(&topology, family);
+        let before = daemon.counted("forwarded_error").unwrap();
+        let to = SocketAddr::new(host, PORT);
+        let connected = client.enter(|| TcpStream::connect_timeout(&to, patience()));
+        let error = connected.unwrap_err();
+        let who = client.label();
+        assert_eq!(error.kind(), ErrorKind::HostUnreachable, "{who}: {error}");
+        let after = daemon.counted("forwarded_error").unwrap();
+        assert!(after > before, "{who} asks {host}");
+    }
+    daemon.stop().unwrap();
+}
+
+#[test]
+fn a_client_is_told_that_the_backends_machine_is_not_there_over_ipv4() {
+    told_that_nobody_is_there(V4);
+}
+
+#[test]
+fn a_client_is_told_that_the_backends_machine_is_not_there_over_ipv6() {
+    told_that_nobody_is_there(V6);
 }
 
 /// Datagrams from `sender` until it knows an MTU of `NARROW`; `to` is where, if it is not connected.
