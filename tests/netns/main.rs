@@ -66,5 +66,6 @@ mod topology;
 mod trace;
 mod twins;
 mod usage;
+mod vlan;
 mod ways;
 mod worlds;

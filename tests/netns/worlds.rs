@@ -23,13 +23,13 @@ use crate::scene::{
     BACKEND_PORT, PORT, Scene, backends, packets, suffix, wait_for_delivery, wait_for_peer,
 };
 
-const PROTOCOLS: [Protocol; 2] = [Protocol::Tcp, Protocol::Udp];
-const FAMILIES: [Family; 2] = [V4, V6];
+pub(crate) const PROTOCOLS: [Protocol; 2] = [Protocol::Tcp, Protocol::Udp];
+pub(crate) const FAMILIES: [Family; 2] = [V4, V6];
 /// What one request carries, where its length does not matter.
-const WORD: [usize; 1] = [5];
+pub(crate) const WORD: [usize; 1] = [5];
 
 /// Whether the kernel has a kind of device, by its own word. `cargo xtask vm` sets the variable: its kernels have all.
-fn has(kind: &str, options: &str) -> bool {
+pub(crate) fn has(kind: &str, options: &str) -> bool {
     let there = Netns::new("there").unwrap();
     there.ip("link add eth0 type veth peer name eth1").unwrap();
     let made = there.run(&format!("ip link add name probe0 {options} type {kind}"));
@@ -46,7 +46,7 @@ fn has(kind: &str, options: &str) -> bool {
 }
 
 /// Publishes a port of each address and protocol.
-fn publish(
+pub(crate) fn publish(
     host: &Netns,
     frontends: [IpAddr; 2],
     backend: impl Fn(Family) -> IpAddr,
@@ -67,7 +67,7 @@ fn publish(
 
 /// Asserts that requests of such lengths are answered and carried by the fast path both ways, and who the backend saw.
 #[track_caller]
-fn carried(
+pub(crate) fn carried(
     daemon: &Daemon,
     client: &Netns,
     protocol: Protocol,
@@ -95,7 +95,7 @@ fn carried(
 
 /// The usual clients of a container are served by the kernel, and the backend sees who they are.
 #[track_caller]
-fn served(topology: &Topology, lengths: &[usize]) {
+pub(crate) fn served(topology: &Topology, lengths: &[usize]) {
     let Topology {
         host,
         client,
@@ -139,7 +139,7 @@ fn served(topology: &Topology, lengths: &[usize]) {
 /// A backend on the client's machine is reached by the kernel, from this host and from a container. It sees the
 /// address that this host would use itself.
 #[track_caller]
-fn reaches_another_machine(topology: &Topology) {
+pub(crate) fn reaches_another_machine(topology: &Topology) {
     let _backends = backends(&topology.client);
     let peer = &topology.peer;
     let gateways = FAMILIES.map(|family| peer.gateway(family));
@@ -265,19 +265,6 @@ fn an_uplink_that_is_a_bond_outlives_one_of_its_ports() {
     daemon.stop().unwrap();
 }
 
-#[test]
-fn an_uplink_that_is_a_vlan_is_served() {
-    if !has("vlan id 5", "link eth0") {
-        return;
-    }
-    let topology = Topology::new().unwrap();
-    let vlan = "link add link eth0 name eth0.5 type vlan id 5";
-    uplink_is(&topology, "eth0.5", vlan);
-    client_is(&topology, "eth0.5", vlan);
-    served(&topology, &WORD);
-    reaches_another_machine(&topology);
-}
-
 /// As a pod's: its gateway is on no network of this host's.
 #[test]
 fn an_uplink_with_a_route_to_its_gateway_alone_is_served() {
@@ -313,7 +300,7 @@ fn an_uplink_with_a_route_to_its_gateway_alone_is_served() {
     daemon.stop().unwrap();
 }
 
-const BRIDGED: &str = "link add lan type bridge\nlink set eth0 master lan";
+pub(crate) const BRIDGED: &str = "link add lan type bridge\nlink set eth0 master lan";
 
 #[test]
 fn an_uplink_that_is_a_bridge_is_served() {
@@ -338,26 +325,6 @@ fn a_bridge_with_a_mac_of_its_own_is_served() {
     let commands = format!("{BRIDGED}\nlink set lan address 02:aa:bb:cc:dd:ee");
     uplink_is(&topology, "lan", &commands);
     served(&topology, &WORD);
-}
-
-/// A port that is no veth, so that it looks like a network card.
-#[test]
-fn a_bridge_whose_port_is_a_vlan_is_served() {
-    if !has("vlan id 5", "link eth0") {
-        return;
-    }
-    let topology = Topology::new().unwrap();
-    let vlan = "link add link eth0 name eth0.5 type vlan id 5";
-    uplink_is(
-        &topology,
-        "lan",
-        &format!(
-            "{vlan}\nlink add lan type bridge\nlink set eth0.5 up\nlink set eth0.5 master lan"
-        ),
-    );
-    client_is(&topology, "eth0.5", vlan);
-    served(&topology, &WORD);
-    reaches_another_machine(&topology);
 }
 
 /// The two ends of a tunnel without Ethernet headers, in place of the wire between host and client.

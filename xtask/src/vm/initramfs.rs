@@ -147,8 +147,9 @@ fn libraries(program: &Path) -> Result<Vec<PathBuf>> {
 }
 
 /// Programs that the tests call.
-const TOOLS: [&str; 8] = [
+const TOOLS: [&str; 9] = [
     "bash",
+    "bridge",
     "busybox",
     "ethtool",
     "ip",
@@ -158,7 +159,7 @@ const TOOLS: [&str; 8] = [
     "setpriv",
 ];
 /// Programs that help somebody who looks around; taken where they are.
-const USEFUL: [&str; 5] = ["bpftool", "bridge", "iptables", "ping", "timeout"];
+const USEFUL: [&str; 4] = ["bpftool", "iptables", "ping", "timeout"];
 
 /// Everything but the kernel's modules: the tools, `programs` (where each is, and where it goes), and a
 /// command that runs with root's rights.
