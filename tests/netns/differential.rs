@@ -95,9 +95,11 @@ const RULES: &str = "table inet host {\n\
 const DNAT: &str = "table inet published {\nchain prerouting {\ntype nat hook prerouting priority dstnat\n\
      ip daddr 198.51.100.2 meta l4proto { tcp, udp } th dport 8080 dnat ip to 172.31.0.2:80\n\
      ip6 daddr 2001:db8:100::2 meta l4proto { tcp, udp } th dport 8080 dnat ip6 to [fd00:31::2]:80\n}\n}\n";
-/// The ends' kernels say nothing of what comes.
+/// The ends' kernels say nothing of what comes, also not that they have no route for it, as IPv6 hosts do once in a while.
 const SILENCE: &str = "table inet silence {\nchain input {\ntype filter hook input priority 0\n\
-     meta nfproto ipv6 icmpv6 type { 133-137 } accept\nmeta l4proto { tcp, udp, icmp, 58 } drop\n}\n}\n";
+     meta nfproto ipv6 icmpv6 type { 133-137 } accept\nmeta l4proto { tcp, udp, icmp, 58 } drop\n}\n\
+     chain output {\ntype filter hook output priority 0\n\
+     meta nfproto ipv6 icmpv6 type { 133-137 } accept\nmeta l4proto { icmp, 58 } drop\n}\n}\n";
 
 struct Host {
     wires: [Wire; 4],
