@@ -546,6 +546,10 @@ fn make_alias() -> bool {
     flow.set_ports(draft.key.source_port, draft.key.destination_port);
     flow.set_state(flow.state() | state::ALIAS);
     share::alias();
+    if draft.capped != 0 {
+        // The flow has the place of another of its source, which may have had no alias: there is no room for one entry more.
+        flow.set_state(flow.state() & !state::KEPT);
+    }
     if flow.state() & state::KEPT != 0 {
         if overwrite(&draft.original, &draft.flow, draft.share, draft.share) {
             return true;
