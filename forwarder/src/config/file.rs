@@ -43,13 +43,27 @@ struct Written {
     datapath: Option<Spanned<DatapathChoice>>,
     xdp: Option<Spanned<XdpChoice>>,
     respect_firewall: Option<Spanned<bool>>,
-    allow: Option<Spanned<Vec<IpNet>>>,
+    allow: Option<Spanned<Vec<allow::Network>>>,
     timeout: BTreeMap<String, Spanned<Time>>,
     proxy_protocol: Option<Spanned<ProxyProtocol>>,
     keep: Option<Spanned<bool>>,
     ephemeral: Option<Spanned<bool>>,
-    metrics: Option<Spanned<SocketAddr>>,
-    metrics_allow: Option<Spanned<Vec<IpNet>>>,
+    metrics: Option<Spanned<Address>>,
+    metrics_allow: Option<Spanned<Vec<allow::Network>>>,
+}
+
+/// Where something is served.
+#[derive(Debug, Deserialize)]
+#[serde(try_from = "String")]
+struct Address(SocketAddr);
+
+impl TryFrom<String> for Address {
+    type Error = String;
+
+    fn try_from(text: String) -> Result<Self, String> {
+        let address = text.parse().map(Self);
+        address.map_err(|_| format!("{text:?} is no address with a port such as 127.0.0.1:9100"))
+    }
 }
 
 /// Seconds, or a number with its unit.
@@ -130,7 +144,19 @@ pub fn read(file: &Path) -> Result<FileConfig, FileError> {
     let mut config = FileConfig::default();
     let mut taken = Frontends::default();
     for file in files {
-        let text = fs::read_to_string(&file).map_err(|error| unreadable(&file, &error))?;
+        let octets = fs::read(&file).map_err(|error| unreadable(&file, &error))?;
+        let text = String::from_utf8(octets).map_err(|error| {
+            let end = error.utf8_error().valid_up_to();
+            let text = String::from_utf8_lossy(error.as_bytes()).into_owned();
+            let source = Source {
+                file: file.clone(),
+                text,
+            };
+            source.error(
+                Some(end..end),
+                "this is not UTF-8; save the file as UTF-8".into(),
+            )
+        })?;
         add(&mut config, &mut taken, &Source { file, text })?;
     }
     Ok(config)
@@ -190,10 +216,12 @@ fn add(config: &mut FileConfig, taken: &mut Frontends, source: &Source) -> Resul
         written.respect_firewall,
         &mut config.respect_firewall,
     )?;
-    once(source, "allow", written.allow, &mut config.allow)?;
-    for network in config.allow.iter_mut().flatten() {
-        *network = allow::canonical(*network);
-    }
+    once(
+        source,
+        "allow",
+        written.allow.map(networks),
+        &mut config.allow,
+    )?;
     once(
         source,
         "proxy-protocol",
@@ -207,17 +235,23 @@ fn add(config: &mut FileConfig, taken: &mut Frontends, source: &Source) -> Resul
         written.ephemeral,
         &mut config.ephemeral,
     )?;
-    once(source, "metrics", written.metrics, &mut config.metrics)?;
+    let metrics = written
+        .metrics
+        .map(|it| Spanned::new(it.span(), it.into_inner().0));
+    once(source, "metrics", metrics, &mut config.metrics)?;
     once(
         source,
         "metrics-allow",
-        written.metrics_allow,
+        written.metrics_allow.map(networks),
         &mut config.metrics_allow,
     )?;
-    for network in config.metrics_allow.iter_mut().flatten() {
-        *network = allow::canonical(*network);
-    }
     Ok(())
+}
+
+fn networks(written: Spanned<Vec<allow::Network>>) -> Spanned<Vec<IpNet>> {
+    let span = written.span();
+    let networks = written.into_inner().into_iter();
+    Spanned::new(span, networks.map(|network| network.0).collect())
 }
 
 /// Takes a key that only one of the files may have.
@@ -328,7 +362,31 @@ mod tests {
                 "forwarder.toml:3:19: ",
                 "timeout tcp-established stands twice",
             ),
-            ("allow = [\"10.0.0.0/33\"]", "forwarder.toml:1:", "invalid"),
+            (
+                "allow = [\"10.0.0.0/33\"]",
+                "forwarder.toml:1:",
+                "\"10.0.0.0/33\" is not a network such as",
+            ),
+            (
+                "allow = [\"192.0.2.7\"]",
+                "forwarder.toml:1:",
+                "\"192.0.2.7\" is not a network such as 198.51.100.0/24; write 192.0.2.7/32 for this address",
+            ),
+            (
+                "publish = [{spec = \"80:10.0.0.2:80\", allow = [\"2001:db8::7\"]}]",
+                "forwarder.toml:1:",
+                "write 2001:db8::7/128 for this address",
+            ),
+            (
+                "metrics = \"127.0.0.1:9100\"\nmetrics-allow = [\"192.0.2.7\"]",
+                "forwarder.toml:2:",
+                "write 192.0.2.7/32 for this address",
+            ),
+            (
+                "metrics = \"9100\"",
+                "forwarder.toml:1:11: \"9100\"",
+                "such as 127.0.0.1:9100",
+            ),
         ] {
             let error = parse(text).expect_err(text);
             assert!(
@@ -369,6 +427,19 @@ mod tests {
         for example in examples {
             parse(&example).unwrap_or_else(|error| panic!("{error}\n{example}"));
         }
+    }
+
+    #[test]
+    fn a_file_that_is_not_utf_8_is_named_with_its_line_and_a_remedy() {
+        let file = std::env::temp_dir().join(format!("forwarder-utf8-{}.toml", std::process::id()));
+        fs::write(&file, b"keep = true\n# \xfcber\n").expect("written");
+        let error = read(&file).expect_err("Latin-1").to_string();
+        let place = format!("{}:2:3: ", file.display());
+        assert!(
+            error.starts_with(&place) && error.contains("save the file as UTF-8"),
+            "{error}"
+        );
+        fs::remove_file(file).expect("removed");
     }
 
     #[test]

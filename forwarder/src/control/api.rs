@@ -287,7 +287,7 @@ impl<'de> Deserialize<'de> for Asked {
             // Those of the policy, by name: what is flattened could not be refused.
             #[serde(alias = "proxy-protocol")]
             proxy_protocol: Option<ProxyProtocol>,
-            allow: Option<Vec<IpNet>>,
+            allow: Option<Vec<allow::Network>>,
             #[serde(alias = "max-flows")]
             max_flows: Option<NonZeroU64>,
             rate: Option<Rate>,
@@ -320,7 +320,7 @@ impl<'de> Deserialize<'de> for Asked {
                     backend: object.backend,
                     container: object.container,
                     policy: Policy {
-                        allow: object.allow.map(canonical),
+                        allow: object.allow.map(networks),
                         proxy_protocol: object.proxy_protocol,
                         limits: Limits {
                             max_flows: object.max_flows,
@@ -413,8 +413,8 @@ impl TryFrom<Asked> for Publish {
     }
 }
 
-fn canonical(allow: Vec<IpNet>) -> Vec<IpNet> {
-    allow.into_iter().map(allow::canonical).collect()
+fn networks(allow: Vec<allow::Network>) -> Vec<IpNet> {
+    allow.into_iter().map(|network| network.0).collect()
 }
 
 /// What `POST /v1/unpublish` takes back, all or none.

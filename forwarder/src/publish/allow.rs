@@ -3,7 +3,7 @@
 use std::net::IpAddr;
 
 use ipnet::{IpNet, Ipv4Net};
-use serde::{Deserialize as _, Deserializer, de};
+use serde::{Deserialize, Deserializer, de};
 
 /// Reads a network; an IPv4 one may be written in IPv6 (RFC 4291, section 2.5.5.2).
 ///
@@ -11,7 +11,26 @@ use serde::{Deserialize as _, Deserializer, de};
 /// What is wrong with it, in words.
 pub fn network(text: &str) -> Result<IpNet, String> {
     let network = text.parse::<IpNet>().map(canonical);
-    network.map_err(|_| format!("{text:?} is not a network such as 198.51.100.0/24"))
+    network.map_err(|_| {
+        let problem = format!("{text:?} is not a network such as 198.51.100.0/24");
+        match text.parse::<IpAddr>() {
+            Ok(address) => format!("{problem}; write {} for this address", IpNet::from(address)),
+            Err(_) => problem,
+        }
+    })
+}
+
+/// A network that stands in a document.
+#[derive(Clone, Copy, Debug, Deserialize)]
+#[serde(try_from = "String")]
+pub struct Network(pub IpNet);
+
+impl TryFrom<String> for Network {
+    type Error = String;
+
+    fn try_from(text: String) -> Result<Self, String> {
+        network(&text).map(Self)
+    }
 }
 
 /// Reads a network, or one address.
@@ -75,5 +94,12 @@ mod tests {
             assert_eq!(network(written), Ok(meant.parse().expect(meant)));
         }
         assert!(network("198.51.100.0/33").is_err_and(|error| error.contains("/33")));
+        for (address, meant) in [
+            ("192.0.2.7", "192.0.2.7/32"),
+            ("2001:db8::7", "2001:db8::7/128"),
+        ] {
+            let error = network(address).expect_err(address);
+            assert!(error.contains(&format!("write {meant} ")), "{error}");
+        }
     }
 }

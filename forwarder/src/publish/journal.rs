@@ -33,16 +33,20 @@ impl Journal {
     /// # Errors
     /// It cannot be read.
     pub(super) fn open(path: PathBuf) -> Result<(Self, Option<String>)> {
-        let text = match fs::read_to_string(&path) {
+        let octets = match fs::read(&path) {
             Err(error) if error.kind() == ErrorKind::NotFound => None,
-            text => Some(text.with_context(|| format!("read {}", path.display()))?),
+            octets => Some(octets.with_context(|| format!("read {}", path.display()))?),
         };
-        let text = text.map(|mut text| {
-            if let Some(end) = text.rfind('\n') {
-                text.truncate(end + 1);
+        let text = octets.map(|mut octets| {
+            if let Some(end) = octets.iter().rposition(|&octet| octet == b'\n') {
+                octets.truncate(end + 1);
             }
-            text
+            String::from_utf8(octets)
         });
+        let text = text.transpose().map_err(|_| {
+            let shown = path.display();
+            anyhow!("read {shown}: it is no text in UTF-8; move it away to begin without it")
+        })?;
         let journal = Self {
             path,
             whole: 0,
@@ -186,6 +190,22 @@ mod tests {
             .add("c\n", || Ok(long() + "b\nc\n"))
             .expect("written");
         assert_eq!(opened(&path), Some(long() + "b\nc\n"));
+        fs::remove_file(path).expect("removed");
+    }
+
+    #[test]
+    fn what_is_no_text_is_refused_with_a_remedy_and_what_was_not_finished_is_not_read() {
+        let path = path("octets");
+        fs::write(&path, b"a\nb\xc3").expect("written");
+        assert_eq!(opened(&path).as_deref(), Some("a\n"));
+        fs::write(&path, b"a\xc3\nb\n").expect("written");
+        let error = Journal::open(path.clone()).expect_err("no text");
+        let error = format!("{error:#}");
+        let shown = path.display().to_string();
+        assert!(
+            error.contains(&shown) && error.ends_with("move it away to begin without it"),
+            "{error}"
+        );
         fs::remove_file(path).expect("removed");
     }
 

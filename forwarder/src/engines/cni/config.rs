@@ -312,7 +312,13 @@ impl Config {
             let interface = number.and_then(|number| interfaces.get(number));
             interface.is_some_and(|it| it.sandbox.is_empty() || it.name != attachment.interface)
         };
+        // A link-local address needs its device, which only the container knows.
+        let is_everywhere = |given: &&Given| match given.address.addr() {
+            IpAddr::V4(_) => true,
+            IpAddr::V6(v6) => !v6.is_unicast_link_local(),
+        };
         let ips = ips.iter().filter(|given| !is_on_another(given));
+        let ips = ips.filter(is_everywhere);
         let ips: Vec<IpAddr> = ips.map(|given| given.address.addr()).collect();
         let first = |is_v4: bool| ips.iter().find(|it| it.is_ipv4() == is_v4).copied();
         let addresses: Vec<IpAddr> = [first(true), first(false)].into_iter().flatten().collect();
@@ -458,6 +464,17 @@ mod tests {
         assert_eq!(every, ["0.0.0.0:8080:10.1.0.5:80/tcp"]);
         let other = wanted(&mapping("::1", ""), &v4).expect("the other family");
         assert_eq!(other, ["[::1]:8080:10.1.0.5:80/tcp"]);
+        let local = json!({"address": "fe80::5/64"});
+        let beside = wanted(
+            &mapping("", ""),
+            &json!([local, {"address": "10.1.0.5/16"}]),
+        );
+        assert_eq!(beside.expect("IPv4"), every);
+        let failure = wanted(&mapping("", ""), &json!([local])).expect_err("no other");
+        assert!(
+            failure.message.contains("no address of eth0"),
+            "{failure:?}"
+        );
     }
 
     #[test]
