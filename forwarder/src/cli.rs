@@ -91,6 +91,9 @@ pub enum Command {
         /// Keep them from this publish alone.
         #[arg(long, value_name = "SPEC|ID", value_parser = named)]
         publish: Option<NamedPublish>,
+        /// In whose name: a source is let in when the last of those who have banned it takes that back.
+        #[arg(long, value_name = "NAME", default_value = "cli")]
+        owner: Owner,
     },
     /// Take bans back.
     Unban {
@@ -99,6 +102,9 @@ pub enum Command {
         /// Those from this publish alone.
         #[arg(long, value_name = "SPEC|ID", value_parser = named)]
         publish: Option<NamedPublish>,
+        /// This owner's alone; without, whoever's they are.
+        #[arg(long, value_name = "NAME")]
+        owner: Option<Owner>,
     },
     /// Show what is banned, and until when.
     Bans(Format),

@@ -68,8 +68,8 @@ pub enum Change {
     RemoveAll(Ending),
     /// Bans these sources, beside those that are, or if so asked in their place.
     Ban { bans: Vec<api::Ban>, all: bool },
-    /// Takes bans back, from a publish or from all.
-    Unban(Vec<IpNet>, Option<NamedPublish>),
+    /// Takes bans back, from a publish or from all: those of an owner, or everybody's.
+    Unban(Vec<IpNet>, Option<NamedPublish>, Option<Owner>),
     /// A container has these addresses now, and none if it has stopped.
     Follow {
         name: String,

@@ -180,6 +180,7 @@ fn run(command: Command, instance: Instance, client: &Client) -> Result<()> {
             lasts,
             file,
             publish,
+            owner,
         } => {
             let until = lasts.map(|lasts| SystemTime::now() + lasts);
             let until = until.and_then(|until| until.duration_since(UNIX_EPOCH).ok());
@@ -190,13 +191,20 @@ fn run(command: Command, instance: Instance, client: &Client) -> Result<()> {
                 network,
                 until,
                 publish: publish.clone(),
+                owner: owner.clone(),
             });
             let bans: Vec<Ban> = bans.collect();
             client.ask(&Method::POST, "/v1/bans", Some(&bans))
         }
-        Command::Unban { sources, publish } => {
-            let of = publish.map(|publish| ("publish", publish.to_string()));
-            let path = format!("/v1/unban?{}", query(of.as_slice())?);
+        Command::Unban {
+            sources,
+            publish,
+            owner,
+        } => {
+            let publish = publish.map(|publish| ("publish", publish.to_string()));
+            let owner = owner.map(|owner| ("owner", owner.to_string()));
+            let of: Vec<_> = publish.into_iter().chain(owner).collect();
+            let path = format!("/v1/unban?{}", query(&of)?);
             client.ask(&Method::POST, &path, Some(&sources))
         }
         Command::Bans(format) => show(client, "/v1/bans", format, |rows: &Vec<_>| {

@@ -9,7 +9,7 @@ use std::{
 
 use forwarder_tests::{
     api,
-    daemon::{Datapath, forwarder},
+    daemon::{Daemon, Datapath, forwarder},
     deadline::{patience, wait_for, wait_until},
     document::{Flow, Row},
     netns::Netns,
@@ -229,6 +229,49 @@ fn a_source_is_banned_from_one_publish() {
         });
         daemon.control(&["publish", &specs[0]]).unwrap();
         assert!(connects(&topology.client, barred), "{datapath:?}");
+        daemon.stop().unwrap();
+    }
+}
+
+/// As fail2ban's jails ban the same source for different times.
+#[test]
+fn a_source_is_kept_out_until_the_last_of_its_owners_lets_it_in() {
+    for datapath in BOTH {
+        let scene = Scene::tcp().by(datapath).with_state().start();
+        let Scene {
+            backends: _backends,
+            topology,
+            mut daemon,
+            ..
+        } = scene;
+        let frontend = SocketAddr::new(topology.host_address(Family::V4), PORT);
+        let client = topology.client_address(Family::V4).to_string();
+        let is_served = || connects(&topology.client, frontend);
+        let ban = |daemon: &Daemon, owner: &str, time: &[&str]| {
+            let words = [&["ban", &client, "--owner", owner], time].concat();
+            daemon.control(&words).unwrap();
+        };
+        ban(&daemon, "fail2ban:recidive", &["--for", "1h"]);
+        ban(&daemon, "fail2ban:sshd", &["--for", "1s"]);
+        wait_until("the end of the shorter ban", || {
+            !daemon.control(&["bans"]).unwrap().contains("sshd")
+        });
+        assert!(!is_served(), "{datapath:?}");
+        ban(&daemon, "fail2ban:sshd", &[]);
+        daemon.kill().unwrap();
+        daemon.restart().unwrap();
+        let unban = |owner: &str| daemon.control(&["unban", &client, "--owner", owner]);
+        unban("fail2ban:sshd").unwrap();
+        assert!(!is_served(), "{datapath:?}");
+        let error = unban("fail2ban:sshd").unwrap_err().to_string();
+        assert!(error.contains("is not banned by fail2ban:sshd"), "{error}");
+        unban("fail2ban:recidive").unwrap();
+        assert!(is_served(), "{datapath:?}");
+        // Who names no owner lets it in, whoever has banned it.
+        ban(&daemon, "fail2ban:sshd", &[]);
+        ban(&daemon, "crowdsec", &[]);
+        daemon.control(&["unban", &client]).unwrap();
+        assert!(is_served(), "{datapath:?}");
         daemon.stop().unwrap();
     }
 }

@@ -81,8 +81,10 @@ fn what_fail2ban_bans_gets_into_no_published_port() {
         wait_for("fail2ban", || client(&["status", "probe"]).then_some(())).and_then(|()| {
             let now = Command::new("date").arg("+%Y-%m-%d %H:%M:%S").output()?;
             let now = String::from_utf8_lossy(&now.stdout).trim().to_owned();
+            let both = "198.51.100.78";
             for (log, source) in [("log", "198.51.100.77"), ("lasting", "2001:db8::77")] {
-                fs::write(at(log), format!("{now} refused {source}\n").repeat(3))?;
+                let lines = [source, both].map(|it| format!("{now} refused {it}\n").repeat(3));
+                fs::write(at(log), lines.concat())?;
             }
             wait_for("the ban for ever", || {
                 let bans: Vec<Value> = serde_json::from_str(&bans()).ok()?;
@@ -96,7 +98,17 @@ fn what_fail2ban_bans_gets_into_no_published_port() {
             anyhow::ensure!(client(&["set", "probe", "unbanip", "198.51.100.77"]));
             wait_for("the end of the ban", || {
                 (!bans().contains("198.51.100.77")).then_some(())
-            })
+            })?;
+            // A jail ends its own bans alone.
+            let by = |jail: &str| bans().contains(&format!("fail2ban:{jail}"));
+            wait_for("the bans of both jails", || {
+                let both = bans().matches(both).count();
+                (both == 2 && by("probe") && by("lasting")).then_some(())
+            })?;
+            anyhow::ensure!(client(&["set", "probe", "unbanip", both]));
+            wait_for("the end of one of the two", || (!by("probe")).then_some(()))?;
+            anyhow::ensure!(bans().contains(both));
+            Ok(())
         });
     let said = fs::read_to_string(at("server")).unwrap_or_default();
     server.kill().unwrap();

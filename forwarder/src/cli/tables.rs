@@ -149,11 +149,14 @@ pub fn bans(bans: &[Ban]) -> String {
         let publish = ban.publish.as_ref();
         publish.map_or("all".into(), ToString::to_string)
     };
-    let rows: Vec<[String; 3]> = bans
-        .iter()
-        .map(|ban| [ban.network.to_string(), from(ban), left(ban)])
-        .collect();
-    table(["SOURCE", "PUBLISH", "LEFT"], &rows)
+    let rows = bans.iter().map(|ban| {
+        let owner = ban.owner.to_string();
+        [ban.network.to_string(), from(ban), owner, left(ban)]
+    });
+    table(
+        ["SOURCE", "PUBLISH", "OWNER", "LEFT"],
+        &rows.collect::<Vec<_>>(),
+    )
 }
 
 /// `forwarder flows`.

@@ -176,6 +176,10 @@ pub struct Ban {
     /// The only publish that it is banned from; without, from all.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub publish: Option<NamedPublish>,
+    /// Who has banned it; without, `cli`.
+    #[schema(value_type = Option<String>)]
+    #[serde(default = "Owner::cli", skip_serializing_if = "Owner::is_cli")]
+    pub owner: Owner,
 }
 
 /// What a reload has changed.

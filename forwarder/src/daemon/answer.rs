@@ -97,8 +97,8 @@ impl Daemon {
                 (self.registry.want(&owner, publishes)?, Ending::Cut)
             }
             Change::Ban { bans, all } => return Ok((Changed::default(), self.ban(bans, all)?)),
-            Change::Unban(networks, publish) => {
-                self.unban(&networks, publish)?;
+            Change::Unban(networks, publish, owner) => {
+                self.unban(&networks, publish, owner.as_ref())?;
                 return Ok(Default::default());
             }
             Change::Remove(named, ending) => return self.remove(&owner, &named, ending).await,

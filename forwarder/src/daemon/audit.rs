@@ -23,6 +23,12 @@ pub(super) fn line<T>(by: Option<Peer>, owner: &Owner, change: &str, outcome: &R
     info!(target: "audit", uid, pid, %owner, ?change, ?result);
 }
 
+/// Whose ban it is, in words, if not a person's who types commands.
+fn by(owner: Option<&Owner>) -> String {
+    let owner = owner.filter(|owner| !owner.is_cli());
+    owner.map_or_else(String::new, |owner| format!(" by {owner}"))
+}
+
 /// A change in words.
 pub(super) fn describe(change: &Change) -> String {
     let specs = |publishes: &[Publish]| some(publishes.iter().map(|it| it.spec.to_string()));
@@ -57,15 +63,18 @@ pub(super) fn describe(change: &Change) -> String {
         Change::RemoveAll(ending) => format!("unpublish all ({ending:?})").to_lowercase(),
         Change::Ban { bans, all } => {
             let banned = bans.iter();
-            let banned = banned.map(|ban| bans::described(ban.network, ban.publish.as_ref()));
+            let banned = banned.map(|ban| {
+                let banned = bans::described(ban.network, ban.publish.as_ref());
+                banned + &by(Some(&ban.owner))
+            });
             let networks = some(banned);
             let only = if *all { " alone" } else { "" };
             format!("ban {networks}{only}")
         }
-        Change::Unban(networks, publish) => {
+        Change::Unban(networks, publish, owner) => {
             let networks = networks.iter();
             let networks = networks.map(|it| bans::described(*it, publish.as_ref()));
-            format!("unban {}", some(networks))
+            format!("unban {}{}", some(networks), by(owner.as_ref()))
         }
         Change::Follow { name, addresses } => {
             let addresses = addresses.iter().map(ToString::to_string);

@@ -18,7 +18,7 @@ use crate::{
         resets::{self, Resets},
     },
     publish::{
-        Bans, Id, allow,
+        Bans, Id, Owner, allow,
         bans::{self, Banned, BansFile, NotBanned},
     },
 };
@@ -34,10 +34,10 @@ impl Daemon {
                 publish: self.banned_from(ban.publish)?,
                 network: allow::canonical(ban.network).trunc(),
             };
-            Ok((banned, ban.until.and_then(bans::until)))
+            Ok((banned, ban.owner, ban.until.and_then(bans::until)))
         });
         let new: Vec<_> = new.collect::<Result<_>>()?;
-        let banned: Vec<Banned> = new.iter().map(|(banned, _)| *banned).collect();
+        let banned: Vec<Banned> = new.iter().map(|(banned, ..)| *banned).collect();
         let change = if all {
             self.idle.bans().replaced_by(new)
         } else {
@@ -51,22 +51,35 @@ impl Daemon {
         })
     }
 
+    /// Takes back what one owner has banned, or what anybody has.
+    ///
     /// # Errors
     /// One of them is not banned, or the change cannot be written to disk.
     pub(super) fn unban(
         &mut self,
         networks: &[IpNet],
         publish: Option<NamedPublish>,
+        owner: Option<&Owner>,
     ) -> Result<()> {
         let publish = self.banned_from(publish)?;
         let before = self.idle.bans();
-        let gone = networks.iter().map(|network| {
+        let mut gone = BTreeSet::new();
+        for network in networks {
             let network = allow::canonical(*network).trunc();
             let banned = Banned { publish, network };
-            before.until(&banned).ok_or(NotBanned(banned))?;
-            Ok(banned)
-        });
-        let gone: BTreeSet<Banned> = gone.collect::<Result<_>>()?;
+            let owners = before.owners(banned).map(|(owner, _)| owner);
+            let mut owners = owners.filter(|it| owner.is_none_or(|owner| owner == *it));
+            let first = owners.next().ok_or_else(|| NotBanned {
+                banned,
+                owner: owner.cloned(),
+            })?;
+            gone.extend(
+                [first]
+                    .into_iter()
+                    .chain(owners)
+                    .map(|it| (banned, it.clone())),
+            );
+        }
         drop(before);
         self.change_bans(bans::Change {
             new: Vec::new(),
@@ -82,10 +95,7 @@ impl Daemon {
     /// Puts what an earlier instance was told in force.
     pub(super) fn begin_bans(&mut self, state: &Path) -> Result<()> {
         let (file, bans) = BansFile::open(state)?;
-        self.write_bans(&bans::Change {
-            new: bans.iter().collect(),
-            gone: Vec::new(),
-        })?;
+        self.write_bans(&bans.in_force(bans.iter().map(|(banned, ..)| banned)))?;
         self.idle.ban(|now| *now = bans);
         self.bans_file = Some(file);
         Ok(())
@@ -105,17 +115,15 @@ impl Daemon {
     /// Takes away what was banned from publishes that are no more.
     pub(super) fn end_bans_of(&mut self, publishes: impl Iterator<Item = Id>) {
         let bans = self.idle.bans();
-        let gone = publishes.flat_map(|id| {
-            let publish = Some(id);
-            bans.of(id)
-                .map(move |(network, _)| Banned { publish, network })
-        });
-        let gone = gone.collect();
+        let gone = publishes.flat_map(|id| bans.of(id));
+        let gone = gone
+            .map(|(banned, owner)| (banned, owner.clone()))
+            .collect();
         drop(bans);
         self.take_away(gone);
     }
 
-    fn take_away(&mut self, gone: Vec<Banned>) {
+    fn take_away(&mut self, gone: Vec<(Banned, Owner)>) {
         if gone.is_empty() {
             return;
         }
@@ -132,14 +140,16 @@ impl Daemon {
     fn change_bans(&mut self, change: bans::Change) -> Result<()> {
         tokio::task::block_in_place(|| {
             let before = self.idle.bans();
-            let written = self.write_bans(&change).and_then(|()| {
+            let written = self.write_bans(&before.effect(&change)).and_then(|()| {
                 let file = self.bans_file.as_mut();
                 file.map_or(Ok(()), |file| file.write(&change, &before))
             });
-            if written.is_err()
-                && let Err(error) = self.write_bans(&before.inverse(&change))
-            {
-                warn!("what failed is not all undone: {error:#}");
+            if written.is_err() {
+                let new = change.new.iter().map(|(banned, ..)| *banned);
+                let touched = new.chain(change.gone.iter().map(|(banned, _)| *banned));
+                if let Err(error) = self.write_bans(&before.in_force(touched)) {
+                    warn!("what failed is not all undone: {error:#}");
+                }
             }
             drop(before);
             written?;
@@ -149,7 +159,7 @@ impl Daemon {
     }
 
     /// Makes a change in the kernel. What is banned from a publish is written when that begins, if it has not.
-    fn write_bans(&mut self, change: &bans::Change) -> Result<()> {
+    fn write_bans(&mut self, change: &bans::Effect) -> Result<()> {
         let Some(datapath) = &mut self.datapath else {
             return Ok(());
         };
@@ -179,7 +189,10 @@ pub(super) fn end_banned(tables: &mut FlowTables, banned: Vec<Banned>, view: &Vi
     }
     let mut bans = Bans::default();
     bans.apply(&bans::Change {
-        new: banned.into_iter().map(|banned| (banned, None)).collect(),
+        new: banned
+            .into_iter()
+            .map(|banned| (banned, Owner::cli(), None))
+            .collect(),
         gone: Vec::new(),
     });
     end_of(tables, |client, place| {

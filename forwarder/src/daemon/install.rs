@@ -88,9 +88,9 @@ impl Daemon {
             }
             if !datapath.maps.has_bans_of(serving.row.index) {
                 let bans = self.idle.bans();
-                let bans = bans
-                    .of(id)
-                    .map(|(network, until)| ((serving.row.index, network), until));
+                let bans = bans.in_force(bans.of(id).map(|(banned, _)| banned)).new;
+                let bans = bans.into_iter();
+                let bans = bans.map(|(it, until)| ((serving.row.index, it.network), until));
                 let bans: Vec<_> = bans.collect();
                 if !bans.is_empty() {
                     datapath.maps.ban_all(&bans)?;

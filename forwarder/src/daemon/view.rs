@@ -406,18 +406,23 @@ impl Observe for Arc<View> {
     }
 
     fn bans(&self) -> Rows<Ban> {
-        let mut bans: Vec<(Banned, Until)> = self.idle.bans().iter().collect();
-        bans.sort_unstable_by_key(|(banned, _)| (banned.network, banned.publish));
-        let bans = bans
-            .into_iter()
-            .map(|(Banned { publish, network }, until)| {
-                Ok(Ban {
-                    network,
-                    until: until.map(bans::seconds),
-                    publish: publish.map(NamedPublish::Id),
-                })
-            });
-        Box::new(bans)
+        let bans = self.idle.bans();
+        let bans = bans.iter();
+        let mut bans: Vec<(Banned, Owner, Until)> = bans
+            .map(|(it, owner, until)| (it, owner.clone(), until))
+            .collect();
+        bans.sort_unstable_by(|(a, by, _), (b, other, _)| {
+            (a.network, a.publish, by).cmp(&(b.network, b.publish, other))
+        });
+        let bans = bans.into_iter();
+        Box::new(bans.map(|(Banned { publish, network }, owner, until)| {
+            Ok(Ban {
+                network,
+                until: until.map(bans::seconds),
+                publish: publish.map(NamedPublish::Id),
+                owner,
+            })
+        }))
     }
 
     fn measure(&self) -> Result<Measured> {

@@ -17,7 +17,7 @@ use serde::Deserialize;
 use crate::{
     clock,
     control::{api::Ban, client::Client},
-    publish::allow,
+    publish::{Owner, allow},
 };
 
 /// Lines that come within this time belong together.
@@ -59,6 +59,7 @@ type Change = (IpNet, Option<u64>);
 /// # Errors
 /// The instance refuses. A bouncer that starts again gets all decisions again.
 pub fn run(client: &Client) -> Result<()> {
+    let owner: Owner = "crowdsec".parse()?;
     let (sender, lines) = channel();
     thread::spawn(move || {
         for line in io::stdin().lock().lines().map_while(Result::ok) {
@@ -83,29 +84,31 @@ pub fn run(client: &Client) -> Result<()> {
             network,
             until,
             publish: None,
+            owner: owner.clone(),
         });
         let bans: Vec<Ban> = bans.collect();
         if !bans.is_empty() {
             client.ask::<()>(&Method::POST, "/v1/bans", Some(&bans))?;
         }
         let gone = changes.iter().filter(|(_, until)| until.is_none());
-        unban(client, &gone.map(|(&network, _)| network).collect())?;
+        unban(client, &gone.map(|(&network, _)| network).collect(), &owner)?;
     }
     Ok(())
 }
 
 /// Takes back what there is of these bans: one whose time was over has gone by itself.
-fn unban(client: &Client, networks: &HashSet<IpNet>) -> Result<()> {
+fn unban(client: &Client, networks: &HashSet<IpNet>, owner: &Owner) -> Result<()> {
     if networks.is_empty() {
         return Ok(());
     }
     let mut attempt = 0;
     loop {
         let there = wait_for_instance(client).into_iter();
-        let there = there.filter(|ban| ban.publish.is_none());
+        let there = there.filter(|ban| ban.publish.is_none() && ban.owner == *owner);
         let there = there.map(|ban| ban.network);
         let gone: Vec<IpNet> = there.filter(|it| networks.contains(it)).collect();
-        match client.ask::<()>(&Method::POST, "/v1/unban", Some(&gone)) {
+        let path = format!("/v1/unban?owner={owner}");
+        match client.ask::<()>(&Method::POST, &path, Some(&gone)) {
             // The time of one was over just now.
             Err(_) if attempt < ATTEMPTS => attempt += 1,
             result => return result,

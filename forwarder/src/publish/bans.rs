@@ -1,7 +1,8 @@
-//! Bans: sources of which nothing gets into any published port, or into one, until a time or for ever.
+//! Bans: sources of which nothing gets into any published port, or into one, until a time or for ever. Each has an owner, and a
+//! source is banned until the last of its owners lets it in.
 
 use std::{
-    collections::{BTreeMap, BTreeSet, HashMap, HashSet},
+    collections::{BTreeMap, HashMap, HashSet},
     fmt::{self, Write as _},
     net::IpAddr,
     path::Path,
@@ -11,7 +12,7 @@ use std::{
 use anyhow::{Context as _, Result};
 use ipnet::IpNet;
 
-use super::{Id, journal::Journal};
+use super::{Id, Owner, journal::Journal};
 use crate::clock;
 
 const SECOND: i128 = 1_000_000_000;
@@ -65,13 +66,33 @@ pub fn described(network: IpNet, publish: Option<&impl fmt::Display>) -> String 
 
 /// What was to be taken back is not there.
 #[derive(Debug, thiserror::Error)]
-#[error("{0} is not banned; `forwarder bans` shows what is")]
-pub struct NotBanned(pub Banned);
+pub struct NotBanned {
+    pub banned: Banned,
+    /// Whose ban was meant; without, anybody's.
+    pub owner: Option<Owner>,
+}
+
+impl fmt::Display for NotBanned {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} is not banned", self.banned)?;
+        if let Some(owner) = &self.owner {
+            write!(f, " by {owner}")?;
+        }
+        f.write_str("; `forwarder bans` shows what is")
+    }
+}
 
 /// A change of bans.
 #[derive(Clone, Debug, Default)]
 pub struct Change {
     /// What is banned now, or until another time.
+    pub new: Vec<(Banned, Owner, Until)>,
+    pub gone: Vec<(Banned, Owner)>,
+}
+
+/// A change as a packet meets it, whoever has banned its source.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Effect {
     pub new: Vec<(Banned, Until)>,
     pub gone: Vec<Banned>,
 }
@@ -79,110 +100,168 @@ pub struct Change {
 /// All bans.
 #[derive(Clone, Debug, Default)]
 pub struct Bans {
-    everywhere: Sources,
-    of: BTreeMap<Id, Sources>,
+    everywhere: Scope,
+    of: BTreeMap<Id, Scope>,
 }
+
+/// What each owner has banned from the same.
+type Scope = BTreeMap<Owner, Sources>;
 
 impl Bans {
     /// Whether a source is banned now from a publish.
     pub fn has(&self, source: IpAddr, publish: Id) -> bool {
         let source = source.to_canonical();
-        let of = || self.of.get(&publish).is_some_and(|of| of.has(source));
-        self.everywhere.has(source) || of()
+        let by_any = |scope: &Scope| scope.values().any(|sources| sources.has(source));
+        by_any(&self.everywhere) || self.of.get(&publish).is_some_and(by_any)
     }
 
-    pub fn until(&self, banned: &Banned) -> Option<Until> {
-        let sources = match banned.publish {
+    fn scope(&self, publish: Option<Id>) -> Option<&Scope> {
+        match publish {
             None => Some(&self.everywhere),
             Some(id) => self.of.get(&id),
-        };
-        sources?.networks.get(&banned.network).copied()
+        }
     }
 
-    /// Those that last, in no order.
-    pub fn iter(&self) -> impl Iterator<Item = (Banned, Until)> {
-        self.all().filter(|(_, until)| lasts(*until))
-    }
-
-    /// Those of one publish that last.
-    pub fn of(&self, publish: Id) -> impl Iterator<Item = (IpNet, Until)> {
-        let sources = self.of.get(&publish).into_iter();
-        let bans = sources.flat_map(|sources| &sources.networks);
-        bans.map(|(network, until)| (*network, *until))
-            .filter(|(_, until)| lasts(*until))
-    }
-
-    fn all(&self) -> impl Iterator<Item = (Banned, Until)> {
-        let of = self.of.iter().map(|(id, sources)| (Some(*id), sources));
-        let all = [(None, &self.everywhere)].into_iter().chain(of);
-        all.flat_map(|(publish, sources)| {
-            let networks = sources.networks.iter();
-            networks.map(move |(&network, &until)| (Banned { publish, network }, until))
+    /// Until when each owner has banned this.
+    pub fn owners(&self, banned: Banned) -> impl Iterator<Item = (&Owner, Until)> {
+        let owners = self.scope(banned.publish).into_iter().flatten();
+        owners.filter_map(move |(owner, sources)| {
+            Some((owner, *sources.networks.get(&banned.network)?))
         })
     }
 
+    /// Those that last, in no order.
+    pub fn iter(&self) -> impl Iterator<Item = (Banned, &Owner, Until)> {
+        self.all().filter(|(_, _, until)| lasts(*until))
+    }
+
+    /// All those of one publish.
+    pub fn of(&self, publish: Id) -> impl Iterator<Item = (Banned, &Owner)> {
+        let scope = self.of.get(&publish).into_iter();
+        scope
+            .flat_map(move |scope| of_scope(Some(publish), scope).map(|(it, owner, _)| (it, owner)))
+    }
+
+    fn all(&self) -> impl Iterator<Item = (Banned, &Owner, Until)> {
+        let of = self.of.iter().map(|(id, scope)| (Some(*id), scope));
+        let all = [(None, &self.everywhere)].into_iter().chain(of);
+        all.flat_map(|(publish, scope)| of_scope(publish, scope))
+    }
+
     /// What ends by itself: those whose time is over, and of publishes that are no more.
-    pub fn over(&self, is_published: impl Fn(Id) -> bool) -> Vec<Banned> {
+    pub fn over(&self, is_published: impl Fn(Id) -> bool) -> Vec<(Banned, Owner)> {
         let is_left = |banned: &Banned| banned.publish.is_none_or(&is_published);
         let over = self
             .all()
-            .filter(|(it, until)| !lasts(*until) || !is_left(it));
-        over.map(|(banned, _)| banned).collect()
+            .filter(|(it, _, until)| !lasts(*until) || !is_left(it));
+        over.map(|(banned, owner, _)| (banned, owner.clone()))
+            .collect()
     }
 
     /// What makes these all that there are.
-    pub fn replaced_by(&self, new: Vec<(Banned, Until)>) -> Change {
-        let kept: HashSet<Banned> = new.iter().map(|(banned, _)| *banned).collect();
-        let gone = self.all().map(|(banned, _)| banned);
+    pub fn replaced_by(&self, new: Vec<(Banned, Owner, Until)>) -> Change {
+        let kept: HashSet<(Banned, &Owner)> =
+            new.iter().map(|(it, owner, _)| (*it, owner)).collect();
+        let gone = self.all().map(|(banned, owner, _)| (banned, owner));
+        let gone = gone.filter(|banned| !kept.contains(banned));
         Change {
-            gone: gone.filter(|banned| !kept.contains(banned)).collect(),
+            gone: gone.map(|(it, owner)| (it, owner.clone())).collect(),
             new,
         }
     }
 
-    /// What takes a change back.
-    pub fn inverse(&self, change: &Change) -> Change {
-        let touched = change
-            .new
-            .iter()
-            .map(|(banned, _)| banned)
-            .chain(&change.gone);
-        let mut inverse = Change::default();
-        for banned in touched.copied().collect::<BTreeSet<_>>() {
-            match self.until(&banned) {
-                Some(until) => inverse.new.push((banned, until)),
-                None => inverse.gone.push(banned),
-            }
+    /// What a packet is to meet of these now.
+    pub fn in_force(&self, banned: impl Iterator<Item = Banned>) -> Effect {
+        let banned: HashSet<Banned> = banned.collect();
+        Effect::of(banned.into_iter().map(|banned| {
+            let untils = self.owners(banned).map(|(_, until)| until);
+            (banned, untils.reduce(later))
+        }))
+    }
+
+    /// What a packet is to meet of a change that is not applied yet.
+    pub fn effect(&self, change: &Change) -> Effect {
+        let new = change.new.iter();
+        let new = new.map(|(banned, owner, until)| ((*banned, owner), Some(*until)));
+        let gone = change.gone.iter();
+        let gone = gone.map(|(banned, owner)| ((*banned, owner), None));
+        // Of two words about the same the last one counts.
+        let changed: HashMap<(Banned, &Owner), Option<Until>> = new.chain(gone).collect();
+        let mut after: HashMap<Banned, Option<Until>> = HashMap::new();
+        for (&(banned, _), &until) in &changed {
+            let longest = after.entry(banned).or_default();
+            *longest = (*longest).into_iter().chain(until).reduce(later);
         }
-        inverse
+        for (&banned, longest) in &mut after {
+            let others = self.owners(banned);
+            let others = others.filter(|(owner, _)| !changed.contains_key(&(banned, *owner)));
+            let all = (*longest).into_iter().chain(others.map(|(_, until)| until));
+            *longest = all.reduce(later);
+        }
+        Effect::of(after.into_iter())
     }
 
     pub fn apply(&mut self, change: &Change) {
-        for (Banned { publish, network }, until) in &change.new {
-            let sources = match publish {
+        for (Banned { publish, network }, owner, until) in &change.new {
+            let scope = match publish {
                 None => &mut self.everywhere,
                 Some(id) => self.of.entry(*id).or_default(),
             };
-            sources.insert(*network, *until);
+            match scope.get_mut(owner) {
+                Some(sources) => sources.insert(*network, *until),
+                None => scope
+                    .entry(owner.clone())
+                    .or_default()
+                    .insert(*network, *until),
+            }
         }
-        for Banned { publish, network } in &change.gone {
-            match publish {
-                None => self.everywhere.remove(*network),
-                Some(id) => {
-                    let Some(sources) = self.of.get_mut(id) else {
-                        continue;
-                    };
-                    sources.remove(*network);
-                    if sources.networks.is_empty() {
-                        self.of.remove(id);
-                    }
+        for (Banned { publish, network }, owner) in &change.gone {
+            let scope = match publish {
+                None => Some(&mut self.everywhere),
+                Some(id) => self.of.get_mut(id),
+            };
+            let Some(scope) = scope else { continue };
+            if let Some(sources) = scope.get_mut(owner) {
+                sources.remove(*network);
+                if sources.networks.is_empty() {
+                    scope.remove(owner);
                 }
+            }
+            if let Some(id) = publish
+                && scope.is_empty()
+            {
+                self.of.remove(id);
             }
         }
     }
 }
 
-/// Sources that are banned from the same.
+impl Effect {
+    fn of(all: impl Iterator<Item = (Banned, Option<Until>)>) -> Self {
+        let mut effect = Self::default();
+        for (banned, until) in all {
+            match until {
+                Some(until) => effect.new.push((banned, until)),
+                None => effect.gone.push(banned),
+            }
+        }
+        effect
+    }
+}
+
+/// The later end of two bans.
+fn later(one: Until, other: Until) -> Until {
+    Some(one?.max(other?))
+}
+
+fn of_scope(publish: Option<Id>, scope: &Scope) -> impl Iterator<Item = (Banned, &Owner, Until)> {
+    scope.iter().flat_map(move |(owner, sources)| {
+        let networks = sources.networks.iter();
+        networks.map(move |(&network, &until)| (Banned { publish, network }, owner, until))
+    })
+}
+
+/// Sources that one owner has banned from the same.
 #[derive(Clone, Debug, Default)]
 struct Sources {
     networks: HashMap<IpNet, Until>,
@@ -230,7 +309,8 @@ fn lasts(until: Until) -> bool {
 }
 
 /// The file with the bans. A line is a change, of bans with commas in between: the network, the second since the epoch at which its
-/// ban ends (`-`: never), and the publish, if it is of one. With `!` in front it is a ban that was taken back.
+/// ban ends (`-`: never), the publish, if it is of one, and the owner behind `@`, if that is not `cli`. With `!` in front it is a
+/// ban that was taken back.
 #[derive(Debug)]
 pub struct BansFile {
     journal: Journal,
@@ -239,11 +319,11 @@ pub struct BansFile {
 }
 
 /// What a line says of one ban.
-struct Entry(Banned, Option<Until>);
+struct Entry(Banned, Owner, Option<Until>);
 
 impl fmt::Display for Entry {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self(Banned { publish, network }, until) = self;
+        let Self(Banned { publish, network }, owner, until) = self;
         if until.is_none() {
             f.write_str("!")?;
         }
@@ -252,7 +332,13 @@ impl fmt::Display for Entry {
             Some(until) => write!(f, " {}", seconds(until))?,
             None => f.write_str(" -")?,
         }
-        publish.map_or(Ok(()), |id| write!(f, " {id}"))
+        if let Some(id) = publish {
+            write!(f, " {id}")?;
+        }
+        if owner.is_cli() {
+            return Ok(());
+        }
+        write!(f, " @{owner}")
     }
 }
 
@@ -270,10 +356,17 @@ impl FromStr for Entry {
             None | Some("-") => None,
             Some(seconds) => until(seconds.parse().map_err(drop)?),
         };
-        let publish = words.next().map(str::parse).transpose().map_err(drop)?;
+        let (mut publish, mut owner) = (None, Owner::cli());
+        for word in words {
+            match word.strip_prefix('@') {
+                Some(name) => owner = name.parse().map_err(drop)?,
+                None => publish = Some(word.parse().map_err(drop)?),
+            }
+        }
         let network = network.ok_or(())?;
         Ok(Self(
             Banned { publish, network },
+            owner,
             (!is_gone).then_some(until),
         ))
     }
@@ -292,14 +385,14 @@ impl BansFile {
             for text in line.split(',') {
                 let entry = text.parse::<Entry>();
                 let shown = journal.path().display();
-                let Ok(Entry(banned, until)) = entry else {
+                let Ok(Entry(banned, owner, until)) = entry else {
                     anyhow::bail!(
                         "{shown}: {text:?} is no ban; move the file away to begin without it"
                     );
                 };
                 match until {
-                    Some(until) => change.new.push((banned, until)),
-                    None => change.gone.push(banned),
+                    Some(until) => change.new.push((banned, owner, until)),
+                    None => change.gone.push((banned, owner)),
                 }
             }
             bans.apply(&change);
@@ -322,8 +415,9 @@ impl BansFile {
         let new = change
             .new
             .iter()
-            .map(|(it, until)| Entry(*it, Some(*until)));
-        let gone = change.gone.iter().map(|it| Entry(*it, None));
+            .map(|(it, owner, until)| Entry(*it, owner.clone(), Some(*until)));
+        let gone = change.gone.iter();
+        let gone = gone.map(|(it, owner)| Entry(*it, owner.clone(), None));
         for entry in new.chain(gone) {
             let comma = if line.is_empty() { "" } else { "," };
             write!(line, "{comma}{entry}").context("no memory")?;
@@ -348,7 +442,7 @@ impl BansFile {
         if (booted - self.booted).abs() < SECOND {
             return Ok(());
         }
-        if bans.iter().any(|(_, until)| until.is_some()) {
+        if bans.iter().any(|(_, _, until)| until.is_some()) {
             self.journal.replace(&whole(bans)?)?;
         }
         self.booted = booted;
@@ -358,8 +452,8 @@ impl BansFile {
 
 fn whole(bans: &Bans) -> Result<String> {
     let mut whole = String::new();
-    for (banned, until) in bans.iter() {
-        writeln!(whole, "{}", Entry(banned, Some(until)))?;
+    for (banned, owner, until) in bans.iter() {
+        writeln!(whole, "{}", Entry(banned, owner.clone(), Some(until)))?;
     }
     Ok(whole)
 }
@@ -392,10 +486,20 @@ mod tests {
         }
     }
 
+    fn jail() -> Owner {
+        "fail2ban:sshd".parse().expect("a name")
+    }
+
+    fn by_cli(new: Vec<(Banned, Until)>) -> Vec<(Banned, Owner, Until)> {
+        let new = new.into_iter();
+        new.map(|(banned, until)| (banned, Owner::cli(), until))
+            .collect()
+    }
+
     fn banned(new: Vec<(Banned, Until)>) -> Bans {
         let mut bans = Bans::default();
         bans.apply(&Change {
-            new,
+            new: by_cli(new),
             gone: Vec::new(),
         });
         bans
@@ -422,7 +526,10 @@ mod tests {
             assert_eq!(bans.has(ip(source), 4), is_banned, "{source}");
         }
         assert!(bans.has(ip("203.0.113.9"), 5) && !bans.has(ip("203.0.113.9"), 4));
-        assert_eq!(bans.over(|_| true), [from_all("198.51.100.0/24")]);
+        assert_eq!(
+            bans.over(|_| true),
+            [(from_all("198.51.100.0/24"), Owner::cli())]
+        );
         assert_eq!(bans.over(|id| id != 5).len(), 2);
     }
 
@@ -454,19 +561,84 @@ mod tests {
             (from_one("192.0.2.7/32", 3), future),
             (from_all("2001:db8::/64"), future),
         ]);
-        let change = before.replaced_by(vec![
+        let change = before.replaced_by(by_cli(vec![
             (from_all("192.0.2.7/32"), future),
             (from_all("198.51.100.1/32"), None),
-        ]);
-        let inverse = before.inverse(&change);
+        ]));
         let mut bans = before.clone();
         bans.apply(&change);
-        let now: BTreeMap<_, _> = bans.iter().collect();
+        let all = |bans: &Bans| {
+            let all = bans.iter();
+            let all = all.map(|(it, owner, until)| ((it, owner.clone()), until));
+            all.collect::<BTreeMap<_, _>>()
+        };
+        let now = all(&bans);
         assert_eq!(now.len(), 2);
-        assert_eq!(now[&from_all("192.0.2.7/32")], future);
-        bans.apply(&inverse);
-        let all = |bans: &Bans| bans.iter().collect::<BTreeMap<_, _>>();
-        assert_eq!(all(&bans), all(&before));
+        assert_eq!(now[&(from_all("192.0.2.7/32"), Owner::cli())], future);
+        let sorted = |mut effect: Effect| {
+            effect.new.sort_unstable();
+            effect.gone.sort_unstable();
+            effect
+        };
+        let (there, gone) = (from_one("192.0.2.7/32", 3), from_all("2001:db8::/64"));
+        let effect = Effect {
+            new: vec![
+                (from_all("192.0.2.7/32"), future),
+                (from_all("198.51.100.1/32"), None),
+            ],
+            gone: vec![gone, there],
+        };
+        assert_eq!(sorted(before.effect(&change)), effect);
+        let effect = Effect {
+            new: vec![
+                (from_all("192.0.2.7/32"), None),
+                (gone, future),
+                (there, future),
+            ],
+            gone: vec![from_all("198.51.100.1/32")],
+        };
+        let new = change.new.iter().map(|(banned, ..)| *banned);
+        let touched = new.chain(change.gone.iter().map(|(banned, _)| *banned));
+        assert_eq!(sorted(before.in_force(touched)), effect);
+    }
+
+    #[test]
+    fn a_source_is_banned_until_the_last_of_its_owners_lets_it_in() {
+        let source = from_all("192.0.2.7/32");
+        let at = |seconds: u64| Some(clock::boot() + seconds * 1_000_000_000);
+        let (soon, late) = (at(60), at(3600));
+        let mut bans = banned(vec![(source, late)]);
+        let shorter = Change {
+            new: vec![(source, jail(), soon)],
+            gone: Vec::new(),
+        };
+        let effect = |until| Effect {
+            new: vec![(source, until)],
+            gone: Vec::new(),
+        };
+        assert_eq!(bans.effect(&shorter), effect(late));
+        bans.apply(&shorter);
+        assert!(bans.has(ip("192.0.2.7"), 1));
+        let end = |owner: Owner| Change {
+            new: Vec::new(),
+            gone: vec![(source, owner)],
+        };
+        assert_eq!(bans.effect(&end(Owner::cli())), effect(soon));
+        assert_eq!(bans.effect(&end(jail())), effect(late));
+        bans.apply(&end(jail()));
+        assert!(bans.has(ip("192.0.2.7"), 1));
+        let gone = Effect {
+            new: Vec::new(),
+            gone: vec![source],
+        };
+        assert_eq!(bans.effect(&end(Owner::cli())), gone);
+        let both = Change {
+            new: vec![(source, jail(), None)],
+            gone: vec![(source, jail()), (source, Owner::cli())],
+        };
+        assert_eq!(bans.effect(&both), gone, "the last word counts");
+        bans.apply(&end(Owner::cli()));
+        assert!(!bans.has(ip("192.0.2.7"), 1));
     }
 
     #[test]
@@ -479,31 +651,43 @@ mod tests {
             (0..4000).map(|at| (from_all(&format!("10.0.{}.{}/32", at / 250, at % 250)), end));
         let changes = [
             Change {
-                new: many.chain([(from_one("2001:db8::/64", 7), None)]).collect(),
+                new: by_cli(many.chain([(from_one("2001:db8::/64", 7), None)]).collect()),
                 gone: Vec::new(),
             },
             Change {
-                new: vec![
+                new: by_cli(vec![
                     (from_all("192.0.2.7/32"), None),
                     (from_one("10.0.0.7/32", 9), end),
-                ],
-                gone: vec![from_all("10.0.0.7/32")],
+                ]),
+                gone: vec![(from_all("10.0.0.7/32"), Owner::cli())],
             },
             Change {
-                new: vec![(from_all("10.0.0.8/32"), None)],
-                gone: vec![from_one("2001:db8::/64", 7)],
+                new: vec![
+                    (from_all("10.0.0.8/32"), jail(), end),
+                    (from_one("10.0.0.8/32", 9), jail(), None),
+                ],
+                gone: vec![(from_one("2001:db8::/64", 7), Owner::cli())],
+            },
+            Change {
+                new: Vec::new(),
+                gone: vec![(from_one("10.0.0.8/32", 9), jail())],
             },
         ];
         for change in changes {
             file.write(&change, &bans).expect("written");
             bans.apply(&change);
             let (_, read) = BansFile::open(&state).expect("read");
-            let in_seconds = |(it, until): (Banned, Until)| (it, until.map(seconds));
-            let all = |bans: &Bans| bans.iter().map(in_seconds).collect::<BTreeMap<_, _>>();
+            let all = |bans: &Bans| {
+                let all = bans.iter();
+                let all = all.map(|(it, owner, until)| ((it, owner.clone()), until.map(seconds)));
+                all.collect::<BTreeMap<_, _>>()
+            };
             assert_eq!(all(&read), all(&bans));
         }
         let text = std::fs::read_to_string(file.journal.path()).expect("read");
         assert!(text.contains("\n192.0.2.7/32 -,10.0.0.7/32 15000000000 9,!10.0.0.7/32 -\n"));
+        assert!(text.contains("\n10.0.0.8/32 15000000000 @fail2ban:sshd,"));
+        assert!(text.ends_with("\n!10.0.0.8/32 - 9 @fail2ban:sshd\n"));
         std::fs::remove_file(file.journal.path()).expect("removed");
     }
 }

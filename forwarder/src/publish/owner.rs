@@ -22,6 +22,10 @@ impl Owner {
         Self("cli".into())
     }
 
+    pub fn is_cli(&self) -> bool {
+        &*self.0 == "cli"
+    }
+
     /// The configuration file.
     pub fn config() -> Self {
         Self("config".into())

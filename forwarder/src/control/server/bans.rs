@@ -17,7 +17,7 @@ use super::{
 use crate::{
     control::api::{Ban, NamedPublish},
     publish::{
-        Id, allow,
+        Id, Owner, allow,
         bans::{Banned, NotBanned},
     },
 };
@@ -71,6 +71,9 @@ pub(super) struct Lasts {
     until: Option<u64>,
     /// The number or the SPEC of the only publish that it is banned from.
     publish: Option<NamedPublish>,
+    /// Who bans it; without, `cli`.
+    #[schema(value_type = Option<String>)]
+    owner: Option<Owner>,
 }
 
 /// Which ban is meant, of several of a source.
@@ -78,6 +81,7 @@ pub(super) struct Lasts {
 #[serde(deny_unknown_fields)]
 pub(super) struct Scope {
     publish: Option<NamedPublish>,
+    owner: Option<Owner>,
 }
 
 fn banned(text: &str) -> Result<IpNet, Problem> {
@@ -89,27 +93,34 @@ fn banned(text: &str) -> Result<IpNet, Problem> {
 #[serde(deny_unknown_fields)]
 pub(super) struct ScopeById {
     publish: Option<Id>,
+    owner: Option<Owner>,
 }
 
-#[utoipa::path(get, path = "/v1/bans/{network}", summary = "The ban of a source", params(("network" = String, Path), ("publish" = Option<u64>, Query, description = "the ban from this publish alone")), responses((status = 200, body = Ban), (status = 404, body = Problem)))]
+#[utoipa::path(get, path = "/v1/bans/{network}", summary = "The ban of a source", params(("network" = String, Path), ("publish" = Option<u64>, Query, description = "the ban from this publish alone"), ("owner" = Option<String>, Query, description = "this owner's ban; without, the one that lasts longest")), responses((status = 200, body = Ban), (status = 404, body = Problem)))]
 pub(super) async fn one(
     State(shared): State<Shared>,
     Part(network): Part<String>,
-    Query(ScopeById { publish }): Query<ScopeById>,
+    Query(ScopeById { publish, owner }): Query<ScopeById>,
 ) -> Result<extract::Json<Ban>, Problem> {
     let network = banned(&network)?.trunc();
     let is_meant = publish.map(NamedPublish::Id);
+    let mut longest: Option<Ban> = None;
     for ban in shared.observed.bans() {
         let ban = ban?;
-        if ban.network == network && ban.publish == is_meant {
-            return Ok(extract::Json(ban));
+        let is_meant = ban.network == network
+            && ban.publish == is_meant
+            && owner.as_ref().is_none_or(|owner| *owner == ban.owner);
+        let end = |ban: &Ban| ban.until.unwrap_or(u64::MAX);
+        if is_meant && longest.as_ref().is_none_or(|it| end(it) < end(&ban)) {
+            longest = Some(ban);
         }
     }
-    let missing = NotBanned(Banned { publish, network });
-    Err(problem(404, "Not found", &missing.to_string()))
+    let banned = Banned { publish, network };
+    let missing = || problem(404, "Not found", &NotBanned { banned, owner }.to_string());
+    longest.map(extract::Json).ok_or_else(missing)
 }
 
-#[utoipa::path(put, path = "/v1/bans/{network}", summary = "Bans a source", params(("network" = String, Path), ("until" = Option<u64>, Query, description = "seconds since the epoch"), ("publish" = Option<String>, Query, description = "number or SPEC of the only publish that it is banned from")), request_body(content = Option<Lasts>, description = "in place of the query"), responses((status = 204), (status = "4XX", body = Problem)))]
+#[utoipa::path(put, path = "/v1/bans/{network}", summary = "Bans a source", params(("network" = String, Path), ("until" = Option<u64>, Query, description = "seconds since the epoch"), ("publish" = Option<String>, Query, description = "number or SPEC of the only publish that it is banned from"), ("owner" = Option<String>, Query, description = "who bans it; without, `cli`")), request_body(content = Option<Lasts>, description = "in place of the query"), responses((status = 204), (status = "4XX", body = Problem)))]
 pub(super) async fn ban_one(
     State(shared): State<Shared>,
     Extension(by): Extension<Peer>,
@@ -121,10 +132,12 @@ pub(super) async fn ban_one(
     let in_body: Lasts = shared.json_if_any(request).await?;
     let until = once("until", in_query.until, in_body.until)?;
     let publish = once("publish", in_query.publish, in_body.publish)?;
+    let owner = once("owner", in_query.owner, in_body.owner)?;
     let ban = Ban {
         network,
         until,
         publish,
+        owner: owner.unwrap_or_else(Owner::cli),
     };
     change(&shared, by, vec![ban], false).await
 }
@@ -138,7 +151,7 @@ fn once<T>(name: &str, in_query: Option<T>, in_body: Option<T>) -> Result<Option
     Ok(in_query.or(in_body))
 }
 
-#[utoipa::path(delete, path = "/v1/bans/{network}", summary = "Takes a ban back", params(("network" = String, Path), ("publish" = Option<String>, Query, description = "the ban from this publish alone, by its number or SPEC")), responses((status = 204), (status = "4XX", body = Problem)))]
+#[utoipa::path(delete, path = "/v1/bans/{network}", summary = "Takes a ban back", params(("network" = String, Path), ("publish" = Option<String>, Query, description = "the ban from this publish alone, by its number or SPEC"), ("owner" = Option<String>, Query, description = "this owner's alone; without, everybody's")), responses((status = 204), (status = "4XX", body = Problem)))]
 pub(super) async fn unban_one(
     State(shared): State<Shared>,
     Extension(by): Extension<Peer>,
@@ -149,7 +162,7 @@ pub(super) async fn unban_one(
     take_back(&shared, by, networks, scope).await
 }
 
-#[utoipa::path(post, path = "/v1/unban", summary = "Takes bans back, all or none", params(("publish" = Option<String>, Query, description = "those from this publish alone, by its number or SPEC")), request_body = Vec<String>, responses((status = 204), (status = "4XX", body = Problem)))]
+#[utoipa::path(post, path = "/v1/unban", summary = "Takes bans back, all or none", params(("publish" = Option<String>, Query, description = "those from this publish alone, by its number or SPEC"), ("owner" = Option<String>, Query, description = "this owner's alone; without, everybody's")), request_body = Vec<String>, responses((status = 204), (status = "4XX", body = Problem)))]
 pub(super) async fn unban(
     State(shared): State<Shared>,
     Extension(by): Extension<Peer>,
@@ -174,9 +187,9 @@ async fn take_back(
     shared: &Shared,
     by: Peer,
     networks: Vec<IpNet>,
-    Scope { publish }: Scope,
+    Scope { publish, owner }: Scope,
 ) -> Result<StatusCode, Problem> {
-    let change = Change::Unban(networks, publish);
+    let change = Change::Unban(networks, publish, owner);
     shared.change(None, by, change).await?;
     Ok(StatusCode::NO_CONTENT)
 }
