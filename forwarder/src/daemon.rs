@@ -482,6 +482,7 @@ impl Daemon {
 
     /// Undoes everything, or with `keep` leaves the pinned programs forwarding.
     async fn stop(mut self, keep: bool) {
+        self.cut_all_draining();
         if keep {
             for serving in std::mem::take(&mut self.serving).into_values() {
                 serving.end(Ending::Cut).await;
@@ -494,6 +495,7 @@ impl Daemon {
                 sleep(resets::PATIENCE).await;
             }
         }
+        self.idle.finish().await;
         match self.datapath.take() {
             Some(datapath) if !keep => datapath.remove(),
             _ => {}

@@ -7,13 +7,14 @@ use std::{
 };
 
 use forwarder_tests::{
-    daemon::Daemon,
+    daemon::{Daemon, Datapath},
     deadline::{patience, slack},
     document::Flow,
     netns::Netns,
     topology::{Family, Topology},
     traffic::Protocol,
 };
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
 use crate::scene::{BACKEND_PORT, PORT, Scene, backend, spec};
 
@@ -181,6 +182,49 @@ fn those_who_pass_the_firewall_hear_it() {
 fn all_hear_that_the_instance_stops() {
     both_ends_hear(Client::Outside, &[], stopped);
     both_ends_hear(Client::Here, &[], stopped);
+}
+
+/// As many connections as are not ended by the time that the process could be.
+fn all_clients_of_the_proxy_hear_that_the_instance_stops(drains: bool) {
+    const MANY: usize = 4000;
+    let (_, files) = getrlimit(Resource::RLIMIT_NOFILE).unwrap();
+    setrlimit(Resource::RLIMIT_NOFILE, files, files).unwrap();
+    let scene = Scene::tcp().silent().by(Datapath::Userland).start();
+    let topology = &scene.topology;
+    let address = SocketAddr::new(topology.backend.address(Family::V4), BACKEND_PORT);
+    let bind = || TcpListener::bind(address).unwrap();
+    let listener = topology.backend.netns.enter(bind);
+    let frontend = scene.frontend();
+    let pairs: Vec<[TcpStream; 2]> = (0..MANY)
+        .map(|_| {
+            let connect = || TcpStream::connect_timeout(&frontend, patience()).unwrap();
+            let connected = topology.client.enter(connect);
+            [connected, listener.accept().unwrap().0]
+        })
+        .collect();
+    if drains {
+        scene
+            .daemon
+            .control(&["unpublish", scene.spec(), "--drain"])
+            .unwrap();
+    }
+    scene.daemon.stop().unwrap();
+    let ends = pairs.iter().flatten().map(|mut end| {
+        end.set_read_timeout(Some(patience())).unwrap();
+        end.read(&mut [0]).map_err(|error| error.kind())
+    });
+    let heard = ends.filter(|end| *end == Err(ErrorKind::ConnectionReset));
+    assert_eq!(heard.count(), 2 * MANY);
+}
+
+#[test]
+fn all_clients_of_the_userland_proxy_hear_that_the_instance_stops() {
+    all_clients_of_the_proxy_hear_that_the_instance_stops(false);
+}
+
+#[test]
+fn what_drains_in_user_space_hears_that_the_instance_stops() {
+    all_clients_of_the_proxy_hear_that_the_instance_stops(true);
 }
 
 /// The port is free at once, though the old connections are still being told.

@@ -290,6 +290,12 @@ impl Daemon {
         loose
     }
 
+    /// Cuts off what drains in user space, before the instance stops.
+    pub(super) fn cut_all_draining(&self) {
+        let proxies = self.draining.values().filter_map(|it| it.proxy.as_ref());
+        proxies.for_each(Proxy::cut);
+    }
+
     /// Ends what drains at a place, which is returned if the kernel has it no more.
     pub(super) fn end_draining(&mut self, place: u32) -> Option<u32> {
         let gone = self.draining.remove(&place)?;

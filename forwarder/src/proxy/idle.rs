@@ -10,6 +10,7 @@ use std::{
     collections::HashMap,
     os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Duration,
 };
 
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
@@ -26,6 +27,8 @@ use super::{
     worker::Workers,
 };
 
+/// So long the end of all conversations is waited for.
+const PATIENCE: Duration = Duration::from_secs(5);
 /// Sockets that are looked at in one go.
 const EVENTS: usize = 64;
 
@@ -179,6 +182,12 @@ impl Idle {
         drop(bans);
         common.changed();
         common.banned.notify_waiters();
+    }
+
+    /// Waits until both ends of every connection that is to end have been told, which the end of the process would keep from
+    /// them.
+    pub async fn finish(&self) {
+        self.common().workers.finish(PATIENCE).await;
     }
 
     /// Flows, packets and bytes of publishes that the proxy no longer serves.

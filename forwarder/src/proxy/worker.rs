@@ -43,6 +43,8 @@ use crate::privilege;
 const EVENTS: usize = 256;
 /// So often in a row a descriptor is ready before its task lets others go first.
 const TURNS: u8 = 16;
+/// Whoever waits for the end of all conversations looks again after this.
+const PAUSE: Duration = Duration::from_millis(1);
 /// A conversation that lasts so long is no short one; one that begins shortly before a worker looks may be taken for one.
 const LASTING: Duration = Duration::from_secs(5);
 
@@ -209,6 +211,15 @@ impl Workers {
                 here.begun.borrow_mut().push(task(begin(place)));
             }
             _ => chosen.send(Box::new(move || task(begin(place)))),
+        }
+    }
+
+    /// Waits until no conversation is left, but no longer than this.
+    pub(super) async fn finish(&self, patience: Duration) {
+        let deadline = Instant::now() + patience;
+        let is_busy = |worker: &Arc<Worker>| worker.conversations.load(Relaxed) > 0;
+        while self.0.iter().any(is_busy) && Instant::now() < deadline {
+            tokio::time::sleep(PAUSE).await;
         }
     }
 
