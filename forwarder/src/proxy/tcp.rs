@@ -231,17 +231,34 @@ impl Conversation {
                 &mut backend.insert(begun).0
             }
         };
-        // If it refuses, the first read or write says so.
-        backend.ready(WRITE).await;
         let (client, backend) = (&*client, &*backend);
+        // If it refuses, the first read or write says so.
+        let is_connected = poll_fn(|context| {
+            let _ = client.poll_ready(context, EpollFlags::EPOLLERR); // so that this task hears of it from now on
+            backend.poll_ready(context, WRITE)
+        });
+        // A client that has reset the connection is gone, and what it has sent waits for a backend that takes no more.
+        let is_gone = poll_fn(
+            |_| match client.has(EpollFlags::EPOLLERR) && !backend.has(WRITE) {
+                true => Poll::Ready(io::Error::from(io::ErrorKind::ConnectionReset)),
+                false => Poll::Pending,
+            },
+        );
         // Of one that was over before, the end is read again.
         let over = AtomicBool::new(false);
         let [request, answer] = ways;
-        tokio::try_join!(
-            one_way((client, backend, ORIGINAL), request, &over, shared),
-            one_way((backend, client, REPLY), answer, &over, shared)
-        )?;
-        Ok(())
+        let carried = async {
+            is_connected.await;
+            tokio::try_join!(
+                one_way((client, backend, ORIGINAL), request, &over, shared),
+                one_way((backend, client, REPLY), answer, &over, shared)
+            )
+        };
+        tokio::select! {
+            biased;
+            carried = carried => carried.map(drop),
+            error = is_gone => Err(error),
+        }
     }
 
     fn pass_on(self, shared: &Shared) {

@@ -10,10 +10,12 @@ use std::{
     os::fd::AsRawFd as _,
     sync::LazyLock,
     thread,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use nix::sys::socket::{MsgFlags, send};
+
+use socket2::{Domain, Type};
 
 use super::{Held, Idle, Options, Proxy, ProxyProtocol, Refusal, Stop, Store};
 use crate::{proxy::protocol_header::Transport, publish::spec::Spec};
@@ -188,6 +190,53 @@ fn a_reset_goes_through_both_ways() {
         drop(from);
         assert!(is_reset(&mut to), "client_resets: {client_resets}");
     }
+}
+
+fn leaves_by_a_reset(client: TcpStream, served: &Served) {
+    let linger = Some(Duration::ZERO);
+    let set = socket2::SockRef::from(&client).set_linger(linger);
+    set.expect("set");
+    drop(client);
+    let begun = Instant::now();
+    let workers = &served.proxy.idle.common().workers;
+    while workers.conversations().iter().sum::<usize>() > 0 {
+        assert!(begun.elapsed() < *DEADLINE, "the conversation goes on");
+        thread::sleep(Duration::from_millis(1));
+    }
+}
+
+/// Its queue is full, so the kernel answers nobody else: as an address that nobody has.
+#[test]
+fn a_client_that_is_gone_does_not_wait_for_a_backend_that_does_not_answer() {
+    let listener = socket2::Socket::new(Domain::IPV4, Type::STREAM, None).expect("a socket");
+    let any = SocketAddr::from(([127, 0, 0, 1], 0));
+    listener.bind(&any.into()).expect("bound");
+    listener.listen(0).expect("a listener");
+    let backend = listener.local_addr().ok().and_then(|it| it.as_socket());
+    let backend = backend.expect("an address");
+    let _queued = connect(backend);
+    let served = serve("127.0.0.1", backend, "tcp", Options::default());
+    let mut client = connect(served.frontend);
+    client.write_all(b"hello").expect("written");
+    leaves_by_a_reset(client, &served);
+}
+
+#[test]
+fn a_client_that_is_gone_does_not_wait_for_a_backend_that_reads_nothing() {
+    let (listener, backend) = listen("127.0.0.1:0");
+    let served = serve("127.0.0.1", backend, "tcp", Options::default());
+    let (mut client, _backend) = pair(&served, &listener);
+    client.set_nonblocking(true).expect("set");
+    let (mut sent, mut idle) = (0, 0);
+    while idle < 100 {
+        match client.write(&[7; 65536]) {
+            Ok(count) => (sent, idle) = (sent + count, 0),
+            Err(_) => idle += 1,
+        }
+        thread::sleep(Duration::from_millis(1));
+    }
+    assert!(sent > 0);
+    leaves_by_a_reset(client, &served);
 }
 
 #[test]
