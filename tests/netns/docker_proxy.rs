@@ -289,6 +289,34 @@ fn without_an_instance_it_forwards_by_itself_until_there_is_one() {
 }
 
 #[test]
+fn without_its_instance_it_serves_only_whom_that_allowed() {
+    for whole in [false, true] {
+        if whole {
+            PROGRAM.set(binary());
+        }
+        let topology = Topology::new().unwrap();
+        let client = format!("{}/32", topology.client_address(Family::V4));
+        let allow = ["--allow", &client];
+        let scene = Scene::tcp().idle().by(Datapath::Userland).flags(&allow);
+        let Scene {
+            backends: _backends,
+            topology,
+            daemon,
+            ..
+        } = scene.start_in(topology);
+        let mut proxy = start(&topology, daemon.instance(), "tcp", "0.0.0.0");
+        assert_eq!(proxy.said(), "0\n");
+        let [allowed, other] = frontends(&topology)
+            .map(|(netns, frontend)| move || ask(netns, Protocol::Tcp, frontend, "hello").is_ok());
+        assert!(allowed() && !other());
+        daemon.stop().unwrap();
+        wait_until("an answer without an instance", &allowed);
+        assert!(!other(), "whole: {whole}");
+        assert_eq!(proxy.end(Signal::SIGINT), Some(0));
+    }
+}
+
+#[test]
 fn connections_outlive_the_death_of_the_instance() {
     let mut scene = Scene::tcp().idle().with_state().start();
     let mut shim = start(&scene.topology, scene.daemon.instance(), "tcp", "0.0.0.0");

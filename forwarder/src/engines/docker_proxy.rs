@@ -13,6 +13,7 @@
 )]
 
 use std::{
+    cell::RefCell,
     fs::File,
     io::{Read as _, Write as _},
     net::{IpAddr, Ipv4Addr},
@@ -27,6 +28,7 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, bail};
+use ipnet::IpNet;
 use nix::{
     poll::{PollFd, PollFlags, PollTimeout, poll},
     sys::{
@@ -34,6 +36,7 @@ use nix::{
         signalfd::{SfdFlags, SignalFd},
     },
 };
+use serde::Deserialize as _;
 use socket2::SockRef;
 
 use super::request::{self, Answer};
@@ -56,6 +59,8 @@ const RETRY: Duration = Duration::from_millis(200);
 const LAST: Duration = Duration::from_millis(500);
 /// A port that another lease had is free when its end has been noticed.
 const CONFLICTS: u32 = 10;
+/// Who may be served by a process that has become `forwarder`: networks with commas in between.
+const ALLOW: &str = "FORWARDER_PROXY_ALLOW";
 /// So often a port that cannot be bound is tried again.
 const BINDS: u32 = 2;
 
@@ -241,6 +246,8 @@ struct Port {
     spec: Spec,
     socket: OwnedFd,
     instance: Instance,
+    /// Whom the instance last served; empty for all, or if there was none yet.
+    allow: RefCell<Vec<IpNet>>,
 }
 
 /// Who serves it.
@@ -292,10 +299,13 @@ impl Port {
             None => Self::bind(&spec)?,
         };
         let name = std::env::var("FORWARDER_INSTANCE").unwrap_or_else(|_| "default".into());
+        let allow = std::env::var(ALLOW).unwrap_or_default();
+        let allow = allow.split(',').filter_map(|network| network.parse().ok());
         Ok(Self {
             spec,
             socket,
             instance: Instance { name, socket: None },
+            allow: RefCell::new(allow.collect()),
         })
     }
 
@@ -330,6 +340,9 @@ impl Port {
             };
             if status == 201 {
                 let owner = line[0]["owner"].as_str().unwrap_or_default().to_owned();
+                let allow = Vec::deserialize(&line[0]["allow"]);
+                self.allow
+                    .replace(allow.context("what the instance allows")?);
                 return Ok(Some(Serving::Lease {
                     connection: stream,
                     owner,
@@ -410,6 +423,10 @@ fn in_this_process(_: &[String], port: &Port, _: Option<&Status>) -> Result<mpsc
     let mut given = Sockets::from(vec![port.socket.try_clone()?]);
     let held = Held::bind(&port.spec, &mut [&mut given])?;
     let spec = Arc::new(port.spec.clone());
+    let options = Options {
+        allow: port.allow.borrow().clone(),
+        ..Options::default()
+    };
     let (end, ended) = mpsc::channel();
     let (begun, result) = mpsc::channel();
     thread::spawn(move || {
@@ -419,7 +436,7 @@ fn in_this_process(_: &[String], port: &Port, _: Option<&Status>) -> Result<mpsc
         let served = runtime.map(|runtime| {
             runtime.block_on(async {
                 let started = Idle::start(Store::default())
-                    .and_then(|idle| Proxy::start(held, spec, Options::default(), &idle));
+                    .and_then(|idle| Proxy::start(held, spec, options, &idle));
                 let mut proxy = match started {
                     Ok(proxy) => proxy,
                     Err(error) => return drop(begun.send(Err(error))),
@@ -467,7 +484,10 @@ fn become_forwarder(
         // SAFETY: what has the number is this process's, which ends here, whatever comes of it.
         std::mem::forget(unsafe { dup2_raw(&copied, number) }?);
     }
+    let allow = port.allow.borrow();
+    let allow: Vec<String> = allow.iter().map(ToString::to_string).collect();
     let error = Command::new(&program)
+        .env(ALLOW, allow.join(","))
         .arg("docker-proxy")
         .args(arguments)
         .arg("-use-listen-fd")
