@@ -77,6 +77,9 @@ reasons! {
     /// Passed: the firewall is respected, and the backend's answers to another container could go past it; the userland
     /// proxy serves it.
     ContainerClient = "container_client",
+    /// Passed: the firewall has translated the source of a client on this host, by a rule that masquerades by whatever device a
+    /// packet leaves. The kernel takes that back from what its sockets send, so the userland proxy serves the client.
+    SourceTranslated = "source_translated",
     /// Dropped: a source that cannot be: a loopback address from outside, an address that the host routes elsewhere, a reply
     /// of another device than the backend's.
     Martian = "martian_source",

@@ -189,6 +189,9 @@ fn may_begin(
         }
         return Err(Reason::NotSyn);
     }
+    if packet.is_from_this_host() && !steer::has_own_source(skb, packet) {
+        return Err(Reason::SourceTranslated);
+    }
     admit::admit(packet, publish, index)?;
     route::came_back(skb.cast(), packet, &packet.tuple.source)
 }

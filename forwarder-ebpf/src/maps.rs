@@ -64,6 +64,10 @@ pub static INTERFACES: HashMap<u32, Interface> =
 #[map]
 pub static SEVERAL_UPLINKS: Array<u32> = Array::with_max_entries(1, 0);
 
+/// Not 0 while a route or a rule of this host may say that packets of IPv4 end here: then answers are asked for that.
+#[map]
+pub static FORBIDDING: Array<u32> = Array::with_max_entries(1, 0);
+
 /// What addresses are behind: this host's own but for loopback ones, and those that its routes to containers lead to. No
 /// entry is the rest of the world.
 #[map]

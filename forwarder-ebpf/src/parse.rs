@@ -32,8 +32,6 @@ pub const L4_V4: usize = L3 + 20;
 pub const L4_V6: usize = L3 + 40;
 /// Behind IPv6's fragment header (RFC 8200 section 4.5).
 pub const L4_V6_FRAGMENT: usize = L4_V6 + 8;
-/// Frames of no more octets may have been filled up to that (IEEE 802.3 section 4.2.3.3). Over IPv6, none of ours is so short.
-const PADDED: u32 = 60;
 /// The part of TCP's header that is read.
 pub const TCP_LENGTH: usize = 20;
 /// Where the checksums are in their headers.
@@ -187,6 +185,16 @@ impl Packet {
             (false, _) => L4_V6_FRAGMENT,
         };
         without_options + self.options()
+    }
+
+    /// Ends the packet `length` octets (wire order) behind `start`, as its IP header says: what the frame has behind that is a
+    /// short frame's padding (IEEE 802.3 section 4.2.3.3), a checksum that the device has left there, or a switch's trailer. Of
+    /// merged segments that are too long for the field, it is 0.
+    #[inline(always)]
+    fn end_at(&mut self, start: usize, length: u16) {
+        if length != 0 {
+            self.length = self.length.min(start as u32 + u16::from_be(length) as u32);
+        }
     }
 
     /// Octets of options in front of the transport header.
@@ -386,10 +394,7 @@ fn ipv4(frame: &impl Frame, packet: &mut Packet) -> Result<(), Reason> {
     // SAFETY: as above.
     let ip = unsafe { &*ip };
     let fragment = u16::from_be(ip.fragment);
-    if packet.length <= PADDED {
-        let length = L3 as u32 + u16::from_be(ip.total_length) as u32;
-        packet.length = packet.length.min(length);
-    }
+    packet.end_at(L3, ip.total_length);
     packet.is_v4 = true;
     packet.dont_fragment = fragment & DONT != 0;
     packet.tos = ip.tos;
@@ -422,6 +427,7 @@ fn ipv6(frame: &impl Frame, packet: &mut Packet) -> Result<(), Reason> {
     let ip = header::<Ipv6>(frame, L3).ok_or(Reason::NotOurs)?;
     // SAFETY: `header` checked the bounds; packed structs have no alignment.
     let ip = unsafe { &*ip };
+    packet.end_at(L4_V6, ip.payload_length);
     packet.tos = (u32::from_be(ip.version_and_flow) >> 20) as u8;
     packet.ttl = ip.hop_limit;
     packet.protocol = ip.next_header;

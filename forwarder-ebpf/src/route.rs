@@ -8,7 +8,8 @@ use core::ffi::c_void;
 
 use aya_ebpf::{
     bindings::{
-        BPF_FIB_LKUP_RET_FWD_DISABLED, BPF_FIB_LKUP_RET_NO_NEIGH, BPF_FIB_LKUP_RET_SUCCESS,
+        BPF_FIB_LKUP_RET_BLACKHOLE, BPF_FIB_LKUP_RET_FWD_DISABLED, BPF_FIB_LKUP_RET_NO_NEIGH,
+        BPF_FIB_LKUP_RET_PROHIBIT, BPF_FIB_LKUP_RET_SUCCESS, BPF_FIB_LKUP_RET_UNREACHABLE,
         BPF_FIB_LOOKUP_OUTPUT, bpf_fib_lookup,
     },
     helpers::bpf_fib_lookup as lookup,
@@ -21,7 +22,7 @@ use forwarder_common::{
 
 use crate::{
     clock,
-    maps::{INTERFACES, ROUTES, SEVERAL_UPLINKS},
+    maps::{FORBIDDING, INTERFACES, ROUTES, SEVERAL_UPLINKS},
     parse::{LOOPBACK_IFINDEX, Packet},
     publish,
     words::copy_address,
@@ -57,7 +58,7 @@ const _: () = assert!(size_of::<Lookup>() == size_of::<bpf_fib_lookup>());
 pub struct Route {
     source: Address,
     destination: Address,
-    /// The device that the packet is to leave by, and the one that it does.
+    /// The device that the packet is to leave by, and the one that it does; 0 if a route forbids it.
     wanted: u32,
     ifindex: u32,
     /// Protocol and type of service, by which rules may choose.
@@ -198,9 +199,9 @@ fn find(packet: &Packet, wanted: u32) -> u32 {
     }
 }
 
-/// By which device a packet with its new tuple leaves, and how: by the one that is wanted, unless routes lead by another. An
-/// answer is about the packet's conversation, not the packet, where it is an ICMP error. `context` is the program's. XDP
-/// gives the packet's `length` without its link header; to tc, which knows that it fits, it is 0.
+/// By which device a packet with its new tuple leaves, and how: by the one that is wanted, unless routes lead by another, and by
+/// none (0) if a route forbids it. An answer is about the packet's conversation, not the packet, where it is an ICMP error.
+/// `context` is the program's. XDP gives the packet's `length` without its link header; to tc, which knows that it fits, it is 0.
 #[inline(always)]
 pub fn get(
     context: *mut c_void,
@@ -265,6 +266,25 @@ fn choose(context: *mut c_void, route: &mut Route) {
         if route.answer == BPF_FIB_LKUP_RET_FWD_DISABLED {
             choose_unasked(route);
         }
+    }
+    forbid(context, route);
+}
+
+/// Lets the packet leave by no device, which ends it, if a route says that packets to the destination end here. The stack's
+/// output heeds that over IPv6 alone: over IPv4, it takes whom no route leads to by the given device for a neighbour.
+// VERIFIER: as below.
+#[inline(never)]
+fn forbid(context: *mut c_void, route: &mut Route) {
+    let forbidding = FORBIDDING.get(0).is_some_and(|forbidding| *forbidding != 0);
+    if !forbidding || !route.is_v4() {
+        return;
+    }
+    look_up(context, route, route.ifindex, BPF_FIB_LOOKUP_OUTPUT, 0);
+    if matches!(
+        route.answer,
+        BPF_FIB_LKUP_RET_BLACKHOLE | BPF_FIB_LKUP_RET_UNREACHABLE | BPF_FIB_LKUP_RET_PROHIBIT
+    ) {
+        route.ifindex = 0;
     }
 }
 

@@ -171,6 +171,43 @@ pub fn has_socket(skb: *mut __sk_buff, packet: &Packet) -> bool {
     }
 }
 
+/// `TCP_CLOSE`: a UDP socket that is not connected is in that state.
+const NOT_CONNECTED: u32 = 7;
+
+/// Whether a client on this host sends from the address that its socket has, and not from one that the firewall has put in
+/// its place.
+#[inline(always)]
+pub fn has_own_source(skb: *mut __sk_buff, packet: &Packet) -> bool {
+    let (from, to) = (&packet.tuple.source, &packet.tuple.destination);
+    // What the kernel chooses if a client does not. Others have to be connected, or it cannot be told.
+    if from == to || from.is_loopback() && to.is_loopback() {
+        true
+    } else if packet.protocol == TCP {
+        is_of_socket::<true>(skb, packet)
+    } else {
+        is_of_socket::<false>(skb, packet)
+    }
+}
+
+// VERIFIER: as above; and one for each protocol, since the sockets that the helpers find are of two types.
+#[inline(never)]
+fn is_of_socket<const IS_TCP: bool>(skb: *mut __sk_buff, packet: &Packet) -> bool {
+    let tuple = &packet.tuple;
+    let addresses = [&tuple.destination, &tuple.source];
+    let ports = (tuple.destination_port, tuple.source_port);
+    let socket = find(skb, addresses, ports, packet.is_v4, IS_TCP);
+    if socket.is_null() {
+        return false;
+    }
+    // SAFETY: as above.
+    unsafe {
+        let other = if IS_TCP { LISTENS } else { NOT_CONNECTED };
+        let connected = (*socket).state != other;
+        bpf_sk_release(socket.cast());
+        connected
+    }
+}
+
 /// Whether a socket of this host has the TCP packet's connection: it is connected, or a listening one that has answered the
 /// SYN and kept nothing of it (a SYN cookie).
 // VERIFIER: as above.

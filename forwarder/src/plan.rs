@@ -404,6 +404,12 @@ fn bridge(snapshot: &Snapshot, link: &Link) -> Option<u32> {
     })
 }
 
+/// Whether a route or a rule may say that packets of IPv4 to some address end here.
+pub fn may_forbid(snapshot: &Snapshot) -> bool {
+    let mut forbid = snapshot.routes.by(0, false); // they have no device
+    snapshot.rules.0 || forbid.any(|route| route.destination.is_ipv4())
+}
+
 /// Whether packets of other machines may come by one device whose answers leave by another: routes lead to them by several, or
 /// they come by one that none leads by.
 pub fn has_several_uplinks(snapshot: &Snapshot) -> bool {

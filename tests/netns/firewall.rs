@@ -1,12 +1,14 @@
 //! Firewall rules, and a host that does not forward: a published port does not notice.
 
+use std::net::{SocketAddr, UdpSocket};
+
 use forwarder_tests::{
     netns::Netns,
     topology::{Family, Topology},
-    traffic::Protocol,
+    traffic::{Answer, Connection, Protocol, ask, ask_by},
 };
 
-use crate::scene::{Scene, packets};
+use crate::scene::{PORT, Scene, on_the_fast_path, packets};
 
 const DROP_FORWARD: &str = "\
 table ip one { chain forward {
@@ -28,6 +30,15 @@ const DOCKER_RAW: &str = "\
 table ip raw { chain PREROUTING {
     type filter hook prerouting priority raw; policy accept;
     ip daddr 172.31.0.2 iifname != br0 drop
+}
+}
+";
+
+/// What leaves by lo is translated too.
+const MASQUERADE_BY_ALL: &str = "\
+table ip nat { chain postrouting {
+    type nat hook postrouting priority srcnat; policy accept;
+    masquerade
 }
 }
 ";
@@ -98,4 +109,50 @@ fn a_flushed_ruleset_goes_unnoticed_by_traffic() {
     }
     scene.served("a new connection");
     scene.stop();
+}
+
+#[test]
+fn a_rule_that_masquerades_by_every_device_keeps_nobody_on_the_host_out() {
+    for protocol in [Protocol::Tcp, Protocol::Udp] {
+        let topology = Topology::new().unwrap();
+        rules(&topology.host, MASQUERADE_BY_ALL);
+        let scene = Scene::of(Family::V4, protocol).start_in(topology);
+        let host = &scene.topology.host;
+        let gateway = scene.topology.backend.gateway(Family::V4);
+        for address in [
+            Family::V4.localhost(),
+            scene.topology.host_address(Family::V4),
+            gateway,
+        ] {
+            ask(host, protocol, SocketAddr::new(address, PORT), "hello").unwrap();
+        }
+        assert!(scene.daemon.counted("source_translated").unwrap() > 0);
+        scene.served_on_the_fast_path();
+        scene.stop();
+    }
+}
+
+/// An address of the host that is not the one that it asks.
+#[test]
+fn a_client_on_the_host_is_seen_with_the_address_that_it_chooses() {
+    for protocol in [Protocol::Tcp, Protocol::Udp] {
+        let scene = Scene::of(Family::V4, protocol).start();
+        let host = &scene.topology.host;
+        let own = SocketAddr::new(scene.topology.host_address(Family::V4), 0);
+        let gateway = scene.topology.backend.gateway(Family::V4);
+        let frontend = SocketAddr::new(gateway, PORT);
+        let ask = || match protocol {
+            Protocol::Tcp => Connection::open_at(host, own, frontend)?.ask("hello"),
+            Protocol::Udp => host.enter(|| {
+                let socket = UdpSocket::bind(own)?;
+                socket.connect(frontend)?;
+                ask_by(&socket, frontend, "hello")
+            }),
+        };
+        on_the_fast_path(&scene.daemon, || {
+            let Answer { seen, .. } = ask().unwrap();
+            assert_eq!(seen.ip(), own.ip());
+        });
+        scene.stop();
+    }
 }

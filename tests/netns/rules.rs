@@ -1,13 +1,15 @@
 //! Policy routing: the way to a backend is in another table than main, where a rule leads to it, as Tailscale and
 //! other VPNs have it. The kernel's answer counts, at the start and when rules and routes change.
 
+use std::{net::UdpSocket, time::Duration};
+
 use forwarder_tests::{
     deadline::wait_for,
     topology::{
         Family::{self, V4, V6},
         Topology,
     },
-    traffic::Protocol::Tcp,
+    traffic::Protocol::{Tcp, Udp},
 };
 
 use crate::scene::{Scene, wait_for_peer};
@@ -88,6 +90,39 @@ fn a_rule_that_comes_and_goes_is_followed() {
         served(&scene);
         move_to_another_table(topology, family);
         served(&scene);
+        scene.stop();
+    }
+}
+
+/// As fail2ban bans by routes.
+#[test]
+fn a_client_that_a_route_forbids_gets_no_answer() {
+    for (family, kind) in [
+        (V4, "blackhole"),
+        (V4, "unreachable"),
+        (V4, "prohibit"),
+        (V6, "blackhole"),
+    ] {
+        let scene = Scene::of(family, Udp).start();
+        scene.served("hello");
+        let (topology, _) = scene.parts();
+        let route = format!("{kind} {}", topology.client_address(family));
+        topology.host.ip(&format!("route add {route}")).unwrap();
+        let unspecified = family.unspecified();
+        let socket = topology.client.enter(|| UdpSocket::bind((unspecified, 0)));
+        let socket = socket.unwrap();
+        socket
+            .set_read_timeout(Some(Duration::from_millis(200)))
+            .unwrap();
+        let answered = || {
+            socket.send_to(b"hello", scene.frontend()).unwrap();
+            socket.recv(&mut [0; 100]).is_ok()
+        };
+        wait_for("the route is heeded", || (!answered()).then_some(())).unwrap();
+        // For longer than a second, as one packet in each goes another way.
+        assert!((0..8).all(|_| !answered()), "{kind}");
+        topology.host.ip(&format!("route del {route}")).unwrap();
+        scene.served("hello again");
         scene.stop();
     }
 }

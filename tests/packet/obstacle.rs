@@ -163,6 +163,19 @@ fn the_padding_of_a_short_frame_is_not_quoted() {
     });
 }
 
+/// A device may leave the frame's checksum there, and a switch a trailer.
+#[test]
+fn what_a_frame_has_behind_its_packet_makes_that_no_longer() {
+    for (frame, backend) in packets() {
+        bench(|bench| {
+            remote(bench, frame.protocol, backend);
+            let mut bytes = long(&frame, MTU).bytes();
+            bytes.extend([0xee; 4]);
+            bench.send_bytes(&bytes, bench.uplink).forwarded();
+        });
+    }
+}
+
 #[test]
 fn a_client_is_told_the_mtu_of_the_way_to_the_backend() {
     for (frame, backend) in packets() {

@@ -172,6 +172,11 @@ fn scenario(reason: Reason, bench: &mut Bench) -> Option<Outcome> {
             let (client, frontend) = (at("[fe80::9]:4000"), at("[2001:db8:100::2]:8080"));
             bench.send(&Frame::first(Protocol::Tcp, client, frontend), uplink)
         }
+        Reason::SourceTranslated => {
+            publish(bench, Protocol::Udp, |_| {});
+            let (client, frontend) = (at("198.51.100.2:4000"), at("127.0.0.1:8080"));
+            bench.send(&Frame::first(Protocol::Udp, client, frontend), LO)
+        }
         Reason::OtherFamily => {
             bench.publish(Protocol::Tcp, PORT, "[fd00:31::2]:80");
             bench.send(&tcp, uplink)

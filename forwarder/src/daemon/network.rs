@@ -355,6 +355,8 @@ impl Daemon {
         };
         let several = plan::has_several_uplinks(&self.network.snapshot);
         datapath.maps.set_several_uplinks(several)?;
+        let forbidding = plan::may_forbid(&self.network.snapshot);
+        datapath.maps.set_forbidding(forbidding)?;
         datapath
             .maps
             .set_locations(&locations::locations(&self.network.snapshot))?;

@@ -83,6 +83,7 @@ pub struct Maps {
     leaving: BTreeMap<u32, Installed>,
     interfaces: HashMap<MapData, u32, Interface>,
     several_uplinks: Array<MapData, u32>,
+    forbidding: Array<MapData, u32>,
     locations: Trie<MapData, Address, Location>,
     /// What was written there.
     located: BTreeMap<IpNet, Location>,
@@ -141,6 +142,7 @@ impl Maps {
             leaving: BTreeMap::new(),
             interfaces: HashMap::try_from(map("INTERFACES")?)?,
             several_uplinks: Array::try_from(map("SEVERAL_UPLINKS")?)?,
+            forbidding: Array::try_from(map("FORBIDDING")?)?,
             locations: LpmTrie::try_from(map("LOCATIONS")?)?,
             located: BTreeMap::new(),
             local_filter: Array::try_from(map("LOCAL_FILTER")?)?,
@@ -199,6 +201,15 @@ impl Maps {
     pub fn set_several_uplinks(&mut self, several: bool) -> Result<()> {
         let set = self.several_uplinks.set(0, u32::from(several), 0);
         set.context("write SEVERAL_UPLINKS")
+    }
+
+    /// Says whether a route or a rule of this host may forbid the way to a client.
+    ///
+    /// # Errors
+    /// The kernel refuses the update.
+    pub fn set_forbidding(&mut self, forbidding: bool) -> Result<()> {
+        let set = self.forbidding.set(0, u32::from(forbidding), 0);
+        set.context("write FORBIDDING")
     }
 
     /// Says what addresses are behind: changes only what differs from what the maps have. After a failure the rest is made up
