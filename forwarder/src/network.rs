@@ -34,6 +34,7 @@ pub use self::{
     events::{Event, Events},
     reader::Reader,
     routes::{Applied, Route, Routes, Told},
+    rules::Selective,
     snapshot::{
         Answer, Bridging, Claim, FarEnd, Header, Kind, Link, Local, Mac, Neighbour, Peer, Queueing,
         Snapshot, Standing,

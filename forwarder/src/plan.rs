@@ -15,7 +15,7 @@ use forwarder_common::{
 };
 use ipnet::IpNet;
 
-use self::routes::{route_to, source};
+use self::routes::{route_to, rule_by_ports, source};
 pub use self::{
     bypassed::{allows_xdp, bypassed_bridging},
     routes::{keeps_source, takes_an_answer},
@@ -85,7 +85,10 @@ pub fn publish(
         (Some(why), _) => Err(why),
         _ if standing.proxy_protocol => Err(Unserved::ProxyProtocol),
         (_, Some(policy)) => Err(Unserved::Ipsec(policy.to_string())),
-        _ => resolve(snapshot, spec.backend),
+        _ => match rule_by_ports(snapshot, spec) {
+            Some(rule) => Err(Unserved::Rule(rule.priority)),
+            None => resolve(snapshot, spec.backend),
+        },
     };
     let resolved = resolved.and_then(|resolved| {
         if standing.respects_firewall {

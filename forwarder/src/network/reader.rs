@@ -20,7 +20,7 @@ use rtnetlink::{Handle, RouteMessageBuilder};
 
 use super::{
     Applied, Event, Kind, Link, Mac, Route, Routes, Snapshot, address, learnt, link, list,
-    neighbour, netlink, offload, routes::route, rules::has_rules, xfrm,
+    neighbour, netlink, offload, routes::route, rules::rules, xfrm,
 };
 
 /// A netlink connection that reads snapshots.
@@ -197,7 +197,7 @@ impl Reader {
             }
         }
         snapshot.addresses = addresses;
-        snapshot.rules = has_rules()?;
+        (snapshot.rules, snapshot.selective) = rules()?;
         snapshot.policies = xfrm::policies().await?;
         snapshot.forwards = (is_on("ipv4/ip_forward"), is_on("ipv6/conf/all/forwarding"));
         Ok(())

@@ -8,6 +8,7 @@ use std::{
 
 use anyhow::{Context as _, Result};
 use futures_util::StreamExt as _;
+use ipnet::IpNet;
 use netlink_packet_route::{
     AddressFamily, RouteNetlinkMessage,
     route::{RouteAttribute, RouteFlags, RouteMessage},
@@ -26,9 +27,25 @@ const LOCAL: (u32, u32) = (0, RT_TABLE_LOCAL);
 const MAIN: (u32, u32) = (32_766, 254);
 const DEFAULT: (u32, u32) = (32_767, 253);
 
-/// Whether other rules than the kernel's own choose routes, for IPv4 and IPv6.
-pub(super) fn has_rules() -> Result<(bool, bool)> {
-    let of = |family| -> Result<bool> {
+/// A rule that chooses by protocol or ports, which no question for a route names and the fast path's own do not all have.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Selective {
+    pub is_v4: bool,
+    pub priority: u32,
+    /// What a packet has to have: its protocol, the ports that it goes to, and where those are; all, if it is not said.
+    pub protocol: Option<u8>,
+    pub ports: Option<(u16, u16)>,
+    pub destination: Option<IpNet>,
+}
+
+/// Whether the kernel alone tells the way, for IPv4 and IPv6: other rules than its own choose routes, or it lists routes without
+/// the devices of their nexthop objects. And the rules that choose by protocol or ports.
+pub(super) fn rules() -> Result<((bool, bool), Vec<Selective>)> {
+    // Documentation/networking/ip-sysctl.rst; kernels before 5.8 have no such setting, and list them all.
+    let mode = std::fs::read_to_string("/proc/sys/net/ipv4/nexthop_compat_mode");
+    let hides_devices = mode.is_ok_and(|mode| mode.trim() == "0");
+    let mut selective = Vec::new();
+    let mut of = |family| -> Result<bool> {
         let mut all = RuleMessage::default();
         all.header.family = family;
         let mut rules = Vec::new();
@@ -37,9 +54,42 @@ pub(super) fn has_rules() -> Result<(bool, bool)> {
                 rules.push(rule);
             }
         })?;
-        Ok(are_custom(&rules))
+        selective.extend(rules.iter().filter_map(by_protocol_or_ports));
+        Ok(hides_devices || are_custom(&rules))
     };
-    Ok((of(AddressFamily::Inet)?, of(AddressFamily::Inet6)?))
+    let by_kernel = (of(AddressFamily::Inet)?, of(AddressFamily::Inet6)?);
+    Ok((by_kernel, selective))
+}
+
+fn by_protocol_or_ports(rule: &RuleMessage) -> Option<Selective> {
+    let mut found = Selective {
+        is_v4: rule.header.family == AddressFamily::Inet,
+        priority: 0,
+        protocol: None,
+        ports: None,
+        destination: None,
+    };
+    let mut selects = false;
+    for attribute in &rule.attributes {
+        match attribute {
+            RuleAttribute::Priority(priority) => found.priority = *priority,
+            RuleAttribute::Destination(address) => {
+                found.destination = IpNet::new(*address, rule.header.dst_len).ok();
+            }
+            RuleAttribute::IpProtocol(protocol) => {
+                (found.protocol, selects) = (Some((*protocol).into()), true);
+            }
+            RuleAttribute::DestinationPortRange(ports) => {
+                (found.ports, selects) = (Some((ports.start, ports.end)), true);
+            }
+            RuleAttribute::SourcePortRange(_) => selects = true,
+            _ => {}
+        }
+    }
+    if rule.header.flags.contains(RuleFlags::Invert) {
+        (found.protocol, found.ports, found.destination) = (None, None, None);
+    }
+    selects.then_some(found)
 }
 
 impl Reader {
@@ -62,7 +112,16 @@ impl Reader {
         let mut question = question(destination, source);
         // With the length of its prefix, as the tables have it.
         question.header.flags = RouteFlags::FibMatch;
-        let route = self.ask_route(question).await?;
+        let mut route = self.ask_route(question.clone()).await?;
+        if let Some(route) = &mut route
+            && !route.attributes.iter().any(is_hop)
+        {
+            // That is a nexthop object's. Of the way of a packet, the kernel tells it.
+            question.header.flags = RouteFlags::empty();
+            let way = self.ask_route(question).await?;
+            let hops = way.into_iter().flat_map(|way| way.attributes);
+            route.attributes.extend(hops.filter(is_hop));
+        }
         let route = route.as_ref().and_then(route_and_table);
         let route = route.filter(|(route, _)| route.ifindex != 0);
         Ok(route.map(|(route, _)| Answer { route, source }))
@@ -75,6 +134,11 @@ impl Reader {
             Some(answer) => answer.map(Some).context("ask for a route"),
         }
     }
+}
+
+fn is_hop(attribute: &RouteAttribute) -> bool {
+    use RouteAttribute::{Gateway, MultiPath, Oif, Via};
+    matches!(attribute, Oif(_) | Gateway(_) | Via(_) | MultiPath(_))
 }
 
 fn question(destination: IpAddr, source: Option<IpAddr>) -> RouteMessage {

@@ -9,6 +9,7 @@ use ipnet::IpNet;
 
 use super::{
     routes::{Route, Routes},
+    rules::Selective,
     xfrm::Policy,
 };
 
@@ -158,8 +159,11 @@ pub struct Snapshot {
     pub forwards: (bool, bool),
     /// Devices whose packets must come the way that answers go (rp_filter is 1), of those that networks are behind.
     pub strict: BTreeSet<u32>,
-    /// Whether other rules than the kernel's own choose routes, for IPv4 and IPv6: then `routes` do not tell the way.
+    /// Whether other rules than the kernel's own choose routes, for IPv4 and IPv6, or routes are listed without their devices: then
+    /// `routes` do not tell the way.
     pub rules: (bool, bool),
+    /// Those of them that choose by protocol or ports.
+    pub selective: Vec<Selective>,
     /// The kernel's answers for single addresses; `None` where it has no route.
     pub answers: HashMap<IpAddr, Option<Answer>>,
     /// IPsec policies that forbid packets or transform them.

@@ -5,7 +5,10 @@ use std::net::IpAddr;
 use forwarder_common::tuple::Address;
 
 use super::{contains, is_link_local, resolve};
-use crate::network::{Answer, Local, Snapshot, Standing};
+use crate::{
+    network::{Answer, Local, Selective, Snapshot, Standing},
+    publish::Spec,
+};
 
 /// Whether only the kernel knows the way to a backend ([`Snapshot::answers`]): rules choose the table, by more than the
 /// destination; or which of its IPv6 addresses it sends from to another machine.
@@ -16,6 +19,18 @@ pub fn takes_an_answer(snapshot: &Snapshot, backend: IpAddr) -> bool {
             snapshot.rules.1 || resolve(snapshot, backend).is_ok_and(|resolved| resolved.remote)
         }
     }
+}
+
+/// A rule that may choose the way of packets to a publish's backend by their protocol or ports. The stack, which the proxy's
+/// packets pass, knows those; the kernel is not asked by them.
+pub(super) fn rule_by_ports<'a>(snapshot: &'a Snapshot, spec: &Spec) -> Option<&'a Selective> {
+    let (protocol, ports) = (spec.protocol.number(), spec.backend_ports);
+    snapshot.selective.iter().find(|rule| {
+        rule.is_v4 == spec.backend.is_ipv4()
+            && rule.protocol.is_none_or(|it| it == protocol)
+            && (rule.ports).is_none_or(|(first, last)| first <= ports.last && ports.first <= last)
+            && (rule.destination).is_none_or(|it| it.contains(&spec.backend))
+    })
 }
 
 pub(super) fn route_to(snapshot: &Snapshot, backend: IpAddr) -> Option<Answer> {

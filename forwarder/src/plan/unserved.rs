@@ -30,6 +30,9 @@ pub enum Unserved {
     LinkHeader(String),
     #[error("an IPsec policy covers it: {0}")]
     Ipsec(String),
+    /// Its priority.
+    #[error("rule {0} of `ip rule` chooses the way by protocol or ports")]
+    Rule(u32),
     /// New connections would be translated in one direction alone, or by chance.
     #[error("our program cannot be attached to {0}")]
     Detached(String),
@@ -61,6 +64,7 @@ impl Unserved {
             Self::NoSource(_) => "no_source",
             Self::LinkHeader(_) => "link_header",
             Self::Ipsec(_) => "ipsec",
+            Self::Rule(_) => "rule",
             Self::Detached(_) => "detached",
             Self::Refused(_) => "refused",
             Self::FirewallRemote => "firewall_remote",
