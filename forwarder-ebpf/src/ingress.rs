@@ -416,6 +416,9 @@ fn begin(
     if through_stack && delivery != delivery::NEIGHBOUR {
         return Err(Reason::ContainerClient);
     }
+    if through_stack && !publish::has_ethernet(packet.ifindex) {
+        return Err(Reason::NotOurs); // as in `l3.rs`, which has not seen the ports of a fragment
+    }
     let (ifindex, delivery) = if through_stack {
         (0, delivery::STACK)
     } else {

@@ -302,6 +302,12 @@ pub fn interface(ifindex: u32) -> Option<&'static Interface> {
     unsafe { INTERFACES.get(ifindex) }
 }
 
+/// Whether packets by a device begin with an Ethernet header before one is put there.
+#[inline(always)]
+pub fn has_ethernet(ifindex: u32) -> bool {
+    interface(ifindex).is_none_or(|interface| interface.ethernet != 0)
+}
+
 /// Whether there is such a device.
 #[inline(always)]
 pub fn exists(ifindex: u32) -> bool {

@@ -18,6 +18,7 @@ use forwarder_tests::{
         Protocol::{self, Tcp, Udp},
         ask, send_datagram,
     },
+    tun,
 };
 
 use crate::{
@@ -261,4 +262,35 @@ fn a_trace_shows_answers_where_they_leave() {
     // And the programs are the plain ones again.
     scene.served_on_the_fast_path();
     scene.stop();
+}
+
+/// By such a device answers leave that nothing can rewrite. A fragment shows no port before it has an Ethernet header.
+#[test]
+fn a_client_behind_a_tunnel_is_served_in_user_space_whatever_it_sends() {
+    for (family, network) in [(V4, "203.0.113."), (V6, "2001:db8:77::")] {
+        let topology = Topology::new().unwrap();
+        let ends = [(&topology.host, "tun0"), (&topology.client, "tun0")];
+        let _tunnel = tun::Wire::between(tun::Kind::Tun, ends).unwrap();
+        let (prefix, flag) = if family == V4 {
+            (24, "")
+        } else {
+            (64, "nodad")
+        };
+        for ((netns, device), own) in ends.into_iter().zip([2, 9]) {
+            let address = format!("addr add {network}{own}/{prefix} dev {device} {flag}");
+            netns
+                .ip(&format!("link set {device} up\n{address}"))
+                .unwrap();
+        }
+        let scene = respecting(topology, Scene::of(family, Udp));
+        let Topology {
+            client, backend, ..
+        } = &scene.topology;
+        let frontend = SocketAddr::new(format!("{network}2").parse().unwrap(), PORT);
+        for length in [1, 3000] {
+            let answer = ask(client, Udp, frontend, &"x".repeat(length)).unwrap();
+            assert_eq!(answer.seen.ip(), backend.gateway(family));
+        }
+        scene.stop();
+    }
 }
