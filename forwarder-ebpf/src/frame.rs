@@ -30,6 +30,8 @@ pub trait Frame {
     fn ifindex(&self) -> u32;
     /// Whether a VLAN's tag was taken off it. Priority alone (VLAN 0, IEEE 802.1Q section 9.6) is no VLAN's.
     fn is_tagged(&self) -> bool;
+    /// Whether it is several segments that the kernel has merged (GSO).
+    fn is_merged(&self) -> bool;
     /// Whom its link header names.
     fn sent_to(&self) -> SentTo;
     /// Brings so many bytes into the linear part; whether that went well.
@@ -62,6 +64,12 @@ impl Frame for TcContext {
     fn is_tagged(&self) -> bool {
         // SAFETY: as above. Without a tag the second may be anything.
         unsafe { (*self.skb.skb).vlan_present != 0 && (*self.skb.skb).vlan_tci & VLAN != 0 }
+    }
+
+    #[inline(always)]
+    fn is_merged(&self) -> bool {
+        // SAFETY: as above.
+        unsafe { (*self.skb.skb).gso_size != 0 }
     }
 
     #[inline(always)]
@@ -104,6 +112,12 @@ impl Frame for XdpContext {
     /// The tag, if the device took it off, cannot be seen here.
     #[inline(always)]
     fn is_tagged(&self) -> bool {
+        false
+    }
+
+    /// What it is cannot be seen here.
+    #[inline(always)]
+    fn is_merged(&self) -> bool {
         false
     }
 

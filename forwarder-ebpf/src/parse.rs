@@ -207,6 +207,16 @@ impl Packet {
         (octets & options::MASK) as usize
     }
 
+    /// How many of them the kernel takes off where it cuts merged segments apart.
+    #[inline(always)]
+    fn jumbo(&self) -> usize {
+        if self.options & options::JUMBO != 0 {
+            options::PADDED as usize
+        } else {
+            0
+        }
+    }
+
     /// Where the transport header's checksum is.
     #[inline(always)]
     pub fn checksum(&self) -> usize {
@@ -310,7 +320,7 @@ pub fn length_on_the_wire(ctx: &TcContext, packet: &Packet) -> u32 {
     } else {
         size_of::<Udp>() as u32
     };
-    whole.min((l4 - L3) as u32 + transport + segment)
+    whole.min((l4 - L3 - packet.jumbo()) as u32 + transport + segment)
 }
 
 /// Whether a frame may be an ICMP error, told by as little as possible.
@@ -439,8 +449,10 @@ fn ipv6(frame: &impl Frame, packet: &mut Packet) -> Result<(), Reason> {
     if packet.tuple.source.is_v4() || packet.tuple.destination.is_v4() {
         return Err(Reason::NotOurs); // it would pass for the IPv4 address, and the stack takes none (RFC 4291 section 2.5.5.2)
     }
+    // VERIFIER: read once, since a reference to the packet does not outlive that more of it becomes linear.
+    let next_header = ip.next_header;
     let mut l4 = L4_V6;
-    if ip.next_header == FRAGMENT_HEADER {
+    if next_header == FRAGMENT_HEADER {
         linear(frame, L4_V6_FRAGMENT)?;
         let fragment = header::<FragmentHeader>(frame, L4_V6).ok_or(Reason::NotOurs)?;
         // SAFETY: `header` checked the bounds; packed structs have no alignment.
@@ -450,12 +462,17 @@ fn ipv6(frame: &impl Frame, packet: &mut Packet) -> Result<(), Reason> {
         packet.id = fragment.id;
         packet.protocol = fragment.next_header;
         l4 = L4_V6_FRAGMENT;
-    } else if ip.next_header == DESTINATION
+    } else if next_header == DESTINATION
         && let Some(next) = options::v6(frame, L4_V6)
         && (next == TCP || next == UDP)
     {
         packet.protocol = next;
         packet.options = options::PADDED;
+    } else if next_header == HOP_BY_HOP
+        && let Some(TCP) = options::jumbo(frame, L4_V6)
+    {
+        packet.protocol = TCP;
+        packet.options = options::PADDED | options::JUMBO;
     }
     if packet.protocol != TCP && packet.protocol != UDP {
         if matches!(packet.protocol, HOP_BY_HOP | ROUTING | DESTINATION) {

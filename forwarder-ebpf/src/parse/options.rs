@@ -17,6 +17,26 @@ pub(super) const PADDED: u8 = 8;
 /// The kind of padding of several octets; one of zero is an octet of padding.
 const SEVERAL: u8 = 1;
 
+/// Stands beside [`PADDED`]: the octets are the kernel's own, see [`jumbo`].
+pub(super) const JUMBO: u8 = 1;
+/// The kind and length of the one option there (RFC 2675).
+const JUMBO_PAYLOAD: u16 = 0xc204;
+
+/// What follows IPv6's hop-by-hop options at `start`, if the kernel has put those there: the length of merged segments that are
+/// too long for the header (BIG TCP; `struct hop_jumbo_hdr` in include/net/ipv6.h, before Linux 7). It takes them off again
+/// where it cuts the segments apart.
+#[inline(always)]
+pub(super) fn jumbo(frame: &impl Frame, start: usize) -> Option<u8> {
+    if !frame.is_merged() {
+        return None;
+    }
+    linear(frame, start + PADDED as usize).ok()?;
+    let words = header::<[u16; 4]>(frame, start)?;
+    // SAFETY: `header` checked the bounds; fields are at even offsets of the frame.
+    let [first, option, _, _] = unsafe { *words }.map(u16::from_be);
+    (first as u8 == 0 && option == JUMBO_PAYLOAD).then_some((first >> 8) as u8)
+}
+
 /// How many octets of options the IPv4 header at `start` has, if they say nothing. `first` is its first octet.
 #[inline(always)]
 pub(super) fn v4(frame: &impl Frame, start: usize, first: u8) -> Option<u8> {

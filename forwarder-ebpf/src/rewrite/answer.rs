@@ -111,7 +111,10 @@ fn v6(ctx: &TcContext, packet: &Packet, mtu: u32, from: Option<&Address>) -> Res
     const QUOTED: usize = L4_V6 + ICMP_LENGTH;
     let ip = header::<Ipv6>(ctx, L3).ok_or(Reason::Unwritable)?;
     // SAFETY: `header` checked the bounds; packed structs have no alignment.
-    let declared = 40 + u16::from_be(unsafe { (*ip).payload_length }) as usize;
+    let declared = match u16::from_be(unsafe { (*ip).payload_length }) {
+        0 => 0,
+        payload => 40 + payload as usize,
+    };
     let length = cut(ctx, declared, MOST_V6)?;
     let quoted = if packet.part == Part::Whole && is_partial(ctx, packet)? {
         let mut headers = octets(header::<[u8; 40]>(ctx, L3).ok_or(Reason::Unwritable)?, 40);
