@@ -147,7 +147,7 @@ fn libraries(program: &Path) -> Result<Vec<PathBuf>> {
 }
 
 /// Programs that the tests call.
-const TOOLS: [&str; 9] = [
+const TOOLS: [&str; 10] = [
     "bash",
     "bridge",
     "busybox",
@@ -157,6 +157,7 @@ const TOOLS: [&str; 9] = [
     "nft",
     "sctp_test",
     "setpriv",
+    "unshare",
 ];
 /// Programs that help somebody who looks around; taken where they are.
 const USEFUL: [&str; 4] = ["bpftool", "iptables", "ping", "timeout"];
