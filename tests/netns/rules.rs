@@ -98,7 +98,7 @@ fn a_rule_that_comes_and_goes_is_followed() {
 #[test]
 fn a_rule_that_chooses_by_protocol_or_port_decides_the_way() {
     for family in [V4, V6] {
-        for by in ["ipproto tcp", "ipproto tcp dport 9000", "dport 1-9000"] {
+        for by in ["ipproto 6", "ipproto 6 dport 9000", "dport 1-9000"] {
             let topology = with_a_default_route();
             let network = network(family);
             topology
@@ -119,7 +119,7 @@ fn a_rule_that_chooses_by_protocol_or_port_decides_the_way() {
         // Those of others are none of its business.
         let topology = with_a_default_route();
         let number = if family == V4 { 4 } else { 6 };
-        for by in ["ipproto udp", "dport 53", "to 203.0.113.9 dport 9000"] {
+        for by in ["ipproto 17", "dport 53", "to 203.0.113.9 dport 9000"] {
             if family == V4 || !by.starts_with("to") {
                 let rule = format!("ip -{number} rule add {by} lookup 52 priority 5270");
                 topology.host.run(&rule).unwrap();
@@ -137,12 +137,12 @@ fn a_route_whose_device_is_a_nexthop_objects_is_followed() {
     for family in [V4, V6] {
         let topology = with_a_default_route();
         let network = network(family);
-        let unseen = format!(
-            "sysctl -qw net.ipv4.nexthop_compat_mode=0\nip nexthop add id 7 dev br0\nip -6 nexthop add id 8 dev br0\n\
-             ip route del {network} dev br0\nip route add {network} nhid {}",
-            if family == V4 { 7 } else { 8 }
-        );
-        topology.host.feed("sh -e", &unseen).unwrap();
+        let (host, number) = (&topology.host, if family == V4 { 4 } else { 6 });
+        host.set("ipv4/nexthop_compat_mode", "0").unwrap();
+        let add = format!("ip -{number} nexthop add id 7 dev br0");
+        host.run(&add).unwrap();
+        let unseen = format!("route del {network} dev br0\nroute add {network} nhid 7");
+        host.ip(&unseen).unwrap();
         let scene = Scene::of(family, Tcp).auto().start_in(topology);
         served(&scene);
         scene.stop();
