@@ -34,15 +34,28 @@ fn network(family: Family) -> &'static str {
     }
 }
 
-/// `add` or `del`, and a rule for the backend's network.
-fn rule(topology: &Topology, family: Family, what: &str, table: u32) {
-    let (number, network) = (if family == V4 { 4 } else { 6 }, network(family));
-    let rule = format!("ip -{number} rule {what} to {network} lookup {table} priority 5270");
+/// What `ip` takes for a family.
+fn number(family: Family) -> u32 {
+    match family {
+        V4 => 4,
+        V6 => 6,
+    }
+}
+
+/// `add` or `del`, and a rule that chooses a table by something.
+fn rule(topology: &Topology, family: Family, what: &str, by: &str, table: u32) {
+    let number = number(family);
+    let rule = format!("ip -{number} rule {what} {by} lookup {table} priority 5270");
     topology.host.run(&rule).unwrap();
 }
 
+/// What a rule for the backend's network chooses by.
+fn to_network(family: Family) -> String {
+    format!("to {}", network(family))
+}
+
 /// Table main knows nothing of the backend's network any more, and a rule leads to a table that does.
-fn move_to_another_table(topology: &Topology, family: Family) {
+fn move_to_another_table(topology: &Topology, family: Family, by: &str) {
     let network = network(family);
     topology
         .host
@@ -50,7 +63,7 @@ fn move_to_another_table(topology: &Topology, family: Family) {
             "route del {network} dev br0\nroute add {network} dev br0 table 52"
         ))
         .unwrap();
-    rule(topology, family, "add", 52);
+    rule(topology, family, "add", by, 52);
 }
 
 #[track_caller]
@@ -63,7 +76,7 @@ fn served(scene: &Scene) {
 fn a_container_whose_route_is_in_another_table_is_served() {
     for family in [V4, V6] {
         let topology = with_a_default_route();
-        move_to_another_table(&topology, family);
+        move_to_another_table(&topology, family, &to_network(family));
         let scene = Scene::of(family, Tcp).auto().start_in(topology);
         served(&scene);
         scene.stop();
@@ -82,13 +95,13 @@ fn a_rule_that_comes_and_goes_is_followed() {
         let scene = Scene::of(family, Tcp).auto().start_in(topology);
         let (topology, daemon) = scene.parts();
         served(&scene);
-        rule(topology, family, "add", 53);
+        rule(topology, family, "add", &to_network(family), 53);
         let reason = wait_for("the reason", || daemon.entry().ok()?.reason).unwrap();
         let no_route = format!("no route to {}", topology.backend.address(family));
         assert_eq!(reason, no_route);
-        rule(topology, family, "del", 53);
+        rule(topology, family, "del", &to_network(family), 53);
         served(&scene);
-        move_to_another_table(topology, family);
+        move_to_another_table(topology, family, &to_network(family));
         served(&scene);
         scene.stop();
     }
@@ -100,16 +113,7 @@ fn a_rule_that_chooses_by_protocol_or_port_decides_the_way() {
     for family in [V4, V6] {
         for by in ["ipproto 6", "ipproto 6 dport 9000", "dport 1-9000"] {
             let topology = with_a_default_route();
-            let network = network(family);
-            topology
-                .host
-                .ip(&format!(
-                    "route del {network} dev br0\nroute add {network} dev br0 table 52"
-                ))
-                .unwrap();
-            let number = if family == V4 { 4 } else { 6 };
-            let rule = format!("ip -{number} rule add {by} lookup 52 priority 5270");
-            topology.host.run(&rule).unwrap();
+            move_to_another_table(&topology, family, by);
             let scene = Scene::of(family, Tcp).auto().start_in(topology);
             scene.ask("hello").unwrap();
             let row = scene.daemon.entry().unwrap();
@@ -118,11 +122,9 @@ fn a_rule_that_chooses_by_protocol_or_port_decides_the_way() {
         }
         // Those of others are none of its business.
         let topology = with_a_default_route();
-        let number = if family == V4 { 4 } else { 6 };
         for by in ["ipproto 17", "dport 53", "to 203.0.113.9 dport 9000"] {
             if family == V4 || !by.starts_with("to") {
-                let rule = format!("ip -{number} rule add {by} lookup 52 priority 5270");
-                topology.host.run(&rule).unwrap();
+                rule(&topology, family, "add", by, 52);
             }
         }
         let scene = Scene::of(family, Tcp).auto().start_in(topology);
@@ -137,7 +139,7 @@ fn a_route_whose_device_is_a_nexthop_objects_is_followed() {
     for family in [V4, V6] {
         let topology = with_a_default_route();
         let network = network(family);
-        let (host, number) = (&topology.host, if family == V4 { 4 } else { 6 });
+        let (host, number) = (&topology.host, number(family));
         host.set("ipv4/nexthop_compat_mode", "0").unwrap();
         let add = format!("ip -{number} nexthop add id 7 dev br0");
         host.run(&add).unwrap();
