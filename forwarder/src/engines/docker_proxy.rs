@@ -300,12 +300,15 @@ impl Port {
         };
         let name = std::env::var("FORWARDER_INSTANCE").unwrap_or_else(|_| "default".into());
         let allow = std::env::var(ALLOW).unwrap_or_default();
-        let allow = allow.split(',').filter_map(|network| network.parse().ok());
+        let allow = allow.split(',').filter(|network| !network.is_empty());
+        let allow: Result<Vec<IpNet>, _> = allow.map(str::parse).collect();
+        // Without it, it would serve everybody.
+        let allow = allow.with_context(|| format!("{ALLOW} is no list of networks"))?;
         Ok(Self {
             spec,
             socket,
             instance: Instance { name, socket: None },
-            allow: RefCell::new(allow.collect()),
+            allow: RefCell::new(allow),
         })
     }
 
