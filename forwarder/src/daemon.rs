@@ -61,7 +61,7 @@ use crate::{
     metrics::Slices,
     plan::Unserved,
     privilege,
-    proxy::{Idle, Left, Sockets, Store, bound, is_wide, raise_descriptor_limit},
+    proxy::{Idle, Left, Sockets, Store, await_free, bound, is_wide, raise_descriptor_limit},
     publish::{
         Difference, Id, Owner, Publish, Registry, Spec, Wanted,
         bans::BansFile,
@@ -330,9 +330,14 @@ impl Daemon {
         let needed: HashSet<_> = specs
             .flat_map(|spec| bound(spec, is_steered(spec)))
             .collect();
+        let closed = self.left.bound().filter(|it| !needed.contains(it));
+        let closed: Vec<_> = closed.copied().collect();
         let names = self.left.retain(|it| needed.contains(it));
         self.idle.forget(&names);
-        tokio::task::block_in_place(|| self.idle.settle());
+        tokio::task::block_in_place(|| {
+            self.idle.settle();
+            await_free(&closed);
+        });
     }
 
     /// Gives those a moment who held leases with an earlier instance: until these programs take over, its own go on with

@@ -50,7 +50,7 @@ pub use self::{
     idle::Idle,
     protocol_header::ProxyProtocol,
     refusal::Refusal,
-    sockets::{BindError, Held, bound, is_wide, raise_descriptor_limit},
+    sockets::{BindError, Held, await_free, bound, is_wide, raise_descriptor_limit},
     store::{Left, Sockets, Store},
 };
 use self::{

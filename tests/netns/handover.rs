@@ -471,6 +471,32 @@ fn ports_are_had_that_the_process_before_held_by_other_addresses() {
     has_ports_that_were_held_in_another_way([&own, "ebpf"], [&every, "ebpf"]);
 }
 
+/// Systemd before 255 forks for other services, which have copies of all its descriptors until they have closed them.
+#[test]
+fn ports_are_had_of_which_another_process_has_copies_for_a_moment() {
+    for protocol in [Protocol::Tcp, Protocol::Udp] {
+        let scene = Scene::new();
+        let backend = scene.topology.backend.address(FAMILY);
+        let rest = format!("{PORT}:{backend}:{BACKEND_PORT}{}", suffix(protocol));
+        let own = format!("198.51.100.2:{rest}");
+        let host = &scene.topology.host;
+        let mut daemon = Daemon::start_as_service(host, &[&rest], Datapath::Userland, &[]).unwrap();
+        daemon.quit().unwrap();
+        let copied = daemon
+            .manager()
+            .unwrap()
+            .copy_for(Duration::from_millis(200));
+        copied.unwrap();
+        let changed = daemon.restart_with(|words| {
+            for word in words.iter_mut().filter(|word| **word == rest) {
+                word.clone_from(&own);
+            }
+        });
+        changed.unwrap();
+        daemon.stop().unwrap();
+    }
+}
+
 #[test]
 fn ports_are_had_that_the_process_before_held_in_another_range() {
     let (every, range) = (PORT.to_string(), format!("{}-{}", PORT - 100, PORT + 160));

@@ -19,6 +19,7 @@ use std::{
         atomic::{AtomicU32, Ordering},
     },
     thread,
+    time::Duration,
 };
 
 use anyhow::{Context as _, Result};
@@ -27,6 +28,8 @@ use nix::{
     fcntl::{FcntlArg, fcntl},
     sys::socket::MsgFlags,
 };
+
+use crate::deadline::wait_until;
 
 type Kept = Arc<Mutex<Vec<(String, OwnedFd)>>>;
 
@@ -72,6 +75,27 @@ impl Manager {
         let mut names: Vec<String> = self.kept().iter().map(|(name, _)| name.clone()).collect();
         names.sort();
         names
+    }
+
+    /// Has copies of all that is kept outlive it by so long, as in a process that is just being started.
+    ///
+    /// # Errors
+    /// There are no descriptors left.
+    pub fn copy_for(&self, longer: Duration) -> Result<()> {
+        let copies: Vec<OwnedFd> = {
+            let kept = self.kept();
+            let copies = kept.iter().map(|(_, descriptor)| descriptor.try_clone());
+            copies.collect::<io::Result<_>>()?
+        };
+        let kept = self.kept.clone();
+        thread::spawn(move || {
+            wait_until("something is kept no more", || {
+                kept.lock().unwrap_or_else(PoisonError::into_inner).len() < copies.len()
+            });
+            thread::sleep(longer);
+            drop(copies);
+        });
+        Ok(())
     }
 
     /// Closes what has a name, as if it had never been kept.

@@ -7,6 +7,8 @@ use std::{
     net::{IpAddr, SocketAddr, SocketAddrV6},
     os::fd::{AsFd, BorrowedFd, OwnedFd},
     sync::{Mutex, MutexGuard, PoisonError},
+    thread,
+    time::{Duration, Instant},
 };
 
 use forwarder_common::publish::own_priority;
@@ -98,6 +100,8 @@ impl From<Taken> for BindError {
 
 /// Clients that wait to be accepted, where the kernel allows so many (net.core.somaxconn).
 const BACKLOG: i32 = 4096;
+/// How long copies of a descriptor may outlive it in what is just being started.
+const COPIES: Duration = Duration::from_secs(1);
 /// Descriptors that are kept for everything else.
 const SPARE: u64 = 256;
 
@@ -431,6 +435,23 @@ fn bind_datagrams(socket: &Socket, address: SocketAddr, mark: Option<u32>) -> io
     socket.set_reuse_address(true)?;
     bind_as(socket, address, mark)?;
     socket.set_reuse_address(false)
+}
+
+/// Waits until what was closed can be bound again, for as long as it may take: other services that systemd before 255 has just
+/// forked for have copies of all its descriptors until they have closed them.
+pub fn await_free(closed: &[Bound]) {
+    let deadline = Instant::now() + COPIES;
+    let is_taken = |&(bound, kind): &Bound| {
+        let kind = Type::from(kind);
+        let tried = socket(bound.ip(), kind, None).and_then(|socket| {
+            socket.set_reuse_address(kind == Type::STREAM)?;
+            bind_as(&socket, bound, None)
+        });
+        tried.is_err_and(|error| error.raw_os_error() == Some(libc::EADDRINUSE))
+    };
+    while closed.iter().any(is_taken) && Instant::now() < deadline {
+        thread::sleep(COPIES / 100);
+    }
 }
 
 /// Ports of a range that some socket of this network namespace has.

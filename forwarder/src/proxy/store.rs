@@ -214,6 +214,11 @@ impl Sockets {
         Some(socket)
     }
 
+    /// What they are bound to.
+    pub fn bound(&self) -> impl Iterator<Item = &Bound> {
+        self.0.keys()
+    }
+
     /// Closes all but those that are needed; returns the names of what is closed.
     pub fn retain(&mut self, is_needed: impl Fn(&Bound) -> bool) -> BTreeSet<String> {
         let closed = self.0.extract_if(|bound, _| !is_needed(bound));
