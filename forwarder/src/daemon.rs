@@ -525,6 +525,10 @@ impl Daemon {
     fn restore(&mut self, before: &BTreeSet<Id>) -> Result<(Difference, Vec<Wanted>)> {
         let configured = before;
         let flags = self.config.publishes.clone();
+        let file = self.config.configured.clone();
+        let asked = flags.iter().chain(&file).map(|it| it.spec.frontend());
+        let asked: HashSet<_> = asked.collect();
+        let is_asked = |wanted: &Wanted| asked.contains(&wanted.publish.spec.frontend());
         let cli = Owner::cli();
         // What another file or flag has asked for before gives way first.
         for owner in [&cli, &Owner::config()] {
@@ -533,7 +537,7 @@ impl Daemon {
                 .of(owner)
                 .filter(|it| configured.contains(&it.id));
             let gone: BTreeSet<Id> = gone
-                .filter(|it| !self.asks_for(it))
+                .filter(|it| !is_asked(it))
                 .map(|it| it.id)
                 .collect();
             let difference = self.registry.remove(owner, &gone)?;
@@ -547,14 +551,13 @@ impl Daemon {
         let before = self.registry.of(&cli);
         let before = before.filter(|it| !configured.contains(&it.id) && !overlaps(it));
         let before: Vec<Publish> = before.map(|it| Publish::clone(&it.publish)).collect();
-        let configured = self.config.configured.clone();
-        let all = flags.into_iter().chain(before).collect();
-        for (owner, all) in [(Owner::config(), configured), (cli, all)] {
+        let all = flags.iter().cloned().chain(before).collect();
+        for (owner, all) in [(Owner::config(), file.clone()), (cli, all)] {
             let difference = self.registry.want(&owner, all)?;
             self.registry.apply(&difference);
         }
         let all = self.registry.iter().cloned();
-        let (add, restored): (Vec<Wanted>, _) = all.partition(|wanted| self.asks_for(wanted));
+        let (add, restored): (Vec<Wanted>, _) = all.partition(is_asked);
         let asked = Difference {
             asked: add.iter().map(|wanted| wanted.id).collect(),
             add,
@@ -583,13 +586,6 @@ impl Daemon {
                 ..Difference::default()
             });
         }
-    }
-
-    /// Whether a flag or the file asks for a frontend.
-    fn asks_for(&self, wanted: &Wanted) -> bool {
-        let (flags, file) = (&self.config.publishes, &self.config.configured);
-        let mut asked = flags.iter().chain(file);
-        asked.any(|it| it.spec.has_same_frontend(&wanted.publish.spec))
     }
 
     /// Reads the file again and puts the difference in force, or changes nothing.

@@ -391,8 +391,12 @@ impl Spec {
 
     /// Whether clients of both come to the same addresses and ports.
     pub fn has_same_frontend(&self, other: &Self) -> bool {
-        (self.protocol, self.ports, self.address, &self.zone)
-            == (other.protocol, other.ports, other.address, &other.zone)
+        self.frontend() == other.frontend()
+    }
+
+    /// What its clients come to.
+    pub fn frontend(&self) -> (Protocol, Ports, Option<IpAddr>, Option<&Zone>) {
+        (self.protocol, self.ports, self.address, self.zone.as_ref())
     }
 
     /// The addresses that sockets are bound to. Every local address means both families: the proxy serves clients of the
