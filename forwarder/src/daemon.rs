@@ -2,8 +2,9 @@
 //! proxy are made to match it in `daemon/reconcile.rs`, and follow the network in `daemon/network.rs`.
 
 use std::{
-    collections::{BTreeMap, BTreeSet, HashMap, HashSet},
+    collections::{BTreeMap, BTreeSet, HashMap},
     io::Write as _,
+    os::fd::AsFd as _,
     sync::Arc,
     time::Duration,
 };
@@ -18,6 +19,7 @@ mod network;
 mod reconcile;
 mod signals;
 mod slots;
+mod start;
 mod sweep;
 mod trace;
 mod view;
@@ -42,7 +44,6 @@ use self::{
     view::{Kernel, View},
 };
 use crate::{
-    cli::tables,
     config::{Config, DatapathChoice, Flags},
     control::{
         Call,
@@ -61,12 +62,8 @@ use crate::{
     metrics::Slices,
     plan::Unserved,
     privilege,
-    proxy::{Idle, Left, Sockets, Store, await_free, bound, is_wide, raise_descriptor_limit},
-    publish::{
-        Difference, Id, Owner, Publish, Registry, Spec, Wanted,
-        bans::BansFile,
-        state::{State, Stored},
-    },
+    proxy::{Idle, Sockets, Store, raise_descriptor_limit},
+    publish::{Id, Owner, Registry, bans::BansFile, state::State},
 };
 
 /// Network changes come in bursts; one reading serves all that come within this time.
@@ -80,8 +77,8 @@ const OWN_SHARE: u32 = 4;
 const SWEEP: Duration = Duration::from_secs(2);
 /// Whether the programs are still attached is looked at this often.
 const HEAL: Duration = Duration::from_millis(500);
-/// Who held leases with an earlier instance asks for them within this time.
-const LEASES: Duration = Duration::from_secs(2);
+/// How long a process that leaves everything to the next one answers who has asked before.
+const LAST_CALLS: Duration = Duration::from_millis(20);
 /// Bans that are over are taken away after this time at the latest.
 const EXPIRE: Duration = Duration::from_secs(60);
 /// Publishes of before whose ports somebody else has are tried again after this time.
@@ -137,15 +134,15 @@ pub async fn run(instance: Instance, flags: Flags) -> Result<()> {
     // Before anything is made that a signal would have to undo, and long before anybody reads `ready`.
     let mut signals = Signals::new()?;
     let _lock = instance.lock_soon().await?;
-    let mut socket = Socket::bind(instance.make_socket_path()?)?;
+    let (store, mut left) = Store::open().context("descriptors of an earlier start")?;
+    let mut socket = Socket::bind(instance.make_socket_path()?, left.control.take())?;
     let status = config.metrics;
     let status = status.map(|address| Status::bind(address, &config.metrics_allow));
     let status = status.transpose()?;
     raise_descriptor_limit();
     let (released, mut leases) = mpsc::unbounded_channel();
-    let (store, left) = Store::open().context("descriptors of an earlier start")?;
     let idle = Idle::start(store).context("watch held ports")?;
-    let mut daemon = Daemon::new(&instance, flags, config, idle, released).await?;
+    let mut daemon = Daemon::new(&instance, flags, config, idle, released)?;
     let (sender, mut calls) = mpsc::channel(64);
     let view = Arc::new(daemon.view.clone());
     let served = status.map_or(Ok(()), |status| status.serve(view.clone()));
@@ -158,10 +155,11 @@ pub async fn run(instance: Instance, flags: Flags) -> Result<()> {
     let mut datagrams = match begun {
         Ok(datagrams) => datagrams,
         Err(error) => {
-            daemon.abandon().await;
+            daemon.abandon(&mut socket).await;
             return Err(error);
         }
     };
+    socket.keep();
     if let Some(engine) = engine {
         let observed = Arc::new(daemon.view.clone());
         let labels = daemon.flags.docker_labels;
@@ -174,7 +172,13 @@ pub async fn run(instance: Instance, flags: Flags) -> Result<()> {
     }
     memory::trim();
     daemon
-        .serve(&mut signals, &mut calls, &mut leases, &mut datagrams)
+        .serve(
+            &mut socket,
+            &mut signals,
+            &mut calls,
+            &mut leases,
+            &mut datagrams,
+        )
         .await;
     let keep = daemon.config.keep;
     daemon.stop(keep).await;
@@ -187,7 +191,7 @@ fn say(line: &str) {
 }
 
 impl Daemon {
-    async fn new(
+    fn new(
         instance: &Instance,
         flags: Flags,
         config: Config,
@@ -219,7 +223,7 @@ impl Daemon {
                 return Err(error);
             }
         };
-        let mut daemon = Self {
+        Ok(Self {
             registry: Registry::new(limits::PUBLISHES as usize - 1, 0),
             state: None,
             bans_file: None,
@@ -243,113 +247,7 @@ impl Daemon {
             released,
             flags,
             config,
-        };
-        if let Err(error) = daemon.network.read().await {
-            daemon.abandon().await;
-            return Err(error);
-        }
-        Ok(daemon)
-    }
-
-    /// Publishes what flags and file ask for and what an earlier instance was asked for, and takes over its flows.
-    async fn begin(
-        &mut self,
-        instance: &Instance,
-        left: Left,
-        calls: &mut mpsc::Receiver<Call>,
-    ) -> Result<mpsc::Receiver<Datagram>> {
-        let datagrams = self.listen()?;
-        let (state, stored) = match self.config.ephemeral {
-            true => (None, Stored::default()),
-            false => {
-                let (state, stored) = State::open(instance.state())?;
-                (Some(state), stored)
-            }
-        };
-        if state.is_some() {
-            self.begin_bans(&instance.state())?;
-        }
-        self.registry = stored.registry(limits::PUBLISHES as usize - 1)?;
-        self.places = stored.places();
-        let before = stored.configured();
-        let leased = stored.leases();
-        let drains = stored.draining();
-        drop(stored);
-        // What has another number now, or none, is kept by that.
-        let known: HashSet<String> = self.registry.iter().map(|it| store_name(it.id)).collect();
-        self.idle.retain(|name| known.contains(name));
-        self.left = left.sockets;
-        if let Some(conversations) = left.conversations {
-            match self.idle.expect(conversations) {
-                Ok(count) => info!("{count} conversations in user space go on"),
-                Err(error) => warn!("conversations of the earlier instance end: {error}"),
-            }
-        }
-        let backends = drains.iter().map(|it| it.wanted.publish.spec.backend);
-        self.ask_for_routes(backends).await;
-        self.drain_again(drains);
-        let (asked, restored) = self.restore(&before)?;
-        self.give_up_sockets(&leased);
-        // Flows of what is wanted no more are not adopted below.
-        let Loose { gone, .. } = self.reconcile(&asked, Ending::Cut, Vec::new()).await?;
-        self.serves = true;
-        self.give_back(&gone.into_iter().collect::<Vec<_>>());
-        self.serve_or_wait(restored).await;
-        self.state = state;
-        self.record(&Difference::default())?;
-        for wanted in self.registry.iter() {
-            if let Some(row) = self.view.row(wanted.id) {
-                say(&tables::published(&row));
-            }
-        }
-        self.await_leases(&leased, calls).await;
-        // An earlier instance's programs know its publishes until these take over.
-        match &self.datapath {
-            Some(datapath) => datapath.take_over(),
-            None => remove_left(instance),
-        }
-        self.reconcile_devices()?;
-        if let Some(datapath) = &mut self.datapath {
-            datapath.forget_others();
-        }
-        self.adopt();
-        self.places = HashMap::new();
-        self.idle.expect_no_more();
-        self.left = Sockets::default();
-        let serving: HashSet<String> = self.serving.keys().map(|id| store_name(*id)).collect();
-        self.idle.retain(|name| serving.contains(name));
-        Ok(datagrams)
-    }
-
-    /// Closes what the earlier process held for what is published no more, or is held in another way now: it would be in the way.
-    fn give_up_sockets(&mut self, leased: &[Spec]) {
-        let publishes = self.registry.iter().map(|it| &it.publish);
-        let held = publishes.filter(|it| it.holder.is_forwarder());
-        let specs = held.map(|it| &it.spec).chain(leased);
-        let is_steered = |spec| self.datapath.is_some() && is_wide(spec);
-        let needed: HashSet<_> = specs
-            .flat_map(|spec| bound(spec, is_steered(spec)))
-            .collect();
-        let closed = self.left.bound().filter(|it| !needed.contains(it));
-        let closed: Vec<_> = closed.copied().collect();
-        let names = self.left.retain(|it| needed.contains(it));
-        self.idle.forget(&names);
-        tokio::task::block_in_place(|| {
-            self.idle.settle();
-            await_free(&closed);
-        });
-    }
-
-    /// Gives those a moment who held leases with an earlier instance: until these programs take over, its own go on with
-    /// their flows.
-    async fn await_leases(&mut self, leased: &[Spec], calls: &mut mpsc::Receiver<Call>) {
-        let deadline = Instant::now() + LEASES;
-        while leased.iter().any(|spec| self.registry.find(spec).is_err()) {
-            match timeout_at(deadline, calls.recv()).await {
-                Ok(Some(call)) => self.answer(call).await,
-                Ok(None) | Err(_) => return,
-            }
-        }
+        })
     }
 
     /// Datagrams whose parts came out of order.
@@ -373,6 +271,7 @@ impl Daemon {
 
     async fn serve(
         &mut self,
+        socket: &mut Socket,
         signals: &mut Signals,
         calls: &mut mpsc::Receiver<Call>,
         leases: &mut mpsc::UnboundedReceiver<Owner>,
@@ -399,8 +298,9 @@ impl Daemon {
                 heard = signals.heard() => match heard {
                     Heard::End => break,
                     Heard::PassOn if !self.idle.has_store() => break,
-                    Heard::PassOn => match self.pass_on().await {
+                    Heard::PassOn => match self.pass_on(socket).await {
                         Ok(()) => {
+                            self.answer_rest(calls).await;
                             self.config.keep = true;
                             break;
                         }
@@ -467,17 +367,26 @@ impl Daemon {
         }
     }
 
-    /// Leaves everything to the next process: what forwards, the sockets that hold ports, and conversations.
-    async fn pass_on(&mut self) -> Result<()> {
-        let count = self.idle.pass_on().await?;
+    /// Leaves everything to the next process: what forwards, the sockets that hold ports, conversations, and who asks from now on.
+    async fn pass_on(&mut self, socket: &mut Socket) -> Result<()> {
+        let count = self.idle.pass_on(socket.as_fd()).await?;
+        socket.leave();
         info!("{count} conversations in user space are passed on");
         Ok(())
     }
 
+    /// Answers those who have asked before.
+    async fn answer_rest(&mut self, calls: &mut mpsc::Receiver<Call>) {
+        let deadline = Instant::now() + LAST_CALLS;
+        while let Ok(Some(call)) = timeout_at(deadline, calls.recv()).await {
+            self.answer(call).await;
+        }
+    }
+
     /// Undoes what a start has made that fails. What it was handed is for the next one.
-    async fn abandon(mut self) {
+    async fn abandon(mut self, socket: &mut Socket) {
         if self.idle.has_store()
-            && let Err(error) = self.pass_on().await
+            && let Err(error) = self.pass_on(socket).await
         {
             warn!("conversations end: {error:#}");
         }
@@ -518,74 +427,6 @@ impl Daemon {
             }
         }
         self.slots.give_back(places);
-    }
-
-    /// All that is wanted at the start, and not served yet: by flags and file, and by commands of before. Of these, the
-    /// registry has those that flags and file asked for `before`.
-    fn restore(&mut self, before: &BTreeSet<Id>) -> Result<(Difference, Vec<Wanted>)> {
-        let configured = before;
-        let flags = self.config.publishes.clone();
-        let file = self.config.configured.clone();
-        let asked = flags.iter().chain(&file).map(|it| it.spec.frontend());
-        let asked: HashSet<_> = asked.collect();
-        let is_asked = |wanted: &Wanted| asked.contains(&wanted.publish.spec.frontend());
-        let cli = Owner::cli();
-        // What another file or flag has asked for before gives way first.
-        for owner in [&cli, &Owner::config()] {
-            let gone = self
-                .registry
-                .of(owner)
-                .filter(|it| configured.contains(&it.id));
-            let gone: BTreeSet<Id> = gone
-                .filter(|it| !is_asked(it))
-                .map(|it| it.id)
-                .collect();
-            let difference = self.registry.remove(owner, &gone)?;
-            self.registry.apply(&difference);
-        }
-        self.give_way();
-        let overlaps = |wanted: &&Wanted| {
-            let spec = &wanted.publish.spec;
-            flags.iter().any(|publish| publish.spec.overlaps(spec))
-        };
-        let before = self.registry.of(&cli);
-        let before = before.filter(|it| !configured.contains(&it.id) && !overlaps(it));
-        let before: Vec<Publish> = before.map(|it| Publish::clone(&it.publish)).collect();
-        let all = flags.iter().cloned().chain(before).collect();
-        for (owner, all) in [(Owner::config(), file.clone()), (cli, all)] {
-            let difference = self.registry.want(&owner, all)?;
-            self.registry.apply(&difference);
-        }
-        let all = self.registry.iter().cloned();
-        let (add, restored): (Vec<Wanted>, _) = all.partition(is_asked);
-        let asked = Difference {
-            asked: add.iter().map(|wanted| wanted.id).collect(),
-            add,
-            ..Difference::default()
-        };
-        Ok((asked, restored))
-    }
-
-    /// What was published before gives way to what flags and file ask for in another owner's name: nobody could take it back
-    /// while nothing runs.
-    fn give_way(&mut self) {
-        let asked = [
-            (Owner::cli(), &self.config.publishes),
-            (Owner::config(), &self.config.configured),
-        ];
-        for (owner, publishes) in asked {
-            let gone = self.registry.in_the_way(&owner, publishes);
-            for Wanted { publish, owner, .. } in &gone {
-                warn!(
-                    "publish {} of owner {owner} gives way to flags and file",
-                    publish.spec
-                );
-            }
-            self.registry.apply(&Difference {
-                remove: gone,
-                ..Difference::default()
-            });
-        }
     }
 
     /// Reads the file again and puts the difference in force, or changes nothing.

@@ -4,13 +4,14 @@
 use std::{
     io::{Read as _, Write as _},
     net::{Ipv6Addr, Shutdown, SocketAddr, TcpListener, TcpStream, UdpSocket},
+    process::Stdio,
     sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed},
     thread::{self, Scope, ScopedJoinHandle},
     time::Duration,
 };
 
 use forwarder_tests::{
-    daemon::{Daemon, Datapath},
+    daemon::{Daemon, Datapath, forwarder},
     deadline::{patience, wait_for, wait_until},
     layout::lay_out_otherwise,
     netns::Netns,
@@ -271,6 +272,42 @@ fn nobody_notices_a_restart_in_user_space() {
     nobody_notices(Datapath::Userland, |daemon| daemon.hand_over().unwrap());
 }
 
+#[test]
+fn a_restart_loses_no_command() {
+    let scene = Scene::new();
+    let host = &scene.topology.host;
+    let mut daemon = scene.start(Datapath::Userland);
+    let instance = daemon.instance().to_owned();
+    let load = Load::default();
+    let banned = thread::scope(|scope| {
+        let end = End(&load);
+        let commands = scope.spawn(|| {
+            let mut banned: Vec<String> = Vec::new();
+            while !load.is_over() {
+                let source = format!("10.9.{}.{}", banned.len() / 256, banned.len() % 256);
+                let command = ["ban", &source, "--instance", &instance];
+                let output = forwarder(host).args(command).output().unwrap();
+                assert!(output.status.success(), "{output:?}");
+                banned.push(source);
+                load.done.fetch_add(1, Relaxed);
+            }
+            banned
+        });
+        for _ in 0..3 {
+            load.goes_on();
+            daemon.hand_over().unwrap();
+        }
+        load.goes_on();
+        drop(end);
+        commands.join().unwrap()
+    });
+    let shown = daemon.control(&["bans", "--json"]).unwrap();
+    for source in banned {
+        assert!(shown.contains(&format!("\"{source}/32\"")), "{shown}");
+    }
+    daemon.stop().unwrap();
+}
+
 /// A start that fails loses nothing of what it was handed: the next one has it.
 fn outlives_a_start_that_fails(
     spoil: impl FnOnce(&Scene, &Daemon) -> Box<dyn FnOnce()>,
@@ -286,8 +323,12 @@ fn outlives_a_start_that_fails(
     let failed = format!("{:#}", daemon.restart().unwrap_err());
     assert!(failed.contains(why), "{failed}");
     let waiting = client.enter(|| TcpStream::connect(scene.frontend(PORT)).unwrap());
+    let mut command = forwarder(&scene.topology.host);
+    command.args(["list", "--instance", daemon.instance()]);
+    let mut command = command.stdout(Stdio::null()).spawn().unwrap();
     mend();
     daemon.restart().unwrap();
+    assert!(command.wait().unwrap().success());
     conversation.ask("after").unwrap();
     waiting.set_read_timeout(Some(patience())).unwrap();
     (&waiting).write_all(b"hello\n").unwrap();

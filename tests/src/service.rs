@@ -9,7 +9,7 @@
 use std::{
     fs, io,
     os::{
-        fd::{AsRawFd as _, FromRawFd as _, OwnedFd, RawFd},
+        fd::{AsFd as _, AsRawFd as _, FromRawFd as _, OwnedFd, RawFd},
         unix::{net::UnixDatagram, process::CommandExt as _},
     },
     path::PathBuf,
@@ -98,6 +98,18 @@ impl Manager {
         Ok(())
     }
 
+    /// Waits until all that was sent before is heeded: systemd reads messages before it sees that a process has ended.
+    fn settle(&self) -> Result<()> {
+        let (ours, theirs) = io::pipe()?;
+        let sender = UnixDatagram::unbound()?;
+        sender.connect(&self.socket)?;
+        let barrier = [io::IoSlice::new(b"BARRIER=1")];
+        rights::send(&sender, &barrier, &[theirs.as_fd()], MsgFlags::empty())?;
+        drop(theirs);
+        io::copy(&mut &ours, &mut io::sink())?; // until the other end is closed
+        Ok(())
+    }
+
     /// Closes what has a name, as if it had never been kept.
     pub fn lose(&self, name: &str) {
         self.kept().retain(|(it, _)| it != name);
@@ -108,6 +120,7 @@ impl Manager {
     /// # Errors
     /// There are no descriptors left.
     pub fn hand_to(&self, command: &mut Command) -> Result<()> {
+        self.settle()?;
         let kept = self.kept();
         let names: Vec<&str> = kept.iter().map(|(name, _)| name.as_str()).collect();
         command.env("NOTIFY_SOCKET", &self.socket);

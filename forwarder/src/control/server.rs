@@ -6,19 +6,15 @@ mod containers;
 mod document;
 mod place;
 mod request;
+mod socket;
 
 use std::{
-    fs, io,
-    os::{
-        fd::{AsFd as _, OwnedFd},
-        unix::fs::PermissionsExt as _,
-    },
-    path::{Path, PathBuf},
+    os::fd::{AsFd as _, OwnedFd},
     sync::Arc,
     time::Duration,
 };
 
-use anyhow::{Context as _, Result};
+use anyhow::Result;
 use axum::{
     Extension, Router,
     extract::{self, FromRef, Request, State},
@@ -36,15 +32,17 @@ use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 use tokio::{
     io::{Interest, unix::AsyncFd},
-    net::UnixListener,
     sync::{Semaphore, broadcast, mpsc, oneshot},
 };
 use tracing::info;
 
-pub use self::containers::{Locate, Located};
+pub use self::{
+    containers::{Locate, Located},
+    socket::Socket,
+};
 use self::{
     document::{lines, received},
-    place::{FOLLOWERS, PLACES, Patient, Place},
+    place::{FOLLOWERS, Patient, Place},
     request::{Named as Part, Nothing, Query, Whose},
 };
 use super::{
@@ -56,10 +54,8 @@ use super::{
     stream::{Received, Stream},
 };
 use crate::{
-    accept, instance, memory,
     metrics::{self, Measured},
     publish::{Conflict, ContainerPort, Id, Owner, allow},
-    seldom::Seldom,
 };
 
 /// How long a client may take for its request, or read nothing of its answer.
@@ -102,86 +98,6 @@ pub struct FlowFilter {
     pub publish: Option<Id>,
     #[serde(default, deserialize_with = "allow::source_of")]
     pub client: Option<IpNet>,
-}
-
-/// The bound socket; removed when dropped.
-#[derive(Debug)]
-pub struct Socket {
-    path: PathBuf,
-    listener: Option<std::os::unix::net::UnixListener>,
-}
-
-impl Drop for Socket {
-    fn drop(&mut self) {
-        let _ = fs::remove_file(&self.path);
-    }
-}
-
-impl Socket {
-    /// Binds it; root and the group `forwarder` alone may connect. Whoever calls holds the instance's lock.
-    ///
-    /// # Errors
-    /// The directory cannot be written to, or something else is there.
-    pub fn bind(path: PathBuf) -> Result<Self> {
-        instance::clear_socket(&path)?;
-        let listener = bind_private(&path).with_context(|| format!("bind {}", path.display()))?;
-        Ok(Self {
-            path,
-            listener: Some(listener),
-        })
-    }
-
-    /// Serves clients: hands changes to `calls`, reads from `observed`, and asks an engine for containers if there is one.
-    ///
-    /// # Errors
-    /// The runtime refuses the socket.
-    pub fn serve(
-        &mut self,
-        calls: mpsc::Sender<Call>,
-        observed: Arc<dyn Observe>,
-        engine: Option<Arc<dyn Locate>>,
-    ) -> Result<()> {
-        let Some(listener) = self.listener.take() else {
-            return Ok(());
-        };
-        let listener = UnixListener::from_std(listener)?;
-        let router = router(calls, observed, engine);
-        let clients = Arc::new(Semaphore::new(PLACES));
-        tokio::spawn(async move {
-            let warned = Seldom::default();
-            loop {
-                let Ok(place) = clients.clone().acquire_owned().await else {
-                    return;
-                };
-                match listener.accept().await {
-                    Ok((stream, _)) => {
-                        let router = router.clone();
-                        tokio::spawn(async move {
-                            let _ = client(stream, router, Place::new(place)).await; // it has gone
-                            memory::trim();
-                        });
-                    }
-                    Err(error) => accept::failed(&error, &warned, "control socket").await,
-                }
-            }
-        });
-        Ok(())
-    }
-}
-
-/// Binds with the permissions that the socket is to have, also for the moment before they could be changed.
-fn bind_private(path: &Path) -> io::Result<std::os::unix::net::UnixListener> {
-    use nix::sys::stat::{Mode, umask};
-    let before = umask(Mode::from_bits_truncate(0o177));
-    let listener = std::os::unix::net::UnixListener::bind(path);
-    umask(before);
-    let listener = listener?;
-    listener.set_nonblocking(true)?;
-    if let Ok(Some(group)) = nix::unistd::Group::from_name(instance::USER) {
-        let _ = nix::unistd::chown(path, None, Some(group.gid));
-    }
-    fs::set_permissions(path, fs::Permissions::from_mode(0o660))?;
-    Ok(listener)
 }
 
 /// Serves one client until it has closed both ways: one that says no more may still read.
@@ -664,9 +580,9 @@ mod tests {
         let mut text = Api::openapi().to_pretty_json().expect("JSON");
         text.push('\n');
         if std::env::var_os("FORWARDER_RENEW").is_some() {
-            fs::write(path, &text).expect("written");
+            std::fs::write(path, &text).expect("written");
         }
-        let there = fs::read_to_string(path).unwrap_or_default();
+        let there = std::fs::read_to_string(path).unwrap_or_default();
         assert!(
             there == text,
             "docs/openapi.json is out of date: `FORWARDER_RENEW=1 cargo test -p forwarder the_description` renews it"

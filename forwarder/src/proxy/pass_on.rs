@@ -152,13 +152,13 @@ impl Idle {
         self.common().store.retain(is_known);
     }
 
-    /// Passes all conversations on to the next process, and begins no more. Returns how many.
+    /// Passes all conversations on to the next process, with the control socket, and begins no more. Returns how many.
     ///
     /// # Errors
     /// As socketpair(2).
-    pub async fn pass_on(&self) -> io::Result<usize> {
+    pub async fn pass_on(&self, control: BorrowedFd<'_>) -> io::Result<usize> {
         let (ours, theirs) = stream()?;
-        self.common().store.leave(theirs.as_fd());
+        self.common().store.leave(theirs.as_fd(), control);
         Ok(self.pass_on_by(&ours).await)
     }
 

@@ -28,6 +28,8 @@ const NAMES: usize = 100 << 10;
 const PATIENCE: u16 = 5000;
 /// The name of the stream that conversations come by.
 const CONVERSATIONS: &str = "conversations";
+/// The name of the control socket.
+const CONTROL: &str = "control";
 
 /// What this process keeps there.
 #[derive(Debug, Default)]
@@ -67,6 +69,7 @@ pub struct Left {
     pub sockets: Sockets,
     /// Where its conversations come from.
     pub conversations: Option<OwnedFd>,
+    pub control: Option<OwnedFd>,
 }
 
 impl Store {
@@ -81,10 +84,10 @@ impl Store {
             // SAFETY: whoever started this process has opened it, and nothing else uses it.
             let descriptor = unsafe { OwnedFd::from_raw_fd(descriptor) };
             kept.add(&name, 1);
-            if name == CONVERSATIONS {
-                left.conversations = Some(descriptor);
-            } else {
-                left.sockets.add(name, descriptor);
+            match name.as_str() {
+                CONVERSATIONS => left.conversations = Some(descriptor),
+                CONTROL => left.control = Some(descriptor),
+                _ => left.sockets.add(name, descriptor),
             }
         }
         let is_unset = std::env::var_os("NOTIFY_SOCKET").is_none();
@@ -129,10 +132,11 @@ impl Store {
         }
     }
 
-    /// Leaves all that is kept to the next process, with the stream that it reads conversations from. One that this process has
-    /// not read itself stays instead.
-    pub(super) fn leave(&self, conversations: BorrowedFd<'_>) {
+    /// Leaves all that is kept to the next process, with the control socket and the stream that it reads conversations from. One
+    /// that this process has not read itself stays instead.
+    pub(super) fn leave(&self, conversations: BorrowedFd<'_>, control: BorrowedFd<'_>) {
         self.keep(CONVERSATIONS, &[conversations]);
+        self.keep(CONTROL, &[control]);
         self.kept().is_left = true;
     }
 
