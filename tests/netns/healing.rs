@@ -1,11 +1,11 @@
 //! What somebody else does to devices, programs and the bridge under a running instance: the fast path is right again
 //! by itself, and the log says so where nothing else does.
 
-use std::{fs, net::SocketAddr};
+use std::{fs, net::SocketAddr, path::Path, thread::sleep, time::Duration};
 
 use forwarder_tests::{
     daemon::{Daemon, WITHOUT_BPFFS},
-    deadline::wait_for,
+    deadline::{wait_for, wait_until},
     link,
     topology::{Family, Topology},
     traffic::{Backend, Protocol, ask},
@@ -221,6 +221,32 @@ fn a_connection_outlives_an_uplink_that_goes_down_and_comes_up() {
     daemon.signal(Signal::SIGCONT).unwrap();
     answer.unwrap();
     scene.stop();
+}
+
+/// How many files and folders there are in one, at any depth.
+fn within(folder: &Path) -> usize {
+    let entries = fs::read_dir(folder).into_iter().flatten().flatten();
+    entries.map(|entry| 1 + within(&entry.path())).sum()
+}
+
+/// Whether the instance first hears that a device has gone, or looks whether its program is still there.
+#[test]
+fn of_containers_that_come_and_go_nothing_is_left() {
+    let scene = Scene::new();
+    let pinned = || within(&scene.daemon.pins());
+    let before = pinned();
+    let host = &scene.topology.host;
+    for _ in 0..6 {
+        host.ip("link add passing type veth peer name passing1\nlink set passing up")
+            .unwrap();
+        wait_until("the program is on both ends", || pinned() >= before + 2);
+        scene.daemon.signal(Signal::SIGSTOP).unwrap();
+        host.ip("link del passing").unwrap();
+        sleep(Duration::from_millis(600));
+        scene.daemon.signal(Signal::SIGCONT).unwrap();
+        wait_until("nothing is left", || pinned() == before);
+    }
+    scene.daemon.stop().unwrap();
 }
 
 #[test]

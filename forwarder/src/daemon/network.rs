@@ -12,7 +12,7 @@ use forwarder_common::{
     flow::delivery,
     publish::{Interface, flag},
 };
-use nix::net::if_::{if_indextoname, if_nametoindex};
+use nix::net::if_::if_nametoindex;
 use tokio::time::Instant;
 use tracing::{debug, info, warn};
 
@@ -26,7 +26,7 @@ use crate::{
         devices::{Hook, Place},
         errno, xdp,
     },
-    network::{Event, Events, Header, Reader, Snapshot, containers::Watch},
+    network::{Event, Events, Header, Reader, Snapshot, containers::Watch, local::device_name},
     plan::{self, Unattached, locations},
     publish::{Id, Publish, spec::Zone},
 };
@@ -400,7 +400,7 @@ impl Daemon {
                 },
                 // What has gone since the network was read, or is just going, takes no packets.
                 Err(error)
-                    if errno(&error) == Some(libc::ENODEV) || if_indextoname(place.0).is_err() =>
+                    if errno(&error) == Some(libc::ENODEV) || device_name(place.0).is_none() =>
                 {
                     missing.remove(place);
                 }

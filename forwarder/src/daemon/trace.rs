@@ -14,9 +14,12 @@ use super::{
     Daemon,
     view::{View, delivery_name},
 };
-use crate::control::{
-    Trace,
-    api::{Rewritten, Traced, TracedPacket},
+use crate::{
+    control::{
+        Trace,
+        api::{Rewritten, Traced, TracedPacket},
+    },
+    network::local::device_name,
 };
 
 /// Packets that a slow watcher may be behind.
@@ -118,10 +121,7 @@ fn parse(line: &str, view: &Arc<View>) -> Option<TracedPacket> {
 
 /// A device's name in the own network namespace, or its number where it has none any more.
 fn device(ifindex: u32) -> String {
-    let name = nix::net::if_::if_indextoname(ifindex).ok();
-    let name = name.and_then(|name| name.into_string().ok());
-    name.filter(|name| !name.is_empty())
-        .unwrap_or_else(|| ifindex.to_string())
+    device_name(ifindex).unwrap_or_else(|| ifindex.to_string())
 }
 
 #[cfg(test)]

@@ -8,17 +8,18 @@ use aya::programs::{
     ProgramInfo, SchedClassifier, TcAttachType,
     tc::{NlOptions, SchedClassifierLink, SchedClassifierLinkId, TcAttachOptions, TcHandle},
 };
-use nix::net::if_::if_indextoname;
 
 use super::{
     Datapath, QDISCS, entries, explain,
     link::{self, As, Link},
     number,
+    xdp::Mode,
 };
 use crate::{
     datapath::clsact::{self, Side},
     datapath::kernel::{Attach, kernel},
     datapath::maps::earlier,
+    network::local::device_name,
 };
 
 /// A side of a device that has one of our programs.
@@ -110,7 +111,7 @@ pub(super) enum Attachment {
 #[derive(Debug, Default)]
 pub struct Lost {
     tc: Vec<(Place, Attachment)>,
-    xdp: Vec<(u32, Link)>,
+    xdp: Vec<(u32, Mode, Link)>,
 }
 
 impl Lost {
@@ -268,17 +269,22 @@ impl Datapath {
 
     /// Detaches from a device that may have gone.
     pub fn detach(&mut self, place: Place) {
-        match self.attached.remove(&place) {
-            None => {}
-            Some(Attachment::Link(link)) => {
+        if let Some(attachment) = self.attached.remove(&place) {
+            self.end(place, &attachment);
+        }
+    }
+
+    fn end(&self, place: Place, attachment: &Attachment) {
+        match attachment {
+            Attachment::Link(link) => {
                 let _ = link.detach();
                 if let Some(pin) = self.link_pin(place) {
                     let _ = fs::remove_file(pin);
                 }
             }
-            Some(Attachment::Filter { filter, qdisc, .. }) => {
-                let _ = clsact::remove(&filter);
-                if qdisc {
+            Attachment::Filter { filter, qdisc } => {
+                let _ = clsact::remove(filter);
+                if *qdisc {
                     self.remove_qdisc(place.0);
                 }
             }
@@ -304,12 +310,20 @@ impl Datapath {
         lost
     }
 
-    /// What is left of them goes, once others are in their places. Returns the devices that have all of theirs again.
+    /// What is left of them goes, once others are in their places or the device has gone. Returns the devices that have all of
+    /// theirs again.
     pub fn forget(&mut self, lost: Lost) -> BTreeSet<u32> {
         let Lost { tc, xdp } = lost;
+        let has_gone = |ifindex| device_name(ifindex).is_none();
+        for (place, attachment) in tc.iter().filter(|(place, _)| has_gone(place.0)) {
+            self.end(*place, attachment);
+        }
+        for (ifindex, mode, link) in xdp.iter().filter(|it| has_gone(it.0)) {
+            self.end_xdp(*ifindex, *mode, link);
+        }
         let has = |place: &Place| self.attached.contains_key(place);
         let lost_tc = tc.iter().map(|(place, _)| (place.0, has(place)));
-        let lost_xdp = xdp.iter().map(|(it, _)| (*it, self.xdp.contains_key(it)));
+        let lost_xdp = xdp.iter().map(|(it, ..)| (*it, self.xdp.contains_key(it)));
         let all: Vec<(u32, bool)> = lost_tc.chain(lost_xdp).collect();
         let missing: BTreeSet<u32> = all.iter().filter(|it| !it.1).map(|it| it.0).collect();
         let devices: BTreeSet<u32> = all.iter().map(|it| it.0).collect();
@@ -343,8 +357,8 @@ impl Datapath {
             Some(Attachment::Link(link)) => Ok(link.update(program.as_fd())?),
             Some(Attachment::Filter { filter, .. }) => {
                 let filter = filter.clone();
-                let name = if_indextoname(place.0).context("the device has gone")?;
-                self.replace_filter(place.1, &name.to_string_lossy(), &filter)
+                let name = device_name(place.0).context("the device has gone")?;
+                self.replace_filter(place.1, &name, &filter)
             }
             None => Ok(()),
         }

@@ -116,7 +116,7 @@ impl Datapath {
     }
 
     /// As [`Datapath::take_lost`].
-    pub(super) fn take_lost_xdp(&mut self) -> Vec<(u32, Link)> {
+    pub(super) fn take_lost_xdp(&mut self) -> Vec<(u32, Mode, Link)> {
         let mut lost = Vec::new();
         if self.xdp.is_empty() {
             return lost;
@@ -130,7 +130,7 @@ impl Datapath {
             if link.runs(program) {
                 self.xdp.insert(ifindex, (mode, link));
             } else {
-                lost.push((ifindex, link));
+                lost.push((ifindex, mode, link));
             }
         }
         lost
@@ -138,9 +138,12 @@ impl Datapath {
 
     /// Detaches from a device that may have gone.
     pub fn detach_xdp(&mut self, ifindex: u32) {
-        let Some((mode, link)) = self.xdp.remove(&ifindex) else {
-            return;
-        };
+        if let Some((mode, link)) = self.xdp.remove(&ifindex) {
+            self.end_xdp(ifindex, mode, &link);
+        }
+    }
+
+    pub(super) fn end_xdp(&self, ifindex: u32, mode: Mode, link: &Link) {
         let _ = link.detach();
         if let Some(pin) = self.xdp_pin(ifindex, mode) {
             let _ = fs::remove_file(pin);

@@ -1,5 +1,5 @@
-//! Whether an address is this host's own, and which of its own leads there, as the kernel routes it: also where there is no reader of
-//! the network.
+//! Whether an address is this host's own, which of its own leads there as the kernel routes it, and whether a device is there: also
+//! where there is no reader of the network.
 
 use std::{
     fs, io,
@@ -22,6 +22,13 @@ use super::netlink::Socket;
 pub fn is_local(address: IpAddr) -> io::Result<bool> {
     let route = route_to(address)?;
     Ok(route.is_some_and(|route| route.header.kind == RouteType::Local))
+}
+
+/// The name of a device of the own network namespace; `None` once it has gone, for which nix has an empty name.
+pub fn device_name(ifindex: u32) -> Option<String> {
+    let name = nix::net::if_::if_indextoname(ifindex).ok()?;
+    let name = name.into_string().ok()?;
+    (!name.is_empty()).then_some(name)
 }
 
 /// Of a route in /proc/net/ipv6_route (include/uapi/linux/ipv6_route.h).
