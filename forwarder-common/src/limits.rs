@@ -12,6 +12,8 @@ pub const SOCKETS: u32 = 1024;
 pub const BACKENDS: u32 = 65_536;
 /// Addresses of this host and of containers, prefixes that lead to container networks, and exceptions from them.
 pub const LOCATIONS: u32 = 131_072;
+/// Routes by devices with routes that have an MTU of their own.
+pub const ROUTE_MTUS: u32 = 32_768;
 /// Devices.
 pub const INTERFACES: u32 = 16_384;
 /// Flows at once. Entries are allocated as they are needed.

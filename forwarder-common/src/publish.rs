@@ -164,9 +164,11 @@ pub struct Interface {
     pub default_v4: u8,
     /// The container at the other end, by a number that all of its devices have; 0 where that is not known.
     pub container: u32,
+    /// Not 0 where a route by the layer 3 device has an MTU of its own.
+    pub narrow: u32,
 }
 
-const _: () = assert!(size_of::<Interface>() == 36);
+const _: () = assert!(size_of::<Interface>() == 40);
 
 /// A value of `LOCATIONS`: what an address is behind. Zero is the rest of the world.
 #[repr(C)]

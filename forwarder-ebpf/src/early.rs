@@ -141,6 +141,9 @@ fn route(
     let route = route
         .filter(|route| route.takes_frames())
         .ok_or(Reason::NotOurs)?;
+    if length > route::mtu(route.ifindex(), &packet.new.destination) {
+        return Err(Reason::NotOurs);
+    }
     let complete = rewrite::complete(ctx, packet).ok_or(Reason::NotOurs)?;
     Ok((route, complete))
 }

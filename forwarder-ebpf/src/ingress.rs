@@ -139,6 +139,7 @@ fn forward(
         .ok_or(Reason::NotOurs)?;
     publish::arrived(packet)?;
     may_begin(ctx.skb.skb, packet, published.publish, published.index)?;
+    publish::translate(packet, published.publish); // it may have been looked for as another's
     if let Some(obstacle) = before_backend(ctx, packet, &published)? {
         return tell(ctx, packet, obstacle, 0);
     }
@@ -470,14 +471,14 @@ fn to_backend(
     })
 }
 
-/// Has a SYN or SYN-ACK ask for no longer segments than the devices take that the connection comes and goes by. What passes
+/// Has a SYN or SYN-ACK ask for no longer segments than the ways take that the connection comes and goes by. What passes
 /// the stack is the firewall's business.
 #[inline(always)]
 fn clamp_segments(ctx: &TcContext, packet: &Packet, way: &Hop) {
     if packet.flags & SYN != 0 && !is_stack(way) {
-        let mtu = |ifindex| publish::interface(ifindex).map_or(u32::MAX, |it| it.mtu);
-        let mtu = mtu(packet.ifindex).min(mtu(deliver::device(ctx, packet, way)));
-        rewrite::clamp(ctx.skb.skb, packet, mtu);
+        let back = route::mtu(packet.ifindex, &packet.tuple.source);
+        let on = route::mtu(deliver::device(ctx, packet, way), &packet.new.destination);
+        rewrite::clamp(ctx.skb.skb, packet, back.min(on));
     }
 }
 

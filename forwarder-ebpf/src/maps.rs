@@ -68,6 +68,11 @@ pub static SEVERAL_UPLINKS: Array<u32> = Array::with_max_entries(1, 0);
 #[map]
 pub static FORBIDDING: Array<u32> = Array::with_max_entries(1, 0);
 
+/// The MTU of the route by a device, which stands in the publish's place, to an address. Asked for [`Interface::narrow`] alone.
+#[map]
+pub static ROUTE_MTUS: LpmTrie<PublishSource, u32> =
+    LpmTrie::with_max_entries(limits::ROUTE_MTUS, BPF_F_NO_PREALLOC);
+
 /// What addresses are behind: this host's own but for loopback ones, and those that its routes to containers lead to. No
 /// entry is the rest of the world.
 #[map]

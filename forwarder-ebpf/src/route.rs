@@ -13,16 +13,18 @@ use aya_ebpf::{
         BPF_FIB_LOOKUP_OUTPUT, bpf_fib_lookup,
     },
     helpers::bpf_fib_lookup as lookup,
+    maps::lpm_trie::Key,
 };
 use forwarder_common::{
     limits,
+    publish::PublishSource,
     reason::Reason,
     tuple::{Address, Tuple},
 };
 
 use crate::{
     clock,
-    maps::{FORBIDDING, INTERFACES, ROUTES, SEVERAL_UPLINKS},
+    maps::{FORBIDDING, INTERFACES, ROUTE_MTUS, ROUTES, SEVERAL_UPLINKS},
     parse::{LOOPBACK_IFINDEX, Packet},
     publish,
     words::copy_address,
@@ -176,6 +178,30 @@ pub fn device(context: *mut c_void, packet: &Packet, wanted: u32) -> u32 {
         choose(context, route);
     }
     route.ifindex
+}
+
+/// The longest packet, without its link header, that may leave by a device to an address: as the device takes it, and the route if
+/// that says less. No limit is known of a device that is not there.
+#[inline(always)]
+pub fn mtu(ifindex: u32, address: &Address) -> u32 {
+    let Some(interface) = publish::interface(ifindex) else {
+        return u32::MAX;
+    };
+    if interface.narrow == 0 {
+        return interface.mtu;
+    }
+    interface.mtu.min(of_route(interface.layer3, address))
+}
+
+// VERIFIER: as below.
+#[inline(never)]
+fn of_route(ifindex: u32, address: &Address) -> u32 {
+    let data = PublishSource {
+        publish: ifindex.to_be(),
+        source: *address,
+    };
+    let key = Key::new(32 + 128, data);
+    ROUTE_MTUS.get(key).copied().unwrap_or(u32::MAX)
 }
 
 /// What is at the place of a pair of addresses: another's, of this tick,

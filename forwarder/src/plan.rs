@@ -18,7 +18,7 @@ use ipnet::IpNet;
 use self::routes::{route_to, rule_by_ports, source};
 pub use self::{
     bypassed::{allows_xdp, bypassed_bridging},
-    routes::{keeps_source, takes_an_answer},
+    routes::{keeps_source, mtus, takes_an_answer},
     unserved::Unserved,
 };
 use crate::{
@@ -366,6 +366,7 @@ pub fn interfaces(snapshot: &Snapshot) -> impl Iterator<Item = (u32, Interface)>
         let mut defaults = snapshot.routes.defaults();
         defaults.any(|route| route.ifindex == index && route.destination.is_ipv4())
     };
+    let narrow = snapshot.routes.narrow();
     snapshot.links.iter().map(move |(&index, link)| {
         let bridge = bridge(snapshot, link);
         let delivery = match way_to(link) {
@@ -389,6 +390,7 @@ pub fn interfaces(snapshot: &Snapshot) -> impl Iterator<Item = (u32, Interface)>
                 Kind::Veth { peer: Some(peer) } if network != 0 => container(peer),
                 _ => 0,
             },
+            narrow: u32::from(narrow.contains(&layer3)),
         };
         (index, interface)
     })

@@ -526,3 +526,41 @@ fn a_new_address_of_the_host_cuts_no_conversation() {
     conversation.ask("after").unwrap();
     daemon.stop().unwrap();
 }
+
+/// A route's MTU stands for a link further on that tells nobody of its own.
+fn longer_than_a_routes_own_mtu_arrives(xdp: &str) {
+    for family in [V4, V6] {
+        let lan = Lan::new().with_xdp().without_offloads();
+        let _backends = lan.backends();
+        let daemon = lan.publish(Where::Far, family, Udp, xdp);
+        let frontend = SocketAddr::new(LAN.address(family, HOST), PORT);
+        // On the way to the backend first, then on that to the client.
+        for (network, device, machine) in [(FAR, "eth1", &lan.far), (LAN, "eth0", &lan.client)] {
+            let to = network.address(family, 0);
+            let to = match family {
+                V4 => format!("{to}/24 dev {device}"),
+                V6 => format!("{to}/64 dev {device} metric 256"),
+            };
+            let is = |mtu: &str| lan.host.ip(&format!("route change {to}{mtu}")).unwrap();
+            is(" mtu 1300");
+            machine.ip("link set eth0 mtu 1300").unwrap(); // what is longer is lost there
+            wait_for("a long datagram and its answer", || {
+                ask(&lan.client, Udp, frontend, &"x".repeat(1400)).ok()
+            })
+            .unwrap_or_else(|_| panic!("{family:?} {device}"));
+            machine.ip("link set eth0 mtu 1500").unwrap();
+            is("");
+        }
+        daemon.stop().unwrap();
+    }
+}
+
+#[test]
+fn what_is_longer_than_a_routes_own_mtu_arrives_by_tc() {
+    longer_than_a_routes_own_mtu_arrives("off");
+}
+
+#[test]
+fn what_is_longer_than_a_routes_own_mtu_arrives_by_xdp() {
+    longer_than_a_routes_own_mtu_arrives("native");
+}

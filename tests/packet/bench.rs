@@ -57,6 +57,7 @@ pub(crate) const UPLINK: Interface = Interface {
     strict: 0,
     default_v4: 0,
     container: 0,
+    narrow: 0,
 };
 
 /// The same of a device that is no bridge's port.

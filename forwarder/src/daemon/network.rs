@@ -357,6 +357,8 @@ impl Daemon {
         datapath.maps.set_several_uplinks(several)?;
         let forbidding = plan::may_forbid(&self.network.snapshot);
         datapath.maps.set_forbidding(forbidding)?;
+        let mtus = plan::mtus(&self.network.snapshot);
+        datapath.maps.set_route_mtus(mtus)?;
         datapath
             .maps
             .set_locations(&locations::locations(&self.network.snapshot))?;

@@ -61,6 +61,11 @@ const INTERFACES: Table = Table {
     holds: "devices",
     size: sizes::INTERFACES,
 };
+const ROUTE_MTUS: Table = Table {
+    name: "ROUTE_MTUS",
+    holds: "routes with an MTU",
+    size: sizes::ROUTE_MTUS,
+};
 const LOCATIONS: Table = Table {
     name: "LOCATIONS",
     holds: "addresses of this host and of containers",
@@ -84,6 +89,7 @@ pub struct Maps {
     interfaces: HashMap<MapData, u32, Interface>,
     several_uplinks: Array<MapData, u32>,
     forbidding: Array<MapData, u32>,
+    route_mtus: Mirror<Trie<MapData, PublishSource, u32>, Network, u32>,
     locations: Trie<MapData, Address, Location>,
     /// What was written there.
     located: BTreeMap<IpNet, Location>,
@@ -143,6 +149,7 @@ impl Maps {
             interfaces: HashMap::try_from(map("INTERFACES")?)?,
             several_uplinks: Array::try_from(map("SEVERAL_UPLINKS")?)?,
             forbidding: Array::try_from(map("FORBIDDING")?)?,
+            route_mtus: Mirror::new(ROUTE_MTUS, LpmTrie::try_from(map("ROUTE_MTUS")?)?),
             locations: LpmTrie::try_from(map("LOCATIONS")?)?,
             located: BTreeMap::new(),
             local_filter: Array::try_from(map("LOCAL_FILTER")?)?,
@@ -210,6 +217,15 @@ impl Maps {
     pub fn set_forbidding(&mut self, forbidding: bool) -> Result<()> {
         let set = self.forbidding.set(0, u32::from(forbidding), 0);
         set.context("write FORBIDDING")
+    }
+
+    /// Says how long packets may be that leave by a device to a network.
+    ///
+    /// # Errors
+    /// The kernel refuses the update.
+    pub fn set_route_mtus(&mut self, new: BTreeMap<(u32, IpNet), u32>) -> Result<()> {
+        self.route_mtus.change_all(new);
+        Ok(self.route_mtus.flush()?)
     }
 
     /// Says what addresses are behind: changes only what differs from what the maps have. After a failure the rest is made up

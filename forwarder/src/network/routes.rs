@@ -10,7 +10,8 @@ use netlink_packet_core::{NLM_F_APPEND, NLM_F_REPLACE};
 use netlink_packet_route::{
     AddressFamily,
     route::{
-        RouteAddress, RouteAttribute, RouteFlags, RouteHeader, RouteMessage, RouteType, RouteVia,
+        RouteAddress, RouteAttribute, RouteFlags, RouteHeader, RouteMessage, RouteMetric,
+        RouteType, RouteVia,
     },
 };
 
@@ -28,6 +29,8 @@ pub struct Route {
     /// The next hop; the unspecified address where there are several.
     pub gateway: Option<IpAddr>,
     pub preferred_source: Option<IpAddr>,
+    /// The route's own; 0 where the device's counts.
+    pub mtu: u32,
 }
 
 impl Route {
@@ -41,6 +44,7 @@ impl Route {
             ifindex: 0,
             gateway: None,
             preferred_source: None,
+            mtu: 0,
         }
     }
 
@@ -85,6 +89,8 @@ pub enum Applied {
 pub struct Routes {
     all: BTreeMap<Route, usize>,
     by_device: BTreeSet<Behind>,
+    /// Those that have an MTU of their own.
+    narrow: BTreeSet<Route>,
 }
 
 /// What a device has a route to: its index, whether that is somebody else, how many bits an address there has of its own, and
@@ -105,11 +111,15 @@ impl Routes {
 
     pub fn insert(&mut self, route: Route) {
         self.by_device.insert(behind(&route));
+        if route.mtu != 0 {
+            self.narrow.insert(route);
+        }
         *self.all.entry(route).or_default() += 1;
     }
 
     fn remove(&mut self, route: &Route) {
         self.all.remove(route);
+        self.narrow.remove(route);
         let others = self.exactly(route.destination, route.prefix, route.local);
         if !{ others }.any(|(other, _)| other.ifindex == route.ifindex) {
             self.by_device.remove(&behind(route));
@@ -127,6 +137,11 @@ impl Routes {
             let routes = routes.map(|(route, _)| route);
             routes.filter(move |route| route.ifindex == ifindex)
         })
+    }
+
+    /// The devices that a route with an MTU of its own leads to.
+    pub fn narrow(&self) -> BTreeSet<u32> {
+        self.narrow.iter().map(|route| route.ifindex).collect()
     }
 
     /// The route to others that counts for each prefix in a network, the network's own among them.
@@ -265,6 +280,7 @@ pub(super) fn route_and_table(message: &RouteMessage) -> Option<(Route, u32)> {
         preferred_source: None,
         priority: 0,
         local: header.kind == RouteType::Local,
+        mtu: 0,
     };
     for attribute in &message.attributes {
         match attribute {
@@ -281,6 +297,13 @@ pub(super) fn route_and_table(message: &RouteMessage) -> Option<(Route, u32)> {
             RouteAttribute::PrefSource(address) => route.preferred_source = ip(address),
             RouteAttribute::Priority(priority) => route.priority = *priority,
             RouteAttribute::Table(number) => table = *number,
+            RouteAttribute::Metrics(metrics) => {
+                let mtus = metrics.iter().filter_map(|metric| match metric {
+                    RouteMetric::Mtu(mtu) => Some(*mtu),
+                    _ => None,
+                });
+                route.mtu = mtus.sum(); // there is one at most
+            }
             RouteAttribute::MultiPath(hops) => {
                 route.ifindex = hops.first()?.interface_index;
                 route.gateway = Some(unspecified);
@@ -315,6 +338,7 @@ mod tests {
             ifindex,
             gateway: None,
             preferred_source: None,
+            mtu: 0,
         }
     }
 

@@ -306,6 +306,7 @@ pub(crate) mod tests {
             preferred_source: None,
             priority: 0,
             local: false,
+            mtu: 0,
         }
     }
 

@@ -1,8 +1,10 @@
-//! By which route a backend is reached, and from which address of this host: what table main says, or the kernel's answer.
+//! By which route a backend is reached, and from which address of this host: what table main says, or the kernel's answer. How
+//! long packets may be by routes.
 
-use std::net::IpAddr;
+use std::{collections::BTreeMap, net::IpAddr};
 
-use forwarder_common::tuple::Address;
+use forwarder_common::{limits, tuple::Address};
+use ipnet::{IpNet, Ipv4Net};
 
 use super::{contains, is_link_local, resolve};
 use crate::{
@@ -84,10 +86,38 @@ pub(super) fn source(snapshot: &Snapshot, answer: &Answer, backend: IpAddr) -> O
     })
 }
 
+/// The longest packets that leave by each route of devices with a route that has an MTU of its own, by device; IPv6 to the least that
+/// its links carry (RFC 8200 section 5). None if there are too many routes.
+pub fn mtus(snapshot: &Snapshot) -> BTreeMap<(u32, IpNet), u32> {
+    const LEAST_OF_IPV6: u32 = 1280;
+    let mut mtus = BTreeMap::new();
+    for device in snapshot.routes.narrow() {
+        for route in snapshot.routes.by(device, false) {
+            let mtu = match (route.mtu, route.destination) {
+                (0, _) => u32::MAX, // as the device has it
+                (mtu, IpAddr::V4(_)) => mtu,
+                (mtu, IpAddr::V6(_)) => mtu.max(LEAST_OF_IPV6),
+            };
+            if let Ok(prefix) = IpNet::new(route.destination, route.prefix) {
+                mtus.entry((device, prefix.trunc())).or_insert(mtu); // the first of equals counts
+            }
+        }
+        let v4 = (device, Ipv4Net::default().into());
+        mtus.entry(v4).or_insert(u32::MAX); // or it would be part of ::/0
+    }
+    if mtus.len() > limits::ROUTE_MTUS as usize {
+        mtus.clear();
+    }
+    mtus
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::plan::locations::tests::{change, host, ip, route};
+    use crate::{
+        network::Route,
+        plan::locations::tests::{change, host, ip, route},
+    };
 
     #[test]
     fn the_kernels_answer_comes_before_table_main() {
@@ -106,6 +136,34 @@ mod tests {
         host.answers.insert(backend, None);
         let reason = resolve(&host, backend).expect_err("no fast path");
         assert_eq!(reason.to_string(), "no route to 172.31.0.2");
+    }
+
+    #[test]
+    fn a_routes_own_mtu_is_told_with_all_routes_of_its_device() {
+        let mut host = host();
+        assert!(mtus(&host).is_empty());
+        let (far, within) = (
+            route("10.0.0.0", 8, 2, true),
+            route("10.1.0.0", 16, 2, true),
+        );
+        let worse = Route {
+            priority: 7,
+            mtu: 1200,
+            ..far
+        };
+        let small = Route {
+            mtu: 600,
+            ..route("2001:db8:7::", 48, 2, true)
+        };
+        host.routes
+            .extend([Route { mtu: 1400, ..far }, within, worse, small]);
+        let mtus = mtus(&host);
+        let mtu = |prefix: &str| mtus.get(&(2, prefix.parse().expect("a literal"))).copied();
+        assert_eq!(mtu("10.0.0.0/8"), Some(1400), "the better one's");
+        assert_eq!(mtu("10.1.0.0/16"), Some(u32::MAX), "the device's");
+        assert_eq!(mtu("2001:db8:7::/48"), Some(1280));
+        assert_eq!(mtu("0.0.0.0/0"), Some(u32::MAX));
+        assert!(mtus.keys().all(|(device, _)| *device == 2));
     }
 
     const FAR: &str = "2001:db8:200::a";

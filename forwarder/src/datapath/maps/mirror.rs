@@ -1,7 +1,11 @@
 //! A table of the kernel and what it is to have. What is wanted is changed here first, which cannot fail, and then written. A write
 //! that fails is tried again by the next flush. So a count is never read back from the kernel, and never drifts.
 
-use std::{collections::HashMap, fmt, hash::Hash};
+use std::{
+    collections::{HashMap, HashSet},
+    fmt,
+    hash::Hash,
+};
 
 use aya::maps::MapError;
 
@@ -49,6 +53,18 @@ impl<S: Store<K, V>, K: Copy + Eq + Hash, V: Copy + Default + PartialEq> Mirror<
         }
         if value != before || self.stale.contains_key(&key) {
             self.stale.insert(key, true);
+        }
+    }
+
+    /// Changes all that is wanted.
+    pub(super) fn change_all(&mut self, all: impl IntoIterator<Item = (K, V)>) {
+        let mut gone: HashSet<K> = self.wanted.keys().copied().collect();
+        for (key, value) in all {
+            gone.remove(&key);
+            self.change(key, |it| *it = value);
+        }
+        for key in gone {
+            self.change(key, |it| *it = V::default());
         }
     }
 
