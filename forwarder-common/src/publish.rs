@@ -138,6 +138,17 @@ pub mod ban {
     pub const FOR_EVER: u64 = u64::MAX;
 }
 
+/// Values of [`Interface::xdp`].
+pub mod xdp {
+    /// Not at all: the program is not attached.
+    pub const NO: u32 = 0;
+    /// What came in by it is turned round (XDP_TX), the rest redirected.
+    pub const TURNS: u32 = 1;
+    /// All is redirected: what a veth turns round waits until another frame follows, unless the other end has a program too (veth_xdp_flush,
+    /// drivers/net/veth.c).
+    pub const REDIRECTS: u32 = 2;
+}
+
 /// An element of `INTERFACES`: how packets leave by a device.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Pod, Zeroable)]
@@ -149,7 +160,7 @@ pub struct Interface {
     pub mtu: u32,
     /// Not 0 where packets have Ethernet headers.
     pub ethernet: u32,
-    /// Not 0 where the XDP program is attached.
+    /// How XDP sends frames by it, one of [`xdp`].
     pub xdp: u32,
     /// The container network behind it: the device that this host's routes to the containers lead to, which is the bridge
     /// or the device itself. 0 for an uplink. Sources are of the same network ([`Location`]), or forged.

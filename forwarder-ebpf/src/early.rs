@@ -158,7 +158,7 @@ fn send(
     complete.tuple(ctx, packet)?;
     let [destination, source] = route.macs();
     rewrite::macs(ctx, destination, source)?;
-    if route.ifindex() == ctx.ifindex() {
+    if route.ifindex() == ctx.ifindex() && !route.only_redirects() {
         return Ok(XDP_TX);
     }
     // SAFETY: a helper without pointers.

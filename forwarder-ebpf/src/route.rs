@@ -17,7 +17,7 @@ use aya_ebpf::{
 };
 use forwarder_common::{
     limits,
-    publish::PublishSource,
+    publish::{PublishSource, xdp},
     reason::Reason,
     tuple::{Address, Tuple},
 };
@@ -75,7 +75,8 @@ pub struct Route {
     takes_frames: bool,
     /// XDP has left a packet to tc, for the stack's output.
     is_passed: bool,
-    reserved: u8,
+    /// Also from a frame that came in by it.
+    only_redirects: bool,
     /// What the kernel answered, one of BPF_FIB_LKUP_RET_*.
     answer: u32,
     lookup: Lookup,
@@ -102,6 +103,12 @@ impl Route {
     #[inline(always)]
     pub fn takes_frames(&self) -> bool {
         self.takes_frames
+    }
+
+    /// Whether a frame that came in by the device leaves by it only if it is redirected.
+    #[inline(always)]
+    pub fn only_redirects(&self) -> bool {
+        self.only_redirects
     }
 
     #[inline(always)]
@@ -424,7 +431,8 @@ fn ask(context: *mut c_void, route: &mut Route, length: u32) {
     // Without an Ethernet header there is nothing to write: kernels before 6.6 would send it over PPP.
     route.is_known = found && interface.is_some_and(|interface| interface.ethernet != 0);
     route.length = if route.is_known { length } else { u32::MAX };
-    route.takes_frames = interface.is_some_and(|interface| interface.xdp != 0);
+    let by = interface.map_or(xdp::NO, |interface| interface.xdp);
+    (route.takes_frames, route.only_redirects) = (by != xdp::NO, by == xdp::REDIRECTS);
 }
 
 /// Asks the kernel for a route of a packet that comes from a device, or with the flag leaves by it; whether there is one. A

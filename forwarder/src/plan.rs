@@ -10,7 +10,7 @@ use std::{collections::BTreeSet, net::IpAddr};
 
 use forwarder_common::{
     flow::{Hop, delivery},
-    publish::{Interface, Publish as PublishEntry, flag},
+    publish::{Interface, Publish as PublishEntry, flag, xdp},
     tuple::Address,
 };
 use ipnet::IpNet;
@@ -336,6 +336,15 @@ pub fn with_xdp(snapshot: &Snapshot, choice: XdpChoice) -> impl Iterator<Item = 
     })
 }
 
+/// How XDP sends frames by a device, as [`Interface::xdp`] has it.
+pub fn xdp_by(snapshot: &Snapshot, ifindex: u32, mode: Mode) -> u32 {
+    let kind = snapshot.links.get(&ifindex).map(|link| link.kind);
+    match (kind, mode) {
+        (Some(Kind::Veth { .. }), Mode::Native) => xdp::REDIRECTS,
+        _ => xdp::TURNS,
+    }
+}
+
 /// The devices that other machines are behind.
 pub fn uplinks(snapshot: &Snapshot) -> BTreeSet<u32> {
     let networks = container_networks(snapshot);
@@ -380,7 +389,7 @@ pub fn interfaces(snapshot: &Snapshot) -> impl Iterator<Item = (u32, Interface)>
             delivery,
             mtu: link.mtu,
             ethernet: u32::from(link.header == Header::Ethernet),
-            xdp: 0,
+            xdp: xdp::NO,
             network,
             layer3,
             mac: mac.unwrap_or_default(),

@@ -7,7 +7,7 @@ use forwarder::datapath::{self, xdp::Mode};
 use forwarder_tests::{
     cpu::pin_this_thread,
     daemon::{Daemon, Datapath},
-    deadline::{wait_for, wait_until},
+    deadline::{slack, wait_for, wait_until},
     document::Delivery,
     link,
     netns::Netns,
@@ -24,7 +24,7 @@ use forwarder_tests::{
 
 use crate::{
     bulk::there_and_back,
-    scene::{BACKEND_PORT, PORT, on_the_fast_path, packets, suffix},
+    scene::{BACKEND_PORT, PORT, on_the_fast_path, packets, suffix, veths_take_frames_with_gro},
 };
 
 /// ```text
@@ -133,6 +133,15 @@ impl Lan {
         self
     }
 
+    /// The same by GRO at the other ends, without programs.
+    fn with_gro(self) -> Self {
+        for (netns, device) in [(&self.bridge, "host0"), (&self.far, "eth0")] {
+            netns.run(&format!("ethtool -K {device} gro on")).unwrap();
+        }
+        self.host.forwards(true).unwrap();
+        self
+    }
+
     /// Senders that finish their checksums, and cut up what is longer than the MTU.
     fn without_offloads(self) -> Self {
         for machine in [&self.client, &self.near, &self.far] {
@@ -230,6 +239,35 @@ fn xdp_carries(mode: &str) {
 #[test]
 fn native_xdp_carries_both_ways() {
     xdp_carries("native");
+}
+
+/// A veth whose other end has GRO and no program keeps frames that are turned round until others follow.
+#[test]
+fn what_leaves_by_the_veth_that_it_came_in_by_waits_for_nothing_that_follows() {
+    let lan = Lan::new();
+    let lan = if veths_take_frames_with_gro() {
+        lan.with_gro()
+    } else {
+        lan.with_xdp()
+    };
+    let lan = lan.without_offloads();
+    let _backends = lan.backends();
+    for family in [V4, V6] {
+        let daemon = lan.publish(Where::Near, family, Udp, "native");
+        let socket = lan.client.enter(|| {
+            let socket = UdpSocket::bind((family.unspecified(), 0)).unwrap();
+            socket.connect((LAN.address(family, HOST), PORT)).unwrap();
+            socket
+        });
+        socket.set_read_timeout(Some(slack())).unwrap();
+        wait_for("XDP carries packets", || {
+            socket.send(b"hello").unwrap();
+            socket.recv(&mut [0; 99]).unwrap(); // of each that was sent once
+            (daemon.counted("forwarded_xdp").ok()? > 20).then_some(())
+        })
+        .unwrap();
+        daemon.stop().unwrap();
+    }
 }
 
 #[test]

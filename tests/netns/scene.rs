@@ -338,3 +338,8 @@ pub(crate) fn wait_for_row(daemon: &Daemon, what: &str, is_so: impl Fn(&Row) -> 
 pub(crate) fn veths_keep_buffers() -> bool {
     KernelVersion::current().unwrap() >= KernelVersion::new(5, 11, 0)
 }
+
+/// Whether a veth takes frames from XDP where the other end has no program, but GRO.
+pub(crate) fn veths_take_frames_with_gro() -> bool {
+    KernelVersion::current().unwrap() >= KernelVersion::new(5, 13, 0)
+}

@@ -11,7 +11,7 @@ use forwarder::datapath::{Datapath, Options, devices::Hook, maps::Installed, xdp
 use forwarder_common::{
     flow::{Flow, Hop, Timeouts, delivery},
     limits,
-    publish::{Interface, Location, Publish, flag},
+    publish::{Interface, Location, Publish, flag, xdp},
     reason::Reason,
     tuple::Tuple,
 };
@@ -50,7 +50,7 @@ pub(crate) const UPLINK: Interface = Interface {
     delivery: delivery::NEIGHBOUR,
     mtu: 1500,
     ethernet: 1,
-    xdp: 0,
+    xdp: xdp::NO,
     network: 0,
     layer3: 0,
     mac: HOST_MAC,
@@ -321,7 +321,10 @@ impl Bench {
             .unwrap();
         netns.forwards(true).unwrap();
         self.datapath.attach_xdp(self.uplink, Mode::Native).unwrap();
-        let uplink = Interface { xdp: 1, ..UPLINK };
+        let uplink = Interface {
+            xdp: xdp::TURNS,
+            ..UPLINK
+        };
         let maps = &mut self.datapath.maps;
         maps.set_interface(self.uplink, Some(behind(self.uplink, uplink)))
             .unwrap();

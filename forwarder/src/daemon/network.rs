@@ -510,8 +510,10 @@ impl Daemon {
             return Ok(());
         };
         let mut new: BTreeMap<u32, Interface> = plan::interfaces(&self.network.snapshot).collect();
-        for (ifindex, _) in datapath.xdp() {
-            new.entry(ifindex).and_modify(|interface| interface.xdp = 1);
+        for (ifindex, mode) in datapath.xdp() {
+            let by = plan::xdp_by(&self.network.snapshot, ifindex, mode);
+            new.entry(ifindex)
+                .and_modify(|interface| interface.xdp = by);
         }
         let old = &self.network.interfaces;
         for ifindex in old.keys().chain(new.keys()).collect::<BTreeSet<_>>() {
