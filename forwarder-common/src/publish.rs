@@ -138,6 +138,16 @@ pub mod ban {
     pub const FOR_EVER: u64 = u64::MAX;
 }
 
+/// Bits of the element of `SEVERAL_UPLINKS`.
+pub mod uplinks {
+    /// There are several.
+    pub const SEVERAL: u32 = 1;
+    /// Beside that, rules choose among routes of IPv4 by marks.
+    pub const MARKS_V4: u32 = 1 << 1;
+    /// The same of IPv6.
+    pub const MARKS_V6: u32 = 1 << 2;
+}
+
 /// Values of [`Interface::xdp`].
 pub mod xdp {
     /// Not at all: the program is not attached.

@@ -80,6 +80,9 @@ reasons! {
     /// Passed: the firewall has translated the source of a client on this host, by a rule that masquerades by whatever device a
     /// packet leaves. The kernel takes that back from what its sockets send, so the userland proxy serves the client.
     SourceTranslated = "source_translated",
+    /// Passed: the routes back to the client leave by another uplink than it comes by, but rules choose among routes by marks, and
+    /// the firewall may mark the connection for its own uplink (CONNMARK). What the userland proxy answers gets that mark.
+    MarksDecide = "marks_decide",
     /// Dropped: a source that cannot be: a loopback address from outside, an address that the host routes elsewhere, a reply
     /// of another device than the backend's.
     Martian = "martian_source",

@@ -194,7 +194,11 @@ fn may_begin(
         return Err(Reason::SourceTranslated);
     }
     admit::admit(packet, publish, index)?;
-    route::came_back(skb.cast(), packet, &packet.tuple.source)
+    route::came_back(skb.cast(), packet, &packet.tuple.source)?;
+    if !is_stack(way(packet, published)) && route::depends_on_marks(skb.cast(), packet) {
+        return Err(Reason::MarksDecide);
+    }
+    Ok(())
 }
 
 /// Whether a new connection may begin with the tuple of a flow that is over: a limit would be none for whoever uses one port again

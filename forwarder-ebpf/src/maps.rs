@@ -60,7 +60,7 @@ pub static BACKENDS: HashMap<Address, u32> =
 pub static INTERFACES: HashMap<u32, Interface> =
     HashMap::with_max_entries(limits::INTERFACES, BPF_F_NO_PREALLOC);
 
-/// Not 0 while this host has more than one uplink: then routes tell by which of them an answer leaves.
+/// Bits of [`forwarder_common::publish::uplinks`]: while this host has several uplinks, routes tell by which of them an answer leaves.
 #[map]
 pub static SEVERAL_UPLINKS: Array<u32> = Array::with_max_entries(1, 0);
 

@@ -17,7 +17,7 @@ use aya_ebpf::{
 };
 use forwarder_common::{
     limits,
-    publish::{PublishSource, xdp},
+    publish::{PublishSource, uplinks, xdp},
     reason::Reason,
     tuple::{Address, Tuple},
 };
@@ -285,7 +285,39 @@ pub fn get(
 /// Whether this host has several uplinks.
 #[inline(always)]
 fn several() -> bool {
-    SEVERAL_UPLINKS.get(0).is_some_and(|several| *several != 0)
+    SEVERAL_UPLINKS.get(0).is_some_and(|bits| *bits != 0)
+}
+
+/// Whether a mark may have answers to a client leave by the uplink that its packet came by, to which unmarked ones do not lead. The
+/// program does not know what the firewall marks. `context` is the program's.
+#[inline(always)]
+pub fn depends_on_marks(context: *mut c_void, packet: &Packet) -> bool {
+    let marks = if packet.is_v4 {
+        uplinks::MARKS_V4
+    } else {
+        uplinks::MARKS_V6
+    };
+    if SEVERAL_UPLINKS.get(0).is_none_or(|bits| *bits & marks == 0) {
+        return false;
+    }
+    match publish::interface(packet.ifindex) {
+        Some(interface) if interface.network == 0 && !packet.is_from_this_host() => {
+            is_answered_by_another(context, packet, interface.layer3)
+        }
+        _ => false,
+    }
+}
+
+// VERIFIER: as below.
+#[inline(never)]
+fn is_answered_by_another(context: *mut c_void, packet: &Packet, device: u32) -> bool {
+    let Some(route) = element(limits::ROUTES) else {
+        return false;
+    };
+    let (class, tuple) = (class(packet), &packet.tuple);
+    route.begin([&tuple.destination, &tuple.source], device, class, 0);
+    choose(context, route);
+    route.ifindex != device
 }
 
 /// Decides by which device the packet leaves: by the one that is wanted, because the client's packets come by it, if it has a

@@ -10,7 +10,7 @@ use std::{collections::BTreeSet, net::IpAddr};
 
 use forwarder_common::{
     flow::{Hop, delivery},
-    publish::{Interface, Publish as PublishEntry, flag, xdp},
+    publish::{Interface, Publish as PublishEntry, flag, uplinks as bits, xdp},
     tuple::Address,
 };
 use ipnet::IpNet;
@@ -422,6 +422,21 @@ fn bridge(snapshot: &Snapshot, link: &Link) -> Option<u32> {
 pub fn may_forbid(snapshot: &Snapshot) -> bool {
     let mut forbid = snapshot.routes.by(0, false); // they have no device
     snapshot.rules.0 || forbid.any(|route| route.destination.is_ipv4())
+}
+
+/// What the program has to know of several uplinks, as [`bits`].
+pub fn uplinks_bits(snapshot: &Snapshot) -> u32 {
+    let all = [
+        (true, bits::SEVERAL),
+        (snapshot.marks.0, bits::MARKS_V4),
+        (snapshot.marks.1, bits::MARKS_V6),
+    ];
+    let set = all.into_iter().filter(|(set, _)| *set);
+    if has_several_uplinks(snapshot) {
+        set.fold(0, |bits, (_, bit)| bits | bit)
+    } else {
+        0
+    }
 }
 
 /// Whether packets of other machines may come by one device whose answers leave by another: routes lead to them by several, or

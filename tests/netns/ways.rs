@@ -267,6 +267,59 @@ fn an_answer_is_no_longer_than_the_uplink_takes_that_leads_back() {
     }
 }
 
+/// Connections that come by eth1, which no route without a mark leads back by, are marked for that.
+const MARKS: &str = "table inet marks {
+    chain prerouting {
+        type filter hook prerouting priority mangle;
+        iifname eth1 ct state new ct mark set 2
+        iifname != eth1 ct mark 2 meta mark set ct mark
+    }
+    chain output {
+        type route hook output priority mangle;
+        ct mark 2 meta mark set ct mark
+    }
+}
+";
+
+#[test]
+fn who_comes_by_an_uplink_that_only_a_mark_leads_back_by_is_answered_by_it() {
+    for family in FAMILIES {
+        for protocol in [Protocol::Tcp, Protocol::Udp] {
+            let scene = Scene::new(protocol);
+            let Topology { host, client, .. } = &scene.topology;
+            host.forwards(true).unwrap();
+            scene.host_answers_by(family, "eth0");
+            scene.client_comes_by(family, "eth1");
+            let (far, via) = (Scene::far_client(family), scene.router(family, "eth1"));
+            host.ip(&format!("route add {far} via {via} dev eth1 table 2"))
+                .unwrap();
+            let number = if far.is_ipv4() { 4 } else { 6 };
+            host.run(&format!("ip -{number} rule add fwmark 2 table 2"))
+                .unwrap();
+            host.feed("nft -f -", MARKS).unwrap();
+            let ip = if far.is_ipv4() { "ip" } else { "ip6" };
+            let drops = format!(
+                "table inet lost {{\nchain prerouting {{\n\
+                 type filter hook prerouting priority raw;\niifname eth0 {ip} daddr {far} drop\n}}\n}}\n"
+            );
+            client.feed("nft -f -", &drops).unwrap();
+            let spec = spec(&scene.topology.backend, family, protocol);
+            let daemon = Daemon::start(host, &[&spec], Datapath::Auto).unwrap();
+            for _ in 0..2 {
+                ask(client, protocol, scene.frontend(family), "hello")
+                    .unwrap_or_else(|error| panic!("{family:?}: {error:#}"));
+            }
+            assert!(daemon.counted("marks_decide").unwrap() > 0);
+            // Others are carried as ever.
+            on_the_fast_path(&daemon, || {
+                let frontend = SocketAddr::new(scene.host(family, "eth1"), PORT);
+                ask(client, protocol, frontend, "hello").unwrap();
+            });
+            daemon.stop().unwrap();
+        }
+    }
+}
+
 /// Two ways to the Internet: each client is answered by the one that it came by. IPv6 knows no such way but by rules.
 #[test]
 fn who_comes_by_a_default_route_is_answered_by_it() {

@@ -6,7 +6,7 @@ use forwarder::{datapath::Options, datapath::kernel::kernel};
 use forwarder_common::{
     flow::{Hop, delivery},
     policy::Limits,
-    publish::{Interface, flag},
+    publish::{Interface, flag, uplinks},
     reason::Reason,
 };
 use forwarder_tests::{
@@ -16,7 +16,10 @@ use forwarder_tests::{
     options::{HEEDED, with_options},
 };
 
-use crate::bench::{Bench, LO, Outcome, UPLINK, at, behind, bench_with, options};
+use crate::{
+    bench::{Bench, LO, Outcome, UPLINK, at, behind, bench_with, options},
+    route::second_uplink,
+};
 
 const PORT: u16 = 8080;
 const BACKEND: &str = "172.31.0.2:80";
@@ -176,6 +179,13 @@ fn scenario(reason: Reason, bench: &mut Bench) -> Option<Outcome> {
             publish(bench, Protocol::Udp, |_| {});
             let (client, frontend) = (at("198.51.100.2:4000"), at("127.0.0.1:8080"));
             bench.send(&Frame::first(Protocol::Udp, client, frontend), LO)
+        }
+        Reason::MarksDecide => {
+            publish(bench, Protocol::Udp, |_| {});
+            let second = second_uplink(bench, 0);
+            let bits = uplinks::SEVERAL | uplinks::MARKS_V4;
+            bench.datapath.maps.set_uplinks(bits).unwrap();
+            bench.send(&udp, second)
         }
         Reason::OtherFamily => {
             bench.publish(Protocol::Tcp, PORT, "[fd00:31::2]:80");

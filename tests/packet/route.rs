@@ -7,7 +7,7 @@ use std::{
 };
 
 use forwarder::datapath::devices::Hook;
-use forwarder_common::publish::Interface;
+use forwarder_common::publish::{Interface, uplinks};
 use forwarder_tests::{
     deadline::wait_for,
     frame::{Frame, Mac, Protocol},
@@ -233,7 +233,7 @@ fn what_has_no_ethernet_header_is_left_to_the_kernel() {
 }
 
 /// One more uplink, eth1, with a gateway on each; returns it.
-fn second_uplink(bench: &mut Bench, strict: u8) -> u32 {
+pub(crate) fn second_uplink(bench: &mut Bench, strict: u8) -> u32 {
     let netns = Netns::current().unwrap();
     netns
         .ip(
@@ -250,7 +250,7 @@ fn second_uplink(bench: &mut Bench, strict: u8) -> u32 {
         let interface = behind(device, Interface { strict, ..UPLINK });
         maps.set_interface(device, Some(interface)).unwrap();
     }
-    maps.set_several_uplinks(true).unwrap();
+    maps.set_uplinks(uplinks::SEVERAL).unwrap();
     second
 }
 

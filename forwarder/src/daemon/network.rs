@@ -353,8 +353,8 @@ impl Daemon {
         let Some(datapath) = &mut self.datapath else {
             return Ok(());
         };
-        let several = plan::has_several_uplinks(&self.network.snapshot);
-        datapath.maps.set_several_uplinks(several)?;
+        let uplinks = plan::uplinks_bits(&self.network.snapshot);
+        datapath.maps.set_uplinks(uplinks)?;
         let forbidding = plan::may_forbid(&self.network.snapshot);
         datapath.maps.set_forbidding(forbidding)?;
         let mtus = plan::mtus(&self.network.snapshot);

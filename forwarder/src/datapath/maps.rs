@@ -201,12 +201,12 @@ impl Maps {
         Ok(INTERFACES.wrote(written)?)
     }
 
-    /// Says whether this host has several uplinks.
+    /// Says whether this host has several uplinks, by bits of [`forwarder_common::publish::uplinks`].
     ///
     /// # Errors
     /// The kernel refuses the update.
-    pub fn set_several_uplinks(&mut self, several: bool) -> Result<()> {
-        let set = self.several_uplinks.set(0, u32::from(several), 0);
+    pub fn set_uplinks(&mut self, bits: u32) -> Result<()> {
+        let set = self.several_uplinks.set(0, bits, 0);
         set.context("write SEVERAL_UPLINKS")
     }
 

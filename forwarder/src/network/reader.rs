@@ -197,7 +197,7 @@ impl Reader {
             }
         }
         snapshot.addresses = addresses;
-        (snapshot.rules, snapshot.selective) = rules()?;
+        (snapshot.rules, snapshot.marks, snapshot.selective) = rules()?;
         snapshot.policies = xfrm::policies().await?;
         snapshot.forwards = (is_on("ipv4/ip_forward"), is_on("ipv6/conf/all/forwarding"));
         Ok(())

@@ -38,14 +38,17 @@ pub struct Selective {
     pub destination: Option<IpNet>,
 }
 
+/// Of IPv4, and of IPv6.
+type ByFamily = (bool, bool);
+
 /// Whether the kernel alone tells the way, for IPv4 and IPv6: other rules than its own choose routes, or it lists routes without
-/// the devices of their nexthop objects. And the rules that choose by protocol or ports.
-pub(super) fn rules() -> Result<((bool, bool), Vec<Selective>)> {
+/// the devices of their nexthop objects. Whether rules choose by marks, and those that choose by protocol or ports.
+pub(super) fn rules() -> Result<(ByFamily, ByFamily, Vec<Selective>)> {
     // Documentation/networking/ip-sysctl.rst; kernels before 5.8 have no such setting, and list them all.
     let mode = std::fs::read_to_string("/proc/sys/net/ipv4/nexthop_compat_mode");
     let hides_devices = mode.is_ok_and(|mode| mode.trim() == "0");
     let mut selective = Vec::new();
-    let mut of = |family| -> Result<bool> {
+    let mut of = |family| -> Result<(bool, bool)> {
         let mut all = RuleMessage::default();
         all.header.family = family;
         let mut rules = Vec::new();
@@ -55,10 +58,12 @@ pub(super) fn rules() -> Result<((bool, bool), Vec<Selective>)> {
             }
         })?;
         selective.extend(rules.iter().filter_map(by_protocol_or_ports));
-        Ok(hides_devices || are_custom(&rules))
+        let marks = rules.iter().flat_map(|rule| &rule.attributes);
+        let marks = { marks }.any(|it| matches!(it, RuleAttribute::FwMark(_)));
+        Ok((hides_devices || are_custom(&rules), marks))
     };
-    let by_kernel = (of(AddressFamily::Inet)?, of(AddressFamily::Inet6)?);
-    Ok((by_kernel, selective))
+    let (v4, v6) = (of(AddressFamily::Inet)?, of(AddressFamily::Inet6)?);
+    Ok(((v4.0, v6.0), (v4.1, v6.1), selective))
 }
 
 fn by_protocol_or_ports(rule: &RuleMessage) -> Option<Selective> {

@@ -162,6 +162,8 @@ pub struct Snapshot {
     /// Whether other rules than the kernel's own choose routes, for IPv4 and IPv6, or routes are listed without their devices: then
     /// `routes` do not tell the way.
     pub rules: (bool, bool),
+    /// Whether any of them chooses by a mark, for IPv4 and IPv6.
+    pub marks: (bool, bool),
     /// Those of them that choose by protocol or ports.
     pub selective: Vec<Selective>,
     /// The kernel's answers for single addresses; `None` where it has no route.
