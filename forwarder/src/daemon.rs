@@ -57,7 +57,7 @@ use crate::{
         resets,
     },
     engines::docker::{self, engine::Engine},
-    instance::Instance,
+    instance::{self, Instance},
     memory,
     metrics::Slices,
     plan::Unserved,
@@ -522,9 +522,21 @@ pub fn down(instance: &Instance) -> Result<bool> {
         );
     }
     let pins = instance.find_pins()?;
+    let mut found = datapath::remove_left(&instance.name, pins.as_deref())?;
+    found |= instance.remove_files();
     let state = instance.state();
-    let _ = std::fs::remove_file(state.with_extension("bans"));
-    let state = std::fs::remove_file(state).is_ok();
-    let files = instance.remove_files();
-    Ok(datapath::remove_left(&instance.name, pins.as_deref())? || files || state)
+    for file in [state.with_extension("bans"), state] {
+        match std::fs::remove_file(&file) {
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
+            removed => {
+                removed.with_context(|| format!("remove {}", file.display()))?;
+                found = true;
+            }
+        }
+    }
+    if !found {
+        // Who may not look there cannot say that there is nothing.
+        instance::left()?;
+    }
+    Ok(found)
 }

@@ -165,11 +165,16 @@ fn add_machine(add: &mut impl FnMut(&'static str, bool, &str, &str)) {
         cgroup.as_deref().unwrap_or("not mounted"),
         "mount -t cgroup2 none /sys/fs/cgroup: without it other processes can bind ports of a wide range",
     );
-    let left = instance::left().join(", ");
+    let left = instance::left().map(|left| left.join(", "));
+    let (is_empty, found) = match left {
+        Ok(left) if left.is_empty() => (true, "nothing".into()),
+        Ok(left) => (false, left),
+        Err(error) => (false, format!("{error:#}")),
+    };
     add(
         "left behind",
-        left.is_empty(),
-        if left.is_empty() { "nothing" } else { &left },
+        is_empty,
+        &found,
         "`forwarder down --instance NAME`, or a new start of it: what a killed instance, or one with --keep, had published is \
          forwarded until then",
     );

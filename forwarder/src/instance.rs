@@ -15,7 +15,7 @@ use std::{
     time::Duration,
 };
 
-use anyhow::{Context as _, Result, bail};
+use anyhow::{Context as _, Result, anyhow, bail};
 use nix::fcntl::{Flock, FlockArg};
 
 const RUN: &str = "/run/forwarder";
@@ -65,8 +65,8 @@ impl Drop for Lock {
 impl Instance {
     /// Where the control socket may be: the system's place first, then the user's own.
     fn directories() -> [PathBuf; 2] {
-        let own = std::env::var_os("XDG_RUNTIME_DIR")
-            .map_or_else(std::env::temp_dir, PathBuf::from)
+        let own = named_by("XDG_RUNTIME_DIR")
+            .unwrap_or_else(std::env::temp_dir)
             .join(format!("forwarder-{}", nix::unistd::geteuid()));
         [PathBuf::from(RUN), own]
     }
@@ -216,24 +216,37 @@ impl Instance {
         {
             PathBuf::from(STATE)
         } else {
-            let home = std::env::var_os("HOME")
-                .map(PathBuf::from)
-                .unwrap_or_default();
-            std::env::var_os("XDG_STATE_HOME")
-                .map_or_else(|| home.join(".local/state"), PathBuf::from)
+            // Without the variable, what the system says of the user.
+            let home = || std::env::home_dir().filter(|home| home.is_absolute());
+            named_by("XDG_STATE_HOME")
+                .unwrap_or_else(|| home().unwrap_or("/".into()).join(".local/state"))
                 .join("forwarder")
         };
         directory.join(format!("{}.json", self.name))
     }
 }
 
+/// The directory that a variable names. One that is relative has no meaning, as the XDG Base Directory Specification says: it would
+/// be another wherever a command is typed.
+fn named_by(variable: &str) -> Option<PathBuf> {
+    let named = std::env::var_os(variable).map(PathBuf::from);
+    named.filter(|path| path.is_absolute())
+}
+
 /// Names of instances that do not run, and whose programs are pinned all the same.
-pub fn left() -> Vec<String> {
-    let pins = fs::read_dir(PINS).into_iter().flatten().flatten();
-    let names = pins.map(|it| it.file_name().to_string_lossy().replace('%', "."));
+///
+/// # Errors
+/// This process may not look.
+pub fn left() -> Result<Vec<String>> {
+    let pins = match fs::read_dir(PINS) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+        pins => pins.map_err(|error| anyhow!("{PINS}: {error}; run as root"))?,
+    };
+    let names = pins.flatten();
+    let names = names.map(|it| it.file_name().to_string_lossy().replace('%', "."));
     let instances = names.map(|name| Instance { name, socket: None });
     let left = instances.filter(|instance| !instance.is_running());
-    left.map(|instance| instance.name).collect()
+    Ok(left.map(|instance| instance.name).collect())
 }
 
 /// Removes a socket that nobody listens at; on return the path is free.

@@ -1,5 +1,11 @@
 //! The forwarder: published ports, by an eBPF fast path and a userland proxy behind it.
 
+#![deny(
+    clippy::print_stdout,
+    clippy::print_stderr,
+    reason = "they panic where nobody reads, or the disk is full"
+)]
+
 mod accept;
 pub mod cli;
 pub mod clock;
@@ -21,3 +27,4 @@ pub mod proxy;
 pub mod publish;
 pub mod rights;
 mod seldom;
+pub mod stderr;

@@ -1,7 +1,7 @@
 //! `forwarder`: from the command line to what it asks for, and from an error to one line and a status.
 
 use std::{
-    io::{IsTerminal as _, Write as _},
+    io::{self, IsTerminal as _, Write as _},
     path::Path,
     process::ExitCode,
     time::{SystemTime, UNIX_EPOCH},
@@ -23,6 +23,7 @@ use forwarder::{
     network::local::is_local,
     privilege,
     publish::{Policy, Spec, allow, loops},
+    stderr,
 };
 use hyper::Method;
 use ipnet::IpNet;
@@ -30,7 +31,8 @@ use serde::{Serialize, de::DeserializeOwned};
 
 fn main() -> ExitCode {
     // Engines start many of these: before anything else is begun.
-    let words: Vec<String> = std::env::args().collect();
+    let words = std::env::args_os().map(|word| word.to_string_lossy().into_owned());
+    let words: Vec<String> = words.collect();
     let name = words.first().map(Path::new).and_then(Path::file_name);
     match &words[..] {
         [_, arguments @ ..] if name.is_some_and(|name| name == "docker-proxy") => {
@@ -63,7 +65,7 @@ fn main() -> ExitCode {
                 refused(&Cli::command().error(clap::error::ErrorKind::ArgumentConflict, error))
             }
             None => {
-                eprintln!("error: {:#}", with_holder(error, &client));
+                stderr::line(format_args!("error: {:#}", with_holder(error, &client)));
                 ExitCode::FAILURE
             }
         },
@@ -75,10 +77,15 @@ fn refused(error: &clap::Error) -> ExitCode {
     use clap::error::ErrorKind;
     let is_help = !error.use_stderr();
     if is_help || error.kind() == ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand {
-        let _ = error.print(); // whoever reads it may have gone
-        return ExitCode::from(if is_help { 0 } else { 2 });
+        return match error.print() {
+            Err(error) if error.kind() != io::ErrorKind::BrokenPipe => {
+                stderr::line(format_args!("error: standard output: {error}"));
+                ExitCode::FAILURE
+            }
+            _ => ExitCode::from(if is_help { 0 } else { 2 }),
+        };
     }
-    eprintln!("{}", usage::line(&error.to_string()));
+    stderr::line(usage::line(&error.to_string()));
     ExitCode::from(2)
 }
 
@@ -114,6 +121,7 @@ fn run(command: Command, instance: Instance, client: &Client) -> Result<()> {
                 .with_writer(std::io::stderr)
                 .with_ansi(std::io::stderr().is_terminal())
                 .with_target(false)
+                .log_internal_errors(false) // by `eprintln`, which panics where they cannot be written either
                 .init();
             memory::share();
             tokio::runtime::Builder::new_multi_thread()

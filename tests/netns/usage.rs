@@ -1,8 +1,19 @@
 //! Mistakes: each gets one line that names the thing, and the right exit status.
 
-use std::net::{Ipv4Addr, TcpListener};
+use std::{
+    ffi::OsStr,
+    fs::{self, File},
+    net::{Ipv4Addr, TcpListener},
+    os::unix::{ffi::OsStrExt as _, fs::PermissionsExt as _},
+    path::PathBuf,
+    process::Command,
+    sync::atomic::{AtomicU32, Ordering},
+};
 
-use forwarder_tests::{daemon::run_to_failure, netns::Netns};
+use forwarder_tests::{
+    daemon::{self, binary, run_to_failure},
+    netns::Netns,
+};
 
 use crate::scene::{PORT, Scene};
 
@@ -129,6 +140,87 @@ fn a_request_that_fails_changes_nothing() {
         connection.ask("meanwhile").unwrap();
     }
     scene.stop();
+}
+
+#[test]
+fn words_that_are_no_utf_8_are_wrong_usage() {
+    let mut command = daemon::forwarder(&empty_host());
+    command.args(["publish", "--max-flows", "5"]);
+    let output = command.arg(OsStr::from_bytes(b"80:\xff:80")).output();
+    let output = output.unwrap();
+    let errors = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(error_line(&errors).contains("UTF-8"), "{errors}");
+    assert_eq!(output.status.code(), Some(2), "{errors}");
+}
+
+#[test]
+fn the_status_says_what_a_full_disk_keeps_from_standard_error() {
+    for (words, status) in [(["publish", "80"], 2), (["unpublish", "80"], 1)] {
+        let mut command = daemon::forwarder(&empty_host());
+        command.args(words).args(["--instance", "none"]);
+        command.stderr(File::options().write(true).open("/dev/full").unwrap());
+        assert_eq!(command.status().unwrap().code(), Some(status), "{words:?}");
+    }
+}
+
+/// What writes the log may end, and its disk may be full.
+#[test]
+fn an_instance_serves_while_it_cannot_write_its_log() {
+    let unheard = ["sh", "-c", r#"exec "$@" 2>/dev/full"#, "sh"];
+    let scene = Scene::tcp().wrapped(&unheard).flags(&["--log", "debug"]);
+    let scene = scene.start();
+    scene.served_on_the_fast_path();
+    scene.stop();
+}
+
+/// What a command of a user without rights, who has nothing of its own, says; typed in a folder that anybody may write to.
+fn as_nobody(host: &Netns, words: &[&str]) -> (Option<i32>, String, Vec<PathBuf>) {
+    static COUNT: AtomicU32 = AtomicU32::new(0);
+    let number = COUNT.fetch_add(1, Ordering::Relaxed);
+    let folder = format!("forwarder-usage-{}-{number}", std::process::id());
+    let folder = std::env::temp_dir().join(folder);
+    let here = folder.join("here");
+    fs::create_dir_all(&here).unwrap();
+    let program = folder.join("forwarder");
+    fs::copy(binary(), &program).unwrap();
+    for (path, mode) in [(&folder, 0o755), (&program, 0o755), (&here, 0o777)] {
+        fs::set_permissions(path, fs::Permissions::from_mode(mode)).unwrap();
+    }
+    let mut command = Command::new("timeout");
+    command.args(["20", "setpriv", "--reuid=65534", "--regid=65534"]);
+    command.arg("--clear-groups");
+    command.arg(&program).args(words).current_dir(&here);
+    command.env_remove("HOME").env("XDG_STATE_HOME", "state");
+    let output = host.enter(|| command.output()).unwrap();
+    let made = fs::read_dir(here).unwrap().map(|it| it.unwrap().path());
+    let made = made.collect();
+    fs::remove_dir_all(folder).unwrap();
+    let errors = String::from_utf8_lossy(&output.stderr).into_owned();
+    (output.status.code(), errors, made)
+}
+
+/// Another user may not look at what root's instance has left, and must not hear that there is nothing.
+#[test]
+fn who_may_not_look_does_not_hear_that_nothing_is_left() {
+    let mut scene = Scene::tcp().start();
+    scene.daemon.kill().unwrap();
+    let words = ["down", "--instance", scene.daemon.instance()];
+    let (status, errors, _) = as_nobody(&scene.topology.host, &words);
+    assert!(error_line(&errors).contains("run as root"), "{errors}");
+    assert_eq!(status, Some(1), "{errors}");
+    scene.daemon.restart().unwrap();
+    scene.stop();
+}
+
+/// A state file that depends on where the command was typed would not be found again.
+#[test]
+fn without_a_home_no_state_is_kept_where_it_was_started() {
+    let instance = format!("homeless-{}", std::process::id());
+    let words = ["run", "--datapath", "userland", "--instance", &instance];
+    let (status, errors, made) = as_nobody(&empty_host(), &words);
+    assert!(made.is_empty(), "{made:?}");
+    assert!(error_line(&errors).contains("--ephemeral"), "{errors}");
+    assert_eq!(status, Some(1), "{errors}");
 }
 
 /// The same line in what a failed command said.

@@ -3,6 +3,7 @@
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
-    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    let words = std::env::args_os().map(|word| word.to_string_lossy().into_owned());
+    let arguments: Vec<String> = words.skip(1).collect();
     forwarder::engines::docker_proxy::run_small(&arguments)
 }

@@ -3,6 +3,7 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
+    ffi::OsStr,
     fs, io,
     net::SocketAddr,
     ops::Range,
@@ -138,7 +139,11 @@ pub fn read(file: &Path) -> Result<FileConfig, FileError> {
         // What stands in there must not be taken for nothing.
         Err(error) => return Err(unreadable(&beside, &error)),
     };
-    others.retain(|path| path.extension().is_some_and(|it| it == "toml"));
+    // As `*.toml` means it: what begins with a dot is an editor's.
+    others.retain(|path| {
+        let name = path.file_name().map(OsStr::as_encoded_bytes);
+        name.is_some_and(|name| name.ends_with(b".toml") && !name.starts_with(b"."))
+    });
     others.sort();
     files.extend(others);
     let mut config = FileConfig::default();
@@ -456,6 +461,9 @@ mod tests {
         .expect("written");
         let config = read(&main).expect("good files");
         assert_eq!(config.publishes.len(), 2);
+        // Emacs has such a link, which leads nowhere, beside a file that it edits.
+        std::os::unix::fs::symlink("user@host.1", directory.join("conf.d/.#a.toml")).expect("made");
+        assert_eq!(read(&main).expect("good files").publishes.len(), 2);
         fs::write(directory.join("conf.d/b.toml"), "keep = false").expect("written");
         let error = read(&main).expect_err("twice").to_string();
         assert!(

@@ -27,6 +27,7 @@ use crate::{
     control::api::{Asked, Listed},
     instance::Instance,
     publish::{Owner, Spec, spec::Ports, state::State},
+    stderr,
 };
 
 /// An instance that is just starting or stopping is asked again after this time.
@@ -37,11 +38,11 @@ const PATIENCE: Duration = Duration::from_secs(10);
 /// Runs as the plugin: `CNI_COMMAND` and the other variables say what is asked, standard input has the configuration.
 pub fn run() -> ExitCode {
     let Ok(command) = env::var("CNI_COMMAND") else {
-        eprintln!(
+        stderr::line(format_args!(
             "forwarder-portmap {}: a CNI plugin, run by a container runtime; protocol versions {}",
             env!("CARGO_PKG_VERSION"),
             VERSIONS.join(", ")
-        );
+        ));
         return ExitCode::SUCCESS;
     };
     let mut text = Vec::new();
@@ -78,7 +79,7 @@ fn serve(command: &str, config: &Config) -> Result<Value, Failure> {
     match command {
         "ADD" => {
             let attachment = Attachment::from_environment(config, true)?;
-            config.notes().for_each(|note| eprintln!("{note}"));
+            config.notes().for_each(stderr::line);
             add(config, &attachment, &instance)
         }
         "CHECK" => {

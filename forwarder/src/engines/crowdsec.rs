@@ -18,6 +18,7 @@ use crate::{
     clock,
     control::{api::Ban, client::Client},
     publish::{Owner, allow},
+    stderr,
 };
 
 /// Lines that come within this time belong together.
@@ -62,7 +63,8 @@ pub fn run(client: &Client) -> Result<()> {
     let owner: Owner = "crowdsec".parse()?;
     let (sender, lines) = channel();
     thread::spawn(move || {
-        for line in io::stdin().lock().lines().map_while(Result::ok) {
+        for line in io::stdin().lock().split(b'\n').map_while(Result::ok) {
+            let line = String::from_utf8_lossy(&line).into_owned();
             if sender.send(line).is_err() {
                 return;
             }
@@ -72,7 +74,7 @@ pub fn run(client: &Client) -> Result<()> {
         let changes = together(first, &lines).into_iter().filter_map(|line| {
             let change = change(&line, clock::now());
             change.unwrap_or_else(|error| {
-                eprintln!("passed over: {error:#}");
+                stderr::line(format_args!("passed over: {error:#}"));
                 None
             })
         });
@@ -135,7 +137,7 @@ fn wait_for_instance(client: &Client) -> Vec<Ban> {
         let none: Option<&()> = None;
         match client.ask(&Method::GET, "/v1/bans", none) {
             Ok(bans) => return bans,
-            Err(error) if !said => eprintln!("waiting: {error:#}"),
+            Err(error) if !said => stderr::line(format_args!("waiting: {error:#}")),
             Err(_) => {}
         }
         said = true;

@@ -47,6 +47,7 @@ use crate::{
         Spec,
         spec::{Ports, Protocol},
     },
+    stderr,
 };
 
 /// Where dockerd listens for the outcome.
@@ -99,18 +100,17 @@ fn run_with(arguments: &[String], alone: Alone) -> ExitCode {
     let asked = match parse(arguments) {
         Ok(Asked::Proxy(asked)) => asked,
         Ok(Asked::Version) => {
-            println!(
-                "docker-proxy (commit forwarder) version {}",
-                env!("CARGO_PKG_VERSION")
-            );
+            let version = env!("CARGO_PKG_VERSION");
+            let line = format!("docker-proxy (commit forwarder) version {version}\n");
+            let _ = std::io::stdout().write_all(line.as_bytes()); // whoever asked may have gone
             return ExitCode::SUCCESS;
         }
         Ok(Asked::Help) => {
-            eprintln!("{USAGE}");
+            stderr::line(USAGE);
             return ExitCode::SUCCESS;
         }
         Err(error) => {
-            eprintln!("error: {error}\n{USAGE}");
+            stderr::line(format_args!("error: {error}\n{USAGE}"));
             return ExitCode::from(2);
         }
     };
@@ -235,7 +235,7 @@ impl Status {
     fn failed(self, error: &anyhow::Error) -> ExitCode {
         match self.0 {
             Some(mut pipe) => drop(pipe.write_all(format!("1\n{error:#}").as_bytes())),
-            None => eprintln!("error: {error:#}"),
+            None => stderr::line(format_args!("error: {error:#}")),
         }
         ExitCode::FAILURE
     }
@@ -497,7 +497,7 @@ fn become_forwarder(
         .exec();
     if status.is_none() {
         // What it waits for may have been overwritten: it would not hear of its end.
-        eprintln!("error: {}: {error}", named());
+        stderr::line(format_args!("error: {}: {error}", named()));
         std::process::exit(1);
     }
     Err(error).with_context(named)

@@ -353,8 +353,8 @@ impl FromStr for Entry {
         let mut words = text.split(' ');
         let network = words.next().and_then(|network| network.parse().ok());
         let until = match words.next() {
-            None | Some("-") => None,
-            Some(seconds) => until(seconds.parse().map_err(drop)?),
+            Some("-") => None,
+            seconds => until(seconds.ok_or(())?.parse().map_err(drop)?),
         };
         let (mut publish, mut owner) = (None, Owner::cli());
         for word in words {

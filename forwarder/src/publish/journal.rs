@@ -27,26 +27,29 @@ pub(super) struct Journal {
 type Left = (u64, u64);
 
 impl Journal {
-    /// With what the file has; nothing where there is none. A last line without an end was never acknowledged, unless it is the
-    /// only one.
+    /// With what the file has; nothing where there is none. A last line without an end was never acknowledged. The first is
+    /// written as a whole, so without its end the file is damaged.
     ///
     /// # Errors
-    /// It cannot be read.
+    /// It cannot be read, or is damaged.
     pub(super) fn open(path: PathBuf) -> Result<(Self, Option<String>)> {
         let octets = match fs::read(&path) {
             Err(error) if error.kind() == ErrorKind::NotFound => None,
             octets => Some(octets.with_context(|| format!("read {}", path.display()))?),
         };
-        let text = octets.map(|mut octets| {
-            if let Some(end) = octets.iter().rposition(|&octet| octet == b'\n') {
-                octets.truncate(end + 1);
-            }
-            String::from_utf8(octets)
-        });
-        let text = text.transpose().map_err(|_| {
+        let damaged = |how: &str| {
             let shown = path.display();
-            anyhow!("read {shown}: it is no text in UTF-8; move it away to begin without it")
-        })?;
+            anyhow!("read {shown}: {how}; move it away to begin without it")
+        };
+        let text = octets.map(|mut octets| {
+            match octets.iter().rposition(|&octet| octet == b'\n') {
+                Some(end) => octets.truncate(end + 1),
+                None if octets.is_empty() => {}
+                None => return Err(damaged("it ends within its first line")),
+            }
+            String::from_utf8(octets).map_err(|_| damaged("it is no text in UTF-8"))
+        });
+        let text = text.transpose()?;
         let journal = Self {
             path,
             whole: 0,
@@ -206,6 +209,17 @@ mod tests {
             error.contains(&shown) && error.ends_with("move it away to begin without it"),
             "{error}"
         );
+        fs::remove_file(path).expect("removed");
+    }
+
+    #[test]
+    fn a_file_that_is_cut_off_in_its_first_line_is_damaged() {
+        let path = path("cut");
+        fs::write(&path, "192.0.2.66/3").expect("written");
+        let error = Journal::open(path.clone()).expect_err("damaged");
+        assert!(format!("{error:#}").contains("it ends within its first line; move"));
+        fs::write(&path, "").expect("written");
+        assert_eq!(opened(&path).as_deref(), Some(""));
         fs::remove_file(path).expect("removed");
     }
 

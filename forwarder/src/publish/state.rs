@@ -7,8 +7,9 @@ use std::{
     sync::Arc,
 };
 
-use anyhow::{Context as _, Result, anyhow, bail};
+use anyhow::{Context as _, Result, anyhow, bail, ensure};
 use serde::{Deserialize, Serialize};
+use tracing::warn;
 
 use super::{
     Container, Difference, Holder, Id, Owner, Policy, Publish, Registry, Spec, Wanted,
@@ -23,6 +24,8 @@ pub struct State {
     journal: Journal,
     /// What was last written of it.
     draining: Vec<Drain>,
+    /// The last number and the publishes that the file has from an earlier instance, until this one has written it.
+    before: Option<(Id, BTreeMap<Id, StoredPublish>)>,
 }
 
 /// What takes no new flows, and has some that may end in peace.
@@ -69,7 +72,7 @@ struct Line {
     draining: Option<Vec<StoredDrain>>,
 }
 
-#[derive(Debug, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 struct StoredPublish {
     id: Id,
     owner: Owner,
@@ -152,9 +155,18 @@ impl State {
             anyhow!("a place for the state file: {error:#}; --ephemeral does without")
         })?;
         let (journal, text) = Journal::open(path)?;
+        let shown = journal.path().display();
+        ensure!(
+            text.as_deref() != Some(""),
+            "read {shown}: it is empty, and what was published is lost; move it away to begin without it"
+        );
         let stored = Stored::read(journal.path(), text.as_deref().unwrap_or_default())?;
-        let draining = Vec::new();
-        Ok((Self { journal, draining }, stored))
+        let state = Self {
+            journal,
+            draining: Vec::new(),
+            before: text.map(|_| (stored.last_id, stored.publishes.clone())),
+        };
+        Ok((state, stored))
     }
 
     /// Takes out what these owners have, while no instance runs: whoever calls holds its lock. Where there is no file,
@@ -189,7 +201,7 @@ impl State {
     }
 
     /// Writes a change of what is wanted, by which the registry is what it is now, and all that drains; on return it is on the
-    /// disk.
+    /// disk. A start that changes nothing takes no room there.
     ///
     /// # Errors
     /// The disk is full, or refuses.
@@ -226,17 +238,28 @@ impl State {
             leases: has_leases.then(leases),
             draining: (self.draining != draining).then(drains),
         };
-        self.journal.add(&text(&change)?, || {
+        let lasting = || {
             let lasting = registry.iter().filter(|wanted| !wanted.owner.is_lease());
+            lasting.map(stored)
+        };
+        let written = self.journal.add(&text(&change)?, || {
             text(&Line {
-                publishes: lasting.map(stored).collect(),
+                publishes: lasting().collect(),
                 gone: Vec::new(),
                 leases: Some(leases()),
                 draining: Some(drains()),
                 ..change
             })
-        })?;
-        self.draining = draining;
+        });
+        if let Err(error) = written {
+            let is_there = self.before.as_ref().is_some_and(|(last_id, publishes)| {
+                *last_id == registry.last_id() && lasting().eq(publishes.values().cloned())
+            });
+            ensure!(is_there, error);
+            warn!("changes will be refused: {error:#}");
+            return Ok(());
+        }
+        (self.draining, self.before) = (draining, None);
         Ok(())
     }
 }
@@ -383,6 +406,36 @@ mod tests {
         let error = format!("{:#}", written.expect_err("a folder"));
         assert!(error.contains("test.json: Is a directory"), "{error}");
         assert!(error.ends_with("; --ephemeral does without"), "{error}");
+        std::fs::remove_dir_all(folder).expect("removed");
+    }
+
+    #[test]
+    fn a_start_that_changes_nothing_needs_no_room_on_the_disk() {
+        let folder = std::env::temp_dir().join(format!("forwarder-start-{}", std::process::id()));
+        let path = folder.join("test.json");
+        let (mut state, _) = State::open(path.clone()).expect("opened");
+        let mut registry = Registry::new(60_000, 0);
+        let one = registry.add(&Owner::cli(), vec![publish("80:172.17.0.2:80")]);
+        let one = one.expect("added");
+        registry.apply(&one);
+        let write = |state: &mut State, registry: &Registry, change: &Difference| {
+            state.write(change, registry, Vec::new(), |_| false, |_| 1)
+        };
+        write(&mut state, &registry, &one).expect("written");
+        // Where the new file would be written.
+        std::fs::create_dir(folder.join("test.json.new")).expect("made");
+        let (mut state, stored) = State::open(path.clone()).expect("opened");
+        let mut registry = stored.registry(60_000).expect("a registry");
+        let none = Difference::default();
+        write(&mut state, &registry, &none).expect("it is there");
+        let gone = registry.want(&Owner::cli(), Vec::new()).expect("a change");
+        registry.apply(&gone);
+        write(&mut state, &registry, &gone).expect_err("a folder");
+        registry.apply(&gone.inverse());
+        assert_eq!(read(&path).0.len(), 1);
+        std::fs::write(&path, "").expect("written");
+        let error = State::open(path).expect_err("lost").to_string();
+        assert!(error.contains("test.json: it is empty"), "{error}");
         std::fs::remove_dir_all(folder).expect("removed");
     }
 
