@@ -333,8 +333,10 @@ impl Datapath {
         for ifindex in self.xdp.keys().copied().collect::<Vec<_>>() {
             self.detach_xdp(ifindex);
         }
-        if let Some(directory) = self.pins.as_deref().and_then(Path::parent) {
-            let _ = remove_pins(directory);
+        if let Some(directory) = self.pins.as_deref().and_then(Path::parent)
+            && let Err(error) = remove_pins(directory)
+        {
+            tracing::warn!("{error:#}; `forwarder down` removes what is left");
         }
     }
 }
@@ -399,7 +401,9 @@ fn warn_of(carried: Result<()>) {
 /// Removes an instance's pins, and with them the links and maps that nobody else holds. Returns
 /// whether there were any.
 fn remove_pins(directory: &Path) -> Result<bool> {
-    if !directory.exists() {
+    let shown = directory.display();
+    let is_there = directory.try_exists();
+    if !is_there.with_context(|| format!("look at {shown}"))? {
         return Ok(false);
     }
     for layout in entries(directory) {
@@ -407,7 +411,7 @@ fn remove_pins(directory: &Path) -> Result<bool> {
             link::remove(&entry.path());
         }
     }
-    fs::remove_dir_all(directory).with_context(|| format!("remove {}", directory.display()))?;
+    fs::remove_dir_all(directory).with_context(|| format!("remove {shown}"))?;
     if let Some(parent) = directory.parent() {
         let _ = fs::remove_dir(parent); // stays while another instance has pins
     }

@@ -3,9 +3,14 @@
 
 mod calls;
 
+use std::sync::OnceLock;
+
 use caps::{CapSet, Capability, CapsHashSet};
+use nix::unistd::{User, geteuid};
 use seccompiler::{BpfProgram, SeccompAction, SeccompFilter};
 use tracing::warn;
+
+use crate::instance::USER;
 
 /// What the daemon keeps, and what for. The unit has the same list.
 pub const CAPABILITIES: [Capability; 6] = [
@@ -18,9 +23,20 @@ pub const CAPABILITIES: [Capability; 6] = [
     Capability::CAP_NET_BROADCAST, // hears of changes inside of containers at once
 ];
 
-/// Reduces the calling thread to [`CAPABILITIES`], of which it keeps those that it has.
+/// What this process keeps: root needs one more where the service's user owns the directories for sockets, state and pins, or will
+/// own them when the service starts.
+pub fn kept() -> &'static [Capability] {
+    static KEPT: OnceLock<Vec<Capability>> = OnceLock::new();
+    KEPT.get_or_init(|| {
+        let is_beside = geteuid().is_root() && matches!(User::from_name(USER), Ok(Some(_)));
+        let more = is_beside.then_some(Capability::CAP_DAC_OVERRIDE);
+        CAPABILITIES.into_iter().chain(more).collect()
+    })
+}
+
+/// Reduces the calling thread to what is [`kept`], of which it keeps what it has.
 pub fn reduce() {
-    if let Err(error) = keep(&CAPABILITIES) {
+    if let Err(error) = keep(kept()) {
         warn!("capabilities are kept that the instance does not need: {error}");
     }
 }

@@ -2,7 +2,7 @@
 
 use std::{collections::BTreeSet, fs};
 
-use forwarder::privilege::CAPABILITIES;
+use forwarder::privilege::kept;
 use forwarder_tests::{
     daemon::{Daemon, WITHOUT_CAPABILITIES, binary},
     deadline::wait_for,
@@ -29,7 +29,7 @@ fn privileges(daemon: &Daemon) -> BTreeSet<String> {
 
 #[track_caller]
 fn has(daemon: &Daemon, permitted: u64) {
-    let all: u64 = CAPABILITIES.iter().map(caps::Capability::bitmask).sum();
+    let all: u64 = kept().iter().map(caps::Capability::bitmask).sum();
     let bounding = if permitted == 0 { 0 } else { all };
     let expected = [
         format!("CapPrm: {permitted:016x}"),
@@ -48,9 +48,38 @@ fn has(daemon: &Daemon, permitted: u64) {
 #[test]
 fn started_by_root_it_keeps_what_it_needs_alone() {
     let scene = Scene::tcp().start();
-    let all = CAPABILITIES.iter().map(caps::Capability::bitmask).sum();
+    let all = kept().iter().map(caps::Capability::bitmask).sum();
     has(&scene.daemon, all);
     scene.served_on_the_fast_path();
+    scene.stop();
+}
+
+/// With the package, the directories are the service's user's. An instance of root's has its pins there all the same.
+#[test]
+fn roots_instance_works_in_directories_of_the_services_user() {
+    let beside = [
+        "unshare",
+        "--mount",
+        "sh",
+        "-c",
+        r#"
+set -e
+mount -t tmpfs tmpfs /var/lib/forwarder
+grep -v ^forwarder: /etc/passwd > /var/lib/forwarder/passwd
+echo forwarder:x:997:997::/:/bin/false >> /var/lib/forwarder/passwd
+mount --bind /var/lib/forwarder/passwd /etc/passwd
+mount -t bpf bpf /sys/fs/bpf
+mkdir /sys/fs/bpf/forwarder
+chmod 700 /sys/fs/bpf/forwarder
+chown forwarder /sys/fs/bpf/forwarder
+exec "$@""#,
+        "sh",
+    ];
+    fs::create_dir_all("/var/lib/forwarder").unwrap();
+    let scene = Scene::tcp().wrapped(&beside).start();
+    scene.served_on_the_fast_path();
+    let said = scene.daemon.said();
+    assert!(!said.contains("denied"), "{said}");
     scene.stop();
 }
 
