@@ -140,6 +140,7 @@ fn a_debian_package_serves_and_purged_leaves_nothing() {
     scene.run("forwarder --version");
     scene.run("test -s /usr/share/man/man1/forwarder.1.gz && test -s /usr/share/man/man1/forwarder-publish.1.gz");
     scene.run("bash -n /usr/share/bash-completion/completions/forwarder");
+    scene.run("cd /usr/share/doc/forwarder && test -s README.md && test -s docs/operations.md && test -s forwarder/packaging/fail2ban/forwarder.conf");
     scene.is_closed();
 
     scene.start();

@@ -1,6 +1,7 @@
 //! `install`: an optimised build in a prefix, with manual pages, completions and the unit. `dist` packs the same tree.
 
 use std::{
+    ffi::OsStr,
     fs,
     os::unix::fs::PermissionsExt as _,
     path::{Path, PathBuf},
@@ -172,7 +173,15 @@ fn remove(layout: &Layout) -> Result<()> {
         }
         exec::run(changing(path, "rm")?.arg("--force").arg(path))?;
     }
-    let own = ["share/forwarder", "share/doc/forwarder"].map(|own| layout.prefix.join(own));
+    let own = [
+        "share/forwarder",
+        "share/doc/forwarder/docs",
+        "share/doc/forwarder/forwarder/packaging/fail2ban",
+        "share/doc/forwarder/forwarder/packaging",
+        "share/doc/forwarder/forwarder",
+        "share/doc/forwarder",
+    ];
+    let own = own.map(|own| layout.prefix.join(own));
     let configuration = layout.configuration.parent().map(Path::to_owned);
     for folder in own.into_iter().chain(configuration) {
         if folder.exists() {
@@ -223,19 +232,7 @@ pub(crate) fn stage(tree: &Path, layout: &Layout, binary: &Path, runs: &Path) ->
         let text = exec::output(Command::new(runs).args(["completions", shell]))?;
         write(&prefix.join(path), 0o644, text.as_bytes())?;
     }
-    let documents = prefix.join("share/doc/forwarder");
-    for name in [
-        "README.md",
-        "CHANGELOG.md",
-        "LICENSE-APACHE",
-        "LICENSE-MIT",
-        "docs/configuration.md",
-        "docs/reference.md",
-    ] {
-        let file = Path::new(name).file_name().context("a name")?;
-        let content = fs::read(exec::workspace().join(name))?;
-        write(&documents.join(file), 0o644, &content)?;
-    }
+    stage_documents(&prefix.join("share/doc/forwarder"))?;
 
     let packaging = exec::workspace().join("forwarder/packaging");
     let mut unit = fs::read_to_string(packaging.join("forwarder.service"))?;
@@ -264,6 +261,23 @@ pub(crate) fn stage(tree: &Path, layout: &Layout, binary: &Path, runs: &Path) ->
     exec::run(Command::new("chmod").args(["-R", "u=rwX,go=rX"]).arg(tree))
 }
 
+/// The documents have the same places as in the repository, so that links from one to another hold.
+fn stage_documents(folder: &Path) -> Result<()> {
+    for place in ["", "docs", "forwarder/packaging/fail2ban"] {
+        let from = exec::workspace().join(place);
+        for entry in fs::read_dir(&from).with_context(|| from.display().to_string())? {
+            let path = entry?.path();
+            let name = path.file_name().unwrap_or_default();
+            let end = path.extension().and_then(OsStr::to_str).unwrap_or_default();
+            let is_license = name.as_encoded_bytes().starts_with(b"LICENSE");
+            if is_license || ["md", "json", "svg", "conf"].contains(&end) {
+                write(&folder.join(place).join(name), 0o644, &fs::read(&path)?)?;
+            }
+        }
+    }
+    Ok(())
+}
+
 fn write(path: &Path, mode: u32, content: &[u8]) -> Result<()> {
     let folder = path.parent().context("a file has a folder")?;
     fs::create_dir_all(folder)
@@ -288,4 +302,36 @@ fn files(tree: &Path) -> Result<Vec<PathBuf>> {
     }
     files.sort();
     Ok(files)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn links_between_installed_documents_hold() {
+        let folder =
+            std::env::temp_dir().join(format!("forwarder-documents-{}", std::process::id()));
+        stage_documents(&folder).expect("staged");
+        let mut links = 0;
+        for path in files(&folder).expect("files") {
+            let path = folder.join(path);
+            if path.extension().is_none_or(|end| end != "md") {
+                continue;
+            }
+            let text = fs::read_to_string(&path).expect("text");
+            for link in text.split("](").skip(1) {
+                let target = link.split([')', '#']).next().unwrap_or_default();
+                // Reports are large, and of the repository alone.
+                if target.is_empty() || target.contains("://") || target.contains("benchmarks/") {
+                    continue;
+                }
+                let to = path.with_file_name(target);
+                assert!(to.exists(), "{}: {target}", path.display());
+                links += 1;
+            }
+        }
+        assert!(links > 50, "{links}");
+        fs::remove_dir_all(folder).expect("removed");
+    }
 }
