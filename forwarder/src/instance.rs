@@ -212,8 +212,11 @@ impl Instance {
 
     /// The file with what was published at run time.
     pub fn state(&self) -> PathBuf {
-        let directory = if nix::unistd::geteuid().is_root() || is_private(Path::new(STATE)).is_ok()
-        {
+        let system = Path::new(STATE);
+        // Not root of a user namespace, where the directory is the machine's.
+        let may_be_ours =
+            nix::unistd::geteuid().is_root() && !(system.exists() && in_user_namespace());
+        let directory = if may_be_ours || is_private(system).is_ok() {
             PathBuf::from(STATE)
         } else {
             // Without the variable, what the system says of the user.
@@ -224,6 +227,13 @@ impl Instance {
         };
         directory.join(format!("{}.json", self.name))
     }
+}
+
+/// Whether this process is in a user namespace of its own: root of one is nobody in particular to the rest of the machine.
+pub fn in_user_namespace() -> bool {
+    /// `PROC_USER_INIT_INO` of include/linux/proc_ns.h.
+    const FIRST: u64 = 0xEFFF_FFFD;
+    fs::metadata("/proc/self/ns/user").is_ok_and(|it| it.ino() != FIRST)
 }
 
 /// The directory that a variable names. One that is relative has no meaning, as the XDG Base Directory Specification says: it would

@@ -281,15 +281,26 @@ fn down_refuses_while_it_runs() {
 
 #[test]
 fn without_capabilities_it_forwards_in_user_space_and_says_why() {
+    forwards_in_user_space(&WITHOUT_CAPABILITIES, "CAP_BPF");
+}
+
+#[test]
+fn root_of_a_user_namespace_forwards_in_user_space_and_hears_why() {
+    let wrapper = ["unshare", "--user", "--map-root-user", "--"];
+    forwards_in_user_space(&wrapper, "CAP_PERFMON outside of this user namespace");
+}
+
+#[track_caller]
+fn forwards_in_user_space(wrapper: &[&str], why: &str) {
     let scene = Scene::tcp().and_udp().auto();
-    let scene = scene.wrapped(&WITHOUT_CAPABILITIES).start();
+    let scene = scene.wrapped(wrapper).start();
     let (topology, daemon) = scene.parts();
     let pins = daemon.pins();
     assert!(!pins.exists(), "{pins:?} is of no use");
     for entry in daemon.list().unwrap() {
         assert_eq!(entry.datapath, "userland");
         let reason = entry.reason();
-        assert!(reason.contains("CAP_BPF"), "{reason}");
+        assert!(reason.contains(why), "{reason}");
     }
     for protocol in [Protocol::Tcp, Protocol::Udp] {
         let answer = ask(&topology.client, protocol, scene.frontend(), "hello").unwrap();

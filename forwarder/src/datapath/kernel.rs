@@ -13,6 +13,8 @@ use aya::{
 use caps::{CapSet, Capability};
 use nix::sys::resource::{RLIM_INFINITY, Resource, setrlimit};
 
+use crate::instance::in_user_namespace;
+
 /// How a program gets to a device's tc ingress.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Attach {
@@ -206,8 +208,11 @@ fn chosen(lockdown: &str) -> Option<&str> {
     Some(lockdown.split_once('[')?.1.split_once(']')?.0)
 }
 
-/// Of those that eBPF needs. CAP_SYS_ADMIN includes two of them.
+/// Of those that eBPF needs. CAP_SYS_ADMIN includes two of them. The kernel asks for those two in the first user namespace.
 fn missing_capabilities() -> Vec<&'static str> {
+    if in_user_namespace() {
+        return vec!["CAP_BPF and CAP_PERFMON outside of this user namespace"];
+    }
     let effective = caps::read(None, CapSet::Effective).unwrap_or_default();
     let has = |capability| effective.contains(&capability);
     let mut missing = Vec::new();
