@@ -209,6 +209,30 @@ fn the_socket_that_dockerd_has_bound_is_used() {
 }
 
 #[test]
+fn a_socket_of_another_protocol_is_refused() {
+    let topology = Topology::new().unwrap();
+    let any = (Ipv4Addr::LOCALHOST, 0);
+    let tcp = TcpListener::bind(any).unwrap().into();
+    let udp = UdpSocket::bind(any).unwrap().into();
+    for (name, listener) in [("udp", tcp), ("tcp", udp)] {
+        let flags = [
+            "-proto",
+            name,
+            "-container-ip",
+            "172.31.0.2",
+            "-container-port",
+            "80",
+            "-use-listen-fd",
+        ];
+        let mut shim = Shim::start(&topology.host, "none", &flags, Some(listener));
+        assert_eq!(
+            shim.said(),
+            format!("1\ndescriptor 4 is no socket of {name}")
+        );
+    }
+}
+
+#[test]
 fn a_port_that_is_taken_is_said_as_docker_says_it() {
     let scene = Scene::tcp().silent().idle().auto().start();
     let (topology, daemon) = scene.parts();

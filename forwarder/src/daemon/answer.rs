@@ -207,7 +207,7 @@ fn explain(error: anyhow::Error) -> Problem {
     let message = format!("{error:#}");
     if let Some(conflict) = error.downcast_ref::<Conflict>() {
         let (status, title) = match conflict {
-            Conflict::Overlap { .. } => (409, "Overlap"),
+            Conflict::Overlap { .. } | Conflict::Beside(..) => (409, "Overlap"),
             Conflict::NotYours { .. } => (403, "Another owner's"),
             Conflict::NoId(_)
             | Conflict::NoSpec(_)

@@ -27,7 +27,7 @@ use std::{
     time::Duration,
 };
 
-use anyhow::{Context as _, Result, bail};
+use anyhow::{Context as _, Result, bail, ensure};
 use ipnet::IpNet;
 use nix::{
     poll::{PollFd, PollFlags, PollTimeout, poll},
@@ -274,7 +274,13 @@ impl Port {
         let given = given.transpose()?;
         let (address, port) = match &given {
             Some(given) => {
-                let local = SockRef::from(given).local_addr().context("descriptor 4")?;
+                let given = SockRef::from(given);
+                let kind = given.protocol().context("descriptor 4")?.map(i32::from);
+                ensure!(
+                    kind == Some(protocol.number().into()),
+                    "descriptor 4 is no socket of {protocol}"
+                );
+                let local = given.local_addr().context("descriptor 4")?;
                 let local = local
                     .as_socket()
                     .context("descriptor 4 is no socket of IP")?;

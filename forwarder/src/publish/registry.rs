@@ -83,6 +83,8 @@ pub enum Conflict {
         other: Box<Spec>,
         owner: Owner,
     },
+    #[error("publish {0}: overlaps with {1}, which is asked for beside it; choose other ports")]
+    Beside(Box<Spec>, Box<Spec>),
     #[error("publish {id} ({spec}) belongs to {owner}; `--owner {owner}` would change it")]
     NotYours {
         id: Id,
@@ -392,20 +394,16 @@ impl Registry {
         let now = clock::now();
         for publish in publishes {
             let spec = &publish.spec;
-            let other = new
-                .overlap(spec, &BTreeSet::new())
-                .and_then(|id| specs.get(&id))
-                .map(|other| (other.clone(), owner.clone()));
-            let other = other.or_else(|| {
-                let id = self.frontends.overlap(spec, present)?;
-                let other = self.get(id)?;
-                Some((other.publish.spec.clone(), other.owner.clone()))
-            });
-            if let Some((other, owner)) = other {
+            let beside = new.overlap(spec, &BTreeSet::new());
+            if let Some(other) = beside.and_then(|id| specs.get(&id)) {
+                return Err(Conflict::Beside(spec.clone().into(), other.clone().into()));
+            }
+            let other = self.frontends.overlap(spec, present);
+            if let Some(other) = other.and_then(|id| self.get(id)) {
                 return Err(Conflict::Overlap {
-                    new: publish.spec.into(),
-                    other: other.into(),
-                    owner,
+                    new: spec.clone().into(),
+                    other: other.publish.spec.clone().into(),
+                    owner: other.owner.clone(),
                 });
             }
             let before = self
@@ -543,8 +541,9 @@ mod tests {
             publishes(&["70-75:10.0.0.3:1", "75:10.0.0.3:1"]),
         );
         let error = two.expect_err("of each other").to_string();
+        let words = "overlaps with 70-75:10.0.0.3:1/tcp, which is asked for beside it";
         assert!(
-            error.contains("publish 75:") && error.contains("owner cli"),
+            error.contains("publish 75:") && error.contains(words),
             "{error}"
         );
     }
