@@ -23,7 +23,7 @@ use std::{
 };
 
 use anyhow::{Context as _, Result};
-use forwarder::rights;
+use forwarder::{proxy::raise_descriptor_limit, rights};
 use nix::{
     fcntl::{FcntlArg, fcntl},
     sys::socket::MsgFlags,
@@ -54,6 +54,7 @@ impl Manager {
     pub fn new() -> Result<Self> {
         static COUNT: AtomicU32 = AtomicU32::new(0);
         let number = COUNT.fetch_add(1, Ordering::Relaxed);
+        raise_descriptor_limit(); // for the copies
         let name = format!("forwarder-notify-{}-{number}", std::process::id());
         let socket = std::env::temp_dir().join(name);
         let listener = UnixDatagram::bind(&socket).context("bind the socket of a service")?;

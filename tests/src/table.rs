@@ -5,15 +5,16 @@
 use std::{
     ffi::CString,
     fs, io,
+    net::IpAddr,
     os::fd::{AsFd as _, AsRawFd as _, FromRawFd as _, OwnedFd},
     path::{Path, PathBuf},
 };
 
 use anyhow::{Context as _, Result, bail};
-use aya::maps::{HashMap, MapData};
+use aya::maps::{HashMap, LpmTrie, MapData, lpm_trie::Key};
 use forwarder_common::{
     flow::Flow,
-    publish::Frontend,
+    publish::{Frontend, Location},
     tuple::{Address, Tuple},
 };
 
@@ -147,6 +148,16 @@ pub fn freeze(pid: u32, tables: &[&str]) -> Result<()> {
             .with_context(|| format!("freeze {table}"))?;
     }
     Ok(())
+}
+
+/// The device by which the best route leads to another machine, as a process has told the program, which cannot ask on its host.
+///
+/// # Errors
+/// The process has no such table, or it says nothing of the address.
+pub fn way_to(pid: u32, address: IpAddr) -> Result<u32> {
+    let map = aya::maps::Map::LpmTrie(held(pid, "LOCATIONS")?);
+    let map: LpmTrie<_, Address, Location> = LpmTrie::try_from(map)?;
+    Ok(map.get(&Key::new(128, address.into()), 0)?.device)
 }
 
 /// A table that a process holds.
