@@ -4,10 +4,7 @@ use std::{
     fs, io,
     os::{
         fd::{AsFd, BorrowedFd, OwnedFd},
-        unix::{
-            fs::{FileTypeExt as _, PermissionsExt as _},
-            net::UnixListener,
-        },
+        unix::{fs::PermissionsExt as _, net::UnixListener},
     },
     path::{Path, PathBuf},
     sync::Arc,
@@ -15,6 +12,7 @@ use std::{
 
 use anyhow::{Context as _, Result};
 use nix::sys::socket::{Backlog, listen};
+use socket2::{Domain, SockAddr, Socket as Socket2, Type};
 use tokio::{
     sync::{Semaphore, mpsc},
     task::AbortHandle,
@@ -127,14 +125,22 @@ impl AsFd for Socket {
 fn taken(socket: OwnedFd, path: &Path) -> Option<UnixListener> {
     let listener = UnixListener::from(socket);
     let local = listener.local_addr().ok()?;
-    let about = fs::symlink_metadata(path).ok()?;
-    if local.as_pathname() != Some(path) || !about.file_type().is_socket() {
+    if local.as_pathname() != Some(path) || !is_listened_at(path) {
         return None;
     }
     // Clients are told by the kernel who has called listen(2) last (SO_PEERCRED, net/unix/af_unix.c).
     listen(&listener, Backlog::MAXCONN).ok()?;
     listener.set_nonblocking(true).ok()?;
     Some(listener)
+}
+
+/// Whether clients reach a socket by this path, which may be another's by now; also if so many wait there that nobody else gets in.
+fn is_listened_at(path: &Path) -> bool {
+    let tried = SockAddr::unix(path).and_then(|address| {
+        let client = Socket2::new(Domain::UNIX, Type::STREAM.nonblocking(), None)?;
+        client.connect(&address)
+    });
+    tried.map_or_else(|error| error.kind() == io::ErrorKind::WouldBlock, |()| true)
 }
 
 /// Binds with the permissions that the socket is to have, also for the moment before they could be changed.
@@ -150,4 +156,22 @@ fn bind_private(path: &Path) -> io::Result<UnixListener> {
     }
     fs::set_permissions(path, fs::Permissions::from_mode(0o660))?;
     Ok(listener)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_socket_that_nobody_reaches_by_its_path_any_more_is_not_taken() {
+        let path = std::env::temp_dir().join(format!("forwarder-taken-{}", std::process::id()));
+        let left = UnixListener::bind(&path).expect("bound");
+        let handed = || left.try_clone().expect("a copy").into();
+        assert!(taken(handed(), &path).is_some());
+        fs::remove_file(&path).expect("removed");
+        assert!(taken(handed(), &path).is_none(), "there is none");
+        drop(UnixListener::bind(&path).expect("bound"));
+        assert!(taken(handed(), &path).is_none(), "it is another's");
+        fs::remove_file(&path).expect("removed");
+    }
 }
