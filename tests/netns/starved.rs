@@ -5,6 +5,7 @@ use std::{
     collections::BTreeSet,
     io::{Read as _, Write as _},
     net::{Ipv4Addr, SocketAddr, TcpStream, UdpSocket},
+    ops::Range,
     time::Instant,
 };
 
@@ -12,6 +13,7 @@ use forwarder_tests::{
     api,
     daemon::{Daemon, Datapath, run_to_failure},
     deadline::{slack, wait_for},
+    netns::Netns,
     topology::{Family, Topology},
     traffic::{Backend, Connection, Protocol, ask, ask_by},
 };
@@ -84,6 +86,18 @@ impl Scene {
     }
 }
 
+/// Sends something from each of these ports, but from those that somebody else has: a child of another test has a copy of each
+/// descriptor until it is another program.
+fn send_from(client: &Netns, ports: Range<u16>, frontend: SocketAddr) {
+    client.enter(|| {
+        for port in ports {
+            if let Ok(socket) = UdpSocket::bind((Ipv4Addr::UNSPECIFIED, port)) {
+                socket.send_to(b"hello", frontend).unwrap();
+            }
+        }
+    });
+}
+
 /// Each source port is a flow of its own.
 fn source_ports(files: u32, count: u16) {
     let scene = Scene::new(files, Protocol::Udp);
@@ -92,12 +106,7 @@ fn source_ports(files: u32, count: u16) {
     ask(client, Protocol::Udp, frontend, "first").unwrap();
     // A slow machine drops what it has no time to read.
     wait_for("no files are left for flows", || {
-        client.enter(|| {
-            for port in 20_000..20_000 + count {
-                let socket = UdpSocket::bind((Ipv4Addr::UNSPECIFIED, port)).unwrap();
-                socket.send_to(b"hello", frontend).unwrap();
-            }
-        });
+        send_from(client, 20_000..20_000 + count, frontend);
         let counted = scene.daemon.counted("userland_no_descriptors").ok()?;
         (counted > 0).then_some(())
     })
@@ -132,12 +141,7 @@ fn leases_and_source_ports_leave_files_for_others() {
     let client = &scene.topology.client;
     for frontend in [PORT, OTHER].map(|port| scene.frontend(port)) {
         ask(client, Protocol::Udp, frontend, "first").unwrap();
-        client.enter(|| {
-            for port in 20_000..20_300 {
-                let socket = UdpSocket::bind((Ipv4Addr::UNSPECIFIED, port)).unwrap();
-                socket.send_to(b"hello", frontend).unwrap();
-            }
-        });
+        send_from(client, 20_000..20_300, frontend);
     }
     wait_for("no files are left for flows", || {
         let counted = scene.daemon.counted("userland_no_descriptors").ok()?;

@@ -2,15 +2,19 @@
 //! counters. Walks over flows happen on the observer's thread.
 
 mod measure;
+mod places;
 mod rates;
 
 use std::{
-    collections::{BTreeMap, HashMap},
+    collections::BTreeMap,
     iter,
     net::{IpAddr, SocketAddr},
     sync::{
         Arc, Mutex, PoisonError, RwLock,
-        atomic::{AtomicU64, Ordering::Relaxed},
+        atomic::{
+            AtomicU64,
+            Ordering::{Acquire, Release},
+        },
     },
     time::{SystemTime, UNIX_EPOCH},
 };
@@ -23,10 +27,11 @@ use forwarder_common::{
 use ipnet::IpNet;
 use tokio::sync::broadcast;
 
-pub(super) use self::rates::Sums;
+pub(super) use self::places::Sums;
 use self::{
     measure::Kept,
-    rates::{Rates, Sum},
+    places::{Places, Sum},
+    rates::Rates,
 };
 use crate::{
     clock,
@@ -81,17 +86,7 @@ impl Row {
         }
     }
 
-    /// Packets and bytes, in both directions together.
-    fn carried(&self, live: Sum) -> [u64; 2] {
-        let proxied = self.meter.as_ref().map(Meter::counters).unwrap_or_default();
-        let [packets, bytes] = &*self.ended;
-        [
-            live.packets + packets.load(Relaxed) + proxied.packets,
-            live.bytes + bytes.load(Relaxed) + proxied.bytes,
-        ]
-    }
-
-    fn listed(&self, live: Sum, [packets_per_second, bytes_per_second]: [f64; 2]) -> Listed {
+    fn listed(&self, carried: Sum, [packets_per_second, bytes_per_second]: [f64; 2]) -> Listed {
         let publish = &self.wanted.publish;
         let spec = &publish.spec;
         let endpoint = |address, zone: &Option<Zone>, ports: Ports| Endpoint {
@@ -100,8 +95,6 @@ impl Row {
             port: ports.first,
             end_port: ports.last,
         };
-        let proxied = self.meter.as_ref().map(Meter::counters).unwrap_or_default();
-        let [packets, bytes] = self.carried(live);
         Listed {
             id: self.wanted.id,
             owner: self.wanted.owner.clone(),
@@ -124,9 +117,9 @@ impl Row {
             limits: publish.policy.limits.clone(),
             draining: self.draining,
             since: self.wanted.since,
-            flows: live.flows + proxied.flows,
-            packets,
-            bytes,
+            flows: carried.flows,
+            packets: carried.packets,
+            bytes: carried.bytes,
             packets_per_second,
             bytes_per_second,
         }
@@ -136,7 +129,7 @@ impl Row {
 #[derive(Debug)]
 pub(super) struct View {
     rows: RwLock<BTreeMap<Id, Arc<Row>>>,
-    ids: RwLock<HashMap<u32, Id>>,
+    places: Places,
     kernel: Option<Kernel>,
     respects_firewall: bool,
     /// Counts whom the proxy has refused.
@@ -176,7 +169,7 @@ impl View {
             respects_firewall,
             idle,
             rows: RwLock::default(),
-            ids: RwLock::default(),
+            places: Places::default(),
             kernel,
             events: broadcast::channel(EVENTS).0,
             kept: Kept::default(),
@@ -188,8 +181,7 @@ impl View {
 
     /// A place is a publish's, also one that it had before it got another backend.
     pub(super) fn belongs(&self, index: u32, id: Id) {
-        let mut ids = self.ids.write().unwrap_or_else(PoisonError::into_inner);
-        ids.insert(index, id);
+        self.places.belongs(index, id);
     }
 
     /// Shows a publish as it is now.
@@ -215,23 +207,19 @@ impl View {
 
     /// Forgets whose a place was. What was carried there, the publish has carried.
     pub(super) fn free(&self, index: u32) {
-        let mut ids = self.ids.write().unwrap_or_else(PoisonError::into_inner);
-        let id = ids.remove(&index);
-        drop(ids);
+        let id = self.places.free(index);
         let row = id.and_then(|id| self.rows(Some(id)).pop());
         if let (Some(row), Some(kernel)) = (row, &self.kernel) {
             let (packets, bytes) = kernel.usage.carried(index);
-            row.ended[0].fetch_add(packets, Relaxed);
-            row.ended[1].fetch_add(bytes, Relaxed);
+            row.ended[0].fetch_add(packets, Release);
+            row.ended[1].fetch_add(bytes, Release);
             self.kept.free(row.wanted.id, kernel, index);
-            self.forget_swept(row.wanted.id, kernel, index);
         }
     }
 
     /// The publish that has a place in `PUBLISHES`, or had it before it got another backend.
     pub(super) fn id(&self, index: u32) -> Option<Id> {
-        let ids = self.ids.read().unwrap_or_else(PoisonError::into_inner);
-        ids.get(&index).copied()
+        self.places.id(index)
     }
 
     /// Not of one that was taken back, whose last flows end.
@@ -240,11 +228,29 @@ impl View {
         rows.contains_key(&id)
     }
 
-    /// A publish, without what its live flows have carried.
+    /// A publish, without what the flows at its places have carried.
     pub(super) fn row(&self, id: Id) -> Option<Listed> {
-        let rows = self.rows(Some(id));
-        rows.first()
-            .map(|row| row.listed(Sum::default(), self.rates.of(id)))
+        let row = self.rows(Some(id)).pop()?;
+        Some(self.listed(&row, &Sums::default()))
+    }
+
+    fn listed(&self, row: &Row, sums: &Sums) -> Listed {
+        let rates = self.rates.of(row.wanted.id);
+        row.listed(self.carried(row, sums), rates)
+    }
+
+    /// Packets and bytes in both directions together. What a freed place has added to the row is read first, so that nothing is
+    /// counted twice.
+    fn carried(&self, row: &Row, sums: &Sums) -> Sum {
+        let [packets, bytes] = row.ended.each_ref().map(|it| it.load(Acquire));
+        let proxied = row.meter.as_ref().map(Meter::counters).unwrap_or_default();
+        let live = self.places.sum(sums, row.wanted.id);
+        Sum {
+            flows: live.flows + proxied.flows,
+            begun: live.begun + proxied.begun,
+            packets: live.packets + packets + proxied.packets,
+            bytes: live.bytes + bytes + proxied.bytes,
+        }
     }
 
     /// Tells whoever listens.
@@ -329,10 +335,7 @@ impl Observe for Arc<View> {
         };
         let view = self.clone();
         let rows = self.rows(id).into_iter();
-        Box::new(rows.map(move |row| {
-            let id = row.wanted.id;
-            Ok(row.listed(sums.of(id), view.rates.of(id)))
-        }))
+        Box::new(rows.map(move |row| Ok(view.listed(&row, &sums))))
     }
 
     fn containers(&self) -> Vec<(Owner, Option<String>)> {

@@ -3,7 +3,7 @@
 
 use std::{
     collections::HashMap,
-    sync::{Mutex, MutexGuard, PoisonError, atomic::Ordering::Relaxed},
+    sync::{Mutex, MutexGuard, PoisonError, atomic::Ordering::Acquire},
 };
 
 use anyhow::Result;
@@ -130,7 +130,7 @@ impl View {
             .drain(..)
             .map(|row| {
                 let mut used = left.get(&row.wanted.id).cloned().unwrap_or_default();
-                let [packets, bytes] = row.ended.each_ref().map(|it| it.load(Relaxed));
+                let [packets, bytes] = row.ended.each_ref().map(|it| it.load(Acquire));
                 let ended = Carried {
                     begun: 0,
                     packets,
@@ -170,11 +170,7 @@ impl View {
             refused.extend(packets.get(name).map(|count| (name, *count)));
         }
         let maps = self.kernel.as_ref().map_or(Vec::new(), |_| {
-            let places = self
-                .ids
-                .read()
-                .unwrap_or_else(PoisonError::into_inner)
-                .len();
+            let places = self.places.len();
             let fill = |map, entries, most| Fill {
                 map,
                 entries,
@@ -212,7 +208,7 @@ impl View {
             }
         }
         for publish in publishes {
-            let sum = sums.of(publish.id);
+            let sum = self.places.sum(sums, publish.id);
             publish.flows += sum.flows;
             publish.carried += Carried {
                 begun: sum.begun,

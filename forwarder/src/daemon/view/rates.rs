@@ -8,88 +8,32 @@ use std::{
 };
 
 use anyhow::Result;
-use forwarder_common::flow::{Flow, state};
 
-use super::{Kernel, View};
+use super::{
+    View,
+    places::{Sum, Sums},
+};
 use crate::publish::Id;
 
 /// Where the last sweep has seen more entries than these, what it has counted is good enough: a walk would take longer than anybody
 /// likes to wait for an answer.
 const MANY: u64 = 1 << 16;
 
-/// What the flows of a publish have carried, live and ended ones, also those to backends that it had before.
-#[derive(Clone, Copy, Debug, Default)]
-pub(super) struct Sum {
-    /// Live ones.
-    pub flows: u64,
-    pub begun: u64,
-    pub packets: u64,
-    pub bytes: u64,
-}
-
-impl Sum {
-    /// Without what ended flows have carried and begun, which is counted elsewhere now.
-    fn without(&mut self, begun: u64, packets: u64, bytes: u64) {
-        self.begun = self.begun.saturating_sub(begun);
-        self.packets = self.packets.saturating_sub(packets);
-        self.bytes = self.bytes.saturating_sub(bytes);
-    }
-}
-
-/// Of publishes that have carried something. Ended flows are read first: one that ends while the live ones are added is missed
-/// for once, and none is counted twice.
-#[derive(Clone, Debug, Default)]
-pub(in super::super) struct Sums {
-    ids: HashMap<u32, Id>,
-    sums: HashMap<Id, Sum>,
-    /// Half-open ones and proven ones.
-    pub(super) entries: [u64; 2],
-}
-
-impl Sums {
-    /// A live flow.
-    pub(in super::super) fn add(&mut self, flow: &Flow) {
-        self.entries[usize::from(flow.state() & state::KEPT != 0)] += 1;
-        if flow.state() & state::CUT != 0 {
-            return; // it is over, and stays for its ends to hear that
-        }
-        let Some(id) = self.ids.get(&flow.publish()) else {
-            return;
-        };
-        let sum = self.sums.entry(*id).or_default();
-        sum.flows += 1;
-        sum.packets += flow.packets().iter().sum::<u64>();
-        sum.bytes += flow.bytes().iter().sum::<u64>();
-    }
-
-    pub(super) fn of(&self, id: Id) -> Sum {
-        self.sums.get(&id).copied().unwrap_or_default()
-    }
-}
-
 impl View {
     /// What ended flows have carried.
     pub(in super::super) fn begin_sums(&self) -> Sums {
-        let ids = self.ids.read().unwrap_or_else(PoisonError::into_inner);
-        let ids = ids.clone();
-        let mut sums: HashMap<Id, Sum> = HashMap::new();
-        if let Some(kernel) = &self.kernel {
-            for (index, id) in &ids {
-                let begun = kernel.usage.begun(*index);
-                let (packets, bytes) = kernel.usage.carried(*index);
-                if begun > 0 || packets > 0 {
-                    let sum = sums.entry(*id).or_default();
-                    sum.begun += begun;
-                    sum.packets += packets;
-                    sum.bytes += bytes;
+        self.places.begin_sums(|place| {
+            let usage = self.kernel.as_ref().map(|it| &it.usage);
+            usage.map_or_else(Sum::default, |usage| {
+                let (packets, bytes) = usage.carried(place);
+                Sum {
+                    flows: 0,
+                    begun: usage.begun(place),
+                    packets,
+                    bytes,
                 }
-            }
-        }
-        Sums {
-            ids,
-            sums,
-            ..Sums::default()
-        }
+            })
+        })
     }
 
     /// What publishes have carried until now; where there are many flows, until the last sweep.
@@ -115,24 +59,14 @@ impl View {
         self.swept.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// A place is about to be cleared, and what was carried there is counted elsewhere.
-    pub(super) fn forget_swept(&self, id: Id, kernel: &Kernel, index: u32) {
-        if let Some(swept) = &mut *self.swept()
-            && let Some(sum) = Arc::make_mut(swept).sums.get_mut(&id)
-        {
-            let (packets, bytes) = kernel.usage.carried(index);
-            sum.without(kernel.usage.begun(index), packets, bytes);
-        }
-    }
-
     /// A sweep has added all live flows.
     pub(in super::super) fn measure_rates(&self, sums: Sums) {
         let sums = Arc::new(sums);
         *self.swept() = Some(sums.clone());
         let rows = self.rows(None);
         let carried = rows.iter().map(|row| {
-            let id = row.wanted.id;
-            (id, row.carried(sums.of(id)))
+            let carried = self.carried(row, &sums);
+            (row.wanted.id, [carried.packets, carried.bytes])
         });
         self.rates.measure(Instant::now(), carried);
     }
