@@ -61,14 +61,14 @@ impl View {
 
     /// A sweep has added all live flows.
     pub(in super::super) fn measure_rates(&self, sums: Sums) {
-        let sums = Arc::new(sums);
-        *self.swept() = Some(sums.clone());
         let rows = self.rows(None);
         let carried = rows.iter().map(|row| {
             let carried = self.carried(row, &sums);
             (row.wanted.id, [carried.packets, carried.bytes])
         });
         self.rates.measure(Instant::now(), carried);
+        // Last, so that no counts are shown with the rates before them.
+        *self.swept() = Some(sums.into());
     }
 }
 
