@@ -8,19 +8,16 @@
 
 use std::{
     cell::RefCell,
-    fs::{File, Permissions},
+    fs::File,
     io::Read as _,
     net::{Ipv4Addr, SocketAddr, TcpListener, UdpSocket},
-    os::{
-        fd::OwnedFd,
-        unix::{fs::PermissionsExt as _, process::CommandExt as _},
-    },
+    os::{fd::OwnedFd, unix::process::CommandExt as _},
     path::PathBuf,
     process::{Child, Stdio},
 };
 
 use forwarder_tests::{
-    daemon::{Datapath, binary, program},
+    daemon::{Datapath, binary, make_program, program},
     deadline::{wait_for, wait_until},
     netns::Netns,
     topology::{Family, Topology},
@@ -405,10 +402,10 @@ fn the_whole_program_keeps_the_contract_under_that_name() {
 fn one_that_cannot_become_the_whole_program_ends() {
     let folder = tempfile::tempdir().unwrap();
     let own = folder.path().join("forwarder-docker-proxy");
-    std::fs::copy(program("forwarder-docker-proxy"), &own).unwrap();
+    let shim = std::fs::read(program("forwarder-docker-proxy")).unwrap();
+    make_program(&own, &shim).unwrap();
     let whole = folder.path().join("forwarder");
-    std::fs::write(&whole, "#!/nowhere").unwrap();
-    std::fs::set_permissions(&whole, Permissions::from_mode(0o755)).unwrap();
+    make_program(&whole, b"#!/nowhere").unwrap();
     PROGRAM.set(own);
     let mut scene = Scene::tcp().idle().auto().start();
     let mut shim = start(&scene.topology, scene.daemon.instance(), "tcp", "0.0.0.0");

@@ -11,7 +11,7 @@ use std::{
 };
 
 use forwarder_tests::{
-    daemon::{self, binary, run_to_failure},
+    daemon::{self, binary, make_program, run_to_failure},
     netns::Netns,
 };
 
@@ -185,8 +185,8 @@ fn as_nobody(host: &Netns, words: &[&str]) -> (Option<i32>, String, Vec<PathBuf>
     let here = folder.join("here");
     fs::create_dir_all(&here).unwrap();
     let program = folder.join("forwarder");
-    fs::copy(binary(), &program).unwrap();
-    for (path, mode) in [(&folder, 0o755), (&program, 0o755), (&here, 0o777)] {
+    make_program(&program, &fs::read(binary()).unwrap()).unwrap();
+    for (path, mode) in [(&folder, 0o755), (&here, 0o777)] {
         fs::set_permissions(path, fs::Permissions::from_mode(mode)).unwrap();
     }
     let mut command = Command::new("timeout");

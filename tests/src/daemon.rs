@@ -3,8 +3,8 @@
 use std::{
     collections::BTreeMap,
     fs,
-    io::{BufRead, BufReader, Read},
-    path::PathBuf,
+    io::{BufRead, BufReader, Read, Write as _},
+    path::{Path, PathBuf},
     process::{Child, Command, ExitStatus, Stdio},
     sync::{
         Arc, Mutex,
@@ -628,6 +628,22 @@ pub fn binary() -> PathBuf {
 /// Another program that is built with it.
 pub fn program(name: &str) -> PathBuf {
     binary().with_file_name(name)
+}
+
+/// Makes an executable file, in a process of its own: nobody can run a file that anybody has open for writing, as a child of
+/// another test would have this process's until it is another program.
+///
+/// # Errors
+/// It cannot be written.
+pub fn make_program(path: &Path, content: &[u8]) -> Result<()> {
+    let mut shell = Command::new("sh");
+    shell
+        .args(["-c", "cat > \"$0\" && chmod 755 \"$0\""])
+        .arg(path);
+    let mut shell = shell.stdin(Stdio::piped()).spawn()?;
+    shell.stdin.take().context("no pipe")?.write_all(content)?;
+    ensure!(shell.wait()?.success(), "write {}", path.display());
+    Ok(())
 }
 
 fn collect(from: impl Read + Send + 'static, into: Arc<Mutex<String>>) {

@@ -13,7 +13,7 @@ use std::{
 };
 
 use forwarder_tests::{
-    daemon::{Daemon, Datapath, binary},
+    daemon::{Daemon, Datapath, binary, make_program},
     deadline::wait_for,
     document::Ban,
     topology::Topology,
@@ -104,9 +104,7 @@ fn what_crowdsec_decides_is_done_to_published_ports() {
         binary().display(),
         daemon.instance()
     );
-    fs::write(at("bouncer"), script).unwrap();
-    let mode = std::os::unix::fs::PermissionsExt::from_mode(0o755);
-    fs::set_permissions(at("bouncer"), mode).unwrap();
+    make_program(at("bouncer").as_ref(), script.as_bytes()).unwrap();
     let log = fs::File::create(at("log")).unwrap();
     let mut bouncer = topology
         .host

@@ -4,13 +4,14 @@ use std::{
     fs,
     io::{BufRead, BufReader, Read, Write},
     net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, TcpStream},
-    os::unix::fs::{PermissionsExt, symlink},
+    os::unix::fs::symlink,
     process::{Child, Command, Stdio},
     sync::{Arc, Mutex},
     thread,
 };
 
 use forwarder_tests::{
+    daemon::make_program,
     deadline::{patience, wait_for},
     netns::Netns,
 };
@@ -73,8 +74,7 @@ impl Scene {
         let binary = fs::canonicalize(binary).unwrap();
         symlink(binary, programs.path().join("forwarder")).unwrap();
         let sudo = programs.path().join("sudo");
-        fs::write(&sudo, "#!/bin/sh\nexec \"$@\"\n").unwrap();
-        fs::set_permissions(&sudo, fs::Permissions::from_mode(0o755)).unwrap();
+        make_program(&sudo, b"#!/bin/sh\nexec \"$@\"\n").unwrap();
         Self {
             host,
             client,

@@ -109,8 +109,8 @@ impl Sums {
     /// A live flow.
     pub(in super::super) fn add(&mut self, flow: &Flow) {
         self.entries[usize::from(flow.state() & state::KEPT != 0)] += 1;
-        if flow.state() & state::CUT != 0 {
-            return; // it is over, and stays for its ends to hear that
+        if flow.state() & (state::ALIAS | state::CUT) != 0 {
+            return; // one that was cut off is over, and stays for its ends to hear that
         }
         let place = flow.publish();
         let Some(tenancy) = self.tenancies.get(&place) else {
@@ -132,6 +132,21 @@ mod tests {
             packets,
             ..Sum::default()
         }
+    }
+
+    #[test]
+    fn an_alias_is_an_entry_and_no_flow() {
+        let places = Places::default();
+        places.belongs(1, 7);
+        let mut sums = places.begin_sums(|_| Sum::default());
+        let mut flow = Flow::default();
+        flow.set_publish(1);
+        flow.original.packets = 1;
+        sums.add(&flow);
+        flow.set_state(state::ALIAS);
+        sums.add(&flow);
+        let sum = places.sum(&sums, 7);
+        assert_eq!((sum.flows, sum.packets, sums.entries), (1, 1, [2, 0]));
     }
 
     #[test]
