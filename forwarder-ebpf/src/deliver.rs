@@ -115,8 +115,8 @@ pub fn device(ctx: &TcContext, packet: &Packet, hop: &Hop) -> u32 {
 /// What any way takes (RFC 791), so that most packets need no lookup.
 const LEAST_MTU: u32 = 576;
 
-/// The MTU of the way, if the packet, which has its new tuple, is longer, or what it will be cut into is (GSO). A container at the other end
-/// of a veth takes packets of any length.
+/// The MTU of the way, if the packet, which has its new tuple, is longer, or what it will be cut into is (GSO). A container at
+/// the other end of a veth takes packets of any length.
 #[inline(always)]
 pub fn exceeded_mtu(ctx: &TcContext, packet: &Packet, hop: &Hop) -> Option<u32> {
     if packet.length <= LEAST_MTU || hop.delivery == delivery::PEER {

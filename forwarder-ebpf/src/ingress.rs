@@ -139,11 +139,13 @@ fn forward(
         .ok_or(Reason::NotOurs)?;
     publish::arrived(packet)?;
     may_begin(ctx.skb.skb, packet, published.publish, published.index)?;
-    publish::translate(packet, published.publish); // it may have been looked for as another's
+    // Again, as it may have been looked for as another's.
+    let is_snat = publish::translate(packet, published.publish);
     if let Some(obstacle) = before_backend(ctx, packet, &published)? {
         return tell(ctx, packet, obstacle, 0);
     }
-    let is_snat = begin(ctx.skb.skb, packet, published.publish, published.index)?;
+    let Published { publish, index } = published;
+    begin(ctx.skb.skb, packet, publish, index, is_snat)?;
     let draft = flow::draft().ok_or(Reason::NoEntry)?;
     flow::update(ctx, &mut draft.flow, packet, ORIGINAL);
     let begun = if is_snat {
@@ -397,8 +399,8 @@ fn follow(skb: *mut __sk_buff, packet: &Packet, flow: &mut Flow) {
     }
 }
 
-/// Drafts the flow that this packet begins, or that its connection goes on with, and gives the packet its new tuple; returns
-/// whether that lacks a source port.
+/// Drafts the flow that this packet, which has its new tuple, begins, or that its connection goes on with. With SNAT it lacks a
+/// source port yet.
 ///
 /// # Errors
 /// `ContainerClient` where answers would not pass the stack.
@@ -406,13 +408,13 @@ fn follow(skb: *mut __sk_buff, packet: &Packet, flow: &mut Flow) {
 #[inline(never)]
 fn begin(
     skb: *mut __sk_buff,
-    packet: &mut Packet,
+    packet: &Packet,
     publish: &'static Publish,
     index: u32,
-) -> Result<bool, Reason> {
+    is_snat: bool,
+) -> Result<(), Reason> {
     let ctx = &TcContext::new(skb);
     let draft = flow::draft().ok_or(Reason::NoEntry)?;
-    let is_snat = publish::translate(packet, publish);
     copy_tuple(&packet.new, &mut draft.key);
     copy_tuple(&packet.tuple, &mut draft.original);
     let flow = &mut draft.flow;
@@ -446,7 +448,7 @@ fn begin(
     {
         tcp::pick_up(flow, segment);
     }
-    Ok(is_snat)
+    Ok(())
 }
 
 /// DNAT, and SNAT where the packet's new tuple says so; an ICMP error is told whether it does.
