@@ -68,6 +68,8 @@ fn a_wrong_request_is_a_problem_with_a_remedy_or_a_name() {
         ("DELETE", "/v1/publishes/%ff", "", 400, "UTF-8"),
         ("GET", "/v1/publishes?x=1", "", 400, "unknown field `x`"),
         ("GET", "/v1/stats?x=1", "", 400, "unknown field `x`"),
+        ("GET", "/metrics?x=1", "", 400, "unknown field `x`"),
+        ("GET", "/v1/openapi.json?x=1", "", 400, "unknown field `x`"),
         ("PUT", "/v1/owners/me?owner=you", good, 400, "`owner`"),
         ("PUT", "/v1/owners/lease:1", good, 403, "choose another"),
         (

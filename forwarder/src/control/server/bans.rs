@@ -30,7 +30,7 @@ pub(super) async fn bans(
     Shared::array(move || shared.observed.bans())
 }
 
-#[utoipa::path(post, path = "/v1/bans", summary = "Bans these beside those that are banned; their flows end now", request_body = Vec<Ban>, responses((status = 204), (status = "4XX", body = Problem)))]
+#[utoipa::path(post, path = "/v1/bans", summary = "Bans these beside those that are banned; their flows end now", request_body = Vec<Ban>, responses((status = 204)))]
 pub(super) async fn ban(
     State(shared): State<Shared>,
     Extension(by): Extension<Peer>,
@@ -41,7 +41,7 @@ pub(super) async fn ban(
     change(&shared, by, bans, false).await
 }
 
-#[utoipa::path(put, path = "/v1/bans", summary = "Makes these all that are banned", request_body = Vec<Ban>, responses((status = 204), (status = "4XX", body = Problem)))]
+#[utoipa::path(put, path = "/v1/bans", summary = "Makes these all that are banned", request_body = Vec<Ban>, responses((status = 204)))]
 pub(super) async fn set_bans(
     State(shared): State<Shared>,
     Extension(by): Extension<Peer>,
@@ -96,7 +96,7 @@ pub(super) struct ScopeById {
     owner: Option<Owner>,
 }
 
-#[utoipa::path(get, path = "/v1/bans/{network}", summary = "The ban of a source", params(("network" = String, Path), ("publish" = Option<u64>, Query, description = "the ban from this publish alone"), ("owner" = Option<String>, Query, description = "this owner's ban; without, the one that lasts longest")), responses((status = 200, body = Ban), (status = 404, body = Problem)))]
+#[utoipa::path(get, path = "/v1/bans/{network}", operation_id = "ban_of", summary = "The ban of a source", params(("network" = String, Path), ("publish" = Option<u64>, Query, description = "the ban from this publish alone"), ("owner" = Option<String>, Query, description = "this owner's ban; without, the one that lasts longest")), responses((status = 200, body = Ban)))]
 pub(super) async fn one(
     State(shared): State<Shared>,
     Part(network): Part<String>,
@@ -120,7 +120,7 @@ pub(super) async fn one(
     longest.map(extract::Json).ok_or_else(missing)
 }
 
-#[utoipa::path(put, path = "/v1/bans/{network}", summary = "Bans a source", params(("network" = String, Path), ("until" = Option<u64>, Query, description = "seconds since the epoch"), ("publish" = Option<String>, Query, description = "number or SPEC of the only publish that it is banned from"), ("owner" = Option<String>, Query, description = "who bans it; without, `cli`")), request_body(content = Option<Lasts>, description = "in place of the query"), responses((status = 204), (status = "4XX", body = Problem)))]
+#[utoipa::path(put, path = "/v1/bans/{network}", summary = "Bans a source", params(("network" = String, Path), ("until" = Option<u64>, Query, description = "seconds since the epoch"), ("publish" = Option<String>, Query, description = "number or SPEC of the only publish that it is banned from"), ("owner" = Option<String>, Query, description = "who bans it; without, `cli`")), request_body(content = Option<Lasts>, description = "in place of the query"), responses((status = 204)))]
 pub(super) async fn ban_one(
     State(shared): State<Shared>,
     Extension(by): Extension<Peer>,
@@ -151,7 +151,7 @@ fn once<T>(name: &str, in_query: Option<T>, in_body: Option<T>) -> Result<Option
     Ok(in_query.or(in_body))
 }
 
-#[utoipa::path(delete, path = "/v1/bans/{network}", summary = "Takes a ban back", params(("network" = String, Path), ("publish" = Option<String>, Query, description = "the ban from this publish alone, by its number or SPEC"), ("owner" = Option<String>, Query, description = "this owner's alone; without, everybody's")), responses((status = 204), (status = "4XX", body = Problem)))]
+#[utoipa::path(delete, path = "/v1/bans/{network}", summary = "Takes a ban back", params(("network" = String, Path), ("publish" = Option<String>, Query, description = "the ban from this publish alone, by its number or SPEC"), ("owner" = Option<String>, Query, description = "this owner's alone; without, everybody's")), responses((status = 204)))]
 pub(super) async fn unban_one(
     State(shared): State<Shared>,
     Extension(by): Extension<Peer>,
@@ -162,7 +162,7 @@ pub(super) async fn unban_one(
     take_back(&shared, by, networks, scope).await
 }
 
-#[utoipa::path(post, path = "/v1/unban", summary = "Takes bans back, all or none", params(("publish" = Option<String>, Query, description = "those from this publish alone, by its number or SPEC"), ("owner" = Option<String>, Query, description = "this owner's alone; without, everybody's")), request_body = Vec<String>, responses((status = 204), (status = "4XX", body = Problem)))]
+#[utoipa::path(post, path = "/v1/unban", summary = "Takes bans back, all or none", params(("publish" = Option<String>, Query, description = "those from this publish alone, by its number or SPEC"), ("owner" = Option<String>, Query, description = "this owner's alone; without, everybody's")), request_body = Vec<String>, responses((status = 204)))]
 pub(super) async fn unban(
     State(shared): State<Shared>,
     Extension(by): Extension<Peer>,
@@ -174,7 +174,7 @@ pub(super) async fn unban(
     take_back(&shared, by, networks.collect::<Result<_, _>>()?, scope).await
 }
 
-#[utoipa::path(delete, path = "/v1/bans", summary = "Takes all bans back", responses((status = 204), (status = "4XX", body = Problem)))]
+#[utoipa::path(delete, path = "/v1/bans", summary = "Takes all bans back", responses((status = 204)))]
 pub(super) async fn unban_all(
     State(shared): State<Shared>,
     Extension(by): Extension<Peer>,
