@@ -558,6 +558,30 @@ fn events_tell_what_changes() {
     daemon.stop().unwrap();
 }
 
+/// A program that keeps a list of its own would go on with a wrong one.
+#[test]
+fn whoever_follows_events_hears_how_many_came_too_fast() {
+    const MANY: u64 = 3000;
+    let (_topology, daemon) = idle(Datapath::Userland);
+    let mut events = api::open(&daemon, "GET", "/v1/events", "", &[]).unwrap();
+    assert_eq!(events.head().unwrap().0, 200);
+    let specs: Vec<String> = (0..MANY)
+        .map(|n| format!("127.0.0.1:{}:172.31.0.2:80", 20_000 + n))
+        .collect();
+    let added = api::ask(&daemon, "POST", "/v1/publishes", &json!(specs).to_string()).unwrap();
+    assert_eq!(added.status, 201);
+    let (mut heard, mut lost) = (0, 0);
+    while heard + lost < MANY {
+        let event = events.line().unwrap();
+        match event["lost"].as_u64() {
+            Some(many) => lost += many,
+            None => heard += 1,
+        }
+    }
+    assert_eq!(heard + lost, MANY);
+    daemon.stop().unwrap();
+}
+
 #[test]
 fn clients_that_stop_halfway_take_no_memory_and_hold_nobody_up() {
     let (_topology, daemon) = idle(Datapath::Userland);

@@ -163,6 +163,23 @@ pub struct Event {
     pub publish: Listed,
 }
 
+/// A line of those that follow what changes.
+#[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
+#[serde(untagged)]
+pub enum Followed {
+    Event(Box<Event>),
+    /// So many events were lost, because they came faster than they were read: a list of publishes has what came of them.
+    Lost {
+        lost: u64,
+    },
+}
+
+impl From<Event> for Followed {
+    fn from(event: Event) -> Self {
+        Self::Event(event.into())
+    }
+}
+
 /// A source of which nothing gets into a published port.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields, expecting = "an object with `network`")]

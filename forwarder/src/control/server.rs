@@ -50,8 +50,8 @@ use self::{
 use super::{
     Call, Change, Changed, Lease, Named, Peer, Trace,
     api::{
-        Asked, AskedEndpoint, Ban, Counter, Ending, Event, Listed, ListedFlow, NamedPublish,
-        Problem, Reloaded, Running, Traced, Unpublish,
+        Asked, AskedEndpoint, Ban, Counter, Ending, Event, Followed, Listed, ListedFlow,
+        NamedPublish, Problem, Reloaded, Running, Traced, Unpublish,
     },
     stream::{Received, Stream},
 };
@@ -517,14 +517,15 @@ pub(super) async fn metrics(
     Ok(([(header::CONTENT_TYPE, metrics::CONTENT_TYPE)], text).into_response())
 }
 
-#[utoipa::path(get, path = "/v1/events", summary = "What changes, a line each, until either side closes", responses((status = 200, body = Event, content_type = "application/x-ndjson")))]
+#[utoipa::path(get, path = "/v1/events", summary = "What changes, a line each, until either side closes", responses((status = 200, body = Followed, content_type = "application/x-ndjson")))]
 async fn events(
     State(shared): State<Shared>,
     Extension(place): Extension<Place>,
     Query(Nothing {}): Query<Nothing>,
 ) -> Result<Response, Problem> {
     let follower = shared.follower(&place)?;
-    Ok(lines(received(shared.observed.events(), follower)))
+    let lost = |lost| Followed::Lost { lost };
+    Ok(lines(received(shared.observed.events(), lost, follower)))
 }
 
 #[utoipa::path(get, path = "/v1/trace", summary = "What happens to each packet, a line each, until either side closes", responses((status = 200, body = Traced, content_type = "application/x-ndjson")))]
@@ -536,7 +537,7 @@ async fn trace(
     let follower = shared.follower(&place)?;
     let (answer, answered) = oneshot::channel();
     let Trace { packets, ended } = shared.call(Call::Trace { answer }, answered).await?;
-    Ok(lines(received(packets, (ended, follower))))
+    Ok(lines(received(packets, Traced::Lost, (ended, follower))))
 }
 
 #[utoipa::path(post, path = "/v1/reload", summary = "Reads the configuration file again", responses((status = 200, body = Reloaded)))]

@@ -22,7 +22,7 @@ use crate::{
     network::local::device_name,
 };
 
-/// Packets that a slow watcher may be behind.
+/// Packets that a slow watcher may be behind; it is told how many more were lost.
 const BEHIND: usize = 1024;
 
 /// Who watches packets.

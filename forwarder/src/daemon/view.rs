@@ -50,7 +50,7 @@ use crate::{
     },
 };
 
-/// Events that a slow observer may be behind.
+/// Events that a slow observer may be behind; it is told how many more were lost.
 const EVENTS: usize = 1024;
 
 /// A publish as it is served now.

@@ -73,18 +73,35 @@ pub(super) fn lines<T: Serialize>(
     ([(header::CONTENT_TYPE, "application/x-ndjson")], body).into_response()
 }
 
-/// What a broadcast says, without what was too fast; `held` is dropped when nobody reads it any more.
-pub(super) fn received<T: Clone + Send + 'static>(
+/// What a broadcast says; of what was too fast, how much it was. `held` is dropped when nobody reads it any more.
+pub(super) fn received<T: Clone + Send + 'static, Line: From<T>>(
     from: broadcast::Receiver<T>,
+    lost: fn(u64) -> Line,
     held: impl Send + 'static,
-) -> impl futures_util::Stream<Item = T> + Send {
-    stream::unfold((from, held), async |(mut from, held)| {
-        loop {
-            match from.recv().await {
-                Ok(value) => return Some((value, (from, held))),
-                Err(broadcast::error::RecvError::Lagged(_)) => {}
-                Err(broadcast::error::RecvError::Closed) => return None,
-            }
-        }
+) -> impl futures_util::Stream<Item = Line> + Send {
+    stream::unfold((from, held), move |(mut from, held)| async move {
+        let said = match from.recv().await {
+            Ok(said) => said.into(),
+            Err(broadcast::error::RecvError::Lagged(many)) => lost(many),
+            Err(broadcast::error::RecvError::Closed) => return None,
+        };
+        Some((said, (from, held)))
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::control::api::Traced;
+
+    #[tokio::test]
+    async fn whoever_is_too_slow_is_told_how_much_was_lost() {
+        let (sender, receiver) = broadcast::channel(2);
+        for _ in 0..5 {
+            sender.send(Traced::Lost(0)).expect("heard");
+        }
+        drop(sender);
+        let said: Vec<_> = received(receiver, Traced::Lost, ()).collect().await;
+        assert_eq!(said, [3, 0, 0].map(Traced::Lost));
+    }
 }
