@@ -226,6 +226,28 @@ fn what_has_changed_while_the_engine_was_away_is_seen_at_its_return() {
     scene.daemon.stop().unwrap();
 }
 
+/// An engine can hang or fail at one container, and serve the others.
+#[test]
+fn a_container_that_the_engine_cannot_speak_of_keeps_no_other_from_being_followed() {
+    let scene = Scene::new(&[]);
+    let (_held, _listener) = scene.held();
+    let _backends = backends(&scene.topology.backend.netns);
+    scene.run("a1", &scene.topology.backend, &Value::Null);
+    scene.owned("docker:a1", 3);
+    scene.engine.break_container("a1");
+    scene.engine.tell("start", "a1", "web");
+    let addresses = [scene.topology.peer.address(Family::V4)];
+    let at = |port: &str| json!({"1/tcp": [{"HostIp": "", "HostPort": port}]});
+    let engine = &scene.engine;
+    engine.run("b2", "second", &addresses, &at("1"), &Value::Null);
+    scene.wait("what an event told of", |rows| rows.len() == 4);
+    engine.hang_up();
+    engine.put("c3", "third", &addresses, &at("2"), &Value::Null);
+    scene.wait("what a list told of", |rows| rows.len() == 5);
+    served_to_the_client(&scene.topology, Protocol::Tcp, "as before");
+    scene.daemon.stop().unwrap();
+}
+
 #[test]
 fn a_port_of_dockers_proxy_is_the_leases() {
     let scene = Scene::new(&[]);

@@ -21,6 +21,8 @@ struct State {
     image: Value,
     /// One that is gone once it has been asked for.
     leaving: Option<String>,
+    /// One that it cannot speak of.
+    broken: Option<String>,
     /// Who hears of events.
     listeners: Vec<UnixStream>,
 }
@@ -94,6 +96,11 @@ impl Engine {
         self.state().leaving = Some(id.into());
     }
 
+    /// Has it answer with an error whenever it is asked for a container.
+    pub fn break_container(&self, id: &str) {
+        self.state().broken = Some(id.into());
+    }
+
     /// What the image of all containers is labelled with.
     pub fn label_image(&self, labels: Value) {
         self.state().image = labels;
@@ -137,6 +144,10 @@ fn answer(mut stream: UnixStream, state: &Mutex<State>) -> Result<()> {
             return Ok(());
         }
         [_, "containers", "json"] => Some(state.containers.values().cloned().collect()),
+        [_, "containers", named, "json"] if state.broken.as_deref() == Some(named) => {
+            stream.write_all(b"HTTP/1.1 500 Internal Server Error\r\nContent-Length: 0\r\n\r\n")?;
+            return Ok(());
+        }
         [_, "containers", named, "json"] => {
             let name = format!("/{named}");
             let is_meant = |it: &&Value| it["Id"] == named || it["Name"] == name.as_str();

@@ -13,7 +13,7 @@ use tokio::sync::{broadcast::error::RecvError, mpsc, oneshot};
 use tracing::{info, warn};
 
 use self::{
-    engine::{Container, Engine, Touched},
+    engine::{Container, Engine, NoAnswer, Touched},
     labels::Asked,
 };
 use crate::{
@@ -131,6 +131,13 @@ struct Watcher {
     refused: BTreeSet<String>,
 }
 
+/// What the engine says of a container.
+enum Found {
+    Running(Container),
+    Gone,
+    Unknown,
+}
+
 impl Watcher {
     /// Brings everything to where the engine is, and follows it until it ends.
     async fn session(&mut self) -> Result<()> {
@@ -144,8 +151,9 @@ impl Watcher {
         let mut there = Vec::new();
         for id in all {
             match self.inspect(&id).await? {
-                Some(container) => there.push(container),
-                None => self.forget(&id).await?,
+                Found::Running(container) => there.push(container),
+                Found::Gone => self.forget(&id).await?,
+                Found::Unknown => {}
             }
         }
         for container in there {
@@ -177,24 +185,37 @@ impl Watcher {
         ids.map(Into::into).collect()
     }
 
-    /// A container that runs.
-    async fn inspect(&self, named: &str) -> Result<Option<Container>> {
-        let container = self.engine.container(named).await?;
-        Ok(container.filter(Container::runs))
+    /// A container of this id or name. One of which the engine has no answer keeps no other from being followed.
+    async fn inspect(&self, named: &str) -> Result<Found> {
+        match self.engine.container(named).await {
+            Ok(Some(container)) if container.runs() => Ok(Found::Running(container)),
+            Ok(_) => Ok(Found::Gone),
+            Err(error) if error.is::<NoAnswer>() => {
+                warn!(
+                    "container {named}: {error}; it stays as it is until the engine tells of it again"
+                );
+                Ok(Found::Unknown)
+            }
+            Err(error) => Err(error),
+        }
     }
 
     async fn refresh(&mut self, touched: Touched) -> Result<()> {
         let Touched { id, mut names } = touched;
-        if let Some(container) = self.inspect(&id).await? {
-            names.push(container.name().into());
-            self.publish(&container).await?;
-        } else {
-            self.forget(&id).await?;
-            for other in std::mem::take(&mut self.refused) {
-                if let Some(container) = self.inspect(&other).await? {
-                    self.publish(&container).await?;
+        match self.inspect(&id).await? {
+            Found::Running(container) => {
+                names.push(container.name().into());
+                self.publish(&container).await?;
+            }
+            Found::Gone => {
+                self.forget(&id).await?;
+                for other in std::mem::take(&mut self.refused) {
+                    if let Found::Running(container) = self.inspect(&other).await? {
+                        self.publish(&container).await?;
+                    }
                 }
             }
+            Found::Unknown => {}
         }
         self.move_publishes(names).await
     }
@@ -213,7 +234,10 @@ impl Watcher {
     /// Publishes what it asks for, or says why not.
     async fn publish(&mut self, container: &Container) -> Result<()> {
         let name = container.name();
-        let asked = self.asked(container).await?;
+        let asked = match self.asked(container).await {
+            Err(error) if error.is::<NoAnswer>() => Err(format!("{error:#}")),
+            asked => asked?,
+        };
         let wanted = asked.and_then(|asked| publishes(container, &asked));
         let wanted = wanted.unwrap_or_else(|error| {
             warn!("container {name}: {error}; nothing of it is published");
@@ -262,10 +286,12 @@ impl Watcher {
             if !followed.iter().any(follows) {
                 continue;
             }
-            let container = self.inspect(&name).await?;
-            // An id may begin with what is a name.
-            let container = container.filter(|it| it.name() == name);
-            let addresses = container.map(|it| it.addresses()).unwrap_or_default();
+            let addresses = match self.inspect(&name).await? {
+                // An id may begin with what is a name.
+                Found::Running(container) if container.name() == name => container.addresses(),
+                Found::Unknown => continue,
+                _ => Vec::new(),
+            };
             let change = Change::Follow {
                 name: name.clone(),
                 addresses,

@@ -6,9 +6,10 @@ use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
     net::IpAddr,
     path::PathBuf,
+    time::Duration,
 };
 
-use anyhow::{Context as _, Result, bail};
+use anyhow::{Context as _, Result};
 use http_body_util::{BodyExt as _, Full};
 use hyper::{
     Request, Response, StatusCode,
@@ -16,7 +17,7 @@ use hyper::{
     header,
 };
 use serde::{Deserialize, de::DeserializeOwned};
-use tokio::net::UnixStream;
+use tokio::{net::UnixStream, time::timeout};
 
 use crate::{
     http::{self, Lines},
@@ -28,8 +29,15 @@ use crate::{
 
 /// What one event may be, in octets.
 const LONGEST_EVENT: usize = 1 << 20;
+/// How long it may take for a document.
+const PATIENCE: Duration = Duration::from_secs(10);
 /// All of containers and networks, as the API wants it: `{"type":["container","network"]}`.
 const EVENTS: &str = "/events?filters=%7B%22type%22%3A%5B%22container%22%2C%22network%22%5D%7D";
+
+/// The engine is there, but has no answer to one question.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+pub struct NoAnswer(String);
 
 /// An engine behind its socket.
 #[derive(Clone, Debug)]
@@ -56,15 +64,24 @@ impl Engine {
 
     /// A document; `None` if there is no such thing.
     async fn document<T: DeserializeOwned>(&self, path: &str) -> Result<Option<T>> {
-        let response = self.get(path).await?;
-        match response.status() {
-            StatusCode::NOT_FOUND => return Ok(None),
-            status if !status.is_success() => bail!("the engine answers {status} to {path}"),
-            _ => {}
+        let asked = async {
+            let response = self.get(path).await?;
+            let status = response.status();
+            let text = response.into_body().collect().await?.to_bytes();
+            anyhow::Ok((status, text))
+        };
+        let answer = timeout(PATIENCE, asked).await;
+        let (status, text) =
+            answer.map_err(|_| NoAnswer(format!("the engine does not answer to {path}")))??;
+        if status == StatusCode::NOT_FOUND {
+            return Ok(None);
         }
-        let text = response.into_body().collect().await?.to_bytes();
+        if !status.is_success() {
+            return Err(NoAnswer(format!("the engine answers {status} to {path}")).into());
+        }
         let value = serde_json::from_slice(&text);
-        value.with_context(|| format!("read {path}")).map(Some)
+        let value = value.map_err(|error| NoAnswer(format!("read {path}: {error}")))?;
+        Ok(Some(value))
     }
 
     /// The ids of all containers that run.
