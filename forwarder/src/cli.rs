@@ -17,7 +17,7 @@ use crate::{
     publish::{
         ContainerPort, Id, Limits, Owner, Policy, ProxyProtocol, Publish, Spec,
         allow::{network, source},
-        limits::{Bandwidth, Rate},
+        limits::{Bandwidth, Rate, interface},
     },
 };
 
@@ -240,7 +240,7 @@ pub struct LimitFlags {
     #[arg(long, value_name = "RATE")]
     pub bandwidth: Option<Bandwidth>,
     /// Serve only clients that come by this interface.
-    #[arg(long, value_name = "IFACE")]
+    #[arg(long, value_name = "IFACE", value_parser = interface)]
     pub on: Option<String>,
 }
 

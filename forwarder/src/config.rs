@@ -6,10 +6,10 @@ use std::{net::SocketAddr, path::PathBuf};
 
 use forwarder_common::flow::{Phase, Timeouts};
 use ipnet::IpNet;
-use serde::Deserialize;
+use serde::{Deserialize, Deserializer};
 
 use self::file::{FileConfig, FileError};
-use crate::publish::{ProxyProtocol, Publish};
+use crate::publish::{ProxyProtocol, Publish, word};
 
 /// Everything that an instance is told at its start, or by a reload.
 #[derive(Clone, Debug)]
@@ -38,21 +38,31 @@ pub struct Config {
     pub metrics_allow: Vec<IpNet>,
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, clap::ValueEnum)]
-#[serde(rename_all = "lowercase")]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
 pub enum DatapathChoice {
     Auto,
     Ebpf,
     Userland,
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, clap::ValueEnum)]
-#[serde(rename_all = "lowercase")]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
 pub enum XdpChoice {
     Auto,
     Native,
     Generic,
     Off,
+}
+
+impl<'de> Deserialize<'de> for DatapathChoice {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        word::read(deserializer)
+    }
+}
+
+impl<'de> Deserialize<'de> for XdpChoice {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        word::read(deserializer)
+    }
 }
 
 /// What the flags say; what they leave out, the file or a default decides.

@@ -10,9 +10,10 @@ pub mod owner;
 pub mod registry;
 pub mod spec;
 pub mod state;
+pub mod word;
 
 use ipnet::IpNet;
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Deserializer, Serialize};
 use utoipa::ToSchema;
 
 use self::spec::Protocol;
@@ -110,17 +111,7 @@ impl Policy {
 
 /// Whether a backend is told of the client by the PROXY protocol, and how.
 #[derive(
-    Clone,
-    Copy,
-    Debug,
-    Default,
-    PartialEq,
-    Eq,
-    Hash,
-    Serialize,
-    Deserialize,
-    ToSchema,
-    clap::ValueEnum,
+    Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, ToSchema, clap::ValueEnum,
 )]
 #[serde(rename_all = "lowercase")]
 pub enum ProxyProtocol {
@@ -129,4 +120,10 @@ pub enum ProxyProtocol {
     /// Of TCP alone: text has no datagrams.
     V1,
     V2,
+}
+
+impl<'de> Deserialize<'de> for ProxyProtocol {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        word::read(deserializer)
+    }
 }

@@ -177,10 +177,8 @@ fn unreadable(path: &Path, error: &io::Error) -> FileError {
 
 /// Adds what one file says. `taken` has the places in `config` of all publishes.
 fn add(config: &mut FileConfig, taken: &mut Frontends, source: &Source) -> Result<(), FileError> {
-    let written: Written = toml::from_str(&source.text).map_err(|error| {
-        let problem = error.message().replace('\n', " ");
-        source.error(error.span(), problem)
-    })?;
+    let written: Written =
+        toml::from_str(&source.text).map_err(|error| source.error(error.span(), said(error)))?;
     for asked in written.publish {
         let span = asked.span();
         let publish = Publish::try_from(asked.into_inner());
@@ -251,6 +249,19 @@ fn add(config: &mut FileConfig, taken: &mut Frontends, source: &Source) -> Resul
         &mut config.metrics_allow,
     )?;
     Ok(())
+}
+
+/// What is wrong with a key's value, with the key before it.
+fn said(mut error: toml::de::Error) -> String {
+    let message = error.message().replace('\n', " ");
+    error.set_input(None);
+    // Without its input, an error ends with the key alone.
+    let text = error.to_string();
+    let key = text.trim_end().rsplit_once("\nin `");
+    match key.and_then(|(_, key)| key.strip_suffix('`')) {
+        Some(key) => format!("{key}: {message}"),
+        None => message,
+    }
 }
 
 fn networks(written: Spanned<Vec<allow::Network>>) -> Spanned<Vec<IpNet>> {
@@ -334,7 +345,41 @@ mod tests {
     #[test]
     fn what_is_wrong_has_its_line_and_its_column() {
         for (text, start, part) in [
-            ("xdp = 7", "forwarder.toml:1:7: ", "string"),
+            (
+                "xdp = 7",
+                "forwarder.toml:1:7: xdp: ",
+                "expected one of `auto`, `native`, `generic`, `off`",
+            ),
+            (
+                "datapath = true",
+                "forwarder.toml:1:12: datapath: ",
+                "expected one of `auto`, `ebpf`, `userland`",
+            ),
+            (
+                "keep = 1",
+                "forwarder.toml:1:8: keep: ",
+                "expected a boolean",
+            ),
+            (
+                "[[publish]]\nspec = \"80:10.0.0.2:80\"\nmax-flows = 0",
+                "forwarder.toml:3:13: publish.max-flows: ",
+                "nonzero",
+            ),
+            (
+                "[[publish]]\nspec = \"80:10.0.0.2:80\"\nproxy-protocol = \"v3\"",
+                "forwarder.toml:3:18: publish.proxy-protocol: ",
+                "expected one of `off`, `v1`, `v2`",
+            ),
+            (
+                "[[publish]]\nspec = \"80:10.0.0.2:80\"\non = \"\"",
+                "forwarder.toml:3:6: publish.on: ",
+                "no name of an interface; `ip link` shows",
+            ),
+            (
+                "[[publish]]\nfrontend = {port = 80, zone = \"eth0\"}\nbackend = {address = \"10.0.0.2\", port = 80}",
+                "forwarder.toml:1:1: ",
+                "zone eth0 without an address",
+            ),
             (
                 "\nxpd = \"off\"",
                 "forwarder.toml:2:1: ",
@@ -389,7 +434,7 @@ mod tests {
             ),
             (
                 "metrics = \"9100\"",
-                "forwarder.toml:1:11: \"9100\"",
+                "forwarder.toml:1:11: metrics: \"9100\"",
                 "such as 127.0.0.1:9100",
             ),
         ] {

@@ -10,7 +10,7 @@ use crate::{
     holder::Taken,
     publish::{
         ContainerPort, Holder, Id, Limits, Owner, Policy, ProxyProtocol, Publish, Spec, allow,
-        limits::{Bandwidth, Rate},
+        limits::{Bandwidth, Rate, interface},
         spec::{Ports, Protocol, Zone},
     },
 };
@@ -315,7 +315,17 @@ impl<'de> Deserialize<'de> for Asked {
             #[serde(alias = "rate-per-source")]
             rate_per_source: Option<Rate>,
             bandwidth: Option<Bandwidth>,
-            on: Option<String>,
+            on: Option<Interface>,
+        }
+        #[derive(Deserialize)]
+        #[serde(try_from = "String")]
+        struct Interface(String);
+        impl TryFrom<String> for Interface {
+            type Error = String;
+
+            fn try_from(text: String) -> Result<Self, String> {
+                interface(&text).map(Self)
+            }
         }
         struct Visitor;
         impl<'de> de::Visitor<'de> for Visitor {
@@ -348,7 +358,7 @@ impl<'de> Deserialize<'de> for Asked {
                             rate: object.rate,
                             rate_per_source: object.rate_per_source,
                             bandwidth: object.bandwidth,
-                            on: object.on,
+                            on: object.on.map(|it| it.0),
                         },
                     },
                 })

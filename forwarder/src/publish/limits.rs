@@ -27,6 +27,21 @@ pub struct Limits {
     pub on: Option<String>,
 }
 
+/// The name of an interface as the kernel takes it (`dev_valid_name`), also of one that is not there yet.
+///
+/// # Errors
+/// No interface can have it, in words.
+pub fn interface(text: &str) -> Result<String, String> {
+    let possible = |c: char| !c.is_whitespace() && !c.is_control() && !"/:".contains(c);
+    let length = 1..=15;
+    if !length.contains(&text.len()) || [".", ".."].contains(&text) || !text.chars().all(possible) {
+        return Err(format!(
+            "{text:?} is no name of an interface; `ip link` shows those there are"
+        ));
+    }
+    Ok(text.into())
+}
+
 /// So many a second.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, ToSchema)]
 pub struct Rate(pub u32);
@@ -123,6 +138,16 @@ impl<'de> Deserialize<'de> for Bandwidth {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn an_interface_has_a_name_that_the_kernel_takes() {
+        for name in ["eth0", "br-0a1b2c3d4e5f", "wlan0.5", "ü"] {
+            assert_eq!(interface(name).as_deref(), Ok(name));
+        }
+        for name in ["", ".", "..", "a/b", "a:b", "a b", "\0", "abcdefghijklmnop"] {
+            assert!(interface(name).is_err(), "{name:?}");
+        }
+    }
 
     #[test]
     fn rates_and_bandwidths_have_units() {

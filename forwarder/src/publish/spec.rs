@@ -268,6 +268,7 @@ fn validate(spec: &Spec) -> Result<(), String> {
                     "{address} is on every link; name the device, as in [{address}%eth0]"
                 ));
             }
+            (None, Some(zone)) => return Err(format!("zone {} without an address", zone.0)),
             (Some(address), Some(zone)) if !link_local => {
                 return Err(format!(
                     "{address}%{}: only addresses of fe80::/10 take a device",

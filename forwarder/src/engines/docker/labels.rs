@@ -4,7 +4,7 @@
 use std::str::FromStr;
 
 use super::engine::Labels;
-use crate::publish::{ContainerPort, Policy, ProxyProtocol, allow};
+use crate::publish::{ContainerPort, Policy, ProxyProtocol, allow, limits::interface};
 
 /// What all of them begin with.
 pub(super) const PREFIX: &str = "forwarder.";
@@ -54,7 +54,7 @@ impl Asked {
             "rate" => limits.rate = Some(value.parse()?),
             "rate-per-source" => limits.rate_per_source = Some(value.parse()?),
             "bandwidth" => limits.bandwidth = Some(value.parse()?),
-            "on" => limits.on = Some(value.to_owned()),
+            "on" => limits.on = Some(interface(value)?),
             _ => {
                 return Err(
                     "there is no such label; there are publish, allow, proxy-protocol, max-flows, rate, \
