@@ -11,8 +11,8 @@ pub struct Limits {
     pub new_flows: u32,
     /// New flows a second of one source: an IPv4 address, or an IPv6 network of 64 bits. As many at once as above.
     pub new_flows_by_source: u32,
-    /// Bits a second to the backend and to the client, link headers included. As many as are due in 100 ms may pass at
-    /// once, but at least 128 KiB.
+    /// Bits a second to the backend and to the client, link headers included. As many as are due in 250 ms may pass at
+    /// once, but at least 256 KiB.
     pub bits: [u64; 2],
     /// The device that clients come by: that which has this host's addresses there, or the one that packets enter by.
     pub ifindex: u32,
@@ -72,14 +72,17 @@ pub struct Policy {
 
 const _: () = assert!(size_of::<Policy>() == 104);
 
-/// Octets that a publish may send at once, however slow its pace is.
-const LEAST_OCTETS: u64 = 128 << 10;
+/// What a publish may carry at once. TCP on a short way sends that much, loses what follows and is silent until it sends again,
+/// at the earliest after 200 ms (`TCP_RTO_MIN` in include/net/tcp.h): what is due in less time than that would be lost to it.
+const AT_ONCE: u64 = SECOND / 4;
+/// The same in octets, however slow the pace is: a few merged segments of 64 KiB.
+const LEAST_OCTETS: u64 = 256 << 10;
 
 impl From<&Limits> for Policy {
     fn from(limits: &Limits) -> Self {
         let burst = |bits| {
             let least = time_of(LEAST_OCTETS, bits);
-            least.max(SECOND / 10)
+            least.max(AT_ONCE)
         };
         Self {
             flows: limits.flows,

@@ -10,7 +10,7 @@ use std::{
 use forwarder_tests::{
     api,
     daemon::{Daemon, Datapath, forwarder},
-    deadline::{patience, wait_for, wait_until},
+    deadline::{patience, slack, wait_for, wait_until},
     document::{Flow, Row},
     netns::Netns,
     topology::{Family, Topology},
@@ -18,7 +18,10 @@ use forwarder_tests::{
 };
 use serde_json::json;
 
-use crate::scene::{BACKEND_PORT, PORT, Scene};
+use crate::{
+    bulk::there_and_back,
+    scene::{BACKEND_PORT, PORT, Scene},
+};
 
 const BOTH: [Datapath; 2] = [Datapath::Ebpf, Datapath::Userland];
 
@@ -551,11 +554,33 @@ fn bandwidth_is_what_was_asked_for_in_user_space() {
     let mut connection = scene.connect();
     let payload = "x".repeat(32 << 10);
     let begun = Instant::now();
-    // A mebioctet there, of which an eighth may come at once, and the same back.
-    for _ in 0..32 {
+    // 1.25 MiB there, of which a fifth may come at once, and the same back.
+    for _ in 0..40 {
         connection.ask(&payload).unwrap();
     }
     let elapsed = begun.elapsed().as_secs_f64();
-    assert!(elapsed > 0.7, "{elapsed} s for what takes 0.9");
+    assert!(elapsed > 0.8, "{elapsed} s for what takes 1.0");
+    scene.stop();
+}
+
+#[test]
+fn tcp_has_the_bandwidth_that_was_asked_for() {
+    let scene = Scene::tcp().silent().idle().start();
+    let words = ["publish", scene.spec(), "--bandwidth", "200Mbit"];
+    scene.daemon.control(&words).unwrap();
+    let topology = &scene.topology;
+    for (client, host) in [
+        (&topology.client, topology.host_address(Family::V4)),
+        (&topology.host, Family::V4.localhost()),
+    ] {
+        let begun = Instant::now();
+        there_and_back(&topology.backend.netns, client, host);
+        let elapsed = begun.elapsed();
+        let least = Duration::from_millis(2000);
+        assert!(
+            least < elapsed && elapsed < 4 * slack(),
+            "{elapsed:?} for what takes 2.5 s"
+        );
+    }
     scene.stop();
 }

@@ -392,10 +392,10 @@ fn a_source_is_limited_by_itself_and_an_ipv6_one_by_its_network() {
     }
 }
 
-/// How many packets of 1,400 octets 80,000 bits a second let pass from then on: what 128 KiB are at once, and a few more while
+/// How many packets of 1,400 octets 80,000 bits a second let pass from then on: what 256 KiB are at once, and a few more while
 /// time goes by.
 fn due(start: Instant) -> std::ops::RangeInclusive<usize> {
-    let at_once = (128 << 10) / 1462;
+    let at_once = (256 << 10) / 1462;
     let later = start.elapsed().as_secs_f64() * 10_000.0 / 1400.0;
     at_once..=at_once + 4 + later as usize
 }

@@ -230,7 +230,7 @@ mod tests {
                 .iter()
                 .sum::<usize>()
         });
-        // What is due in 100 ms, and the first.
-        assert_eq!(passed, 1_000_000 / 1000 + 1);
+        // What is due in 250 ms, and the first.
+        assert_eq!(passed, 2_500_000 / 1000 + 1);
     }
 }
