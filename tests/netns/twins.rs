@@ -6,7 +6,7 @@ use std::{
 };
 
 use forwarder_tests::{
-    daemon::{Datapath, run_to_failure},
+    daemon::{Daemon, Datapath, run_to_failure},
     deadline::patience,
     netns::Netns,
     topology::{
@@ -16,7 +16,9 @@ use forwarder_tests::{
     traffic::{Backend, Protocol, ask, ask_by},
 };
 
-use crate::scene::{BACKEND_PORT, PORT, Scene, frontend, on_the_fast_path, packets, suffix};
+use crate::scene::{
+    BACKEND_PORT, PORT, Scene, backend, frontend, on_the_fast_path, packets, spec, suffix,
+};
 
 /// Connects, ends, and returns what the backend got.
 fn got_by_the_backend(client: &Netns, frontend: SocketAddr, listener: &TcpListener) -> Vec<u8> {
@@ -315,4 +317,35 @@ fn a_broadcast_is_answered_by_the_hosts_own_address_in_user_space() {
 #[test]
 fn a_broadcast_is_answered_by_the_hosts_own_address_beside_the_fast_path() {
     broadcast(Datapath::Ebpf);
+}
+
+#[test]
+fn every_address_of_a_local_prefix_is_served_and_answers() {
+    for datapath in [Datapath::Ebpf, Datapath::Userland] {
+        let topology = Topology::new().unwrap();
+        let Topology { host, client, .. } = &topology;
+        for (family, prefix) in [(V4, "203.0.113.0/28"), (V6, "2001:db8:203::/64")] {
+            let via = topology.host_address(family);
+            host.ip(&format!("route add local {prefix} dev lo"))
+                .unwrap();
+            client.ip(&format!("route add {prefix} via {via}")).unwrap();
+        }
+        for family in [V4, V6] {
+            for protocol in [Protocol::Tcp, Protocol::Udp] {
+                let _backend = backend(&topology.backend, protocol);
+                let spec = spec(&topology.backend, family, protocol);
+                let daemon = Daemon::start(host, &[&spec], datapath).unwrap();
+                let address = match family {
+                    V4 => "203.0.113.7",
+                    V6 => "2001:db8:203::7",
+                };
+                let frontend = SocketAddr::new(address.parse().unwrap(), PORT);
+                for from in [client, host] {
+                    let answer = ask(from, protocol, frontend, "hello").unwrap();
+                    assert_eq!(answer.payload, "hello");
+                }
+                daemon.stop().unwrap();
+            }
+        }
+    }
 }

@@ -281,6 +281,10 @@ impl Held {
                 control::tell_more(socket.as_fd(), address.is_ipv4());
                 let _ = socket.set_recv_buffer_size(4 << 20);
                 bind_datagrams(&socket, bind, steered)?;
+                if address.is_ipv6() && address.is_unspecified() {
+                    // Or it could not answer from an address of a local prefix.
+                    socket.set_freebind_v6(true)?;
+                }
                 self.udp.push((held, socket.into()));
             }
             Protocol::Sctp => {
