@@ -26,7 +26,8 @@ use crate::{
     datapath::{maps::Installed, xdp::Mode},
     network::{Header, Kind, Link, Mac, Peer, Route, Snapshot, xfrm::covering_policy},
     plan::locations::{
-        container_networks, is_host_route, is_link_local, is_local_bridge, is_routed, way_to,
+        bridges_behind, container_networks, is_host_route, is_link_local, is_local_bridge,
+        is_routed, way_to,
     },
     publish::{Publish, Spec, spec::Protocol},
 };
@@ -303,13 +304,17 @@ fn leads_to_local(snapshot: &Snapshot, route: &Route, device: &Link) -> bool {
 /// The devices that get the program: every one where packets enter, once. Those that are down too: when one comes up, packets of
 /// live connections may be the first by it, and the stack would reset those.
 pub fn attached(snapshot: &Snapshot) -> impl Iterator<Item = (u32, &Link)> {
-    snapshot.links.iter().filter_map(|(&index, link)| {
+    let behind = bridges_behind(snapshot);
+    snapshot.links.iter().filter_map(move |(&index, link)| {
         let behind_bond = link
             .controller
             .and_then(|controller| snapshot.links.get(&controller))
             .is_some_and(|controller| controller.kind == Kind::Bond);
+        let behind_bridge = link.controller.is_some_and(|it| behind.contains(&it));
         // A bridge's frames are seen at its ports, a bond's at the bond.
-        let enters = link.kind != Kind::Bridge && !behind_bond && link.header != Header::Other;
+        let enters = link.kind != Kind::Bridge
+            && !(behind_bond || behind_bridge)
+            && link.header != Header::Other;
         enters.then_some((index, link))
     })
 }

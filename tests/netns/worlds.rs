@@ -10,6 +10,7 @@ use forwarder::datapath::kernel::kernel;
 use forwarder_tests::{
     daemon::{Daemon, Datapath},
     deadline::wait_for,
+    document::Delivery,
     netns::Netns,
     topology::{
         Family::{self, V4, V6},
@@ -20,7 +21,8 @@ use forwarder_tests::{
 };
 
 use crate::scene::{
-    BACKEND_PORT, PORT, Scene, backends, packets, suffix, wait_for_delivery, wait_for_peer,
+    BACKEND_PORT, PORT, Scene, backends, packets, suffix, wait_for_delivery, wait_for_delivery_by,
+    wait_for_peer,
 };
 
 pub(crate) const PROTOCOLS: [Protocol; 2] = [Protocol::Tcp, Protocol::Udp];
@@ -325,6 +327,38 @@ fn a_bridge_with_a_mac_of_its_own_is_served() {
     let commands = format!("{BRIDGED}\nlink set lan address 02:aa:bb:cc:dd:ee");
     uplink_is(&topology, "lan", &commands);
     served(&topology, &WORD);
+}
+
+/// Where a firewall has a bridge for each machine, a veth pair connects that with the bridge that has the addresses.
+#[test]
+fn a_container_on_a_bridge_behind_another_is_served() {
+    let topology = Topology::new().unwrap();
+    let Topology { host, backend, .. } = &topology;
+    host.ip(&format!(
+        "link add name behind type bridge\nlink set behind up\n\
+         link add way0 type veth peer name way1\nlink set way0 master br0 up\n\
+         link set way1 master behind up\nlink set {} master behind",
+        backend.veth
+    ))
+    .unwrap();
+    let _backends = backends(&backend.netns);
+    let lan = FAMILIES.map(|family| topology.host_address(family));
+    let daemon = publish(host, lan, |family| backend.address(family), Datapath::Ebpf);
+    for (family, frontend) in FAMILIES.into_iter().zip(lan) {
+        for protocol in PROTOCOLS {
+            for (from, seen) in [
+                (&topology.client, topology.client_address(family)),
+                (&topology.peer.netns, topology.peer.address(family)),
+                (host, frontend),
+                (&backend.netns, backend.gateway(family)),
+            ] {
+                carried(&daemon, from, protocol, frontend, &WORD, seen);
+            }
+        }
+    }
+    wait_for_delivery_by(&daemon, Delivery::Device);
+    carried(&daemon, host, Protocol::Tcp, lan[0], &WORD, lan[0]);
+    daemon.stop().unwrap();
 }
 
 /// The two ends of a tunnel without Ethernet headers, in place of the wire between host and client.

@@ -256,6 +256,20 @@ pub(crate) fn is_local_bridge(snapshot: &Snapshot, bridge: u32) -> bool {
     !leads_out(snapshot, bridge) && ports.all(|port| way_to(port).is_some())
 }
 
+/// The bridges that this host is on by a veth pair alone, whose other end is a port of another bridge or has the addresses, as where
+/// each machine has a bridge for its firewall's sake. Whatever is for this host comes again by that end.
+pub(crate) fn bridges_behind(snapshot: &Snapshot) -> BTreeSet<u32> {
+    let is_way_on = |link: &&Link| link.kind == Kind::Veth { peer: None };
+    let ports = snapshot.links.values().filter(is_way_on);
+    let mut bridges: BTreeSet<u32> = ports.filter_map(|it| super::bridge(snapshot, it)).collect();
+    bridges.retain(|bridge| {
+        let mut addresses = snapshot.addresses.iter();
+        let has_address = addresses.any(|it| it.ifindex == *bridge && !is_link_local(it.address));
+        !has_address && !snapshot.routes.by(*bridge, false).any(tells_networks)
+    });
+    bridges
+}
+
 pub(crate) fn is_link_local(address: IpAddr) -> bool {
     match address {
         IpAddr::V4(v4) => v4.is_link_local(),
@@ -594,6 +608,30 @@ pub(crate) mod tests {
             .map(|(_, device)| device.network)
             .collect();
         assert!(!behind.contains(&3), "{behind:?}");
+    }
+
+    #[test]
+    fn ports_of_a_bridge_behind_another_are_left_to_the_way_between_them() {
+        let mut snapshot = host();
+        let there = Kind::Veth { peer: None };
+        let container = snapshot.links[&4].kind;
+        for (ifindex, name, kind, controller) in [
+            (6, "br1", Kind::Bridge, None),
+            (7, "veth1", container, Some(6)),
+            (8, "way1", there, Some(6)),
+            (9, "way0", there, Some(3)),
+        ] {
+            let link = link(name, kind, controller);
+            snapshot.links.insert(ifindex, link);
+        }
+        let attached = |snapshot: &Snapshot| -> Vec<u32> {
+            let attached = crate::plan::attached(snapshot);
+            attached.map(|(ifindex, _)| ifindex).collect()
+        };
+        assert_eq!(attached(&snapshot), [1, 2, 4, 5, 9]);
+        // This host is on the other bridge, too.
+        snapshot.routes.insert(route("172.31.1.0", 24, 6, false));
+        assert_eq!(attached(&snapshot), [1, 2, 4, 5, 7, 8, 9]);
     }
 
     #[test]
