@@ -573,14 +573,16 @@ fn tcp_has_the_bandwidth_that_was_asked_for() {
         (&topology.client, topology.host_address(Family::V4)),
         (&topology.host, Family::V4.localhost()),
     ] {
-        let begun = Instant::now();
-        there_and_back(&topology.backend.netns, client, host);
-        let elapsed = begun.elapsed();
-        let least = Duration::from_millis(2000);
-        assert!(
-            least < elapsed && elapsed < 4 * slack(),
-            "{elapsed:?} for what takes 2.5 s"
-        );
+        // Other work on the machine may take from one try, and from the next.
+        let in_time = (0..3).any(|_| {
+            let begun = Instant::now();
+            there_and_back(&topology.backend.netns, client, host);
+            let elapsed = begun.elapsed();
+            let least = Duration::from_millis(2000);
+            assert!(least < elapsed, "{elapsed:?} for what takes 2.5 s");
+            elapsed < 4 * slack()
+        });
+        assert!(in_time, "more than {:?} for what takes 2.5 s", 4 * slack());
     }
     scene.stop();
 }
