@@ -42,6 +42,7 @@ pub struct Finding {
 /// Looks at everything. What the firewall bans is a matter of whether the running instance respects it.
 pub fn examine(respects_firewall: bool) -> Vec<Finding> {
     let kernel = kernel();
+    let is_privileged = kernel.missing_capabilities.is_empty();
     let mut findings = Vec::new();
     let mut add = |check, ok: bool, found: &str, remedy: &str| {
         findings.push(Finding {
@@ -54,7 +55,7 @@ pub fn examine(respects_firewall: bool) -> Vec<Finding> {
     add("kernel", true, &kernel.release, "");
     add(
         "privilege",
-        kernel.missing_capabilities.is_empty(),
+        is_privileged,
         &listed(&kernel.missing_capabilities, NEEDED),
         &format!("run as root or with {NEEDED}"),
     );
@@ -76,7 +77,7 @@ pub fn examine(respects_firewall: bool) -> Vec<Finding> {
             .map_or("the kernel takes it".into(), |error| format!("{error:#}")),
         "see the message; until then --datapath auto serves in user space",
     );
-    if kernel.missing_capabilities.is_empty() {
+    if is_privileged {
         add_features(kernel, &mut add);
     }
     add(
@@ -107,21 +108,10 @@ pub fn examine(respects_firewall: bool) -> Vec<Finding> {
     }
     if let Ok(snapshot) = snapshot() {
         add_network(&snapshot, &mut add);
-        let disputed = &snapshot.disputed;
-        let disputed = disputed
-            .iter()
-            .map(|(&veth, &it)| dispute(&snapshot, veth, it));
-        let disputed: Vec<String> = disputed.collect();
-        add(
-            "containers' addresses",
-            disputed.is_empty(),
-            &if disputed.is_empty() {
-                "each has one container".into()
-            } else {
-                disputed.join("; ")
-            },
-            "take the address from the container that should not have it",
-        );
+        // The kernel shows these to a privileged process alone; to others there would seem to be none.
+        if is_privileged {
+            add_guarded(&snapshot, &mut add);
+        }
     }
     if let Ok(banning) = firewall::banning() {
         let mut text = banning.iter().copied().collect::<Vec<_>>().join(", ");
@@ -195,33 +185,12 @@ fn snapshot() -> anyhow::Result<Snapshot> {
 
 /// What others have set up in the network that forwarded packets would not meet.
 fn add_network(snapshot: &Snapshot, add: &mut impl FnMut(&'static str, bool, &str, &str)) {
-    let mut named = |check, none: &str, found: &[String], remedy| {
-        let text = found.join(", ");
-        let found = if found.is_empty() { none } else { &text };
-        add(check, text.is_empty(), found, remedy);
-    };
-    let by_neighbour = |(_, device): &(u32, Interface)| device.delivery == delivery::NEIGHBOUR;
-    let uplinks = plan::interfaces(snapshot).filter(by_neighbour);
-    let uplinks: BTreeSet<u32> = uplinks.map(|(ifindex, _)| ifindex).collect();
-    let (uplinks, containers): (Vec<_>, Vec<_>) =
-        plan::entered(snapshot).partition(|(ifindex, _)| uplinks.contains(ifindex));
-    let sides = [Side::Egress, Side::Ingress];
-    named(
-        "containers' links",
-        "nobody else's tc programs",
-        &bypassed(&containers, &sides),
-        "what is forwarded into a container, and its answers, go past them; with --respect-firewall those at egress see it",
-    );
-    named(
-        "uplinks",
-        "nobody else's tc programs on the way in",
-        &bypassed(&uplinks, &[Side::Ingress]),
-        "packets of published ports go past them",
-    );
-    named(
+    let bridging = plan::bypassed_bridging(snapshot);
+    let none = "nothing that is gone past";
+    add(
         "bridges",
-        "nothing that is gone past",
-        &plan::bypassed_bridging(snapshot),
+        bridging.is_empty(),
+        &named(none, &bridging, ", "),
         "what is forwarded into a container and out of it goes past the bridge",
     );
     let shaped = snapshot.links.values().filter_map(|link| {
@@ -229,13 +198,6 @@ fn add_network(snapshot: &Snapshot, add: &mut impl FnMut(&'static str, bool, &st
         Some(format!("{} ({shaper})", link.name))
     });
     let shaped: Vec<String> = shaped.collect();
-    let policies: Vec<String> = snapshot.policies.iter().map(Policy::to_string).collect();
-    named(
-        "IPsec",
-        "no policies",
-        &policies,
-        "nothing is forwarded past a policy: publishes that one of them can match are served in user space",
-    );
     // Packets pass these queues, so there is nothing to change.
     let shaped = if shaped.is_empty() {
         "no limits by qdiscs".into()
@@ -243,6 +205,65 @@ fn add_network(snapshot: &Snapshot, add: &mut impl FnMut(&'static str, bool, &st
         format!("limits are met on {}", shaped.join(", "))
     };
     add("shaping", true, &shaped, "");
+}
+
+/// The same of what only a privileged process may see.
+fn add_guarded(snapshot: &Snapshot, add: &mut impl FnMut(&'static str, bool, &str, &str)) {
+    let by_neighbour = |(_, device): &(u32, Interface)| device.delivery == delivery::NEIGHBOUR;
+    let uplinks = plan::interfaces(snapshot).filter(by_neighbour);
+    let uplinks: BTreeSet<u32> = uplinks.map(|(ifindex, _)| ifindex).collect();
+    let (uplinks, containers): (Vec<_>, Vec<_>) =
+        plan::entered(snapshot).partition(|(ifindex, _)| uplinks.contains(ifindex));
+    let sides = [Side::Egress, Side::Ingress];
+    let mut add = |check, none, found: &[String], between, remedy| {
+        add(
+            check,
+            found.is_empty(),
+            &named(none, found, between),
+            remedy,
+        );
+    };
+    add(
+        "containers' links",
+        "nobody else's tc programs",
+        &bypassed(&containers, &sides),
+        ", ",
+        "what is forwarded into a container, and its answers, go past them; with --respect-firewall those at egress see it",
+    );
+    add(
+        "uplinks",
+        "nobody else's tc programs on the way in",
+        &bypassed(&uplinks, &[Side::Ingress]),
+        ", ",
+        "packets of published ports go past them",
+    );
+    let policies: Vec<String> = snapshot.policies.iter().map(Policy::to_string).collect();
+    add(
+        "IPsec",
+        "no policies",
+        &policies,
+        ", ",
+        "nothing is forwarded past a policy: publishes that one of them can match are served in user space",
+    );
+    let disputed = snapshot.disputed.iter();
+    let disputed = disputed.map(|(&veth, &it)| dispute(snapshot, veth, it));
+    let disputed: Vec<String> = disputed.collect();
+    add(
+        "containers' addresses",
+        "each has one container",
+        &disputed,
+        "; ",
+        "take the address from the container that should not have it",
+    );
+}
+
+/// All that was found, or that there is none.
+fn named(none: &str, found: &[String], between: &str) -> String {
+    if found.is_empty() {
+        none.into()
+    } else {
+        found.join(between)
+    }
 }
 
 /// Sides of links that others have programs on, which forwarded packets do not meet.

@@ -82,6 +82,28 @@ fn doctor_names_what_a_process_may_not_do_and_the_remedy() {
     assert_eq!(privilege.remedy.as_deref(), Some(remedy));
 }
 
+/// The kernel keeps these from others, who would be told that there are none.
+#[test]
+fn doctor_is_silent_about_what_it_may_not_see() {
+    let netns = Netns::new("host").unwrap();
+    netns.ip("link set lo up").unwrap();
+    netns
+        .ip("xfrm policy add src 10.9.0.0/16 dst 10.8.0.0/16 dir out action block")
+        .unwrap();
+    let all = doctor(&netns, &[]).unwrap();
+    assert!(!all["IPsec"].ok, "{all:?}");
+    let seen = doctor(&netns, &WITHOUT_CAPABILITIES).unwrap();
+    for check in [
+        "IPsec",
+        "uplinks",
+        "containers' links",
+        "containers' addresses",
+    ] {
+        assert!(!seen.contains_key(check), "{seen:?}");
+    }
+    assert!(seen["shaping"].ok, "{seen:?}");
+}
+
 #[test]
 fn doctor_names_containers_links_whose_filters_are_gone_past() {
     let scene = Scene::tcp().silent().auto();
