@@ -83,8 +83,7 @@ impl Taken {
                 let mut descriptors = fs::read_dir(process.path().join("fd")).ok()?.flatten();
                 let has_it = descriptors
                     .any(|it| fs::read_link(it.path()).is_ok_and(|it| it.as_os_str() == &*link));
-                let name = fs::read_to_string(process.path().join("comm")).unwrap_or_default();
-                has_it.then(|| format!("pid {pid}, {}", name.trim()))
+                has_it.then(|| format!("pid {pid}, {}", name(&process.path())))
             })
         })
     }
@@ -118,6 +117,13 @@ impl Taken {
         let held = held.to_canonical();
         held == self.address || held.is_unspecified() || self.address.is_unspecified()
     }
+}
+
+/// The name of a process. Any user's process chooses its own, so nothing in it is left that a terminal would obey.
+fn name(process: &Path) -> String {
+    let name = fs::read(process.join("comm")).unwrap_or_default();
+    let name = String::from_utf8_lossy(&name);
+    name.trim_end().escape_debug().to_string()
 }
 
 /// Whether this is /proc/PID/net of a process in the own network namespace.
@@ -285,6 +291,21 @@ mod tests {
             let is_named = holder.is_some_and(|holder| holder.starts_with(&own));
             assert_eq!(is_named, found, "{address}");
         }
+    }
+
+    #[test]
+    fn a_terminal_obeys_nothing_in_a_processes_name() {
+        let process = std::env::temp_dir().join(format!("forwarder-name-{}", std::process::id()));
+        fs::create_dir(&process).expect("made");
+        for (comm, shown) in [
+            (&b"nginx\n"[..], "nginx"),
+            (b"kworker/0:1-ev\n", "kworker/0:1-ev"),
+            (b"a\x1b[31m\nb\xff\n", "a\\u{1b}[31m\\nb\u{fffd}"),
+        ] {
+            fs::write(process.join("comm"), comm).expect("written");
+            assert_eq!(name(&process), shown);
+        }
+        fs::remove_dir_all(process).expect("removed");
     }
 
     #[test]
