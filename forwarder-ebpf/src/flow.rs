@@ -450,7 +450,10 @@ enum Remains {
 fn remains(flow: &Flow, protocol: u32) -> Remains {
     let silent = clock::now().saturating_sub(flow.last_seen());
     let phase = Phase::of(protocol, flow.state());
-    if silent >= timeout(phase) || is_over(protocol, flow.state()) {
+    // One datagram and its answer, as of DNS, which nf_conntrack gives no longer (net/netfilter/nf_conntrack_proto_udp.c).
+    let is_brief = matches!(phase, Phase::UdpStream) && flow.state() & state::ESTABLISHED == 0;
+    let time = timeout(if is_brief { Phase::Udp } else { phase });
+    if silent >= time || is_over(protocol, flow.state()) {
         Remains::Nothing
     } else if matches!(phase, Phase::TcpSynSent | Phase::TcpSynRecv) {
         Remains::Hope

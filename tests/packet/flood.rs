@@ -289,6 +289,37 @@ fn the_ports_of_silent_datagrams_are_used_again_without_the_daemon() {
     });
 }
 
+/// As many as nf_conntrack serves, which keeps one question and its answer for no longer.
+#[test]
+fn the_ports_of_clients_that_had_one_answer_are_used_again_sooner() {
+    let mut timeouts = Timeouts::default();
+    timeouts.set(Phase::Udp, 1);
+    let options = Options {
+        snat: (61_000, 11),
+        timeouts,
+        ..options()
+    };
+    bench_with(options, |bench| {
+        publish_remote(bench, Protocol::Udp);
+        let goes_on = proven(bench, &first(Protocol::Udp, client(2000)), bench.uplink);
+        for port in 2001..2011 {
+            answered(bench, &first(Protocol::Udp, client(port)), bench.uplink);
+        }
+        let refused = |port| {
+            let late = first(Protocol::Udp, client(port));
+            bench.send(&late, bench.uplink).dropped("no_source_port");
+        };
+        refused(4000);
+        std::thread::sleep(Duration::from_millis(1100));
+        for port in 3001..3011 {
+            answered(bench, &first(Protocol::Udp, client(port)), bench.uplink);
+        }
+        refused(4000);
+        let answer = bench.send(&goes_on.reply(), bench.container).forwarded();
+        assert_eq!(answer.destination, client(2000));
+    });
+}
+
 #[test]
 fn an_answer_goes_to_the_client_that_has_the_port_now() {
     bench_with_ports((61_000, 1), |bench| {
