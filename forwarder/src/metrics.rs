@@ -22,8 +22,33 @@ use prometheus_client::{
 
 use crate::{proxy::Refusal, publish::Id};
 
-/// What the text is (OpenMetrics 1.0, which Prometheus asks for and takes).
-pub const CONTENT_TYPE: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
+/// What the text is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Form {
+    /// OpenMetrics 1.0, which Prometheus asks for.
+    OpenMetrics,
+    /// Prometheus's own before that, version 0.0.4.
+    Plain,
+}
+
+impl Form {
+    /// The one for a client with this `Accept`: some know the older one alone, and say so.
+    pub fn accepted(accept: &str) -> Self {
+        if accept.contains("text/plain") && !accept.contains("application/openmetrics-text") {
+            Self::Plain
+        } else {
+            Self::OpenMetrics
+        }
+    }
+
+    /// Its content type.
+    pub const fn kind(self) -> &'static str {
+        match self {
+            Self::OpenMetrics => "application/openmetrics-text; version=1.0.0; charset=utf-8",
+            Self::Plain => "text/plain; version=0.0.4; charset=utf-8",
+        }
+    }
+}
 
 /// The page for people; everything that it needs is in it.
 pub fn page() -> String {
@@ -395,7 +420,40 @@ impl Collector for Measured {
 }
 
 /// The text that Prometheus reads.
-pub fn text(measured: Measured) -> String {
+pub fn text(measured: Measured, form: Form) -> String {
+    let text = open_metrics(measured);
+    match form {
+        Form::OpenMetrics => text,
+        Form::Plain => plain(&text),
+    }
+}
+
+/// The same in the older form: what is said of a metric is said of the name that its lines have, and there is no `info`.
+fn plain(text: &str) -> String {
+    let (mut plain, mut help) = (String::with_capacity(text.len()), "");
+    for line in text.lines() {
+        let words: Vec<&str> = line.splitn(4, ' ').collect();
+        match words[..] {
+            ["#", "HELP", _, words] => help = words,
+            ["#", "TYPE", name, kind] => {
+                let (name, kind) = match kind {
+                    "counter" => (format!("{name}_total"), kind),
+                    "info" => (format!("{name}_info"), "gauge"),
+                    _ => (name.to_owned(), kind),
+                };
+                plain += &format!("# HELP {name} {help}\n# TYPE {name} {kind}\n");
+            }
+            ["#", ..] => {}
+            _ => {
+                plain += line;
+                plain.push('\n');
+            }
+        }
+    }
+    plain
+}
+
+fn open_metrics(measured: Measured) -> String {
     let mut registry = Registry::default();
     registry.register_collector(Box::new(measured));
     let mut text = String::new();
@@ -447,7 +505,7 @@ mod tests {
 
     #[test]
     fn a_publish_has_its_name_and_its_owner() {
-        let text = text(measured());
+        let text = text(measured(), Form::OpenMetrics);
         let labels =
             r#"publish="[fe80::1]:80",id="7",owner="docker:a1",container="web",protocol="tcp""#;
         for line in [
@@ -463,6 +521,39 @@ mod tests {
             assert!(text.contains(line), "{line}\n{text}");
         }
         assert!(text.ends_with("# EOF\n"), "{text}");
+    }
+
+    #[test]
+    fn who_knows_no_openmetrics_gets_the_older_form() {
+        for (accept, form) in [
+            ("text/plain;version=0.0.4;q=1,*/*;q=0.1", Form::Plain),
+            ("text/plain", Form::Plain),
+            ("", Form::OpenMetrics),
+            ("*/*", Form::OpenMetrics),
+            (
+                "application/openmetrics-text;version=1.0.0;q=0.5,text/plain;version=0.0.4;q=0.2,*/*;q=0.1",
+                Form::OpenMetrics,
+            ),
+        ] {
+            assert_eq!(Form::accepted(accept), form, "{accept}");
+        }
+        let whole = text(measured(), Form::OpenMetrics);
+        let plain = text(measured(), Form::Plain);
+        for line in [
+            "# TYPE forwarder_publish_packets_total counter\n",
+            "# TYPE forwarder_publish_flows gauge\n",
+            "# TYPE forwarder_datapath_info gauge\n",
+            "# TYPE forwarder_sweep_duration_seconds histogram\n",
+            "# HELP forwarder_publishes Publishes, also those that drain\n",
+        ] {
+            assert!(plain.contains(line), "{line}\n{plain}");
+        }
+        let series = |text: &str| -> Vec<String> {
+            let lines = text.lines().filter(|line| !line.starts_with('#'));
+            lines.map(ToOwned::to_owned).collect()
+        };
+        assert_eq!(series(&plain), series(&whole));
+        assert!(!plain.contains("# EOF"), "{plain}");
     }
 
     #[test]
@@ -485,7 +576,7 @@ mod tests {
             assert_eq!(slices.of(&sweep, || more), more);
         }
         drop(Timed::new(&sweep));
-        let text = text(measured);
+        let text = text(measured, Form::OpenMetrics);
         assert!(
             text.contains("forwarder_sweep_duration_seconds_count 2\n"),
             "{text}"

@@ -234,7 +234,7 @@ fn a_container_that_the_engine_cannot_speak_of_keeps_no_other_from_being_followe
     let _backends = backends(&scene.topology.backend.netns);
     scene.run("a1", &scene.topology.backend, &Value::Null);
     scene.owned("docker:a1", 3);
-    scene.engine.break_container("a1");
+    scene.engine.break_one("a1");
     scene.engine.tell("start", "a1", "web");
     let addresses = [scene.topology.peer.address(Family::V4)];
     let at = |port: &str| json!({"1/tcp": [{"HostIp": "", "HostPort": port}]});
@@ -245,6 +245,24 @@ fn a_container_that_the_engine_cannot_speak_of_keeps_no_other_from_being_followe
     engine.put("c3", "third", &addresses, &at("2"), &Value::Null);
     scene.wait("what a list told of", |rows| rows.len() == 5);
     served_to_the_client(&scene.topology, Protocol::Tcp, "as before");
+    scene.daemon.stop().unwrap();
+}
+
+#[test]
+fn a_container_whose_image_the_engine_cannot_speak_of_stays_as_it_is() {
+    let scene = Scene::new(&["--docker-labels"]);
+    let (_held, _listener) = scene.held();
+    let _backends = backends(&scene.topology.backend.netns);
+    let labels = json!({"forwarder.max-flows": "100"});
+    scene.run("a1", &scene.topology.backend, &labels);
+    scene.owned("docker:a1", 3);
+    scene.engine.break_one("image");
+    scene.engine.tell("start", "a1", "web");
+    let addresses = [scene.topology.peer.address(Family::V4)];
+    let other = json!({"1/tcp": [{"HostIp": "", "HostPort": "1"}]});
+    let engine = &scene.engine;
+    engine.run("b2", "second", &addresses, &other, &Value::Null);
+    scene.wait("the one behind it", |rows| rows.len() == 4);
     scene.daemon.stop().unwrap();
 }
 

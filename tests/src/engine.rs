@@ -96,8 +96,8 @@ impl Engine {
         self.state().leaving = Some(id.into());
     }
 
-    /// Has it answer with an error whenever it is asked for a container.
-    pub fn break_container(&self, id: &str) {
+    /// Has it answer with an error whenever it is asked for a container or an image.
+    pub fn break_one(&self, id: &str) {
         self.state().broken = Some(id.into());
     }
 
@@ -144,7 +144,7 @@ fn answer(mut stream: UnixStream, state: &Mutex<State>) -> Result<()> {
             return Ok(());
         }
         [_, "containers", "json"] => Some(state.containers.values().cloned().collect()),
-        [_, "containers", named, "json"] if state.broken.as_deref() == Some(named) => {
+        [_, "containers" | "images", named, "json"] if state.broken.as_deref() == Some(named) => {
             stream.write_all(b"HTTP/1.1 500 Internal Server Error\r\nContent-Length: 0\r\n\r\n")?;
             return Ok(());
         }

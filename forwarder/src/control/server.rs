@@ -20,7 +20,7 @@ use anyhow::Result;
 use axum::{
     Extension, Router,
     extract::{self, FromRef, Request, State},
-    http::{HeaderValue, StatusCode, header},
+    http::{HeaderMap, HeaderValue, StatusCode, header},
     middleware,
     response::{IntoResponse, Response},
     routing::{get, post, put},
@@ -56,7 +56,7 @@ use super::{
     stream::{Received, Stream},
 };
 use crate::{
-    metrics::{self, Measured},
+    metrics::{self, Form, Measured},
     publish::{Conflict, ContainerPort, Id, Owner, allow},
 };
 
@@ -504,17 +504,24 @@ pub(super) async fn stats(
     Ok(extract::Json(observed.stats()?))
 }
 
-#[utoipa::path(get, path = "/metrics", summary = "Metrics for Prometheus; docs/metrics.md has them all", responses((status = 200, body = String, content_type = "application/openmetrics-text")))]
+#[utoipa::path(get, path = "/metrics", summary = "Metrics for Prometheus; docs/metrics.md has them all", responses((status = 200, content((String = "application/openmetrics-text"), (String = "text/plain")))))]
 pub(super) async fn metrics(
     State(observed): State<Arc<dyn Observe>>,
     Query(Nothing {}): Query<Nothing>,
+    headers: HeaderMap,
 ) -> Result<Response, Problem> {
+    let accept = headers.get(header::ACCEPT);
+    let accept = accept.and_then(|accept| accept.to_str().ok());
+    let form = Form::accepted(accept.unwrap_or_default());
     // Two measurements at once would only take longer, and each holds a thread.
     static ONE: Semaphore = Semaphore::const_new(1);
     let _turn = ONE.acquire().await.map_err(anyhow::Error::from)?;
-    let text = tokio::task::spawn_blocking(move || observed.measure().map(metrics::text));
+    let text = tokio::task::spawn_blocking(move || {
+        let measured = observed.measure()?;
+        anyhow::Ok(metrics::text(measured, form))
+    });
     let text = text.await.map_err(anyhow::Error::from)??;
-    Ok(([(header::CONTENT_TYPE, metrics::CONTENT_TYPE)], text).into_response())
+    Ok(([(header::CONTENT_TYPE, form.kind())], text).into_response())
 }
 
 #[utoipa::path(get, path = "/v1/events", summary = "What changes, a line each, until either side closes", responses((status = 200, body = Followed, content_type = "application/x-ndjson")))]

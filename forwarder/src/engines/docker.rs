@@ -131,6 +131,11 @@ struct Watcher {
     refused: BTreeSet<String>,
 }
 
+/// Says of which container the engine has no answer.
+fn unknown(container: &str, error: &anyhow::Error) {
+    warn!("container {container}: {error}; it stays as it is until the engine tells of it again");
+}
+
 /// What the engine says of a container.
 enum Found {
     Running(Container),
@@ -191,9 +196,7 @@ impl Watcher {
             Ok(Some(container)) if container.runs() => Ok(Found::Running(container)),
             Ok(_) => Ok(Found::Gone),
             Err(error) if error.is::<NoAnswer>() => {
-                warn!(
-                    "container {named}: {error}; it stays as it is until the engine tells of it again"
-                );
+                unknown(named, &error);
                 Ok(Found::Unknown)
             }
             Err(error) => Err(error),
@@ -235,7 +238,10 @@ impl Watcher {
     async fn publish(&mut self, container: &Container) -> Result<()> {
         let name = container.name();
         let asked = match self.asked(container).await {
-            Err(error) if error.is::<NoAnswer>() => Err(format!("{error:#}")),
+            Err(error) if error.is::<NoAnswer>() => {
+                unknown(name, &error);
+                return Ok(());
+            }
             asked => asked?,
         };
         let wanted = asked.and_then(|asked| publishes(container, &asked));
