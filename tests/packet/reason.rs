@@ -308,7 +308,7 @@ fn scenario(reason: Reason, bench: &mut Bench) -> Option<Outcome> {
             proven(bench, 4000);
             let mut segment = tcp.with_flags(ACK);
             segment.payload = vec![0; 1400];
-            (0..100).for_each(|_| drop(bench.send(&segment, uplink)));
+            (0..200).for_each(|_| drop(bench.send(&segment, uplink)));
             bench.send(&segment, uplink)
         }
         Reason::NoFreePort => {
