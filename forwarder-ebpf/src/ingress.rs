@@ -420,7 +420,8 @@ fn begin(
     let flow = &mut draft.flow;
     let (ifindex, delivery) = publish::way_back(packet);
     let through_stack = is_stack(way(packet, &Published { publish, index }));
-    if through_stack && delivery != delivery::NEIGHBOUR {
+    // Of a client with the backend's address answers would come to this host itself.
+    if through_stack && (delivery != delivery::NEIGHBOUR || is_snat) {
         return Err(Reason::ContainerClient);
     }
     if through_stack && !publish::has_ethernet(packet.ifindex) {

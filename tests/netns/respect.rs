@@ -25,6 +25,7 @@ use crate::{
     bulk::there_and_back,
     filters::{DROPPED, somebodys_filter},
     scene::{BACKEND_PORT, PORT, Scene, Setting, on_the_fast_path, spec, wait_for_delivery_by},
+    worlds::move_behind,
 };
 
 /// The usual client.
@@ -191,6 +192,21 @@ fn containers_are_served_in_user_space() {
         assert_eq!(answer.seen.ip(), topology.backend.gateway(V4));
     }
     assert!(daemon.counted("container_client").unwrap() > 0);
+    scene.stop();
+}
+
+/// Its link is not known, as that of a virtual machine is not.
+#[test]
+fn a_machine_reaches_its_own_published_port() {
+    let topology = Topology::new().unwrap();
+    move_behind(&topology);
+    let scene = respecting(topology, Scene::tcp());
+    let backend = &scene.topology.backend;
+    for _ in 0..2 {
+        let answer = ask(&backend.netns, Tcp, scene.frontend(), "hello").unwrap();
+        assert_eq!(answer.seen.ip(), backend.gateway(V4));
+    }
+    scene.served("from outside");
     scene.stop();
 }
 

@@ -329,18 +329,23 @@ fn a_bridge_with_a_mac_of_its_own_is_served() {
     served(&topology, &WORD);
 }
 
-/// Where a firewall has a bridge for each machine, a veth pair connects that with the bridge that has the addresses.
+/// Moves the backend to a bridge of its own, as a firewall has one for each machine: a veth pair connects it with the bridge that has
+/// the addresses.
+pub(crate) fn move_behind(topology: &Topology) {
+    let veth = &topology.backend.veth;
+    let commands = format!(
+        "link add name behind type bridge\nlink set behind up\n\
+         link add way0 type veth peer name way1\nlink set way0 master br0 up\n\
+         link set way1 master behind up\nlink set {veth} master behind"
+    );
+    topology.host.ip(&commands).unwrap();
+}
+
 #[test]
 fn a_container_on_a_bridge_behind_another_is_served() {
     let topology = Topology::new().unwrap();
+    move_behind(&topology);
     let Topology { host, backend, .. } = &topology;
-    host.ip(&format!(
-        "link add name behind type bridge\nlink set behind up\n\
-         link add way0 type veth peer name way1\nlink set way0 master br0 up\n\
-         link set way1 master behind up\nlink set {} master behind",
-        backend.veth
-    ))
-    .unwrap();
     let _backends = backends(&backend.netns);
     let lan = FAMILIES.map(|family| topology.host_address(family));
     let daemon = publish(host, lan, |family| backend.address(family), Datapath::Ebpf);
