@@ -125,6 +125,7 @@ fn link(message: &LinkMessage) -> Option<(u32, Link)> {
             queueing: Queueing::default(),
             bridging,
             vlan_of: parent.filter(|_| is_vlan && namespace.is_none()),
+            other_end: parent.filter(|_| kind == Kind::Veth { peer: None }),
             hides_tags: false,
         },
     ))

@@ -1,12 +1,16 @@
 //! Decides, from a snapshot and without IO: how packets get to a backend, which devices the program is
 //! attached to, and how replies leave by each.
 
+mod behind;
 mod bypassed;
 pub mod locations;
 mod routes;
 mod unserved;
 
-use std::{collections::BTreeSet, net::IpAddr};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    net::IpAddr,
+};
 
 use forwarder_common::{
     flow::{Hop, delivery},
@@ -15,7 +19,10 @@ use forwarder_common::{
 };
 use ipnet::IpNet;
 
-use self::routes::{route_to, rule_by_ports, source};
+use self::{
+    behind::{bridges_behind, is_way_between},
+    routes::{route_to, rule_by_ports, source},
+};
 pub use self::{
     bypassed::{allows_xdp, bypassed_bridging},
     routes::{keeps_source, mtus, takes_an_answer},
@@ -26,8 +33,7 @@ use crate::{
     datapath::{maps::Installed, xdp::Mode},
     network::{Header, Kind, Link, Mac, Peer, Route, Snapshot, xfrm::covering_policy},
     plan::locations::{
-        bridges_behind, container_networks, is_host_route, is_link_local, is_local_bridge,
-        is_routed, way_to,
+        container_networks, is_host_route, is_link_local, is_local_bridge, is_routed, way_to,
     },
     publish::{Publish, Spec, spec::Protocol},
 };
@@ -262,7 +268,9 @@ fn by_its_neighbour(
         Kind::Bridge => *snapshot.forwarding.get(&(ifindex, mac))?,
         _ => ifindex,
     };
-    Some((port, mac))
+    // By which port of a bridge behind this one, is not known.
+    let leads_on = snapshot.links.get(&port)?.other_end.is_some();
+    (!leads_on).then_some((port, mac))
 }
 
 /// Whether the stack can carry packets of other machines to the backend, and its answers back.
@@ -310,10 +318,9 @@ pub fn attached(snapshot: &Snapshot) -> impl Iterator<Item = (u32, &Link)> {
             .controller
             .and_then(|controller| snapshot.links.get(&controller))
             .is_some_and(|controller| controller.kind == Kind::Bond);
-        let behind_bridge = link.controller.is_some_and(|it| behind.contains(&it));
         // A bridge's frames are seen at its ports, a bond's at the bond.
         let enters = link.kind != Kind::Bridge
-            && !(behind_bond || behind_bridge)
+            && !(behind_bond || is_way_between(snapshot, &behind, (index, link)))
             && link.header != Header::Other;
         enters.then_some((index, link))
     })
@@ -381,8 +388,9 @@ pub fn interfaces(snapshot: &Snapshot) -> impl Iterator<Item = (u32, Interface)>
         defaults.any(|route| route.ifindex == index && route.destination.is_ipv4())
     };
     let narrow = snapshot.routes.narrow();
+    let behind = bridges_behind(snapshot);
     snapshot.links.iter().map(move |(&index, link)| {
-        let bridge = bridge(snapshot, link);
+        let bridge = bridge(snapshot, &behind, link);
         let delivery = match way_to(link) {
             Some(delivery) if bridge.is_some() || is_routed(snapshot, index) => delivery,
             _ => delivery::NEIGHBOUR,
@@ -415,8 +423,14 @@ fn container(peer: Peer) -> u32 {
     u32::try_from(peer.namespace).map_or(0, |namespace| namespace + 1)
 }
 
+/// The bridge that a device is a port of, or where that is behind another, what has this host's addresses.
+fn bridge(snapshot: &Snapshot, behind: &BTreeMap<u32, u32>, link: &Link) -> Option<u32> {
+    let bridge = port_of(snapshot, link)?;
+    Some(behind.get(&bridge).copied().unwrap_or(bridge))
+}
+
 /// The bridge that a device is a port of.
-fn bridge(snapshot: &Snapshot, link: &Link) -> Option<u32> {
+fn port_of(snapshot: &Snapshot, link: &Link) -> Option<u32> {
     link.controller.filter(|controller| {
         let controller = snapshot.links.get(controller);
         controller.is_some_and(|link| link.kind == Kind::Bridge)
@@ -451,7 +465,7 @@ pub fn has_several_uplinks(snapshot: &Snapshot) -> bool {
         let mut routes = snapshot.routes.by(*ifindex, false);
         routes.any(|route| !is_link_local(route.destination))
     };
-    let uplinks = uplinks(snapshot);
+    let (uplinks, behind) = (uplinks(snapshot), bridges_behind(snapshot));
     let entered = entered(snapshot).filter(|(ifindex, _)| uplinks.contains(ifindex));
     // A VRF, and what is in one, has routes of its own.
     let links = snapshot.links.values();
@@ -459,7 +473,7 @@ pub fn has_several_uplinks(snapshot: &Snapshot) -> bool {
     let entered = entered.filter_map(|(ifindex, link)| match link.controller {
         None if link.kind != Kind::Bond && controllers.contains(&ifindex) => None,
         None => Some(ifindex),
-        Some(_) => bridge(snapshot, link),
+        Some(_) => bridge(snapshot, &behind, link),
     });
     let all: BTreeSet<u32> = uplinks
         .iter()

@@ -92,11 +92,9 @@ fn a_virtual_machine_behind_a_tap_is_delivered_to_by_device() {
     scene.stop();
 }
 
-/// A container with a bridge between its link and a machine of its own, as some runtimes have for virtual machines: the
-/// machine's MAC is none of the link's.
-#[test]
-fn a_machine_bridged_to_a_containers_link_is_served() {
-    let topology = Topology::new().unwrap();
+/// Puts a bridge between the link of the container `peer` and a machine of its own, as some runtimes have for virtual machines: the
+/// machine's MAC is none of the link's. It has the container's address.
+pub(crate) fn bridged(topology: &Topology) -> Netns {
     let (container, machine) = (&topology.peer, Netns::new("machine").unwrap());
     let address = container.address(Family::V4);
     let inside = format!(
@@ -112,6 +110,13 @@ fn a_machine_bridged_to_a_containers_link_is_served() {
             "addr add {address}/24 dev eth0\nlink set eth0 up\nroute add default via {gateway}"
         ))
         .unwrap();
+    machine
+}
+
+#[test]
+fn a_machine_bridged_to_a_containers_link_is_served() {
+    let topology = Topology::new().unwrap();
+    let machine = bridged(&topology);
     let _backend = Backend::start(&machine, Protocol::Udp, BACKEND_PORT).unwrap();
     let scene = Scene::udp().container(|it| &it.peer).silent();
     let scene = scene.start_in(topology);

@@ -24,8 +24,8 @@ use forwarder_tests::{
 use crate::{
     bulk::there_and_back,
     filters::{DROPPED, somebodys_filter},
+    machine::bridged,
     scene::{BACKEND_PORT, PORT, Scene, Setting, on_the_fast_path, spec, wait_for_delivery_by},
-    worlds::move_behind,
 };
 
 /// The usual client.
@@ -199,12 +199,13 @@ fn containers_are_served_in_user_space() {
 #[test]
 fn a_machine_reaches_its_own_published_port() {
     let topology = Topology::new().unwrap();
-    move_behind(&topology);
-    let scene = respecting(topology, Scene::tcp());
-    let backend = &scene.topology.backend;
+    let machine = bridged(&topology);
+    let _backend = Backend::start(&machine, Tcp, BACKEND_PORT).unwrap();
+    let scene = Scene::tcp().container(|it| &it.peer).silent();
+    let scene = respecting(topology, scene);
     for _ in 0..2 {
-        let answer = ask(&backend.netns, Tcp, scene.frontend(), "hello").unwrap();
-        assert_eq!(answer.seen.ip(), backend.gateway(V4));
+        let answer = ask(&machine, Tcp, scene.frontend(), "hello").unwrap();
+        assert_eq!(answer.seen.ip(), scene.topology.peer.gateway(V4));
     }
     scene.served("from outside");
     scene.stop();

@@ -10,7 +10,6 @@ use forwarder::datapath::kernel::kernel;
 use forwarder_tests::{
     daemon::{Daemon, Datapath},
     deadline::wait_for,
-    document::Delivery,
     netns::Netns,
     topology::{
         Family::{self, V4, V6},
@@ -21,8 +20,7 @@ use forwarder_tests::{
 };
 
 use crate::scene::{
-    BACKEND_PORT, PORT, Scene, backends, packets, suffix, wait_for_delivery, wait_for_delivery_by,
-    wait_for_peer,
+    BACKEND_PORT, PORT, Scene, backends, packets, suffix, wait_for_delivery, wait_for_peer,
 };
 
 pub(crate) const PROTOCOLS: [Protocol; 2] = [Protocol::Tcp, Protocol::Udp];
@@ -331,7 +329,7 @@ fn a_bridge_with_a_mac_of_its_own_is_served() {
 
 /// Moves the backend to a bridge of its own, as a firewall has one for each machine: a veth pair connects it with the bridge that has
 /// the addresses.
-pub(crate) fn move_behind(topology: &Topology) {
+fn move_behind(topology: &Topology) {
     let veth = &topology.backend.veth;
     let commands = format!(
         "link add name behind type bridge\nlink set behind up\n\
@@ -361,8 +359,21 @@ fn a_container_on_a_bridge_behind_another_is_served() {
             }
         }
     }
-    wait_for_delivery_by(&daemon, Delivery::Device);
-    carried(&daemon, host, Protocol::Tcp, lan[0], &WORD, lan[0]);
+    wait_for_peer(&daemon);
+    // Each bridge answers ARP for the gateway.
+    let mac = "02:00:00:00:be:01";
+    host.ip(&format!("link set behind address {mac}")).unwrap();
+    let neighbour = format!(
+        "neigh replace {} dev eth0 lladdr {mac}",
+        backend.gateway(V4)
+    );
+    backend.netns.ip(&neighbour).unwrap();
+    for (from, seen) in [
+        (host, lan[0]),
+        (&topology.client, topology.client_address(V4)),
+    ] {
+        carried(&daemon, from, Protocol::Tcp, lan[0], &WORD, seen);
+    }
     daemon.stop().unwrap();
 }
 

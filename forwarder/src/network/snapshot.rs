@@ -66,6 +66,8 @@ pub struct Link {
     pub bridging: Bridging,
     /// The device that it is a VLAN of.
     pub vlan_of: Option<u32>,
+    /// The other end of a veth pair that has both ends here.
+    pub other_end: Option<u32>,
     /// It carries VLANs and takes their tags off, so that XDP sees tagged frames as untagged (rx-vlan-offload).
     pub hides_tags: bool,
 }

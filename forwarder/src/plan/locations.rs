@@ -9,6 +9,7 @@ use std::{
 use forwarder_common::{flow::delivery, limits, publish::Location};
 use ipnet::{IpNet, Ipv4Net};
 
+use super::behind::bridges_behind;
 use crate::network::{Kind, Link, Local, Peer, Route, Snapshot};
 
 /// The container network that each device leads to, as [`forwarder_common::publish::Interface::network`] has it; those of uplinks are missing. LAN
@@ -19,8 +20,12 @@ pub fn container_networks(snapshot: &Snapshot) -> BTreeMap<u32, u32> {
     let bridges: BTreeMap<u32, bool> = bridges
         .map(|(&bridge, _)| (bridge, is_local_bridge(snapshot, bridge)))
         .collect();
+    let behind = bridges_behind(snapshot);
+    let ahead = |bridge: u32| behind.get(&bridge).copied().unwrap_or(bridge);
     let network = |(&ifindex, link): (&u32, &Link)| {
-        let bridge = [Some(ifindex), link.controller].into_iter().flatten();
+        let bridge = [Some(ifindex), link.controller.map(ahead)]
+            .into_iter()
+            .flatten();
         let bridge = bridge.into_iter().find(|it| bridges.contains_key(it));
         let device = match bridge {
             Some(bridge) if bridges[&bridge] => bridge,
@@ -35,7 +40,7 @@ pub fn container_networks(snapshot: &Snapshot) -> BTreeMap<u32, u32> {
 }
 
 /// Whether a route says what is behind its device. Link-local addresses are everywhere.
-fn tells_networks(route: &Route) -> bool {
+pub(crate) fn tells_networks(route: &Route) -> bool {
     !route.local && route.prefix > 0 && !is_link_local(route.destination)
 }
 
@@ -248,26 +253,13 @@ pub(crate) fn is_host_route(route: &Route) -> bool {
 }
 
 pub(crate) fn is_local_bridge(snapshot: &Snapshot, bridge: u32) -> bool {
+    let behind = bridges_behind(snapshot);
     // Where this host is a container itself, its uplink is a veth too. A container may be the gateway of some network.
     let mut ports = snapshot
         .links
         .values()
-        .filter(|link| link.controller == Some(bridge));
+        .filter(|link| super::bridge(snapshot, &behind, link) == Some(bridge));
     !leads_out(snapshot, bridge) && ports.all(|port| way_to(port).is_some())
-}
-
-/// The bridges that this host is on by a veth pair alone, whose other end is a port of another bridge or has the addresses, as where
-/// each machine has a bridge for its firewall's sake. Whatever is for this host comes again by that end.
-pub(crate) fn bridges_behind(snapshot: &Snapshot) -> BTreeSet<u32> {
-    let is_way_on = |link: &&Link| link.kind == Kind::Veth { peer: None };
-    let ports = snapshot.links.values().filter(is_way_on);
-    let mut bridges: BTreeSet<u32> = ports.filter_map(|it| super::bridge(snapshot, it)).collect();
-    bridges.retain(|bridge| {
-        let mut addresses = snapshot.addresses.iter();
-        let has_address = addresses.any(|it| it.ifindex == *bridge && !is_link_local(it.address));
-        !has_address && !snapshot.routes.by(*bridge, false).any(tells_networks)
-    });
-    bridges
 }
 
 pub(crate) fn is_link_local(address: IpAddr) -> bool {
@@ -307,6 +299,7 @@ pub(crate) mod tests {
             queueing: Queueing::default(),
             bridging: Bridging::default(),
             vlan_of: None,
+            other_end: None,
             hides_tags: false,
         }
     }
@@ -611,27 +604,31 @@ pub(crate) mod tests {
     }
 
     #[test]
-    fn ports_of_a_bridge_behind_another_are_left_to_the_way_between_them() {
+    fn ports_of_a_bridge_behind_another_are_those_of_the_other() {
         let mut snapshot = host();
         let there = Kind::Veth { peer: None };
         let container = snapshot.links[&4].kind;
-        for (ifindex, name, kind, controller) in [
-            (6, "br1", Kind::Bridge, None),
-            (7, "veth1", container, Some(6)),
-            (8, "way1", there, Some(6)),
-            (9, "way0", there, Some(3)),
+        for (ifindex, name, kind, controller, other_end) in [
+            (6, "br1", Kind::Bridge, None, None),
+            (7, "veth1", container, Some(6), None),
+            (8, "way1", there, Some(6), Some(9)),
+            (9, "way0", there, Some(3), Some(8)),
         ] {
             let link = link(name, kind, controller);
-            snapshot.links.insert(ifindex, link);
+            snapshot.links.insert(ifindex, Link { other_end, ..link });
         }
-        let attached = |snapshot: &Snapshot| -> Vec<u32> {
+        let seen = |snapshot: &Snapshot| {
             let attached = crate::plan::attached(snapshot);
-            attached.map(|(ifindex, _)| ifindex).collect()
+            let attached = attached.map(|(ifindex, _)| ifindex).collect::<Vec<_>>();
+            let (_, port) = interfaces(snapshot)
+                .find(|(it, _)| *it == 7)
+                .expect("a device");
+            (attached, port.layer3, port.network)
         };
-        assert_eq!(attached(&snapshot), [1, 2, 4, 5, 9]);
+        assert_eq!(seen(&snapshot), (vec![1, 2, 4, 5, 7], 3, 3));
         // This host is on the other bridge, too.
         snapshot.routes.insert(route("172.31.1.0", 24, 6, false));
-        assert_eq!(attached(&snapshot), [1, 2, 4, 5, 7, 8, 9]);
+        assert_eq!(seen(&snapshot), (vec![1, 2, 4, 5, 7, 8, 9], 6, 6));
     }
 
     #[test]
