@@ -164,14 +164,17 @@ pub fn changes() -> impl Stream<Item = ()> + Unpin {
         socket.socket_mut().add_membership(XFRMNLGRP_POLICY)?;
         Ok(socket)
     });
-    Box::pin(futures_util::stream::unfold(socket.ok(), |socket| async {
-        let socket = socket?;
-        match socket.recv_from_full().await {
-            Ok(_) => {}
-            // Some were lost: there were changes.
-            Err(error) if error.raw_os_error() == Some(libc::ENOBUFS) => {}
-            Err(_) => return None,
-        }
+    follow(socket.ok())
+}
+
+/// It does not end: whoever polls it would do so again, and may not.
+fn follow(socket: Option<TokioSocket>) -> impl Stream<Item = ()> + Unpin {
+    Box::pin(futures_util::stream::unfold(socket, |socket| async {
+        let Some(socket) = socket else {
+            return std::future::pending().await;
+        };
+        // With an error, some were lost: there were changes.
+        let _ = socket.recv_from_full().await;
         Some(((), Some(socket)))
     }))
 }
@@ -299,6 +302,16 @@ mod tests {
         network::Route,
         plan::locations::tests::{host, route},
     };
+
+    #[tokio::test]
+    async fn where_the_kernel_has_no_policies_one_may_ask_again_and_again() {
+        let mut changes = follow(None);
+        for _ in 0..2 {
+            let next = futures_util::StreamExt::next(&mut changes);
+            let heard = tokio::time::timeout(std::time::Duration::from_millis(10), next).await;
+            assert!(heard.is_err(), "{heard:?}");
+        }
+    }
 
     /// As the kernel writes one.
     fn info(source: &str, destination: &str, direction: u8, action: u8) -> Vec<u8> {
