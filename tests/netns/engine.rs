@@ -249,6 +249,35 @@ fn a_container_that_the_engine_cannot_speak_of_keeps_no_other_from_being_followe
 }
 
 #[test]
+fn a_container_that_waits_for_a_port_still_does_after_the_engine_could_not_speak_of_it() {
+    let scene = Scene::new(&[]);
+    let addresses = [scene.topology.peer.address(Family::V4)];
+    let at = |port: &str| json!({"1/tcp": [{"HostIp": "", "HostPort": port}]});
+    let engine = &scene.engine;
+    let run = |id: &str, port: &str| engine.run(id, id, &addresses, &at(port), &Value::Null);
+    let end = |id: &str| {
+        engine.remove(id);
+        engine.tell("die", id, id);
+    };
+    let published = |id: &str| {
+        let owner = format!("docker:{id}");
+        scene.wait(&owner, |rows| rows.iter().any(|row| row.owner == owner));
+    };
+    run("a1", "1");
+    run("b2", "1");
+    run("c3", "3");
+    published("c3");
+    engine.break_one("b2");
+    end("a1");
+    run("d4", "4");
+    published("d4");
+    engine.break_one("nobody");
+    end("c3");
+    published("b2");
+    scene.daemon.stop().unwrap();
+}
+
+#[test]
 fn a_container_whose_image_the_engine_cannot_speak_of_stays_as_it_is() {
     let scene = Scene::new(&["--docker-labels"]);
     let (_held, _listener) = scene.held();

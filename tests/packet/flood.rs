@@ -265,9 +265,8 @@ fn the_ports_of_closed_connections_are_used_again() {
     });
 }
 
-/// Nobody expires flows while the daemon is away.
-#[test]
-fn the_ports_of_silent_datagrams_are_used_again_without_the_daemon() {
+/// With a backend on another machine, eleven source ports towards it, and a second for datagrams that have no answer.
+fn bench_with_eleven_ports(test: impl FnOnce(&mut Bench) + Send) {
     let mut timeouts = Timeouts::default();
     timeouts.set(Phase::Udp, 1);
     let options = Options {
@@ -277,6 +276,14 @@ fn the_ports_of_silent_datagrams_are_used_again_without_the_daemon() {
     };
     bench_with(options, |bench| {
         publish_remote(bench, Protocol::Udp);
+        test(bench);
+    });
+}
+
+/// Nobody expires flows while the daemon is away.
+#[test]
+fn the_ports_of_silent_datagrams_are_used_again_without_the_daemon() {
+    bench_with_eleven_ports(|bench| {
         for round in 0..2 {
             for port in 2000..2011 {
                 let sent = first(Protocol::Udp, client(port + 11 * round));
@@ -292,15 +299,7 @@ fn the_ports_of_silent_datagrams_are_used_again_without_the_daemon() {
 /// As many as nf_conntrack serves, which keeps one question and its answer for no longer.
 #[test]
 fn the_ports_of_clients_that_had_one_answer_are_used_again_sooner() {
-    let mut timeouts = Timeouts::default();
-    timeouts.set(Phase::Udp, 1);
-    let options = Options {
-        snat: (61_000, 11),
-        timeouts,
-        ..options()
-    };
-    bench_with(options, |bench| {
-        publish_remote(bench, Protocol::Udp);
+    bench_with_eleven_ports(|bench| {
         let goes_on = proven(bench, &first(Protocol::Udp, client(2000)), bench.uplink);
         for port in 2001..2011 {
             answered(bench, &first(Protocol::Udp, client(port)), bench.uplink);

@@ -212,9 +212,11 @@ impl Watcher {
             }
             Found::Gone => {
                 self.forget(&id).await?;
-                for other in std::mem::take(&mut self.refused) {
-                    if let Found::Running(container) = self.inspect(&other).await? {
-                        self.publish(&container).await?;
+                for other in self.refused.clone() {
+                    match self.inspect(&other).await? {
+                        Found::Running(container) => self.publish(&container).await?,
+                        Found::Gone => drop(self.refused.remove(&other)),
+                        Found::Unknown => {} // to be tried again
                     }
                 }
             }

@@ -17,7 +17,8 @@ pub(crate) fn bridges_behind(snapshot: &Snapshot) -> BTreeMap<u32, u32> {
             || snapshot.routes.by(device, false).any(tells_networks)
     };
     let ways = snapshot.links.values().filter_map(|port| {
-        let (bridge, other) = (port_of(snapshot, port)?, port.other_end?);
+        let other = port.other_end?; // few devices have one
+        let bridge = port_of(snapshot, port)?;
         let beyond = port_of(snapshot, snapshot.links.get(&other)?);
         Some((bridge, beyond.unwrap_or(other)))
     });

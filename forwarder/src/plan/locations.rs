@@ -254,11 +254,12 @@ pub(crate) fn is_host_route(route: &Route) -> bool {
 
 pub(crate) fn is_local_bridge(snapshot: &Snapshot, bridge: u32) -> bool {
     let behind = bridges_behind(snapshot);
+    let ahead = |bridge: u32| behind.get(&bridge).copied().unwrap_or(bridge);
     // Where this host is a container itself, its uplink is a veth too. A container may be the gateway of some network.
     let mut ports = snapshot
         .links
         .values()
-        .filter(|link| super::bridge(snapshot, &behind, link) == Some(bridge));
+        .filter(|link| link.controller.map(ahead) == Some(bridge));
     !leads_out(snapshot, bridge) && ports.all(|port| way_to(port).is_some())
 }
 
