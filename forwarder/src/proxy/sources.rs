@@ -18,15 +18,19 @@ use std::{
     time::{Duration, Instant},
 };
 
-use nix::ifaddrs::getifaddrs;
+use nix::{
+    ifaddrs::getifaddrs,
+    time::{ClockId, clock_gettime},
+};
 use socket2::{Protocol, Socket, Type};
 
 use super::control;
 use crate::network::local::source_towards;
 
-/// To find a port among many takes microseconds.
+/// To find a port among many takes microseconds of the processor. (By the clock, a connection also takes what other threads do
+/// before this one has its turn again.)
 const LONG: Duration = Duration::from_micros(500);
-/// For so long the kernel is not asked again.
+/// For so long the kernel's search is not measured again.
 const PAUSE: Duration = Duration::from_secs(1);
 /// Ports of each address that are tried. Of ten that are in use, nine are found so in four of five cases.
 const TRIES: usize = 16;
@@ -36,16 +40,23 @@ const LOOPBACK: u8 = 16;
 /// For the connections of one publish.
 #[derive(Debug, Default)]
 pub(super) struct Sources {
-    own: Mutex<Option<Arc<Choice>>>,
+    verdict: Mutex<Option<Verdict>>,
     random: RandomState,
     count: AtomicU64,
+}
+
+/// Who chooses.
+#[derive(Clone, Debug)]
+struct Verdict {
+    until: Instant,
+    backend: IpAddr,
+    /// What there is to choose from here; nothing if the kernel chooses.
+    choice: Option<Arc<Choice>>,
 }
 
 /// What there is to choose from.
 #[derive(Debug)]
 struct Choice {
-    until: Instant,
-    backend: IpAddr,
     /// The kernel's choice is the first.
     sources: Vec<SocketAddr>,
     ports: RangeInclusive<u16>,
@@ -62,32 +73,38 @@ impl Sources {
         backend: SocketAddr,
         make: impl Fn() -> io::Result<Socket>,
     ) -> io::Result<Socket> {
-        let own = self.own().clone();
-        let own = own.filter(|it| Instant::now() < it.until && it.backend == backend.ip());
-        if let Some(choice) = &own
+        let verdict = self.verdict().clone();
+        let verdict = verdict.filter(|it| Instant::now() < it.until && it.backend == backend.ip());
+        let chosen = verdict.as_ref().and_then(|it| it.choice.as_ref());
+        if let Some(choice) = chosen
             && let Some(socket) = self.choose(choice, backend, &make)?
         {
             return Ok(socket);
         }
         let socket = make()?;
-        let begun = Instant::now();
-        let connected = connect(&socket, backend);
+        let (connected, is_long) = match verdict {
+            Some(_) => (connect(&socket, backend), false),
+            None => measured(|| connect(&socket, backend)),
+        };
         let is_used_up = matches!(&connected, Err(error) if is_used_up(error));
-        if !is_used_up && (own.is_some() || begun.elapsed() < LONG) {
-            return connected.map(|()| socket);
+        let choice = (is_long || is_used_up).then(|| Arc::new(Choice::of(backend)));
+        if verdict.is_none() || choice.is_some() {
+            *self.verdict() = Some(Verdict {
+                until: Instant::now() + PAUSE,
+                backend: backend.ip(),
+                choice: choice.clone(),
+            });
         }
-        let choice = Arc::new(Choice::of(backend));
-        *self.own() = Some(choice.clone());
-        match connected {
-            Err(error) if is_used_up && own.is_none() => {
+        match (connected, choice) {
+            (Err(error), Some(choice)) if is_used_up && chosen.is_none() => {
                 self.choose(&choice, backend, &make)?.ok_or(error)
             }
-            connected => connected.map(|()| socket),
+            (connected, _) => connected.map(|()| socket),
         }
     }
 
-    fn own(&self) -> MutexGuard<'_, Option<Arc<Choice>>> {
-        self.own.lock().unwrap_or_else(PoisonError::into_inner)
+    fn verdict(&self) -> MutexGuard<'_, Option<Verdict>> {
+        self.verdict.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Connects from an address and a port that are free towards the backend, if one is found.
@@ -115,6 +132,14 @@ impl Sources {
         }
         Ok(None)
     }
+}
+
+/// Whether it took long of the processor.
+fn measured<T>(work: impl FnOnce() -> T) -> (T, bool) {
+    let now = || clock_gettime(ClockId::CLOCK_THREAD_CPUTIME_ID).map(Duration::from);
+    let (begun, done, ended) = (now(), work(), now());
+    let is_long = matches!((begun, ended), (Ok(begun), Ok(ended)) if ended >= begun + LONG);
+    (done, is_long)
 }
 
 /// Connects from an address and a port.
@@ -184,8 +209,6 @@ impl Choice {
             _ => 32_768..=60_999, // as Linux has it
         };
         Self {
-            until: Instant::now() + PAUSE,
-            backend: backend.ip(),
             sources: sources.map(|address| SocketAddr::new(address, 0)).collect(),
             ports,
             reserved: ranges(&setting("ip_local_reserved_ports")),
@@ -234,6 +257,15 @@ fn ranges(list: &str) -> Vec<RangeInclusive<u16>> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_others_do_meanwhile_makes_no_search_long() {
+        let (_, is_long) = measured(|| std::thread::sleep(20 * LONG));
+        assert!(!is_long);
+        let begun = Instant::now();
+        let (_, is_long) = measured(|| while begun.elapsed() < 100 * LONG {});
+        assert!(is_long);
+    }
 
     #[test]
     fn reserved_ports_are_read_as_the_kernel_lists_them() {
