@@ -6,6 +6,7 @@ use std::{
     io::{Read as _, Write as _},
     net::{Ipv4Addr, SocketAddr, TcpStream, UdpSocket},
     ops::Range,
+    thread,
     time::Instant,
 };
 
@@ -390,6 +391,33 @@ fn further_addresses_of_the_host_have_further_ports_for_tcp_over_ipv6() {
 #[test]
 fn further_addresses_of_the_host_have_further_ports_for_udp() {
     further_addresses(Protocol::Udp, Family::V4);
+}
+
+#[test]
+fn the_kernel_chooses_source_ports_while_it_has_enough() {
+    let scene = scene::Scene::tcp().by(Datapath::Userland).start();
+    // So many at once that a thread waits for its turn when it has connected.
+    let seen: Vec<u16> = thread::scope(|scope| {
+        let clients = (0..16).map(|_| {
+            scope.spawn(|| {
+                let ports = (0..50).map(|_| {
+                    let mut connection = scene.connect();
+                    let asked = connection.ask("hello");
+                    asked.map(|answer| answer.seen.port())
+                });
+                ports.collect::<anyhow::Result<Vec<_>>>()
+            })
+        });
+        let clients: Vec<_> = clients.collect();
+        let ports = clients.into_iter().map(|it| it.join().unwrap());
+        let ports: anyhow::Result<Vec<_>> = ports.collect();
+        let ports = ports.unwrap_or_else(|error| panic!("{error:#}\n{}", scene.daemon.said()));
+        ports.concat()
+    });
+    // Those that are bound by others are odd.
+    let odd = seen.iter().filter(|port| *port % 2 == 1);
+    assert_eq!(odd.count(), 0, "of {}", seen.len());
+    scene.stop();
 }
 
 #[test]

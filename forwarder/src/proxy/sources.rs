@@ -18,19 +18,13 @@ use std::{
     time::{Duration, Instant},
 };
 
-use nix::{
-    ifaddrs::getifaddrs,
-    time::{ClockId, clock_gettime},
-};
+use nix::ifaddrs::getifaddrs;
 use socket2::{Protocol, Socket, Type};
 
 use super::control;
 use crate::network::local::source_towards;
 
-/// To find a port among many takes microseconds of the processor. (By the clock, a connection also takes what other threads do
-/// before this one has its turn again.)
-const LONG: Duration = Duration::from_micros(500);
-/// For so long the kernel's search is not measured again.
+/// For so long it is not looked at again whether the kernel still finds ports easily.
 const PAUSE: Duration = Duration::from_secs(1);
 /// Ports of each address that are tried. Of ten that are in use, nine are found so in four of five cases.
 const TRIES: usize = 16;
@@ -82,12 +76,10 @@ impl Sources {
             return Ok(socket);
         }
         let socket = make()?;
-        let (connected, is_long) = match verdict {
-            Some(_) => (connect(&socket, backend), false),
-            None => measured(|| connect(&socket, backend)),
-        };
+        let connected = connect(&socket, backend);
         let is_used_up = matches!(&connected, Err(error) if is_used_up(error));
-        let choice = (is_long || is_used_up).then(|| Arc::new(Choice::of(backend)));
+        let are_few = is_used_up || verdict.is_none() && was_long_sought(&socket);
+        let choice = are_few.then(|| Arc::new(Choice::of(backend)));
         if verdict.is_none() || choice.is_some() {
             *self.verdict() = Some(Verdict {
                 until: Instant::now() + PAUSE,
@@ -134,12 +126,13 @@ impl Sources {
     }
 }
 
-/// Whether it took long of the processor.
-fn measured<T>(work: impl FnOnce() -> T) -> (T, bool) {
-    let now = || clock_gettime(ClockId::CLOCK_THREAD_CPUTIME_ID).map(Duration::from);
-    let (begun, done, ended) = (now(), work(), now());
-    let is_long = matches!((begun, ended), (Ok(begun), Ok(ended)) if ended >= begun + LONG);
-    (done, is_long)
+/// Whether the kernel's choice for a TCP connection went through half of all ports: it takes those with the parity of the range's
+/// first one, and others only after it has tried each of these (`__inet_hash_connect`, net/ipv4/inet_hashtables.c, since
+/// Linux 4.2). The time that it takes says less: other threads may have their turn, and packets be received, before it returns.
+fn was_long_sought(socket: &Socket) -> bool {
+    let is_tcp = socket.protocol().is_ok_and(|it| it == Some(Protocol::TCP));
+    let own = || socket.local_addr().ok()?.as_socket();
+    is_tcp && own().is_some_and(|own| own.port() % 2 != ports().start() % 2)
 }
 
 /// Connects from an address and a port.
@@ -198,21 +191,25 @@ impl Choice {
         let first = source_towards(backend.ip()).unwrap_or(None);
         let others = first.map_or_else(Vec::new, others);
         let sources = first.into_iter().chain(others);
-        let setting = |name: &str| {
-            let path = format!("/proc/sys/net/ipv4/{name}");
-            fs::read_to_string(path).unwrap_or_default()
-        };
-        let range = setting("ip_local_port_range");
-        let mut bounds = range.split_whitespace().map(str::parse);
-        let ports = match (bounds.next(), bounds.next()) {
-            (Some(Ok(low)), Some(Ok(high))) if low <= high => low..=high,
-            _ => 32_768..=60_999, // as Linux has it
-        };
         Self {
             sources: sources.map(|address| SocketAddr::new(address, 0)).collect(),
-            ports,
+            ports: ports(),
             reserved: ranges(&setting("ip_local_reserved_ports")),
         }
+    }
+}
+
+fn setting(name: &str) -> String {
+    fs::read_to_string(format!("/proc/sys/net/ipv4/{name}")).unwrap_or_default()
+}
+
+/// What the kernel chooses from.
+fn ports() -> RangeInclusive<u16> {
+    let range = setting("ip_local_port_range");
+    let mut bounds = range.split_whitespace().map(str::parse);
+    match (bounds.next(), bounds.next()) {
+        (Some(Ok(low)), Some(Ok(high))) if low <= high => low..=high,
+        _ => 32_768..=60_999, // as Linux has it
     }
 }
 
@@ -257,15 +254,6 @@ fn ranges(list: &str) -> Vec<RangeInclusive<u16>> {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn what_others_do_meanwhile_makes_no_search_long() {
-        let (_, is_long) = measured(|| std::thread::sleep(20 * LONG));
-        assert!(!is_long);
-        let begun = Instant::now();
-        let (_, is_long) = measured(|| while begun.elapsed() < 100 * LONG {});
-        assert!(is_long);
-    }
 
     #[test]
     fn reserved_ports_are_read_as_the_kernel_lists_them() {
