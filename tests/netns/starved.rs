@@ -414,7 +414,7 @@ fn the_kernel_chooses_source_ports_while_it_has_enough() {
         let ports = ports.unwrap_or_else(|error| panic!("{error:#}\n{}", scene.daemon.said()));
         ports.concat()
     });
-    // Those that are bound by others are odd.
+    // Of Linux's range the kernel takes odd ones last, and the proxy any.
     let odd = seen.iter().filter(|port| *port % 2 == 1);
     assert_eq!(odd.count(), 0, "of {}", seen.len());
     scene.stop();

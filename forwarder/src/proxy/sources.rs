@@ -78,7 +78,8 @@ impl Sources {
         let socket = make()?;
         let connected = connect(&socket, backend);
         let is_used_up = matches!(&connected, Err(error) if is_used_up(error));
-        let are_few = is_used_up || verdict.is_none() && was_long_sought(&socket);
+        let are_few =
+            is_used_up || connected.is_ok() && verdict.is_none() && was_long_sought(&socket);
         let choice = are_few.then(|| Arc::new(Choice::of(backend)));
         if verdict.is_none() || choice.is_some() {
             *self.verdict() = Some(Verdict {
@@ -115,7 +116,8 @@ impl Sources {
                     continue;
                 }
                 source.set_port(port);
-                match from(make()?, source, backend) {
+                let may_be_bound = !is_taken_first(port, &choice.ports);
+                match from(make()?, source, backend, may_be_bound) {
                     Ok(socket) => return Ok(Some(socket)),
                     Err(error) if is_used_up(&error) => {}
                     Err(error) => return Err(error),
@@ -126,22 +128,32 @@ impl Sources {
     }
 }
 
-/// Whether the kernel's choice for a TCP connection went through half of all ports: it takes those with the parity of the range's
-/// first one, and others only after it has tried each of these (`__inet_hash_connect`, net/ipv4/inet_hashtables.c, since
-/// Linux 4.2). The time that it takes says less: other threads may have their turn, and packets be received, before it returns.
+/// Whether the kernel went through half of all ports for a TCP connection. The time that it takes says less: other threads may
+/// have their turn, and packets be received, before it returns.
 fn was_long_sought(socket: &Socket) -> bool {
     let is_tcp = socket.protocol().is_ok_and(|it| it == Some(Protocol::TCP));
     let own = || socket.local_addr().ok()?.as_socket();
-    is_tcp && own().is_some_and(|own| own.port() % 2 != ports().start() % 2)
+    is_tcp && own().is_some_and(|own| !is_taken_first(own.port(), &ports()))
+}
+
+/// Whether it is of the half that the kernel tries first, and each of them before any other: the ports with the parity of the
+/// range's first one (`__inet_hash_connect`, net/ipv4/inet_hashtables.c, since Linux 4.2).
+const fn is_taken_first(port: u16, ports: &RangeInclusive<u16>) -> bool {
+    port % 2 == *ports.start() % 2
 }
 
 /// Connects from an address and a port.
-fn from(socket: Socket, source: SocketAddr, backend: SocketAddr) -> io::Result<Socket> {
+fn from(
+    socket: Socket,
+    source: SocketAddr,
+    backend: SocketAddr,
+    may_be_bound: bool,
+) -> io::Result<Socket> {
     // A port that is bound is kept from all other connections of this host, wherever they lead. So the kernel is to choose among
-    // this one alone. One in TIME_WAIT it finds taken: that has to be bound, but for even ones, which are the others'.
+    // this one alone. One in TIME_WAIT it finds taken: that has to be bound, but for those that others are given first.
     if socket.r#type()? == Type::STREAM && is_alone(&socket, source).is_ok() {
         match connect(&socket, backend) {
-            Err(error) if is_used_up(&error) && source.port() % 2 == 1 => {}
+            Err(error) if is_used_up(&error) && may_be_bound => {}
             connected => return connected.map(|()| socket),
         }
     }
