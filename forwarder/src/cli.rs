@@ -124,7 +124,11 @@ pub enum Command {
     /// Show packet counters, by reason.
     Stats(Format),
     /// Show publishes and their rates, live; b, p, f and i sort, q ends.
-    Top,
+    Top {
+        /// One JSON document of one second, and no more.
+        #[arg(long)]
+        json: bool,
+    },
     /// Show what this machine can do, and what would change it.
     Doctor(Format),
     /// Show what happens to each packet, live.
@@ -135,6 +139,9 @@ pub enum Command {
         /// Only packets from or to this network.
         #[arg(long, value_name = "CIDR", value_parser = source)]
         client: Option<IpNet>,
+        /// A JSON document on each line, as the API has them, instead of words.
+        #[arg(long)]
+        json: bool,
     },
     /// Validate a configuration file, and those in `conf.d` beside it.
     Check { file: PathBuf },

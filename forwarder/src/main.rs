@@ -237,22 +237,30 @@ fn run(command: Command, instance: Instance, client: &Client) -> Result<()> {
         Command::Stats(format) => show(client, "/v1/stats", format, |rows: &Vec<_>| {
             tables::stats(rows)
         }),
-        Command::Top => top::run(client),
+        Command::Top { json } => top::run(client, json),
         Command::Doctor(format) => {
             let running: Option<Running> = get(client, "/v1/instance").ok();
             let respects_firewall = running.is_some_and(|it| it.respects_firewall);
             let findings = doctor::examine(respects_firewall);
             emit(&findings, format, || doctor::text(&findings))
         }
-        Command::Trace { id, client: from } => {
+        Command::Trace {
+            id,
+            client: from,
+            json,
+        } => {
             // Of a number that is no publish's nothing would ever be seen.
             if let Some(id) = id {
                 get::<Listed>(client, &format!("/v1/publishes/{id}"))?;
             }
             let none: Option<&()> = None;
-            client.follow(&Method::GET, "/v1/trace", none, Vec::new(), |packet| {
-                let line = tables::trace(&packet, id, from);
-                line.map_or(Ok(()), |line| print(&line))?;
+            client.follow(&Method::GET, "/v1/trace", none, Vec::new(), |traced| {
+                if tables::is_asked_for(&traced, id, from) {
+                    print(&match json {
+                        true => serde_json::to_string(&traced)?,
+                        false => tables::trace(&traced),
+                    })?;
+                }
                 Ok(true)
             })
         }

@@ -152,3 +152,15 @@ fn without_a_terminal_top_prints_one_table() {
     assert!(text.contains("BYTES/S") && !text.contains('\x1b'), "{text}");
     daemon.stop().unwrap();
 }
+
+#[test]
+fn top_has_one_document_too() {
+    let (_host, daemon) = published();
+    let text = daemon.control(&["top", "--json"]).unwrap();
+    let document: serde_json::Value = serde_json::from_str(&text).unwrap();
+    let publish = &document["publishes"][0];
+    assert_eq!(publish["frontend"]["port"], 8080, "{text}");
+    assert!(publish["packets_per_second"].is_number(), "{text}");
+    assert!(document["reasons"].is_array(), "{text}");
+    daemon.stop().unwrap();
+}

@@ -1,5 +1,7 @@
 //! `forwarder trace`: what happened to each packet, while somebody looks.
 
+use forwarder::control::api::Traced;
+
 use crate::scene::{Scene, on_the_fast_path};
 
 #[test]
@@ -22,6 +24,12 @@ fn a_trace_names_publish_rewrite_and_delivery_again_and_again() {
             .unwrap();
         assert!(line.contains(" by neighbour eth0"), "{line}");
     }
+    let line = daemon.trace(&["1", "--json"], |_| true, traffic).unwrap();
+    let traced: Traced = serde_json::from_str(&line).unwrap();
+    assert!(
+        matches!(&traced, Traced::Packet(packet) if packet.publish == Some(1)),
+        "{line}"
+    );
     on_the_fast_path(daemon, traffic);
     scene.stop();
 }

@@ -225,42 +225,43 @@ pub fn published(row: &Listed) -> String {
     format!("{}: {spec} ({how}{all_to_one})", row.id)
 }
 
-/// One packet of a trace, if it is of the publish and from or to the network.
-pub fn trace(traced: &Traced, id: Option<Id>, client: Option<IpNet>) -> Option<String> {
-    let packet = match traced {
-        Traced::Packet(packet) => packet,
-        Traced::Lost(lines) => return Some(format!("lost {lines}")),
+/// Whether a packet of a trace is of the publish, and from or to the network. What was lost may have been.
+pub fn is_asked_for(traced: &Traced, id: Option<Id>, client: Option<IpNet>) -> bool {
+    let Traced::Packet(packet) = traced else {
+        return true;
     };
     let rewritten = packet.rewritten.as_ref();
     let ends = [Some(&packet.source), Some(&packet.destination)];
-    let ends = ends.into_iter().chain([
+    let mut ends = ends.into_iter().chain([
         rewritten.map(|new| &new.source),
         rewritten.map(|new| &new.destination),
     ]);
-    let seen = |network: IpNet| {
-        let addresses = ends.flatten().filter_map(|end| end.parse().ok());
-        addresses
-            .map(|end: SocketAddr| end.ip())
-            .any(|address| network.contains(&address))
+    let mut has_end_in = |network: IpNet| {
+        let mut addresses = ends.by_ref().flatten().filter_map(|end| end.parse().ok());
+        addresses.any(|end: SocketAddr| network.contains(&end.ip()))
     };
-    if id.is_some_and(|id| packet.publish != Some(id))
-        || client.is_some_and(|network| !seen(network))
-    {
-        return None;
-    }
+    id.is_none_or(|id| packet.publish == Some(id)) && client.is_none_or(&mut has_end_in)
+}
+
+/// One packet of a trace.
+pub fn trace(traced: &Traced) -> String {
+    let packet = match traced {
+        Traced::Packet(packet) => packet,
+        Traced::Lost(lines) => return format!("lost {lines}"),
+    };
     let publish = packet.publish.map_or("-".into(), |id| id.to_string());
     let mut text = format!(
         "{:<8} publish {publish:<4} {} {} -> {}  {}",
         packet.device, packet.protocol, packet.source, packet.destination, packet.reason
     );
-    if let Some(new) = rewritten {
+    if let Some(new) = &packet.rewritten {
         let _ = write!(
             text,
             ": {} -> {} by {} {}",
             new.source, new.destination, new.delivery, new.device
         );
     }
-    Some(text)
+    text
 }
 
 #[cfg(test)]
@@ -311,7 +312,7 @@ mod tests {
     fn a_trace_says_what_was_done() {
         let text = "eth0     publish 3    tcp 192.0.2.1:4000 -> 198.51.100.2:8080  forwarded_original: \
                     192.0.2.1:4000 -> 172.31.0.2:80 by peer veth0";
-        assert_eq!(trace(&forwarded(), None, None).as_deref(), Some(text));
+        assert_eq!(trace(&forwarded()), text);
         let passed = Traced::Packet(Box::new(TracedPacket {
             publish: None,
             reason: "not_ours".into(),
@@ -322,19 +323,16 @@ mod tests {
             rewritten: None,
         }));
         let text = "lo       publish -    udp [::1]:4000 -> [fd00::1]:53  not_ours";
-        assert_eq!(trace(&passed, None, None).as_deref(), Some(text));
-        assert_eq!(
-            trace(&Traced::Lost(5), None, None).as_deref(),
-            Some("lost 5")
-        );
+        assert_eq!(trace(&passed), text);
+        assert_eq!(trace(&Traced::Lost(5)), "lost 5");
     }
 
     #[test]
     fn a_trace_is_of_one_publish_or_network() {
         let packet = forwarded();
-        assert!(trace(&packet, Some(3), "192.0.2.0/24".parse().ok()).is_some());
-        assert_eq!(trace(&packet, Some(4), None), None);
-        assert!(trace(&packet, None, "172.31.0.0/24".parse().ok()).is_some());
-        assert_eq!(trace(&packet, None, "203.0.113.0/24".parse().ok()), None);
+        let is_in = |network: &str| is_asked_for(&packet, None, network.parse().ok());
+        assert!(is_in("192.0.2.0/24") && is_in("172.31.0.0/24") && !is_in("203.0.113.0/24"));
+        assert!(is_asked_for(&packet, Some(3), None) && !is_asked_for(&packet, Some(4), None));
+        assert!(is_asked_for(&Traced::Lost(5), Some(4), None));
     }
 }

@@ -1,5 +1,5 @@
 //! `forwarder top`: a live table of publishes with their rates, and of the reasons that packets met. Where standard output is
-//! no terminal, one table and the end.
+//! no terminal, or for `--json`, that of one second and the end.
 
 use std::{
     collections::HashMap,
@@ -19,6 +19,7 @@ use ratatui::{
     text::Line,
     widgets::{Row, Table},
 };
+use serde::Serialize;
 
 use super::tables;
 use crate::{
@@ -78,6 +79,22 @@ struct Rated<'a> {
     publish: &'a Listed,
     packets: f64,
     bytes: f64,
+}
+
+/// A reason with its rate.
+#[derive(Debug, Serialize)]
+struct Reason<'a> {
+    #[serde(flatten)]
+    counter: &'a Counter,
+    packets_per_second: f64,
+}
+
+/// What `--json` prints.
+#[derive(Debug, Serialize)]
+struct Document<'a> {
+    /// With the rates of this second.
+    publishes: Vec<Listed>,
+    reasons: Vec<Reason<'a>>,
 }
 
 /// Two readings, and how they are shown.
@@ -150,26 +167,44 @@ impl View {
     }
 
     /// Those that are counted, with their rates; the fastest first.
-    fn reasons(&self) -> Vec<[String; 3]> {
+    fn reasons(&self) -> Vec<Reason<'_>> {
         let before = self.before.reasons.iter();
         let before: HashMap<&str, u64> = before.map(|it| (&*it.reason, it.packets)).collect();
         let counted = self.now.reasons.iter().filter(|it| it.packets > 0);
-        let mut rated: Vec<_> = counted
-            .map(|it| (self.rate(before.get(&*it.reason).copied(), it.packets), it))
-            .collect();
-        rated.sort_by(|a, b| b.0.total_cmp(&a.0));
-        let row = |(rate, it): (f64, &Counter)| {
+        let rated = counted.map(|counter| Reason {
+            counter,
+            packets_per_second: self.rate(before.get(&*counter.reason).copied(), counter.packets),
+        });
+        let mut rated: Vec<_> = rated.collect();
+        rated.sort_by(|a, b| b.packets_per_second.total_cmp(&a.packets_per_second));
+        rated
+    }
+
+    fn reason_rows(&self) -> Vec<[String; 3]> {
+        let row = |it: Reason<'_>| {
             [
-                it.reason.clone(),
-                it.packets.to_string(),
-                tables::short(rate),
+                it.counter.reason.clone(),
+                it.counter.packets.to_string(),
+                tables::short(it.packets_per_second),
             ]
         };
-        rated.into_iter().map(row).collect()
+        self.reasons().into_iter().map(row).collect()
+    }
+
+    fn document(&self) -> Document<'_> {
+        let publishes = self.publishes().into_iter().map(|rated| Listed {
+            packets_per_second: rated.packets,
+            bytes_per_second: rated.bytes,
+            ..rated.publish.clone()
+        });
+        Document {
+            publishes: publishes.collect(),
+            reasons: self.reasons(),
+        }
     }
 
     fn draw(&self, frame: &mut Frame<'_>) {
-        let reasons = self.reasons();
+        let reasons = self.reason_rows();
         let lines = REASONS.min(reasons.len() as u16 + 1);
         let [title, publishes, below, keys] = Layout::vertical([
             Constraint::Length(1),
@@ -227,13 +262,13 @@ impl View {
     }
 }
 
-/// Shows an instance until a key ends it.
+/// Shows an instance until a key ends it, or one second of it.
 ///
 /// # Errors
 /// The instance is not running or ends, or the terminal has gone.
-pub fn run(client: &Client) -> Result<()> {
+pub fn run(client: &Client, json: bool) -> Result<()> {
     let before = Reading::take(client)?;
-    if !std::io::stdout().is_terminal() {
+    if json || !std::io::stdout().is_terminal() {
         thread::sleep(EVERY);
         let view = View {
             before,
@@ -241,9 +276,13 @@ pub fn run(client: &Client) -> Result<()> {
             sort: Sort::default(),
             skip: 0,
         };
+        if json {
+            let text = serde_json::to_string_pretty(&view.document())?;
+            return Ok(writeln!(std::io::stdout(), "{text}")?);
+        }
         let text = tables::table(HEADER, &view.rows())
             + "\n"
-            + &tables::table(["REASON", "PACKETS", "A SECOND"], &view.reasons());
+            + &tables::table(["REASON", "PACKETS", "A SECOND"], &view.reason_rows());
         return Ok(std::io::stdout().write_all(text.as_bytes())?);
     }
     let view = View {
