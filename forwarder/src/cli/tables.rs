@@ -232,15 +232,13 @@ pub fn is_asked_for(traced: &Traced, id: Option<Id>, client: Option<IpNet>) -> b
     };
     let rewritten = packet.rewritten.as_ref();
     let ends = [Some(&packet.source), Some(&packet.destination)];
-    let mut ends = ends.into_iter().chain([
+    let ends = ends.into_iter().chain([
         rewritten.map(|new| &new.source),
         rewritten.map(|new| &new.destination),
     ]);
-    let mut has_end_in = |network: IpNet| {
-        let mut addresses = ends.by_ref().flatten().filter_map(|end| end.parse().ok());
-        addresses.any(|end: SocketAddr| network.contains(&end.ip()))
-    };
-    id.is_none_or(|id| packet.publish == Some(id)) && client.is_none_or(&mut has_end_in)
+    let mut ends = ends.flatten().filter_map(|end| end.parse().ok());
+    id.is_none_or(|id| packet.publish == Some(id))
+        && client.is_none_or(|network| ends.any(|end: SocketAddr| network.contains(&end.ip())))
 }
 
 /// One packet of a trace.
